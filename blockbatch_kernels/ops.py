@@ -1,0 +1,355 @@
+"""The operators: one contract each, whatever computes them.
+
+Every function checks its arguments once, picks the backend and calls it. `backend=None` takes the fastest backend
+that runs the given tensors; a named one that cannot run them raises and says why. What an operator changes in place
+is called *written*. Integer results are the same bits on every backend.
+
+Raises, in every operator: `ValueError` for a wrong shape, value or device, `TypeError` for a wrong dtype,
+`RuntimeError` for a named backend that cannot run. Each message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from blockbatch_kernels import cuda, reference
+from blockbatch_kernels.structs import (
+    EOS_EXITS,
+    QUERY_SPANS,
+    BranchState,
+    PackedQueries,
+    PolicyEvents,
+    PolicyParams,
+    Predictions,
+    StepPlan,
+)
+
+BACKENDS = ("reference", "triton", "cuda")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton":
+        raise RuntimeError(f"backend: {op} has no triton version")
+    if name == "cuda" or (name is None and example.is_cuda and hasattr(cuda, op)):
+        if not hasattr(cuda, op):
+            raise RuntimeError(f"backend: {op} has no cuda version")
+        reason = "the tensors are not on a GPU" if not example.is_cuda else cuda.why_unavailable()
+        if reason is None:
+            return cuda
+        if name == "cuda":
+            raise RuntimeError(f"backend: cuda cannot run {op}: {reason}")
+    return reference
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device) -> None:
+    """`None` in `shape` stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):
+        expected = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Root mean square norm over the last dimension, with the residual add in front of it fused.
+
+    Equivalent to `residual += x; x = residual` (if given), then `weight * (x / rms(x)).to(x.dtype)`, in fp32 up to
+    the rounding before the weight.
+
+    Args:
+        x: [tokens, dim], fp32, bf16 or fp16.
+        weight: [dim], same dtype.
+        eps: added to the mean square.
+        residual: [tokens, dim], same dtype; *written*: the sum, which the next layer adds to.
+
+    Returns:
+        [tokens, dim], same dtype.
+    """
+    _check("x", x, (None, None), _FLOATS, x.device)
+    _check("weight", weight, (x.shape[1],), (x.dtype,), x.device)
+    if residual is not None:
+        _check("residual", residual, tuple(x.shape), (x.dtype,), x.device)
+    return _backend(backend, "rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
+
+
+def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
+    """`silu(gate) * up` in fp32, rounded once.
+
+    Args:
+        gate_up: [tokens, 2 * intermediate], gate first; fp32, bf16 or fp16.
+
+    Returns:
+        [tokens, intermediate], same dtype.
+    """
+    _check("gate_up", gate_up, (None, None), _FLOATS, gate_up.device)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up: expected an even last dimension (gate and up), got {gate_up.shape[1]}")
+    return _backend(backend, "swiglu", gate_up).swiglu(gate_up)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Rotates q and k at their positions (halves, in fp32) and stores k and v in their cache slots.
+
+    Args:
+        q: [tokens, num_heads, head_dim]; *written*: rotated.
+        k, v: [tokens, num_kv_heads, head_dim].
+        positions: [tokens] int32.
+        slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
+        cos, sin: [max positions, head_dim / 2] fp32.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after rotation.
+    """
+    tokens, _, head_dim = q.shape if q.dim() == 3 else (None, None, None)
+    _check("q", q, (None, None, None), _FLOATS, q.device)
+    _check("k", k, (tokens, None, head_dim), (q.dtype,), q.device)
+    _check("v", v, tuple(k.shape), (q.dtype,), q.device)
+    _check("positions", positions, (tokens,), (torch.int32,), q.device)
+    _check("slot_mapping", slot_mapping, (tokens,), (torch.int64,), q.device)
+    _check("cos", cos, (None, head_dim // 2), (torch.float32,), q.device)
+    _check("sin", sin, tuple(cos.shape), (torch.float32,), q.device)
+    _check("k_cache", k_cache, (None, None, k.shape[1], head_dim), (q.dtype,), q.device)
+    _check("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
+    module = _backend(backend, "rope_kv_write", q)
+    module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+
+
+def varlen_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Non-causal attention of the packed queries of every row over all keys of that row's pages.
+
+    Args:
+        q: [tokens, num_heads, head_dim], fp32, bf16 or fp16; tokens may exceed cu_seqlens_q[-1] (padding).
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; num_kv_heads divides num_heads.
+        page_table: [rows, pages_per_row] int32; page j of a row holds its positions from j * page_size on.
+        cu_seqlens_q: [rows + 1] int32, first packed token of each row.
+        seqlens_k: [rows] int32, keys of each row.
+        softmax_scale: defaults to head_dim ** -0.5.
+
+    Returns:
+        [tokens, num_heads, head_dim]; padding tokens are zero.
+    """
+    _check("q", q, (None, None, None), _FLOATS, q.device)
+    head_dim = q.shape[2]
+    _check("k_cache", k_cache, (None, None, None, head_dim), (q.dtype,), q.device)
+    _check("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"k_cache: expected a number of kv heads that divides {q.shape[1]}, got {k_cache.shape[2]}")
+    _check("page_table", page_table, (None, None), (torch.int32,), q.device)
+    _check("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
+    _check("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
+    return _backend(backend, "varlen_attention", q).varlen_attention(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        cu_seqlens_q,
+        seqlens_k,
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+    )
+
+
+def lm_head_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    probe_tokens: Tensor | None = None,
+    suppress_token: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Top token of each hidden state and its softmax probability over the whole vocabulary.
+
+    Equivalent to `softmax((hidden @ weight.T).float(), -1).max(-1)`, with the lowest id on a tie.
+
+    Args:
+        hidden: [predictions, dim], fp32, bf16 or fp16.
+        weight: [vocabulary, dim], same dtype.
+        probe_tokens: [predictions] int32, a token of each row whose probability is wanted as well.
+        suppress_token: its logit counts as minus infinity.
+
+    Returns:
+        top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or None.
+    """
+    _check("hidden", hidden, (None, None), _FLOATS, hidden.device)
+    _check("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
+    if probe_tokens is not None:
+        _check("probe_tokens", probe_tokens, (hidden.shape[0],), (torch.int32,), hidden.device)
+    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
+        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
+    return _backend(backend, "lm_head_confidence", hidden).lm_head_confidence(
+        hidden, weight, probe_tokens=probe_tokens, suppress_token=suppress_token
+    )
+
+
+def pack_windows(
+    state: BranchState,
+    plan: StepPlan,
+    page_table: Tensor,
+    *,
+    page_size: int,
+    capacity: int,
+    predict_capacity: int,
+    prediction_offset: int = 0,
+    backend: str | None = None,
+) -> PackedQueries:
+    """Gathers the query tokens of all rows of a plan into fixed-capacity tensors, without a host wait.
+
+    Args:
+        state: the branches; its tokens are read.
+        plan: which rows compute which canvas positions; `plan.flags[2:4]` hold the exact sizes.
+        page_table: [R, pages_per_row] int32.
+        page_size: positions a page.
+        capacity: packed tokens to make room for, at least the plan's query tokens.
+        predict_capacity: predictions to make room for, at least the plan's.
+        prediction_offset: a query at position p predicts p + prediction_offset.
+    """
+    rows = state.num_rows
+    _check("page_table", page_table, (rows, None), (torch.int32,), state.tokens.device)
+    _check("plan.query_start", plan.query_start, (rows,), (torch.int32,), state.tokens.device)
+    _check("plan.query_end", plan.query_end, (rows,), (torch.int32,), state.tokens.device)
+    for name, value, least in (("page_size", page_size, 1), ("capacity", capacity, 0), ("predict_capacity", predict_capacity, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return _backend(backend, "pack_windows", state.tokens).pack_windows(
+        state,
+        plan,
+        page_table,
+        page_size=page_size,
+        capacity=capacity,
+        predict_capacity=predict_capacity,
+        prediction_offset=prediction_offset,
+    )
+
+
+def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None = None) -> None:
+    """Lets each row use the pages of its source row: no K or V moves.
+
+    Args:
+        page_table: [R, pages_per_row] int32; *written*. All rows read the table as it was before.
+        source_row: [R] int32; the row itself or -1 leaves the row as it is.
+    """
+    _check("page_table", page_table, (None, None), (torch.int32,), page_table.device)
+    _check("source_row", source_row, (page_table.shape[0],), (torch.int32,), page_table.device)
+    _backend(backend, "share_pages", page_table).share_pages(page_table, source_row)
+
+
+def copy_pages(
+    kv_cache: Tensor,
+    page_table: Tensor,
+    write_start: Tensor,
+    write_end: Tensor,
+    *,
+    num_branches: int,
+    backend: str | None = None,
+) -> None:
+    """Copy on write: gives each row its own page wherever it is about to change one that another row uses too.
+
+    The pages of a request come from a pool of `num_branches` pages for every column of its page tables, page id
+    (request * num_branches + k) * pages_per_row + column, so a free one always exists. The contents are copied, in
+    all layers, where the write does not cover the page whole.
+
+    Args:
+        kv_cache: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* in the new pages.
+        page_table: [R, pages_per_row] int32, -1 where a row has no page yet; *written*.
+        write_start, write_end: [R] int32, positions that the row will write; equal: none.
+        num_branches: rows per request.
+    """
+    _check("kv_cache", kv_cache, (None, 2, None, None, None, None), _FLOATS, page_table.device)
+    _check("page_table", page_table, (None, None), (torch.int32,), page_table.device)
+    rows = page_table.shape[0]
+    _check("write_start", write_start, (rows,), (torch.int32,), page_table.device)
+    _check("write_end", write_end, (rows,), (torch.int32,), page_table.device)
+    if num_branches < 1 or rows % num_branches:
+        raise ValueError(f"num_branches: expected a divisor of the {rows} rows, got {num_branches}")
+    if kv_cache.shape[2] < page_table.numel():
+        raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
+    module = _backend(backend, "copy_pages", page_table)
+    module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
+
+
+def initial_plan(state: BranchState, params: PolicyParams, *, backend: str | None = None) -> StepPlan:
+    """The first forward: one full row for each request, whose results belong to all its branches."""
+    _check_policy(state, params)
+    return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params)
+
+
+def decode_policy(
+    state: BranchState,
+    predictions: Predictions,
+    plan: StepPlan,
+    params: PolicyParams,
+    *,
+    backend: str | None = None,
+) -> tuple[StepPlan, PolicyEvents]:
+    """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next forward.
+
+    Source of the method: arXiv 2605.29233; LocalLeap's commit rule: arXiv 2510.07081.
+
+    Args:
+        state: *written*.
+        predictions: of the forward that `plan` asked for.
+        plan: what `initial_plan` or the previous call returned.
+        params: the settings.
+
+    Returns:
+        the plan of the next forward, and what changed (for traces; `sync_source` also tells `share_pages` which rows
+        to repoint).
+    """
+    _check_policy(state, params)
+    device = state.tokens.device
+    size = predictions.target.shape[0]
+    _check("predictions.target", predictions.target, (None,), (torch.int64,), device)
+    _check("predictions.top_token", predictions.top_token, (size,), (torch.int32,), device)
+    _check("predictions.confidence", predictions.confidence, (size,), (torch.float32,), device)
+    if predictions.probe_probability is not None:
+        _check("predictions.probe_probability", predictions.probe_probability, (size,), (torch.float32,), device)
+    elif params.eos_exit == "window":
+        raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
+    return _backend(backend, "decode_policy", state.tokens).decode_policy(state, predictions, plan, params)
+
+
+def _check_policy(state: BranchState, params: PolicyParams) -> None:
+    _check("state.tokens", state.tokens, (None, None), (torch.int32,), state.tokens.device)
+    if params.eos_exit not in EOS_EXITS:
+        raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {params.eos_exit!r}")
+    if params.query_span not in QUERY_SPANS:
+        raise ValueError(f"query_span: expected one of {', '.join(QUERY_SPANS)}, got {params.query_span!r}")
+    if params.prediction_offset not in (0, 1):
+        raise ValueError(f"prediction_offset: expected 0 or 1, got {params.prediction_offset}")
+    if not 0.5 <= params.merge_threshold <= 1.0:
+        # Below one half two different tokens could pass, and the rule would need the whole distribution.
+        raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {params.merge_threshold}")
+    if (params.threshold is None) == (params.steps_per_block is None):
+        raise ValueError("threshold: expected either threshold or steps_per_block, got both or neither")

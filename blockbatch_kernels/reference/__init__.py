@@ -1,0 +1,22 @@
+"""Every operator in plain torch: the semantics that compiled versions are compared with. Runs on any device."""
+
+from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
+from blockbatch_kernels.reference.lm_head import lm_head_confidence
+from blockbatch_kernels.reference.norm import rms_norm, swiglu
+from blockbatch_kernels.reference.pack import pack_windows
+from blockbatch_kernels.reference.pages import copy_pages, share_pages
+from blockbatch_kernels.reference.plan import initial_plan
+from blockbatch_kernels.reference.policy import decode_policy
+
+__all__ = [
+    "copy_pages",
+    "decode_policy",
+    "initial_plan",
+    "lm_head_confidence",
+    "pack_windows",
+    "rms_norm",
+    "rope_kv_write",
+    "share_pages",
+    "swiglu",
+    "varlen_attention",
+]

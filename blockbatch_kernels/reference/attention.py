@@ -1,0 +1,60 @@
+"""Rotary embedding with the cache write, and attention of packed queries over paged keys."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates halves in fp32: x [tokens, heads, head_dim], cos and sin [tokens, 1, head_dim / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    index = positions.long()
+    cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
+    q.copy_(_rotate(q, cos, sin))
+    valid = slot_mapping >= 0
+    slots = slot_mapping[valid]
+    k_cache.flatten(0, 1)[slots] = _rotate(k, cos, sin)[valid]
+    v_cache.flatten(0, 1)[slots] = v[valid]
+
+
+def varlen_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    out = torch.zeros_like(q)
+    page_size = k_cache.shape[1]
+    bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the batch.
+    for row, length in enumerate(lengths):
+        start, end = bounds[row], bounds[row + 1]
+        if start == end:
+            continue
+        pages = page_table[row, : -(-length // page_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, head_dim]
+        values = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1)
+        # Nothing is causal, so the query heads of one kv head are simply more queries.
+        queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        attended = F.scaled_dot_product_attention(queries[None], keys[None], values[None], scale=softmax_scale)[0]
+        out[start:end] = attended.unflatten(1, (end - start, -1)).transpose(0, 1).reshape(end - start, -1, head_dim)
+    return out

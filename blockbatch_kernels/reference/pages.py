@@ -1,0 +1,54 @@
+"""Sharing of cache pages between the branches of a request.
+
+Column j of a request's page tables holds the pages of positions [j * page_size, (j + 1) * page_size). Its N rows
+draw on a pool of N pages per column, numbered (request * N + k) * pages_per_row + j, so a row that must leave a
+shared page always finds a free one: no allocator, no host, and memory that is known beforehand.
+"""
+
+import torch
+from torch import Tensor
+
+
+def share_pages(page_table: Tensor, source_row: Tensor) -> None:
+    rows = torch.arange(page_table.shape[0], device=page_table.device)
+    source = torch.where(source_row < 0, rows, source_row.long())
+    page_table.copy_(page_table[source])
+
+
+def copy_pages(
+    kv_cache: Tensor, page_table: Tensor, write_start: Tensor, write_end: Tensor, *, num_branches: int
+) -> None:
+    page_size = kv_cache.shape[3]
+    num_rows, pages_per_row = page_table.shape
+    column_start = torch.arange(pages_per_row, device=page_table.device) * page_size
+    first, last = write_start.unsqueeze(1), write_end.unsqueeze(1)
+    touched = (first < last) & (first < column_start + page_size) & (last > column_start)  # [rows, columns]
+    covered = (first <= column_start) & (last >= column_start + page_size)
+
+    def by_request(x: Tensor) -> Tensor:
+        return x.view(-1, num_branches, pages_per_row)
+
+    # Which of its column's N pages each row uses; -1 if none.
+    requests = torch.arange(num_rows // num_branches, device=page_table.device).view(-1, 1, 1)
+    old = by_request(torch.where(page_table < 0, -1, page_table // pages_per_row).long())
+    old = torch.where(old < 0, -1, old - requests * num_branches)
+    new = old.clone()
+    pool = torch.arange(num_branches, device=page_table.device).view(1, -1, 1, 1)
+    for branch in range(num_branches):
+        users = pool == new.unsqueeze(1)  # [requests, pool, branches, columns]
+        own = new[:, branch]
+        shared = (new == own.unsqueeze(1)).sum(1) > 1
+        must_leave = by_request(touched)[:, branch] & (shared | (own < 0))
+        free = users.any(2).int().argmin(1)  # the first page of the column that nobody uses
+        new[:, branch] = torch.where(must_leave, free, own)
+
+    columns = torch.arange(pages_per_row, device=page_table.device)
+
+    def page_ids(choice: Tensor) -> Tensor:
+        return (requests * num_branches + choice) * pages_per_row + columns
+
+    # A page that the write covers whole needs no copy. Every target was unused and every source is still in use, so
+    # the order of the copies does not matter.
+    moved = (new != old) & (old >= 0) & ~by_request(covered)
+    kv_cache[:, :, page_ids(new)[moved]] = kv_cache[:, :, page_ids(old)[moved]]
+    page_table.copy_(torch.where(new < 0, -1, page_ids(new)).view_as(page_table))

@@ -1,0 +1,99 @@
+"""Which rows compute which positions in the next forward."""
+
+import torch
+from torch import Tensor
+
+from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH, BranchState, PolicyParams, StepPlan
+
+
+def by_request(state: BranchState, x: Tensor) -> Tensor:
+    """[R, ...] -> [Q, N, ...]"""
+    return x.view(state.num_requests, state.num_branches, *x.shape[1:])
+
+
+def is_eos(tokens: Tensor, params: PolicyParams) -> Tensor:
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for eos in params.eos_token_ids:
+        found |= tokens == eos
+    return found
+
+
+def first_true(x: Tensor) -> Tensor:
+    """[..., G] bool -> [...] int32: index of the first True, G if there is none."""
+    return torch.where(x.any(-1), x.int().argmax(-1), x.shape[-1]).int()
+
+
+def in_window(state: BranchState) -> Tensor:
+    """[R, G] bool: positions inside the row's window."""
+    position = torch.arange(state.gen_length, device=state.tokens.device)
+    return (position >= state.window_start.unsqueeze(1)) & (position < state.window_end.unsqueeze(1))
+
+
+def running_rows(state: BranchState) -> Tensor:
+    """[R] bool: not done, and the request goes on."""
+    return ~state.done & ~state.finished.repeat_interleave(state.num_branches)
+
+
+def initial_plan(state: BranchState, params: PolicyParams) -> StepPlan:
+    rows = torch.arange(state.num_rows, device=state.tokens.device)
+    return _full_forward(state, params, PHASE_INIT, rows - rows % state.num_branches)
+
+
+def next_plan(state: BranchState, params: PolicyParams) -> StepPlan:
+    running = running_rows(state)
+    refreshing = by_request(state, running & state.needs_refresh).any(1).repeat_interleave(state.num_branches) & running
+    refresh = _full_forward(state, params, PHASE_REFRESH, _distinct_rows(state, refreshing))
+    block = _block_denoise(state, params, running)
+    # Both are cheap, and choosing on the device spares a host wait.
+    any_refresh = refreshing.any()
+    return StepPlan(*(torch.where(any_refresh, a, b) for a, b in zip(refresh, block, strict=True)))
+
+
+def _distinct_rows(state: BranchState, rows: Tensor) -> Tensor:
+    """[R] int32: the first of the request's `rows` that holds the same tokens; -1 for rows not in `rows`."""
+    tokens, member = by_request(state, state.tokens), by_request(state, rows)
+    same = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).all(-1) & member.unsqueeze(2) & member.unsqueeze(1)
+    branch = same.int().argmax(-1)  # [Q, N]
+    offset = torch.arange(state.num_requests, device=tokens.device).unsqueeze(1) * state.num_branches
+    return torch.where(member, branch + offset, -1).flatten().int()
+
+
+def _full_forward(state: BranchState, params: PolicyParams, phase: int, source_row: Tensor) -> StepPlan:
+    rows = torch.arange(state.num_rows, device=state.tokens.device)
+    canvas = state.prompt_length.repeat_interleave(state.num_branches) + state.gen_length
+    query_end = torch.where(source_row == rows, canvas, 0).int()
+    return _plan(state, params, phase, torch.zeros_like(query_end), query_end, source_row.int())
+
+
+def _block_denoise(state: BranchState, params: PolicyParams, running: Tensor) -> StepPlan:
+    masked = ((state.tokens == params.mask_token_id) & in_window(state)).any(-1)
+    active = running & masked
+    prompt = state.prompt_length.repeat_interleave(state.num_branches)
+    query_start = torch.where(active, prompt + state.window_start - params.prediction_offset, 0)
+    query_end = torch.where(active, prompt + state.window_end - params.prediction_offset, 0)
+    if params.query_span == "suffix":
+        query_end = torch.where(active, prompt + state.gen_length, 0)
+    elif params.query_span == "canvas":
+        query_start, query_end = torch.zeros_like(query_start), torch.where(active, prompt + state.gen_length, 0)
+    rows = torch.arange(state.num_rows, device=prompt.device)
+    source_row = torch.where(active, rows, -1).int()
+    return _plan(state, params, PHASE_BLOCK, query_start.int(), query_end.int(), source_row)
+
+
+def _plan(
+    state: BranchState, params: PolicyParams, phase: int, query_start: Tensor, query_end: Tensor, source_row: Tensor
+) -> StepPlan:
+    # A prediction can only matter where the row holds MASK or EOS at the moment it is asked for. Sync moves tokens
+    # between branches but never adds a MASK or EOS that no branch of the request held before, so positions where no
+    # branch holds one need no LM head.
+    open_positions = (state.tokens == params.mask_token_id) | is_eos(state.tokens, params)
+    open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
+    prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
+    # The query that predicts each generation position.
+    query = torch.arange(state.gen_length, device=prompt.device) + prompt - params.prediction_offset
+    predict = open_positions & (query >= query_start.unsqueeze(1)) & (query < query_end.unsqueeze(1))
+    running = (~state.finished).sum().int()
+    counts = (query_end - query_start).sum().int(), predict.sum().int()
+    stalled = (state.decoded > state.gen_length).sum().int()
+    flags = torch.stack((running, torch.full_like(running, phase), *counts, stalled))
+    return StepPlan(query_start, query_end, source_row, predict, flags)

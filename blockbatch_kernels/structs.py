@@ -1,0 +1,190 @@
+"""The plain records that operators take and return.
+
+A step works on *rows*: row `r` is branch `r % num_branches` of request `r // num_branches`. Below, `R` is the number
+of rows, `Q` of requests, `N` of branches per request (R = Q * N), `G` the generation length. Positions of the
+generation region run from 0 to G; on the canvas they stand behind the request's prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PHASES = ("init", "block", "refresh")
+QUERY_SPANS = ("window", "suffix", "canvas")
+EOS_EXITS = ("prefix", "window", "none")
+STOP_REASONS = ("running", "eos", "length")
+
+PHASE_INIT, PHASE_BLOCK, PHASE_REFRESH = range(3)
+RUNNING, STOP_EOS, STOP_LENGTH = range(3)
+
+
+@dataclass
+class BranchState:
+    """Everything that decoding keeps about the branches of a batch of requests; `decode_policy` writes it in place.
+
+    Window bounds, `progress` and `first_eos` count from the start of the generation region.
+    """
+
+    prompt_tokens: Tensor  # [Q, max prompt length] int32, zero behind the prompt
+    prompt_length: Tensor  # [Q] int32
+    tokens: Tensor  # [R, G] int32, MASK where nothing is decoded yet
+    block_size: Tensor  # [R] int32
+    window_start: Tensor  # [R] int32
+    window_end: Tensor  # [R] int32
+    decoded: Tensor  # [R] int32, tokens that the branch (or the leader it was synced to) committed
+    progress: Tensor  # [R] int32, start of the window, G when done
+    blocks_since_refresh: Tensor  # [R] int32
+    steps_in_block: Tensor  # [R] int32, commits since the last advance; read by fixed schedules alone
+    needs_refresh: Tensor  # [R] bool
+    done: Tensor  # [R] bool
+    top_token: Tensor  # [R, G] int32, argmax of the latest forward that computed the position
+    confidence: Tensor  # [R, G] float32, its softmax probability; 0 before the first forward
+    committed: Tensor  # [R] int32, tokens that this branch committed itself
+    merged: Tensor  # [R] int32, tokens that it took from other branches by merge
+    synced: Tensor  # [R] int32, how often it took over the leader's state
+    nfe: Tensor  # [Q, 3] int32, forwards by phase: init, block, refresh
+    finished: Tensor  # [Q] bool
+    winner: Tensor  # [Q] int32, branch index; valid where finished
+    stop_reason: Tensor  # [Q] int32, index into STOP_REASONS
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        return self.prompt_length.shape[0]
+
+    @property
+    def num_branches(self) -> int:
+        return self.num_rows // self.num_requests
+
+    @property
+    def gen_length(self) -> int:
+        return self.tokens.shape[1]
+
+    @classmethod
+    def create(cls, prompt_tokens: Tensor, prompt_length: Tensor, block_sizes: Tensor, gen_length: int, mask_token_id: int):
+        """The state before the first forward: every branch at its first block, the generation region all MASK.
+
+        Args:
+            prompt_tokens: [Q, max prompt length] int32.
+            prompt_length: [Q] int32.
+            block_sizes: [N] int32, the block size of each branch.
+            gen_length: positions to generate, G.
+            mask_token_id: the id that marks an undecoded position.
+        """
+        device = prompt_tokens.device
+        num_requests, num_rows = prompt_tokens.shape[0], prompt_tokens.shape[0] * block_sizes.numel()
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        block_size = block_sizes.to(device=device, dtype=torch.int32).repeat(num_requests)
+        return cls(
+            prompt_tokens=prompt_tokens,
+            prompt_length=prompt_length,
+            tokens=torch.full((num_rows, gen_length), mask_token_id, dtype=torch.int32, device=device),
+            block_size=block_size,
+            window_start=zeros(num_rows),
+            window_end=block_size.clamp(max=gen_length),
+            decoded=zeros(num_rows),
+            progress=zeros(num_rows),
+            blocks_since_refresh=zeros(num_rows),
+            steps_in_block=zeros(num_rows),
+            needs_refresh=zeros(num_rows, dtype=torch.bool),
+            done=zeros(num_rows, dtype=torch.bool),
+            top_token=zeros(num_rows, gen_length),
+            confidence=zeros(num_rows, gen_length, dtype=torch.float32),
+            committed=zeros(num_rows),
+            merged=zeros(num_rows),
+            synced=zeros(num_rows),
+            nfe=zeros(num_requests, 3),
+            finished=zeros(num_requests, dtype=torch.bool),
+            winner=zeros(num_requests),
+            stop_reason=zeros(num_requests),
+        )
+
+
+@dataclass(frozen=True)
+class PolicyParams:
+    """The settings of `decode_policy`; validated by the operator's front door.
+
+    Attributes:
+        mask_token_id: id of MASK.
+        eos_token_ids: any of these ends a text.
+        threshold: commit every MASK whose confidence is at least this; None follows `steps_per_block` instead.
+        steps_per_block: with `threshold=None`, forwards that a block of s tokens takes: s // steps_per_block tokens
+            a step, one more in its first s % steps_per_block steps.
+        leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK at `threshold` or
+            above in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
+        leap_threshold: see `leap_radius`.
+        merge_threshold: confidence that a destination must exceed to take a token from another branch.
+        sync_threshold: a branch that trails the leader by more committed tokens than this takes over its state.
+        refresh_interval: tokens of finished blocks after which a branch asks for a full forward; None: never.
+        eos_exit: one of EOS_EXITS.
+        query_span: what a block denoise computes: the "window", the window and everything behind it ("suffix"), or
+            the whole "canvas".
+        prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next one.
+    """
+
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    threshold: float | None = 0.9
+    steps_per_block: int | None = None
+    leap_radius: int = 0
+    leap_threshold: float = 0.75
+    merge_threshold: float = 0.5
+    sync_threshold: int = 8
+    refresh_interval: int | None = 32
+    eos_exit: str = "prefix"
+    query_span: str = "window"
+    prediction_offset: int = 0
+
+
+class StepPlan(NamedTuple):
+    """The next forward, all on the device but for what `flags` says.
+
+    `flags` is what the host reads once a step: [running requests, phase (index into PHASES), query tokens,
+    predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is stalled
+    when it has committed more tokens than there are: the model writes its own MASK.
+    """
+
+    query_start: Tensor  # [R] int32, canvas positions [query_start, query_end) are computed; equal: row sits out
+    query_end: Tensor  # [R] int32
+    source_row: Tensor  # [R] int32, the row whose predictions and K/V the row takes; -1: not part of this forward
+    predict: Tensor  # [R, G] bool, positions whose prediction can still matter
+    flags: Tensor  # [5] int32
+
+
+class PackedQueries(NamedTuple):
+    """The query tokens of all rows back to back, padded to a fixed capacity."""
+
+    input_ids: Tensor  # [capacity] int32, 0 in the padding
+    positions: Tensor  # [capacity] int32, canvas positions; 0 in the padding
+    row_index: Tensor  # [capacity] int32, -1 in the padding
+    cu_seqlens_q: Tensor  # [R + 1] int32
+    slot_mapping: Tensor  # [capacity] int64, page * page_size + offset; -1 in the padding
+    predict_index: Tensor  # [predict_capacity] int64, packed token whose hidden state predicts; 0 in the padding
+    predict_target: Tensor  # [predict_capacity] int64, row * G + generation position; -1 in the padding
+
+
+class Predictions(NamedTuple):
+    """What the LM head says about the predicted positions of a forward, aligned with `target`."""
+
+    target: Tensor  # [M] int64, row * G + generation position; -1: padding
+    top_token: Tensor  # [M] int32, argmax of the logits, the lowest id on a tie
+    confidence: Tensor  # [M] float32, its softmax probability
+    probe_probability: Tensor | None = None  # [M] float32, probability of the token that the position holds now
+
+
+class PolicyEvents(NamedTuple):
+    """What one `decode_policy` call changed; the tokens and confidences stand in the state."""
+
+    committed: Tensor  # [R, G] bool
+    merged: Tensor  # [R, G] bool
+    sync_source: Tensor  # [R] int32, the leader's row where the row was synced, else the row itself

@@ -1,0 +1,87 @@
+"""Building the state of a batch of requests, and reading results out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import blockbatch_kernels as bbk
+
+
+@dataclass(frozen=True)
+class BranchResult:
+    """What one branch did.
+
+    Attributes:
+        block_size: its block size.
+        committed: tokens that it committed itself.
+        merged: tokens that it took from other branches.
+        synced: how often it took over the leader's state.
+        progress: start of its window in the generation region when the request ended.
+    """
+
+    block_size: int
+    committed: int
+    merged: int
+    synced: int
+    progress: int
+
+
+@dataclass(frozen=True)
+class NFE:
+    """Model forwards of a request by phase; one batched forward over all its branches counts once."""
+
+    init: int
+    block: int
+    refresh: int
+
+    @property
+    def total(self) -> int:
+        return self.init + self.block + self.refresh
+
+
+@dataclass(frozen=True)
+class RequestOutcome:
+    """The end of one request, on the host."""
+
+    canvas: list[int]
+    nfe: NFE
+    winner: int
+    stop_reason: str
+    branches: tuple[BranchResult, ...]
+
+
+def create_state(
+    prompts: list[list[int]],
+    block_sizes: tuple[int, ...],
+    gen_length: int,
+    mask_token_id: int,
+    device: torch.device,
+) -> bbk.BranchState:
+    longest = max(len(prompt) for prompt in prompts)
+    padded = torch.zeros(len(prompts), longest, dtype=torch.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+    sizes = torch.tensor(block_sizes, dtype=torch.int32)
+    return bbk.BranchState.create(padded.to(device), lengths.to(device), sizes, gen_length, mask_token_id)
+
+
+def read_outcome(state: bbk.BranchState, request: int) -> RequestOutcome:
+    """The result of a finished request."""
+    first, count = request * state.num_branches, state.num_branches
+    winner = int(state.winner[request])
+
+    def column(name: str) -> list[int]:
+        return getattr(state, name)[first : first + count].tolist()
+
+    names = ("block_size", "committed", "merged", "synced", "progress")
+    branches = tuple(BranchResult(*values) for values in zip(*(column(name) for name in names), strict=True))
+    return RequestOutcome(
+        canvas=state.tokens[first + winner].tolist(),
+        nfe=NFE(*state.nfe[request].tolist()),
+        winner=winner,
+        stop_reason=bbk.STOP_REASONS[int(state.stop_reason[request])],
+        branches=branches,
+    )

@@ -1,0 +1,193 @@
+"""The settings of a decode, validated when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from blockbatch_kernels import EOS_EXITS
+
+COMMIT_RULES = ("threshold", "local_leap")
+PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+
+
+class _Default:
+    """Marks an option that was not given, which is not the same as one given as None."""
+
+    def __repr__(self) -> str:
+        return "default"
+
+
+DEFAULT: Any = _Default()
+
+# The options of each method and their defaults; an option that is not listed does not exist for that method.
+_BASELINE = {"block_size": 32, "eos_exit": "none"}
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "blockbatch": {
+        "block_sizes": PAPER_BLOCK_SIZES,
+        "threshold": 0.9,
+        "merge_threshold": 0.5,
+        "sync_threshold": 8,
+        "refresh_interval": 32,
+        "eos_exit": "prefix",
+        "commit": "threshold",
+        "leap_radius": 4,
+        "leap_threshold": None,
+    },
+    "vanilla": {**_BASELINE, "steps": None},
+    "prefix_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
+    "dual_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
+    "local_leap": {**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
+}
+METHODS = tuple(METHOD_OPTIONS)
+_COMMON = ("method", "gen_length", "eos_token_ids", "trace")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode. Options that a method does not have must be left out (they read None afterwards).
+
+    Attributes:
+        method: "blockbatch" (arXiv 2605.29233), "vanilla", "prefix_cache" or "dual_cache" (Fast-dLLM, arXiv
+            2505.22618), "local_leap" (arXiv 2510.07081 on the dual cache).
+        gen_length: tokens to generate, G.
+        block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the paper,
+            4 to 128, that divide it.
+        block_size: baselines: size of the one block.
+        threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take None: a
+            fixed number of tokens each step, as vanilla.
+        steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for every
+            block. Left out: one token a step.
+        merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
+        sync_threshold: a branch that trails the leader by more tokens takes over its state; None: never.
+        refresh_interval: full forward after this many tokens of finished blocks; None: never.
+        eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window that
+            holds EOS is complete; "none": fill the canvas.
+        commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
+        leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits at
+            `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
+        eos_token_ids: ids that end a text; None: those of the model.
+        trace: record every forward in `Result.trace`.
+
+    Raises:
+        ValueError, TypeError: naming the option, what was expected and what came.
+    """
+
+    method: str = "blockbatch"
+    gen_length: int = 256
+    block_sizes: tuple[int, ...] | None = DEFAULT
+    block_size: int | None = DEFAULT
+    threshold: float | None = DEFAULT
+    steps: int | None = DEFAULT
+    merge_threshold: float | None = DEFAULT
+    sync_threshold: int | None = DEFAULT
+    refresh_interval: int | None = DEFAULT
+    eos_exit: str = DEFAULT
+    commit: str | None = DEFAULT
+    leap_radius: int | None = DEFAULT
+    leap_threshold: float | None = DEFAULT
+    eos_token_ids: tuple[int, ...] | None = None
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_OPTIONS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        _check_int("gen_length", self.gen_length, 1)
+        self._fill_defaults()
+        self._check_blocks()
+        self._check_thresholds()
+        if self.eos_exit not in EOS_EXITS:
+            raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
+        if self.eos_token_ids is not None:
+            ids = _as_tuple("eos_token_ids", self.eos_token_ids)
+            for token in ids:
+                _check_int("eos_token_ids", token, 0)
+            object.__setattr__(self, "eos_token_ids", ids)
+        if not isinstance(self.trace, bool):
+            raise TypeError(f"trace: expected True or False, got {self.trace!r}")
+
+    def _fill_defaults(self) -> None:
+        options = METHOD_OPTIONS[self.method]
+        for field in fields(self):
+            name = field.name
+            if name in _COMMON:
+                continue
+            value = getattr(self, name)
+            if name not in options:
+                if value is not DEFAULT and value is not None:
+                    known = ", ".join(options)
+                    raise ValueError(f"{name}: not an option of {self.method} (it has {known}), got {value!r}")
+                value = None
+            elif value is DEFAULT:
+                value = options[name]
+                if name == "block_sizes":
+                    value = tuple(size for size in value if self.gen_length % size == 0) or (self.gen_length,)
+            object.__setattr__(self, name, value)
+
+    def _check_blocks(self) -> None:
+        if self.method == "blockbatch":
+            sizes = _as_tuple("block_sizes", self.block_sizes)
+            if not sizes:
+                raise ValueError("block_sizes: expected at least one size, got none")
+            for size in sizes:
+                self._check_block_size("block_sizes", size)
+            if len(set(sizes)) != len(sizes):
+                raise ValueError(f"block_sizes: expected different sizes, got {sizes}")
+            object.__setattr__(self, "block_sizes", tuple(sorted(sizes)))
+            return
+        self._check_block_size("block_size", self.block_size)
+        if "steps" in METHOD_OPTIONS[self.method]:
+            blocks = self.gen_length // self.block_size
+            if self.steps is None:
+                object.__setattr__(self, "steps", self.gen_length)
+            _check_int("steps", self.steps, 1)
+            if self.steps % blocks or self.steps > self.gen_length:
+                raise ValueError(
+                    f"steps: expected a multiple of the {blocks} blocks, at most gen_length = {self.gen_length}, "
+                    f"got {self.steps}"
+                )
+
+    def _check_block_size(self, name: str, size: Any) -> None:
+        _check_int(name, size, 1)
+        if self.gen_length % size:
+            raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+
+    def _check_thresholds(self) -> None:
+        options = METHOD_OPTIONS[self.method]
+        if "threshold" in options and not (self.threshold is None and "steps" in options):
+            _check_probability("threshold", self.threshold, above=0.0)
+        if self.merge_threshold is not None:
+            # Below one half two different tokens could pass at the same position.
+            _check_probability("merge_threshold", self.merge_threshold, least=0.5)
+        if self.sync_threshold is not None:
+            _check_int("sync_threshold", self.sync_threshold, 0)
+        if self.refresh_interval is not None:
+            _check_int("refresh_interval", self.refresh_interval, 1)
+        if "commit" in options and self.commit not in COMMIT_RULES:
+            raise ValueError(f"commit: expected one of {', '.join(COMMIT_RULES)}, got {self.commit!r}")
+        if "leap_radius" in options:
+            _check_int("leap_radius", self.leap_radius, 1)
+        if self.leap_threshold is not None:
+            _check_probability("leap_threshold", self.leap_threshold, above=0.0)
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_probability(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    low_enough = value > above if above is not None else value >= least
+    if not (low_enough and value <= 1.0):
+        bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
+        raise ValueError(f"{name}: expected a value {bounds}, got {value}")
+
+
+def _as_tuple(name: str, value: Any) -> tuple:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
+    return tuple(value)

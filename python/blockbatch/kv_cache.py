@@ -1,0 +1,81 @@
+"""The unified paged K/V cache of all branches: one page table per row, shared pages, copy on write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import blockbatch_kernels as bbk
+
+# Windows start at multiples of 4 or more, so small pages waste little; the first figure to revisit on a GPU.
+PAGE_SIZE = 16
+
+
+def pages_per_row(canvas_length: int, page_size: int = PAGE_SIZE) -> int:
+    return -(-canvas_length // page_size)
+
+
+def cache_bytes(
+    num_rows: int,
+    canvas_length: int,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    page_size: int = PAGE_SIZE,
+) -> int:
+    """Bytes of a cache for `num_rows` rows of `canvas_length` positions: every row may come to own all its pages."""
+    positions = num_rows * pages_per_row(canvas_length, page_size) * page_size
+    return 2 * num_layers * positions * num_kv_heads * head_dim * dtype.itemsize
+
+
+class KVCache:
+    """K and V of all rows, allocated once.
+
+    Attributes:
+        kv: [layers, 2, pages, page_size, num_kv_heads, head_dim].
+        page_table: [rows, pages_per_row] int32, -1 before the first forward.
+    """
+
+    def __init__(
+        self,
+        num_requests: int,
+        num_branches: int,
+        canvas_length: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int = PAGE_SIZE,
+        backend: str | None = None,
+    ) -> None:
+        self.num_branches, self.page_size, self.backend = num_branches, page_size, backend
+        columns, num_rows = pages_per_row(canvas_length, page_size), num_requests * num_branches
+        shape = (num_layers, 2, num_rows * columns, page_size, num_kv_heads, head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_table = torch.full((num_rows, columns), -1, dtype=torch.int32, device=device)
+
+    def prepare(self, plan: bbk.StepPlan) -> None:
+        """Makes every page that the planned forward writes private to its row.
+
+        Rows that will take over another row's result give up their pages first, so that the row they copy does not
+        leave a page only because of them.
+        """
+        rows = torch.arange(self.page_table.shape[0], device=self.page_table.device)
+        follows = (plan.source_row >= 0) & (plan.source_row != rows)
+        self.page_table.masked_fill_(follows.unsqueeze(1), -1)
+        bbk.copy_pages(
+            self.kv,
+            self.page_table,
+            plan.query_start,
+            plan.query_end,
+            num_branches=self.num_branches,
+            backend=self.backend,
+        )
+
+    def share(self, source_row: Tensor) -> None:
+        """Points rows at the pages of their source rows; -1 or the row itself leaves it alone. No K or V moves."""
+        bbk.share_pages(self.page_table, source_row, backend=self.backend)

@@ -1,0 +1,7 @@
+"""HuggingFace checkpoints of LLaDA and Dream as one transformer on our operators."""
+
+from blockbatch.models.checkpoint import CheckpointError
+from blockbatch.models.model import Model, load_model
+from blockbatch.models.spec import ModelSpec
+
+__all__ = ["CheckpointError", "Model", "ModelSpec", "load_model"]
