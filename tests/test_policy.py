@@ -1,0 +1,109 @@
+"""`decode_policy` against the naive oracle, one phase at a time on random states."""
+
+import copy
+
+import pytest
+import torch
+from oracle import policy
+from oracle.states import random_case
+from policy_bridge import assert_plan, assert_same, params_of, step_inputs, to_tensors
+
+import blockbatch_kernels as bbk
+
+PHASE_FUNCTIONS = {"init": policy.init_phase, "block": policy.block_phase, "refresh": policy.refresh_phase}
+CASES, CHUNK = 6_000, 500
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+def test_random_states(first):
+    for seed in range(first, first + CHUNK):
+        phase, config, state, forwards = random_case(seed)
+        if phase == "refresh" and not forwards:
+            continue  # every branch is done: such a request has ended before
+        params = params_of(config, state)
+        tensors = to_tensors([state], params)
+        plan, predictions = step_inputs([state], [forwards], phase)
+        next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
+        PHASE_FUNCTIONS[phase](state, config, forwards)
+        try:
+            assert_same([state], [config], tensors, next_plan, events)
+            assert_plan(state, config, next_plan)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, {phase}, {config}: {error}") from error
+
+
+def test_random_states_exercise_every_event():
+    seen = dict.fromkeys(("merged", "synced", "done", "needs_refresh", "eos", "length"), 0)
+    for seed in range(1000):
+        phase, config, state, forwards = random_case(seed)
+        before = copy.deepcopy(state)
+        PHASE_FUNCTIONS[phase](state, config, forwards)
+        for old, new in zip(before["branches"], state["branches"]):
+            for name in ("merged", "synced", "done", "needs_refresh"):
+                seen[name] += int(new[name]) > int(old[name])
+        if state["stop_reason"]:
+            seen[state["stop_reason"]] += 1
+    assert all(count >= 5 for count in seen.values()), seen
+
+
+def test_requests_of_a_batch_do_not_touch_each_other():
+    """A batch of random requests in the same phase gives what each gives alone."""
+    groups = {}
+    for seed in range(3000):
+        phase, config, state, forwards = random_case(seed)
+        if phase != "refresh":
+            groups.setdefault((phase, config), []).append((state, forwards))
+    batches = [(key, cases) for key, cases in groups.items() if len(cases) >= 2]
+    assert len(batches) >= 50
+    for (phase, config), cases in batches:
+        states, forwards = [state for state, _ in cases], [forward for _, forward in cases]
+        params = params_of(config, states[0])
+        tensors = to_tensors(states, params)
+        plan, predictions = step_inputs(states, forwards, phase)
+        next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
+        for state, forward in cases:
+            PHASE_FUNCTIONS[phase](state, config, forward)
+        assert_same(states, [config] * len(states), tensors, next_plan, events)
+
+
+def test_equal_rows_of_a_full_forward_take_the_first_ones_predictions():
+    phase, config, state, forwards = next(
+        case for seed in range(1000) if (case := random_case(seed))[0] == "init" and len(case[1].block_sizes) > 2
+    )
+    params = params_of(config, state)
+    tensors = to_tensors([state], params)
+    plan = bbk.initial_plan(tensors, params)
+    assert plan.source_row.tolist() == [0] * tensors.num_rows
+    _, predictions = step_inputs([state], [{0: forwards[0]}], phase)
+    next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
+    policy.init_phase(state, config, forwards)
+    assert_same([state], [config], tensors, next_plan, events)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"merge_threshold": 0.4}, "merge_threshold: expected a value from 0.5 to 1, got 0.4"),
+        ({"eos_exit": "never"}, "eos_exit: expected one of prefix, window, none, got 'never'"),
+        ({"query_span": "all"}, "query_span: expected one of window, suffix, canvas, got 'all'"),
+        ({"steps_per_block": 3}, "threshold: expected either"),
+        ({"prediction_offset": 2}, "prediction_offset: expected 0 or 1, got 2"),
+    ],
+)
+def test_bad_params(change, message):
+    _, config, state, _ = random_case(0)
+    params = params_of(config, state)
+    bad = bbk.PolicyParams(**{**params.__dict__, **change})
+    with pytest.raises(ValueError, match=message):
+        bbk.initial_plan(to_tensors([state], params), bad)
+
+
+def test_bad_predictions():
+    phase, config, state, forwards = random_case(3)
+    params = params_of(config, state)
+    tensors = to_tensors([state], params)
+    plan, predictions = step_inputs([state], [forwards], phase)
+    with pytest.raises(TypeError, match="predictions.confidence: expected torch.float32, got torch.float64"):
+        bbk.decode_policy(tensors, predictions._replace(confidence=predictions.confidence.double()), plan, params)
+    with pytest.raises(ValueError, match=r"predictions.top_token: expected shape \[\d+\], got \[1\]"):
+        bbk.decode_policy(tensors, predictions._replace(top_token=torch.zeros(1).int()), plan, params)
