@@ -1,0 +1,268 @@
+"""From a HuggingFace model folder or hub id to weights in memory, everything checked before it is allocated.
+
+Only JSON and safetensors are read: no code of a model repository runs, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import dream, llada
+from .safetensors_file import FLOAT_DTYPES, STAGING_BYTES, TensorEntry, read_header, read_tensor
+from .spec import CheckpointError, ModelSpec
+from .weights import Destination, TransformerWeights, allocate
+
+__all__ = ["CheckpointError", "load_weights", "read_config", "read_spec", "resolve_folder"]
+
+SPEC_READERS = {"llada": llada.read_spec, "Dream": dream.read_spec}  # by model_type in config.json
+TENSOR_MAPS = {"llada": llada.tensor_map, "dream": dream.tensor_map}  # by ModelSpec.family
+
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+# Tables that some exporters store although they follow from config.json.
+HARMLESS_BUFFERS = re.compile(
+    r"(model\.)?rotary_emb\.inv_freq"
+    r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|model\.transformer\.blocks\.\d+\.rotary_emb\.inv_freq"
+)
+
+
+def resolve_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model.
+
+    Args:
+        name_or_path: a folder, or a hub id "owner/name": looked up in the HuggingFace cache first and fetched
+            (configuration, tokenizer and safetensors files only) if it is not there in full.
+        revision: branch, tag or commit on the hub; only for a hub id.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id.
+        CheckpointError: the hub has no such model or cannot be reached, and the cache does not hold it.
+        ValueError: `revision` with a local folder.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision must be None for a local folder, got {revision!r} with {folder}")
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"model: expected a folder, got the file {folder}")
+    hub_id = str(name_or_path)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", hub_id):
+        raise FileNotFoundError(
+            f"model: expected an existing folder or a hub id 'owner/name', got {hub_id!r}"
+        )
+    return _from_hub(hub_id, revision)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `folder`/config.json.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: expected a config.json, there is none")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; CheckpointError if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
+    return content
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Read a config.json of any supported family.
+
+    Raises:
+        CheckpointError: an unknown `model_type`, a missing size, or a setting that is not supported.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in SPEC_READERS:
+        raise CheckpointError(
+            f"config.json: model_type must be one of {', '.join(map(repr, SPEC_READERS))}, got {model_type!r}"
+        )
+    return SPEC_READERS[model_type](config)
+
+
+def load_weights(
+    folder: Path, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype
+) -> TransformerWeights:
+    """Read the weights of a folder onto `device`, converted to `dtype`.
+
+    Names, shapes, dtypes and file sizes are checked from the headers first. Then the shards are read one
+    after the other, each tensor in small pieces into its rows of the fused weights. Host memory beyond the
+    weights themselves: one staging buffer of at most 16 MiB.
+
+    Raises:
+        CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
+            is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
+            that are not finite in `dtype`.
+        ValueError: `dtype` is not float32, bfloat16 or float16.
+    """
+    folder = Path(folder)
+    places = TENSOR_MAPS[spec.family](spec)
+    entries = _read_headers(folder)
+    _check_tensors(folder, entries, places)
+    weights = allocate(spec, device, dtype)
+    # Four bytes an element hold any stored dtype.
+    largest = 4 * max(place.rows(weights).numel() for place in places.values())
+    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8)
+    for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
+        read_tensor(entry, places[entry.name].rows(weights), staging)
+    return weights
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(f"model {hub_id!r}: a hub id needs the package huggingface_hub") from None
+    # The patterns' "*" also matches "/", but nothing in a subfolder belongs to the model itself.
+    options = {"revision": revision, "allow_patterns": list(HUB_FILES), "ignore_patterns": ["*/*"]}
+    # What these calls raise depends on the version and the transport below it (HTTP, offline mode, file
+    # system), so every failure counts alike: the model could not be had from there.
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True, **options))
+        if _is_complete(folder):
+            return folder
+    except Exception:
+        pass
+    try:
+        return Path(snapshot_download(hub_id, **options))
+    except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise CheckpointError(
+            f"model {hub_id!r}{at}: expected it in the HuggingFace cache or on the hub; it is not cached in "
+            f"full, and fetching it failed: {error}"
+        ) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        _shards(folder)
+    except CheckpointError:
+        return False
+    return (folder / "config.json").is_file() and any(
+        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
+    )
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a folder and, where there is an index, the file name of each tensor."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single], None
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1:
+        raise CheckpointError(
+            f"{folder}: expected one safetensors index, got {_listed(p.name for p in indices)}"
+        )
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(
+                f"{indices[0]}: expected weight_map {{tensor name: file name}}, got {weight_map!r:.80}"
+            )
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            # An index must not lead out of its folder.
+            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise CheckpointError(
+                    f"{indices[0]}: expected names of safetensors files in the folder, got {name!r}"
+                )
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{indices[0]}: names the file {name}, which is missing")
+        if not names:
+            raise CheckpointError(f"{indices[0]}: expected at least one tensor in weight_map, got none")
+        return [folder / name for name in names], weight_map
+    if len(files) == 1:
+        return files, None
+    if files:
+        raise CheckpointError(
+            f"{folder}: expected model.safetensors, or an index beside several files, got "
+            f"{_listed(path.name for path in files)}"
+        )
+    pickled = sorted(
+        path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: expected weights as safetensors files, got only pickled ones (never opened): "
+            + _listed(pickled)
+        )
+    raise CheckpointError(f"{folder}: expected weights as *.safetensors files, there are none")
+
+
+def _read_headers(folder: Path) -> dict[str, TensorEntry]:
+    shards, weight_map = _shards(folder)
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for name, entry in read_header(shard).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"tensor {name!r}: expected once, got it in {entries[name].path} and {shard}"
+                )
+            entries[name] = entry
+    if weight_map is not None:
+        for name, file in weight_map.items():
+            if name not in entries or entries[name].path.name != file:
+                came = f"it is in {entries[name].path.name}" if name in entries else "no file holds it"
+                raise CheckpointError(f"{folder}: the index places tensor {name!r} in {file}, but {came}")
+        unlisted = entries.keys() - weight_map.keys()
+        if unlisted:
+            raise CheckpointError(
+                f"{folder}: superfluous tensors that the index does not name: {_listed(unlisted)}"
+            )
+    return entries
+
+
+def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[str, Destination]) -> None:
+    missing = places.keys() - entries.keys()
+    if missing:
+        raise CheckpointError(f"{folder}: missing tensors that config.json asks for: {_listed(missing)}")
+    extra = {name for name in entries.keys() - places.keys() if not HARMLESS_BUFFERS.fullmatch(name)}
+    if extra:
+        raise CheckpointError(
+            f"{folder}: superfluous tensors that config.json does not ask for: {_listed(extra)}"
+        )
+    for name, place in places.items():
+        entry = entries[name]
+        if entry.shape != place.shape:
+            raise CheckpointError(
+                f"{entry.path}: tensor {name!r}: expected shape {list(place.shape)}, got {list(entry.shape)}"
+            )
+        if entry.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{entry.path}: tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, got {entry.dtype}"
+            )
+
+
+def _listed(names: Any) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

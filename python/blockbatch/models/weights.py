@@ -1,0 +1,127 @@
+"""The weights of one transformer as the operators want them: query/key/value and gate/up fused by rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .spec import ModelSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class LayerWeights:
+    """One layer: Hq and Hkv heads of D, hidden size d, intermediate size I. Products are x @ weight.T."""
+
+    input_norm: torch.Tensor  # [d]
+    qkv_weight: torch.Tensor  # [(Hq + 2 Hkv) D, d]: query rows, then key, then value
+    qkv_bias: torch.Tensor | None  # [(Hq + 2 Hkv) D]
+    out_weight: torch.Tensor  # [d, Hq D]
+    post_norm: torch.Tensor  # [d]
+    gate_up_weight: torch.Tensor  # [2 I, d]: gate rows first
+    down_weight: torch.Tensor  # [d, I]
+
+
+@dataclass
+class TransformerWeights:
+    """All weights, on one device and in one dtype."""
+
+    embedding: torch.Tensor  # [embedding_size, d]
+    layers: list[LayerWeights]
+    final_norm: torch.Tensor  # [d]
+    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of the first rows of `embedding`
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one tensor of a checkpoint belongs.
+
+    Attributes:
+        layer: index of the layer, or None for a tensor of the whole model.
+        field: attribute of `LayerWeights` or `TransformerWeights`.
+        start, stop: the rows of that attribute which the tensor fills.
+        shape: the tensor's shape in the checkpoint; rows beyond `stop - start` are padding and are not read.
+    """
+
+    layer: int | None
+    field: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    def rows(self, weights: TransformerWeights) -> torch.Tensor:
+        """The view of `weights` to be filled; contiguous."""
+        owner = weights if self.layer is None else weights.layers[self.layer]
+        return getattr(owner, self.field)[self.start : self.stop]
+
+
+def layer_destinations(spec: ModelSpec, layer: int) -> dict[str, Destination]:
+    """Destination of each tensor of layer `layer`, by role.
+
+    Roles: input_norm, q, k, v, q_bias, k_bias, v_bias (biases only where `spec.qkv_bias`), out, post_norm,
+    gate, up, down. A family gives the names in its checkpoints to these roles.
+    """
+    d, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv_rows = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+
+    def place(field: str, start: int, stop: int, *columns: int) -> Destination:
+        return Destination(layer, field, start, stop, (stop - start, *columns))
+
+    roles = {role: place("qkv_weight", start, stop, d) for role, (start, stop) in qkv_rows.items()}
+    if spec.qkv_bias:
+        roles |= {f"{role}_bias": place("qkv_bias", start, stop) for role, (start, stop) in qkv_rows.items()}
+    return roles | {
+        "input_norm": place("input_norm", 0, d),
+        "out": place("out_weight", 0, d, q),
+        "post_norm": place("post_norm", 0, d),
+        "gate": place("gate_up_weight", 0, inner, d),
+        "up": place("gate_up_weight", inner, 2 * inner, d),
+        "down": place("down_weight", 0, d, inner),
+    }
+
+
+def model_destinations(spec: ModelSpec) -> dict[str, Destination]:
+    """Destinations outside the layers, by role: embedding, final_norm, lm_head (unless tied)."""
+    table = (spec.embedding_size, spec.hidden_size)
+    roles = {
+        "embedding": Destination(None, "embedding", 0, spec.embedding_size, table),
+        "final_norm": Destination(None, "final_norm", 0, spec.hidden_size, (spec.hidden_size,)),
+    }
+    if not spec.tie_embeddings:
+        roles["lm_head"] = Destination(None, "lm_head", 0, spec.vocab_size, table)
+    return roles
+
+
+def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> TransformerWeights:
+    """Uninitialised weights for `spec`.
+
+    Raises:
+        ValueError: `dtype` is not float32, bfloat16 or float16.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ValueError(f"dtype must be one of {names}, got {dtype}")
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    d, inner, q = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
+    qkv = q + 2 * spec.num_kv_heads * spec.head_dim
+    layers = [
+        LayerWeights(
+            input_norm=empty(d),
+            qkv_weight=empty(qkv, d),
+            qkv_bias=empty(qkv) if spec.qkv_bias else None,
+            out_weight=empty(d, q),
+            post_norm=empty(d),
+            gate_up_weight=empty(2 * inner, d),
+            down_weight=empty(d, inner),
+        )
+        for _ in range(spec.num_layers)
+    ]
+    embedding = empty(spec.embedding_size, d)
+    lm_head = embedding[: spec.vocab_size] if spec.tie_embeddings else empty(spec.vocab_size, d)
+    return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
