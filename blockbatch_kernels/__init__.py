@@ -7,8 +7,8 @@ The operators work on plain tensors and know no checkpoint, tokenizer or decodin
     packed = bbk.pack_windows(...)
     out = bbk.varlen_attention(q, k_cache, v_cache, page_table, packed.cu_seqlens_q, seqlens_k)
 
-`ops` holds the contracts (shapes, dtypes, what is written in place, errors) and picks the backend, `reference` the
-semantics in plain torch.
+`ops` holds the contracts (shapes, dtypes, what is written in place, errors) and picks the backend,
+`reference` the semantics in plain torch.
 """
 
 from blockbatch_kernels.ops import (

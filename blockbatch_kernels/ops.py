@@ -1,11 +1,12 @@
 """The operators: one contract each, whatever computes them.
 
-Every function checks its arguments once, picks the backend and calls it. `backend=None` takes the fastest backend
-that runs the given tensors; a named one that cannot run them raises and says why. What an operator changes in place
-is called *written*. Integer results are the same bits on every backend.
+Every function checks its arguments once, picks the backend and calls it. `backend=None` takes the fastest
+backend that runs the given tensors; a named one that cannot run them raises and says why. What an operator
+changes in place is called *written*. Integer results are the same bits on every backend.
 
 Raises, in every operator: `ValueError` for a wrong shape, value or device, `TypeError` for a wrong dtype,
-`RuntimeError` for a named backend that cannot run. Each message names the argument, what was expected and what came.
+`RuntimeError` for a named backend that cannot run. Each message names the argument, what was expected and
+what came.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
     if name == "cuda" or (name is None and example.is_cuda and hasattr(cuda, op)):
         if not hasattr(cuda, op):
             raise RuntimeError(f"backend: {op} has no cuda version")
-        reason = "the tensors are not on a GPU" if not example.is_cuda else cuda.why_unavailable()
+        reason = (
+            "the tensors are not on a GPU" if not example.is_cuda else cuda.why_unavailable(example.device)
+        )
         if reason is None:
             return cuda
         if name == "cuda":
@@ -47,17 +50,25 @@ def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
     return reference
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device) -> None:
-    """`None` in `shape` stands for any size."""
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """`None` in `shape` stands for any size, as `device` for any device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):
+    if tensor.dim() != len(shape) or any(
+        want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    ):
         expected = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
@@ -66,8 +77,8 @@ def rms_norm(
 ) -> Tensor:
     """Root mean square norm over the last dimension, with the residual add in front of it fused.
 
-    Equivalent to `residual += x; x = residual` (if given), then `weight * (x / rms(x)).to(x.dtype)`, in fp32 up to
-    the rounding before the weight.
+    Equivalent to `residual += x; x = residual` (if given), then `weight * (x / rms(x)).to(x.dtype)`, in fp32
+    up to the rounding before the weight.
 
     Args:
         x: [tokens, dim], fp32, bf16 or fp16.
@@ -78,7 +89,7 @@ def rms_norm(
     Returns:
         [tokens, dim], same dtype.
     """
-    _check("x", x, (None, None), _FLOATS, x.device)
+    _check("x", x, (None, None), _FLOATS)
     _check("weight", weight, (x.shape[1],), (x.dtype,), x.device)
     if residual is not None:
         _check("residual", residual, tuple(x.shape), (x.dtype,), x.device)
@@ -94,7 +105,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         [tokens, intermediate], same dtype.
     """
-    _check("gate_up", gate_up, (None, None), _FLOATS, gate_up.device)
+    _check("gate_up", gate_up, (None, None), _FLOATS)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension (gate and up), got {gate_up.shape[1]}")
     return _backend(backend, "swiglu", gate_up).swiglu(gate_up)
@@ -121,10 +132,11 @@ def rope_kv_write(
         positions: [tokens] int32.
         slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
         cos, sin: [max positions, head_dim / 2] fp32.
-        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after rotation.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after
+            rotation.
     """
-    tokens, _, head_dim = q.shape if q.dim() == 3 else (None, None, None)
-    _check("q", q, (None, None, None), _FLOATS, q.device)
+    _check("q", q, (None, None, None), _FLOATS)
+    tokens, _, head_dim = q.shape
     _check("k", k, (tokens, None, head_dim), (q.dtype,), q.device)
     _check("v", v, tuple(k.shape), (q.dtype,), q.device)
     _check("positions", positions, (tokens,), (torch.int32,), q.device)
@@ -161,12 +173,14 @@ def varlen_attention(
     Returns:
         [tokens, num_heads, head_dim]; padding tokens are zero.
     """
-    _check("q", q, (None, None, None), _FLOATS, q.device)
+    _check("q", q, (None, None, None), _FLOATS)
     head_dim = q.shape[2]
     _check("k_cache", k_cache, (None, None, None, head_dim), (q.dtype,), q.device)
     _check("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
     if q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"k_cache: expected a number of kv heads that divides {q.shape[1]}, got {k_cache.shape[2]}")
+        raise ValueError(
+            f"k_cache: expected a number of kv heads that divides {q.shape[1]}, got {k_cache.shape[2]}"
+        )
     _check("page_table", page_table, (None, None), (torch.int32,), q.device)
     _check("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
     _check("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
@@ -200,9 +214,10 @@ def lm_head_confidence(
         suppress_token: its logit counts as minus infinity.
 
     Returns:
-        top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or None.
+        top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or
+        None.
     """
-    _check("hidden", hidden, (None, None), _FLOATS, hidden.device)
+    _check("hidden", hidden, (None, None), _FLOATS)
     _check("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
     if probe_tokens is not None:
         _check("probe_tokens", probe_tokens, (hidden.shape[0],), (torch.int32,), hidden.device)
@@ -239,7 +254,11 @@ def pack_windows(
     _check("page_table", page_table, (rows, None), (torch.int32,), state.tokens.device)
     _check("plan.query_start", plan.query_start, (rows,), (torch.int32,), state.tokens.device)
     _check("plan.query_end", plan.query_end, (rows,), (torch.int32,), state.tokens.device)
-    for name, value, least in (("page_size", page_size, 1), ("capacity", capacity, 0), ("predict_capacity", predict_capacity, 0)):
+    for name, value, least in (
+        ("page_size", page_size, 1),
+        ("capacity", capacity, 0),
+        ("predict_capacity", predict_capacity, 0),
+    ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     return _backend(backend, "pack_windows", state.tokens).pack_windows(
@@ -260,7 +279,7 @@ def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None =
         page_table: [R, pages_per_row] int32; *written*. All rows read the table as it was before.
         source_row: [R] int32; the row itself or -1 leaves the row as it is.
     """
-    _check("page_table", page_table, (None, None), (torch.int32,), page_table.device)
+    _check("page_table", page_table, (None, None), (torch.int32,))
     _check("source_row", source_row, (page_table.shape[0],), (torch.int32,), page_table.device)
     _backend(backend, "share_pages", page_table).share_pages(page_table, source_row)
 
@@ -274,11 +293,12 @@ def copy_pages(
     num_branches: int,
     backend: str | None = None,
 ) -> None:
-    """Copy on write: gives each row its own page wherever it is about to change one that another row uses too.
+    """Copy on write: gives each row its own page wherever it is about to change one that another row uses
+    too.
 
-    The pages of a request come from a pool of `num_branches` pages for every column of its page tables, page id
-    (request * num_branches + k) * pages_per_row + column, so a free one always exists. The contents are copied, in
-    all layers, where the write does not cover the page whole.
+    The pages of a request come from a pool of `num_branches` pages for every column of its page tables, page
+    id (request * num_branches + k) * pages_per_row + column, so a free one always exists. The contents are
+    copied, in all layers, where the write does not cover the page whole.
 
     Args:
         kv_cache: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* in the new pages.
@@ -286,8 +306,8 @@ def copy_pages(
         write_start, write_end: [R] int32, positions that the row will write; equal: none.
         num_branches: rows per request.
     """
+    _check("page_table", page_table, (None, None), (torch.int32,))
     _check("kv_cache", kv_cache, (None, 2, None, None, None, None), _FLOATS, page_table.device)
-    _check("page_table", page_table, (None, None), (torch.int32,), page_table.device)
     rows = page_table.shape[0]
     _check("write_start", write_start, (rows,), (torch.int32,), page_table.device)
     _check("write_end", write_end, (rows,), (torch.int32,), page_table.device)
@@ -313,7 +333,8 @@ def decode_policy(
     *,
     backend: str | None = None,
 ) -> tuple[StepPlan, PolicyEvents]:
-    """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next forward.
+    """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next
+    forward.
 
     Source of the method: arXiv 2605.29233; LocalLeap's commit rule: arXiv 2510.07081.
 
@@ -324,8 +345,8 @@ def decode_policy(
         params: the settings.
 
     Returns:
-        the plan of the next forward, and what changed (for traces; `sync_source` also tells `share_pages` which rows
-        to repoint).
+        the plan of the next forward, and what changed (for traces; `sync_source` also tells `share_pages`
+        which rows to repoint).
     """
     _check_policy(state, params)
     device = state.tokens.device
@@ -334,14 +355,16 @@ def decode_policy(
     _check("predictions.top_token", predictions.top_token, (size,), (torch.int32,), device)
     _check("predictions.confidence", predictions.confidence, (size,), (torch.float32,), device)
     if predictions.probe_probability is not None:
-        _check("predictions.probe_probability", predictions.probe_probability, (size,), (torch.float32,), device)
+        _check(
+            "predictions.probe_probability", predictions.probe_probability, (size,), (torch.float32,), device
+        )
     elif params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
     return _backend(backend, "decode_policy", state.tokens).decode_policy(state, predictions, plan, params)
 
 
 def _check_policy(state: BranchState, params: PolicyParams) -> None:
-    _check("state.tokens", state.tokens, (None, None), (torch.int32,), state.tokens.device)
+    _check("state.tokens", state.tokens, (None, None), (torch.int32,))
     if params.eos_exit not in EOS_EXITS:
         raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {params.eos_exit!r}")
     if params.query_span not in QUERY_SPANS:

@@ -1,8 +1,8 @@
 """The plain records that operators take and return.
 
-A step works on *rows*: row `r` is branch `r % num_branches` of request `r // num_branches`. Below, `R` is the number
-of rows, `Q` of requests, `N` of branches per request (R = Q * N), `G` the generation length. Positions of the
-generation region run from 0 to G; on the canvas they stand behind the request's prompt.
+A step works on *rows*: row `r` is branch `r % num_branches` of request `r // num_branches`. Below, `R` is the
+number of rows, `Q` of requests, `N` of branches per request (R = Q * N), `G` the generation length. Positions
+of the generation region run from 0 to G; on the canvas they stand behind the request's prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNNING, STOP_EOS, STOP_LENGTH = range(3)
 
 @dataclass
 class BranchState:
-    """Everything that decoding keeps about the branches of a batch of requests; `decode_policy` writes it in place.
+    """Everything that decoding keeps about the branches of a batch; `decode_policy` writes it in place.
 
     Window bounds, `progress` and `first_eos` count from the start of the generation region.
     """
@@ -68,8 +68,15 @@ class BranchState:
         return self.tokens.shape[1]
 
     @classmethod
-    def create(cls, prompt_tokens: Tensor, prompt_length: Tensor, block_sizes: Tensor, gen_length: int, mask_token_id: int):
-        """The state before the first forward: every branch at its first block, the generation region all MASK.
+    def create(
+        cls,
+        prompt_tokens: Tensor,
+        prompt_length: Tensor,
+        block_sizes: Tensor,
+        gen_length: int,
+        mask_token_id: int,
+    ):
+        """The state before the first forward: every branch at its first block, nothing generated yet.
 
         Args:
             prompt_tokens: [Q, max prompt length] int32.
@@ -117,19 +124,22 @@ class PolicyParams:
     Attributes:
         mask_token_id: id of MASK.
         eos_token_ids: any of these ends a text.
-        threshold: commit every MASK whose confidence is at least this; None follows `steps_per_block` instead.
-        steps_per_block: with `threshold=None`, forwards that a block of s tokens takes: s // steps_per_block tokens
-            a step, one more in its first s % steps_per_block steps.
+        threshold: commit every MASK whose confidence is at least this; None follows `steps_per_block`
+            instead.
+        steps_per_block: with `threshold=None`, forwards that a block of s tokens takes: s // steps_per_block
+            tokens a step, one more in its first s % steps_per_block steps.
         leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK at `threshold` or
             above in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
         leap_threshold: see `leap_radius`.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
-        sync_threshold: a branch that trails the leader by more committed tokens than this takes over its state.
+        sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
+            state.
         refresh_interval: tokens of finished blocks after which a branch asks for a full forward; None: never.
         eos_exit: one of EOS_EXITS.
-        query_span: what a block denoise computes: the "window", the window and everything behind it ("suffix"), or
-            the whole "canvas".
-        prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next one.
+        query_span: what a block denoise computes: the "window", the window and everything behind it
+            ("suffix"), or the whole "canvas".
+        prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
+            one.
     """
 
     mask_token_id: int
@@ -150,13 +160,13 @@ class StepPlan(NamedTuple):
     """The next forward, all on the device but for what `flags` says.
 
     `flags` is what the host reads once a step: [running requests, phase (index into PHASES), query tokens,
-    predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is stalled
-    when it has committed more tokens than there are: the model writes its own MASK.
+    predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is
+    stalled when it has committed more tokens than there are: the model writes its own MASK.
     """
 
-    query_start: Tensor  # [R] int32, canvas positions [query_start, query_end) are computed; equal: row sits out
+    query_start: Tensor  # [R] int32, canvas positions [start, end) are computed; equal: the row sits out
     query_end: Tensor  # [R] int32
-    source_row: Tensor  # [R] int32, the row whose predictions and K/V the row takes; -1: not part of this forward
+    source_row: Tensor  # [R] int32, the row whose predictions and K/V it takes; -1: not in this forward
     predict: Tensor  # [R, G] bool, positions whose prediction can still matter
     flags: Tensor  # [5] int32
 
@@ -169,7 +179,7 @@ class PackedQueries(NamedTuple):
     row_index: Tensor  # [capacity] int32, -1 in the padding
     cu_seqlens_q: Tensor  # [R + 1] int32
     slot_mapping: Tensor  # [capacity] int64, page * page_size + offset; -1 in the padding
-    predict_index: Tensor  # [predict_capacity] int64, packed token whose hidden state predicts; 0 in the padding
+    predict_index: Tensor  # [predict_capacity] int64, packed token that predicts; 0 in the padding
     predict_target: Tensor  # [predict_capacity] int64, row * G + generation position; -1 in the padding
 
 
@@ -179,7 +189,9 @@ class Predictions(NamedTuple):
     target: Tensor  # [M] int64, row * G + generation position; -1: padding
     top_token: Tensor  # [M] int32, argmax of the logits, the lowest id on a tie
     confidence: Tensor  # [M] float32, its softmax probability
-    probe_probability: Tensor | None = None  # [M] float32, probability of the token that the position holds now
+    probe_probability: Tensor | None = (
+        None  # [M] float32, probability of the token that the position holds now
+    )
 
 
 class PolicyEvents(NamedTuple):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import plain_models
 import torch
 from safetensors.torch import save_file
 
+import plain_models
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec
 
 

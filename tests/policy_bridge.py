@@ -1,9 +1,9 @@
 """Carries the oracle's dictionaries over to `blockbatch_kernels` tensors, and compares them afterwards."""
 
 import torch
-from oracle import policy
 
 import blockbatch_kernels as bbk
+from oracle import policy
 
 
 def params_of(config, state, **options):
@@ -62,7 +62,7 @@ def to_tensors(states, params):
 
 
 def step_inputs(states, phases_forwards, phase):
-    """The plan and the predictions that carry each state's forwards to its rows, computed for each row on its own."""
+    """The plan and the predictions that carry each state's forwards to its rows, each computed on its own."""
     gen_length, count = states[0]["gen_length"], len(states[0]["branches"])
     source_row = torch.full((len(states) * count,), -1, dtype=torch.int32)
     target, top, confidence, probe = [], [], [], []

@@ -9,8 +9,8 @@ from blockbatch.kv_cache import KVCache
 
 
 class EngineScripted:
-    """Stores the token (plus one) of every computed position in its cache slot and reads rows back through the page
-    tables, so that a wrong slot, a missing copy or a stale share changes the logits.
+    """Stores the token (plus one) of every computed position in its cache slot and reads rows back through
+    the page tables, so that a wrong slot, a missing copy or a stale share changes the logits.
     """
 
     def __init__(self, scripted, page_size=16):

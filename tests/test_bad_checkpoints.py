@@ -3,12 +3,12 @@
 import json
 import shutil
 
-import plain_models
 import pytest
 import torch
-from checkpoint_files import edit_config, edit_tensors, load
 
+import plain_models
 from blockbatch.models.checkpoint import CheckpointError, load_weights, read_config, read_spec
+from checkpoint_files import edit_config, edit_tensors, load
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-import plain_models
 import pytest
 import torch
-from checkpoint_files import edit_config, edit_tensors, load, run_python
 
+import plain_models
 from blockbatch.models import dream, llada
 from blockbatch.models.checkpoint import CheckpointError, read_config, read_spec
 from blockbatch.models.weights import allocate
+from checkpoint_files import edit_config, edit_tensors, load, run_python
 
 CONFORMANCE = Path(__file__).parent / "data" / "conformance"
 LLADA_NAMES = {

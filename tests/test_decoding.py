@@ -1,15 +1,15 @@
-"""Whole decodes: scripted models against the naive oracle, and the public interface on small random checkpoints."""
+"""Whole decodes of scripted models against the naive oracle, alone and in batches."""
 
 import itertools
 import random
 
 import pytest
-from oracle import OracleConfig, ScriptedModel, decode
-from scripted_engine import EngineScripted
 
 import blockbatch
 from blockbatch.generation import generate
 from blockbatch.trace import replay
+from oracle import OracleConfig, ScriptedModel, decode
+from scripted_engine import EngineScripted
 
 BLOCK_SIZE_SETS = ((4, 8, 16, 32), (1, 2, 4, 8), (8, 32), (16,), (4, 8, 16, 32, 64))
 
@@ -84,7 +84,9 @@ def test_scripted_decodes_equal_the_oracle(method):
         ]
 
 
-@pytest.mark.parametrize("method, eos_exit", list(itertools.product(blockbatch.METHODS, ("prefix", "window", "none"))))
+@pytest.mark.parametrize(
+    "method, eos_exit", list(itertools.product(blockbatch.METHODS, ("prefix", "window", "none")))
+)
 def test_batch_equals_single(method, eos_exit):
     rng = random.Random(f"{method} {eos_exit}")
     model = EngineScripted(ScriptedModel(rng.randrange(1000), peak=(1.0, 8.0), eos_rate=0.03))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from oracle import OracleConfig, ScriptedModel, decode, policy
 from oracle.decoders import block_queries
 from oracle.states import random_case

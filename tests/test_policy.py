@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+
+import blockbatch_kernels as bbk
 from oracle import policy
 from oracle.states import random_case
 from policy_bridge import assert_plan, assert_same, params_of, step_inputs, to_tensors
-
-import blockbatch_kernels as bbk
 
 PHASE_FUNCTIONS = {"init": policy.init_phase, "block": policy.block_phase, "refresh": policy.refresh_phase}
 CASES, CHUNK = 6_000, 500
@@ -68,7 +68,9 @@ def test_requests_of_a_batch_do_not_touch_each_other():
 
 def test_equal_rows_of_a_full_forward_take_the_first_ones_predictions():
     phase, config, state, forwards = next(
-        case for seed in range(1000) if (case := random_case(seed))[0] == "init" and len(case[1].block_sizes) > 2
+        case
+        for seed in range(1000)
+        if (case := random_case(seed))[0] == "init" and len(case[1].block_sizes) > 2
     )
     params = params_of(config, state)
     tensors = to_tensors([state], params)
@@ -104,6 +106,8 @@ def test_bad_predictions():
     tensors = to_tensors([state], params)
     plan, predictions = step_inputs([state], [forwards], phase)
     with pytest.raises(TypeError, match="predictions.confidence: expected torch.float32, got torch.float64"):
-        bbk.decode_policy(tensors, predictions._replace(confidence=predictions.confidence.double()), plan, params)
+        bbk.decode_policy(
+            tensors, predictions._replace(confidence=predictions.confidence.double()), plan, params
+        )
     with pytest.raises(ValueError, match=r"predictions.top_token: expected shape \[\d+\], got \[1\]"):
         bbk.decode_policy(tensors, predictions._replace(top_token=torch.zeros(1).int()), plan, params)

@@ -4,11 +4,11 @@ import sys
 import types
 from pathlib import Path
 
-import plain_models
 import pytest
-from checkpoint_files import run_python
 
+import plain_models
 from blockbatch.models.checkpoint import CheckpointError, resolve_folder
+from checkpoint_files import run_python
 
 
 @pytest.fixture

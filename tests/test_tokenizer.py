@@ -3,10 +3,10 @@
 import json
 import random
 
-import plain_models
 import pytest
 import tokenizers
 
+import plain_models
 from blockbatch.models.checkpoint import CheckpointError, read_config, read_spec
 from blockbatch.models.tokenizer import IncrementalDecoder, Tokenizer, has_tokenizer
 

@@ -1,4 +1,4 @@
-"""Every operator in plain torch: the semantics that compiled versions are compared with. Runs on any device."""
+"""Every operator in plain torch, on any device: the semantics that compiled versions are compared with."""
 
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
 from blockbatch_kernels.reference.lm_head import lm_head_confidence

@@ -45,7 +45,8 @@ def varlen_attention(
     out = torch.zeros_like(q)
     page_size = k_cache.shape[1]
     bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
-    # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the batch.
+    # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the
+    # batch.
     for row, length in enumerate(lengths):
         start, end = bounds[row], bounds[row + 1]
         if start == end:
@@ -55,6 +56,10 @@ def varlen_attention(
         values = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1)
         # Nothing is causal, so the query heads of one kv head are simply more queries.
         queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        attended = F.scaled_dot_product_attention(queries[None], keys[None], values[None], scale=softmax_scale)[0]
-        out[start:end] = attended.unflatten(1, (end - start, -1)).transpose(0, 1).reshape(end - start, -1, head_dim)
+        attended = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], scale=softmax_scale
+        )[0]
+        out[start:end] = (
+            attended.unflatten(1, (end - start, -1)).transpose(0, 1).reshape(end - start, -1, head_dim)
+        )
     return out

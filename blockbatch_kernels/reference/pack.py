@@ -29,7 +29,9 @@ def pack_windows(
     request = row // state.num_branches
     generated = (position - state.prompt_length[request]).long()  # negative inside the prompt
     in_prompt = position.long().clamp(max=state.prompt_tokens.shape[1] - 1)
-    prompt_ids = state.prompt_tokens[request, in_prompt] if state.prompt_tokens.shape[1] else torch.zeros_like(index)
+    prompt_ids = (
+        state.prompt_tokens[request, in_prompt] if state.prompt_tokens.shape[1] else torch.zeros_like(index)
+    )
     ids = torch.where(generated < 0, prompt_ids, state.tokens[row, generated.clamp(0, gen_length - 1)])
 
     # A page that does not exist (-1) can only belong to a row without queries.
@@ -39,10 +41,12 @@ def pack_windows(
     target = generated + prediction_offset
     wanted = valid & (target >= 0) & (target < gen_length)
     wanted &= plan.predict[row, target.clamp(0, gen_length - 1)]
-    # Compaction without asking the host how many there are: each wanted token knows its rank, the rest go to a
-    # slot behind the end.
+    # Compaction without asking the host how many there are: each wanted token knows its rank, the rest go to
+    # a slot behind the end.
     rank = torch.where(wanted, torch.cumsum(wanted, 0) - 1, predict_capacity).clamp_(max=predict_capacity)
-    predict_index = torch.zeros(predict_capacity + 1, dtype=torch.int64, device=device).scatter_(0, rank, index.long())
+    predict_index = torch.zeros(predict_capacity + 1, dtype=torch.int64, device=device).scatter_(
+        0, rank, index.long()
+    )
     predict_target = torch.full((predict_capacity + 1,), -1, dtype=torch.int64, device=device)
     predict_target.scatter_(0, rank, torch.where(wanted, row * gen_length + target, -1))
     return PackedQueries(

@@ -1,8 +1,8 @@
 """Sharing of cache pages between the branches of a request.
 
-Column j of a request's page tables holds the pages of positions [j * page_size, (j + 1) * page_size). Its N rows
-draw on a pool of N pages per column, numbered (request * N + k) * pages_per_row + j, so a row that must leave a
-shared page always finds a free one: no allocator, no host, and memory that is known beforehand.
+Column j of a request's page tables holds the pages of positions [j * page_size, (j + 1) * page_size). Its N
+rows draw on a pool of N pages per column, numbered (request * N + k) * pages_per_row + j, so a row that must
+leave a shared page always finds a free one: no allocator, no host, and memory that is known beforehand.
 """
 
 import torch
@@ -47,8 +47,8 @@ def copy_pages(
     def page_ids(choice: Tensor) -> Tensor:
         return (requests * num_branches + choice) * pages_per_row + columns
 
-    # A page that the write covers whole needs no copy. Every target was unused and every source is still in use, so
-    # the order of the copies does not matter.
+    # A page that the write covers whole needs no copy. Every target was unused and every source is still in
+    # use, so the order of the copies does not matter.
     moved = (new != old) & (old >= 0) & ~by_request(covered)
     kv_cache[:, :, page_ids(new)[moved]] = kv_cache[:, :, page_ids(old)[moved]]
     page_table.copy_(torch.where(new < 0, -1, page_ids(new)).view_as(page_table))

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH, BranchState, PolicyParams, StepPlan
+from blockbatch_kernels.structs import (
+    PHASE_BLOCK,
+    PHASE_INIT,
+    PHASE_REFRESH,
+    BranchState,
+    PolicyParams,
+    StepPlan,
+)
 
 
 def by_request(state: BranchState, x: Tensor) -> Tensor:
@@ -41,7 +48,10 @@ def initial_plan(state: BranchState, params: PolicyParams) -> StepPlan:
 
 def next_plan(state: BranchState, params: PolicyParams) -> StepPlan:
     running = running_rows(state)
-    refreshing = by_request(state, running & state.needs_refresh).any(1).repeat_interleave(state.num_branches) & running
+    refreshing = (
+        by_request(state, running & state.needs_refresh).any(1).repeat_interleave(state.num_branches)
+        & running
+    )
     refresh = _full_forward(state, params, PHASE_REFRESH, _distinct_rows(state, refreshing))
     block = _block_denoise(state, params, running)
     # Both are cheap, and choosing on the device spares a host wait.
@@ -74,18 +84,26 @@ def _block_denoise(state: BranchState, params: PolicyParams, running: Tensor) ->
     if params.query_span == "suffix":
         query_end = torch.where(active, prompt + state.gen_length, 0)
     elif params.query_span == "canvas":
-        query_start, query_end = torch.zeros_like(query_start), torch.where(active, prompt + state.gen_length, 0)
+        query_start, query_end = (
+            torch.zeros_like(query_start),
+            torch.where(active, prompt + state.gen_length, 0),
+        )
     rows = torch.arange(state.num_rows, device=prompt.device)
     source_row = torch.where(active, rows, -1).int()
     return _plan(state, params, PHASE_BLOCK, query_start.int(), query_end.int(), source_row)
 
 
 def _plan(
-    state: BranchState, params: PolicyParams, phase: int, query_start: Tensor, query_end: Tensor, source_row: Tensor
+    state: BranchState,
+    params: PolicyParams,
+    phase: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    source_row: Tensor,
 ) -> StepPlan:
-    # A prediction can only matter where the row holds MASK or EOS at the moment it is asked for. Sync moves tokens
-    # between branches but never adds a MASK or EOS that no branch of the request held before, so positions where no
-    # branch holds one need no LM head.
+    # A prediction can only matter where the row holds MASK or EOS at the moment it is asked for. Sync moves
+    # tokens between branches but never adds a MASK or EOS that no branch of the request held before, so
+    # positions where no branch holds one need no LM head.
     open_positions = (state.tokens == params.mask_token_id) | is_eos(state.tokens, params)
     open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
     prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockbatch_kernels.reference.plan import by_request, first_true, in_window, is_eos, next_plan, running_rows
+from blockbatch_kernels.reference.plan import (
+    by_request,
+    first_true,
+    in_window,
+    is_eos,
+    next_plan,
+    running_rows,
+)
 from blockbatch_kernels.structs import (
     PHASE_BLOCK,
     PHASE_INIT,
@@ -110,7 +117,12 @@ def _commit(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
         chosen = confidence >= params.threshold
         if params.leap_radius > 0:
             anchors = chosen.float().unsqueeze(1)
-            near = F.max_pool1d(anchors, 2 * params.leap_radius + 1, stride=1, padding=params.leap_radius).squeeze(1) > 0
+            near = (
+                F.max_pool1d(
+                    anchors, 2 * params.leap_radius + 1, stride=1, padding=params.leap_radius
+                ).squeeze(1)
+                > 0
+            )
             chosen = chosen | (near & (confidence >= params.leap_threshold))
         chosen = chosen | (position == confidence.argmax(-1, keepdim=True))
     committed = chosen & candidates
@@ -129,7 +141,9 @@ def _scheduled(state: BranchState, confidence: Tensor, params: PolicyParams) -> 
     # A block that has used up its steps (it holds a MASK that the model itself wrote) takes the rest at once.
     number = torch.where(state.steps_in_block < steps, number, state.block_size)
     order = torch.sort(confidence, dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(state.gen_length, device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(state.gen_length, device=order.device).expand_as(order)
+    )
     return rank < number.unsqueeze(1)
 
 
@@ -166,7 +180,7 @@ def _finish_length(state: BranchState) -> None:
 
 
 def _move_window(state: BranchState, rows: Tensor, params: PolicyParams) -> None:
-    """Puts the window of `rows` on their block that holds the first open MASK; without one the row is done."""
+    """Puts the windows of `rows` on the block of the first open MASK; without one, the row is done."""
     first_eos = torch.full_like(state.window_end, state.gen_length)
     if params.eos_exit == "prefix":
         first_eos = _first_eos(state, params)
@@ -196,8 +210,8 @@ def _merge(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     member = by_request(state, rows)
     end = by_request(state, state.window_end)
     branch = torch.arange(state.num_branches, device=tokens.device)
-    # Destinations go from the window that ends last to the one that ends first; sources stand behind them. Below,
-    # dimension 1 is the destination and dimension 2 the source.
+    # Destinations go from the window that ends last to the one that ends first; sources stand behind them.
+    # Below, dimension 1 is the destination and dimension 2 the source.
     behind = (end.unsqueeze(1) < end.unsqueeze(2)) | (
         (end.unsqueeze(1) == end.unsqueeze(2)) & (branch.view(1, 1, -1) > branch.view(1, -1, 1))
     )

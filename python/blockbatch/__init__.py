@@ -1,4 +1,5 @@
-"""BlockBatch: fast decoding of masked diffusion language models (LLaDA, Dream) with several block sizes at once.
+"""BlockBatch: fast decoding of masked diffusion language models (LLaDA, Dream) with several block sizes at
+once.
 
 ::
 
@@ -9,13 +10,12 @@
     print(result.text, result.nfe.total)
 """
 
-from blockbatch_kernels import __version__
-
 from blockbatch.branches import NFE, BranchResult
 from blockbatch.config import METHODS, DecodeConfig
 from blockbatch.generation import Result, generate, stream
 from blockbatch.models import CheckpointError, Model, load_model
 from blockbatch.trace import save_trace
+from blockbatch_kernels import __version__
 
 __all__ = [
     "METHODS",

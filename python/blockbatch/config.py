@@ -51,21 +51,21 @@ class DecodeConfig:
         method: "blockbatch" (arXiv 2605.29233), "vanilla", "prefix_cache" or "dual_cache" (Fast-dLLM, arXiv
             2505.22618), "local_leap" (arXiv 2510.07081 on the dual cache).
         gen_length: tokens to generate, G.
-        block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the paper,
-            4 to 128, that divide it.
+        block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
+            paper, 4 to 128, that divide it.
         block_size: baselines: size of the one block.
-        threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take None: a
-            fixed number of tokens each step, as vanilla.
-        steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for every
-            block. Left out: one token a step.
+        threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
+            None: a fixed number of tokens each step, as vanilla.
+        steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
+            every block. Left out: one token a step.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
         sync_threshold: a branch that trails the leader by more tokens takes over its state; None: never.
         refresh_interval: full forward after this many tokens of finished blocks; None: never.
-        eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window that
-            holds EOS is complete; "none": fill the canvas.
+        eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
+            that holds EOS is complete; "none": fill the canvas.
         commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
-        leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits at
-            `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
+        leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
+            at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
         eos_token_ids: ids that end a text; None: those of the model.
         trace: record every forward in `Result.trace`.
 
@@ -116,7 +116,9 @@ class DecodeConfig:
             if name not in options:
                 if value is not DEFAULT and value is not None:
                     known = ", ".join(options)
-                    raise ValueError(f"{name}: not an option of {self.method} (it has {known}), got {value!r}")
+                    raise ValueError(
+                        f"{name}: not an option of {self.method} (it has {known}), got {value!r}"
+                    )
                 value = None
             elif value is DEFAULT:
                 value = options[name]
@@ -143,8 +145,8 @@ class DecodeConfig:
             _check_int("steps", self.steps, 1)
             if self.steps % blocks or self.steps > self.gen_length:
                 raise ValueError(
-                    f"steps: expected a multiple of the {blocks} blocks, at most gen_length = {self.gen_length}, "
-                    f"got {self.steps}"
+                    f"steps: expected a multiple of the {blocks} blocks, at most gen_length = "
+                    f"{self.gen_length}, got {self.steps}"
                 )
 
     def _check_block_size(self, name: str, size: Any) -> None:
@@ -178,7 +180,9 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def _check_probability(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+def _check_probability(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None
+) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     low_enough = value > above if above is not None else value >= least

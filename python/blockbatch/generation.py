@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-import blockbatch_kernels as bbk
 from blockbatch import branches, kv_cache
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import METHOD_BUILDERS, Session
@@ -51,8 +50,8 @@ def generate(
 ) -> Result | list[Result]:
     """Decodes one prompt or several.
 
-    Several prompts run together as far as the cache allows; each gives the tokens that it gives alone, as far as
-    the matrix library computes a row the same way in any batch.
+    Several prompts run together as far as the cache allows; each gives the tokens that it gives alone, as far
+    as the matrix library computes a row the same way in any batch.
 
     Args:
         model: from `load_model`.
@@ -86,8 +85,9 @@ def generate(
 def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:
     """Yields the text of one prompt piece by piece, as its prefix becomes final.
 
-    A position is final once every branch holds the same token there: merges and commits only write where nothing
-    stands, and a sync copies one branch's canvas over another's. The pieces together are `generate(...).text`.
+    A position is final once every branch holds the same token there: merges and commits only write where
+        nothing stands, and a sync copies one branch's canvas over another's. The pieces together are
+        `generate(...).text`.
     """
     config = DecodeConfig() if config is None else config
     if model.tokenizer is None:
@@ -135,7 +135,9 @@ def _eos_token_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
     ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
     for token in ids:
         if not 0 <= token < model.spec.vocab_size:
-            raise ValueError(f"eos_token_ids: expected ids from 0 to {model.spec.vocab_size - 1}, got {token}")
+            raise ValueError(
+                f"eos_token_ids: expected ids from 0 to {model.spec.vocab_size - 1}, got {token}"
+            )
     return ids
 
 
@@ -159,7 +161,9 @@ def _is_id(item: object) -> bool:
 def _encode(model: Model, prompt: Prompt, name: str) -> list[int]:
     if isinstance(prompt, str):
         if model.tokenizer is None:
-            raise ValueError(f"{name}: expected token ids, since the model's folder has no tokenizer; got text")
+            raise ValueError(
+                f"{name}: expected token ids, since the model's folder has no tokenizer; got text"
+            )
         return model.tokenizer.encode(prompt)
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.tolist()
@@ -174,7 +178,9 @@ def _check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str)
         raise ValueError(f"{name}: expected at least one token for {spec.family}, got an empty prompt")
     for position, token in enumerate(ids):
         if not 0 <= token < spec.vocab_size:
-            raise ValueError(f"{name}: expected ids from 0 to {spec.vocab_size - 1}, got {token} at {position}")
+            raise ValueError(
+                f"{name}: expected ids from 0 to {spec.vocab_size - 1}, got {token} at {position}"
+            )
         if token == spec.mask_token_id:
             raise ValueError(f"{name}: expected no MASK token (id {token}), got one at position {position}")
     canvas = len(ids) + config.gen_length
@@ -205,8 +211,8 @@ def _batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> It
     for ids in prompts:
         if needed(1, len(ids)) > limit:
             raise MemoryError(
-                f"{source}: expected at least {needed(1, len(ids)):,} bytes for the K/V cache of {num_branches} "
-                f"branches of {len(ids) + config.gen_length} positions, got {limit:,}"
+                f"{source}: expected at least {needed(1, len(ids)):,} bytes for the K/V cache of "
+                f"{num_branches} branches of {len(ids) + config.gen_length} positions, got {limit:,}"
             )
     batch: list[list[int]] = []
     for ids in prompts:

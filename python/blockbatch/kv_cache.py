@@ -25,7 +25,7 @@ def cache_bytes(
     dtype: torch.dtype,
     page_size: int = PAGE_SIZE,
 ) -> int:
-    """Bytes of a cache for `num_rows` rows of `canvas_length` positions: every row may come to own all its pages."""
+    """Bytes of a cache in which every row may come to own all its pages."""
     positions = num_rows * pages_per_row(canvas_length, page_size) * page_size
     return 2 * num_layers * positions * num_kv_heads * head_dim * dtype.itemsize
 
@@ -61,8 +61,8 @@ class KVCache:
     def prepare(self, plan: bbk.StepPlan) -> None:
         """Makes every page that the planned forward writes private to its row.
 
-        Rows that will take over another row's result give up their pages first, so that the row they copy does not
-        leave a page only because of them.
+        Rows that will take over another row's result give up their pages first, so that the row they copy
+        does not leave a page only because of them.
         """
         rows = torch.arange(self.page_table.shape[0], device=self.page_table.device)
         follows = (plan.source_row >= 0) & (plan.source_row != rows)
@@ -77,5 +77,5 @@ class KVCache:
         )
 
     def share(self, source_row: Tensor) -> None:
-        """Points rows at the pages of their source rows; -1 or the row itself leaves it alone. No K or V moves."""
+        """Points rows at the pages of their source rows (-1 or itself: stays). No K or V moves."""
         bbk.share_pages(self.page_table, source_row, backend=self.backend)

@@ -9,8 +9,8 @@ A trace is a list with one record for each forward of the request::
      "syncs": [{"branch": 1, "leader": 0}]}
 
 `rows` are the branches that the forward served (init and refresh compute equal ones once: `distinct_rows`),
-`windows` their windows during it, in positions of the generation region. Within a record commits come first, then
-merges, then syncs.
+`windows` their windows during it, in positions of the generation region. Within a record commits come first,
+then merges, then syncs.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """BlockBatch (arXiv 2605.29233): several block sizes of one request as branches of one batched forward.
 
-After every forward each branch commits what it is sure of; branches then merge tokens that a compatible branch
-already holds and that they would have chosen themselves, and branches that trail take over the leader's state.
-`ALGORITHM.md` beside this file is the exact rule.
+After every forward each branch commits what it is sure of; branches then merge tokens that a compatible
+branch already holds and that they would have chosen themselves, and branches that trail take over the
+leader's state. `ALGORITHM.md` beside this file is the exact rule.
 """
-
-from blockbatch_kernels import PolicyParams
 
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.method import Method
 from blockbatch.models.spec import ModelSpec
+from blockbatch_kernels import PolicyParams
 
 # Larger than any canvas: no branch ever trails by so much.
 _NEVER = 2**30

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from blockbatch_kernels import PolicyParams
-
 from blockbatch.config import DecodeConfig
 from blockbatch.models.spec import ModelSpec
+from blockbatch_kernels import PolicyParams
 
 
 class Method(NamedTuple):

@@ -38,8 +38,8 @@ class Session:
     """Decodes a batch of prompts; `step()` runs one forward and returns None when every request is finished.
 
     Args:
-        model: anything with the attributes `spec`, `device` and `backend` and the methods `new_cache` and `predict`
-            of `blockbatch.models.Model`.
+        model: anything with the attributes `spec`, `device` and `backend` and the methods `new_cache` and
+            `predict` of `blockbatch.models.Model`.
         prompts: token ids, one list for each request.
         method: what to run.
         gen_length: tokens to generate.
@@ -66,8 +66,8 @@ class Session:
             return None
         if stalled:
             raise RuntimeError(
-                f"model: expected predictions other than MASK (id {self.params.mask_token_id}), got more commits than "
-                "positions: the model keeps predicting its own MASK token"
+                f"model: expected predictions other than MASK (id {self.params.mask_token_id}), got more "
+                "commits than positions: the model keeps predicting its own MASK token"
             )
         begun = time.perf_counter()
         plan, backend = self._plan, self.model.backend
@@ -87,7 +87,9 @@ class Session:
         while self.step() is not None:
             pass
 
-    def _forward(self, plan: bbk.StepPlan, phase: int, query_tokens: int, predictions: int) -> bbk.Predictions:
+    def _forward(
+        self, plan: bbk.StepPlan, phase: int, query_tokens: int, predictions: int
+    ) -> bbk.Predictions:
         if query_tokens == 0:
             nothing = torch.zeros(0, dtype=torch.int32, device=self.model.device)
             confidence = nothing.float()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .spec import FAMILIES, CheckpointError
+from blockbatch.models.spec import FAMILIES, CheckpointError
 
 ROLES = ("system", "user", "assistant")
 DREAM_SYSTEM_MESSAGE = "You are a helpful assistant."

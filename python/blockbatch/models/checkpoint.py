@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-from . import dream, llada
-from .safetensors_file import FLOAT_DTYPES, STAGING_BYTES, TensorEntry, read_header, read_tensor
-from .spec import CheckpointError, ModelSpec
-from .weights import Destination, TransformerWeights, allocate
+from blockbatch.models import dream, llada
+from blockbatch.models.safetensors_file import (
+    FLOAT_DTYPES,
+    STAGING_BYTES,
+    TensorEntry,
+    read_header,
+    read_tensor,
+)
+from blockbatch.models.spec import CheckpointError, ModelSpec
+from blockbatch.models.weights import Destination, TransformerWeights, allocate
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_spec", "resolve_folder"]
 

@@ -10,8 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import CheckpointError, ModelSpec, read_bool, read_float, read_int, read_token_ids, require
-from .weights import Destination, layer_destinations, model_destinations
+from blockbatch.models.spec import (
+    CheckpointError,
+    ModelSpec,
+    read_bool,
+    read_float,
+    read_int,
+    read_token_ids,
+    require,
+)
+from blockbatch.models.weights import Destination, layer_destinations, model_destinations
 
 LAYER_NAMES = {
     "input_norm": "attn_norm.weight",

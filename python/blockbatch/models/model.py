@@ -12,14 +12,13 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.kv_cache import KVCache
-from blockbatch.models import dream, llada, transformer
-from blockbatch.models.checkpoint import CheckpointError, load_weights, read_config, resolve_folder
+from blockbatch.models import transformer
+from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights
 
 TINY_FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
-_FAMILIES = {"llada": llada, "Dream": dream}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,19 +99,23 @@ class Model:
             input_ids: [rows, length] integers (one row may be given flat).
 
         Returns:
-            [rows, length, vocab_size] in the model's dtype, as the model gives them: Dream's logits at a position
-            predict the next one.
+            [rows, length, vocab_size] in the model's dtype, as the model gives them: Dream's logits at a
+            position predict the next one.
         """
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.dim() == 1:
             ids = ids.unsqueeze(0)
         if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-            raise ValueError(f"input_ids: expected integers [rows, length], got {ids.dtype} {list(ids.shape)}")
+            raise ValueError(
+                f"input_ids: expected integers [rows, length], got {ids.dtype} {list(ids.shape)}"
+            )
         rows, length = ids.shape
         if length > self.spec.max_length:
             raise ValueError(f"input_ids: expected at most {self.spec.max_length} positions, got {length}")
         if ids.min() < 0 or ids.max() >= self.spec.vocab_size:
-            raise ValueError(f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}")
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
+            )
 
         # One page a row; the layers take turns on the same memory, since none looks back.
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
@@ -153,10 +156,12 @@ def load_model(
     cache_bytes: int | None = None,
     revision: str | None = None,
 ) -> Model:
-    """Loads LLaDA or Dream weights in the HuggingFace layout. No code from the repository runs, nothing is unpickled.
+    """Loads LLaDA or Dream weights in the HuggingFace layout. No code from the repository runs, nothing is
+    unpickled.
 
     Args:
-        name_or_path: "tiny" (the model inside this package), a folder, or a hub id ("GSAI-ML/LLaDA-8B-Instruct").
+        name_or_path: "tiny" (the model inside this package), a folder, or a hub id
+            ("GSAI-ML/LLaDA-8B-Instruct").
         device: defaults to the CPU.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
@@ -184,13 +189,7 @@ def load_model(
         raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
 
     folder = TINY_FOLDER if name_or_path == "tiny" else resolve_folder(name_or_path, revision=revision)
-    config = read_config(folder)
-    family = _FAMILIES.get(config.get("model_type"))
-    if family is None:
-        expected = " or ".join(repr(name) for name in _FAMILIES)
-        raise CheckpointError(f"model_type: expected {expected}, got {config.get('model_type')!r} in {folder}")
-    spec = family.read_spec(config)
+    spec = read_spec(read_config(folder))
     weights = load_weights(folder, spec, device, dtype)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     return Model(spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path))
-

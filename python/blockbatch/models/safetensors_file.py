@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .spec import CheckpointError
+from blockbatch.models.spec import CheckpointError
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_SIZES = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
-from .chat import format_chat
-from .checkpoint import read_json
-from .spec import CheckpointError, ModelSpec, read_token_ids
+from blockbatch.models.chat import format_chat
+from blockbatch.models.checkpoint import read_json
+from blockbatch.models.spec import CheckpointError, ModelSpec, read_token_ids
 
 # Ends of text and of a turn in the supported families; whichever the tokenizer holds ends an answer.
 KNOWN_ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")

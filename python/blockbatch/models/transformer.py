@@ -14,7 +14,9 @@ from blockbatch.models.weights import TransformerWeights
 def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each [max_length, head_dim / 2] fp32."""
     exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
-    angle = torch.outer(torch.arange(spec.max_length, dtype=torch.float32, device=device), spec.rope_theta**-exponent)
+    angle = torch.outer(
+        torch.arange(spec.max_length, dtype=torch.float32, device=device), spec.rope_theta**-exponent
+    )
     return angle.cos(), angle.sin()
 
 
@@ -47,7 +49,10 @@ def forward(
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
         qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias)
-        q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv.split((query_size, kv_size, kv_size), dim=1))
+        q, k, v = (
+            part.unflatten(1, (-1, spec.head_dim))
+            for part in qkv.split((query_size, kv_size, kv_size), dim=1)
+        )
         bbk.rope_kv_write(
             q, k, v, packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache, backend=backend
         )
@@ -55,7 +60,9 @@ def forward(
             q, k_cache, v_cache, page_table, packed.cu_seqlens_q, seqlens_k, backend=backend
         )
         projected = F.linear(attended.flatten(1), layer.out_weight)
-        normed = bbk.rms_norm(projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
+        normed = bbk.rms_norm(
+            projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
+        )
         activated = bbk.swiglu(F.linear(normed, layer.gate_up_weight), backend=backend)
         down = F.linear(activated, layer.down_weight)
         last = index + 1 == len(weights.layers)

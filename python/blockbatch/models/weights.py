@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .spec import ModelSpec
+from blockbatch.models.spec import ModelSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

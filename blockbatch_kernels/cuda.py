@@ -1,0 +1,115 @@
+"""The compiled backend: one thin line per operator over the extension `blockbatch_kernels._C`.
+
+Callers go through `blockbatch_kernels.ops`, which states the contracts and checks the tensors; here they are
+only unpacked into addresses, sizes and strides. The extension is imported at its first use, and no GPU is
+touched before.
+"""
+
+import functools
+import importlib
+
+import torch
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
+
+
+@functools.cache
+def _extension():
+    return importlib.import_module("blockbatch_kernels._C")
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `arch` (as in CMake's CUDA_ARCHITECTURES) runs on a GPU of `capability`."""
+    number, _, kind = arch.partition("-")
+    specific = number.endswith("a")
+    number = number.rstrip("a")
+    built = (int(number[:-1]), int(number[-1]))
+    if specific:  # "90a": that very architecture
+        return capability == built
+    if kind == "real":  # machine code: the same major version, this minor or a later one
+        return capability[0] == built[0] and capability[1] >= built[1]
+    return capability >= built  # PTX, which the driver compiles for any later architecture
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+@functools.cache
+def _why_unavailable(device_index: int | None) -> str | None:
+    try:
+        extension = _extension()
+    except ModuleNotFoundError:
+        return (
+            "the extension blockbatch_kernels._C is not installed; "
+            "it is built at installation where nvcc is found (BBK_BUILD_CUDA=1 insists on it)"
+        )
+    except ImportError as error:
+        return f"the extension blockbatch_kernels._C cannot be loaded: {error}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    info = extension.build_info()
+    driver = extension.driver_version()
+    if _major(driver) < _major(info["cuda_version"]):
+        return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
+    capability = torch.cuda.get_device_capability(device_index)
+    if not any(_runs_on(arch, capability) for arch in info["cuda_archs"]):
+        major, minor = capability
+        return (
+            f"the extension is built for the architectures {', '.join(info['cuda_archs'])}, "
+            f"the GPU is sm_{major}{minor}; build with BBK_CUDA_ARCHS={major}{minor}"
+        )
+    return None
+
+
+def why_unavailable(device: torch.device | int | None = None) -> str | None:
+    """Why this backend cannot run on `device` (a CUDA device; default: the current one), or None if it can.
+
+    The reasons: the extension is not installed or cannot be loaded, there is no GPU, the driver is older than
+    the CUDA version of the build, or the extension holds no code for the GPU's architecture. The answer is
+    found once per device and kept.
+    """
+    return _why_unavailable(device.index if isinstance(device, torch.device) else device)
+
+
+def is_available(device: torch.device | int | None = None) -> bool:
+    """Whether this backend can run on `device`; see :func:`why_unavailable`."""
+    return why_unavailable(device) is None
+
+
+def build_info() -> dict:
+    """What the extension was built for and with: `cuda_archs` (list), `cuda_version`, `compiler`.
+
+    Raises ImportError where the extension is not installed.
+    """
+    return _extension().build_info()
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`out[t, i] = silu(gate_up[t, i]) * gate_up[t, I + i]`, computed in fp32, on the current stream.
+
+    `gate_up` [num_tokens, 2 I] and `out` [num_tokens, I] (*written*; allocated if None) are CUDA tensors of
+    one dtype (fp32, fp16 or bf16) and one device, with any row stride. The last stride of `out` is 1; a
+    `gate_up` with another is copied first. Returns `out`.
+    """
+    if gate_up.stride(1) != 1:
+        gate_up = gate_up.contiguous()
+    num_tokens, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
+    if out is None:
+        out = gate_up.new_empty(num_tokens, intermediate_size)
+    _extension().swiglu(
+        gate_up=gate_up.data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=num_tokens,
+        intermediate_size=intermediate_size,
+        gate_up_row_stride=gate_up.stride(0),
+        out_row_stride=out.stride(0),
+        dtype=_DTYPE_CODES[gate_up.dtype],
+        device=gate_up.device.index,
+        stream=_stream(gate_up),
+    )
+    return out
