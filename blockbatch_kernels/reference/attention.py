@@ -25,10 +25,12 @@ def rope_kv_write(
     index = positions.long()
     cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
     q.copy_(_rotate(q, cos, sin))
-    valid = slot_mapping >= 0
-    slots = slot_mapping[valid]
-    k_cache.flatten(0, 1)[slots] = _rotate(k, cos, sin)[valid]
-    v_cache.flatten(0, 1)[slots] = v[valid]
+    k = _rotate(k, cos, sin)
+    stored = slot_mapping >= 0
+    if not stored.all():
+        slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
+    k_cache.flatten(0, 1)[slot_mapping] = k
+    v_cache.flatten(0, 1)[slot_mapping] = v
 
 
 def varlen_attention(

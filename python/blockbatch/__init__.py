@@ -1,5 +1,4 @@
-"""BlockBatch: fast decoding of masked diffusion language models (LLaDA, Dream) with several block sizes at
-once.
+"""BlockBatch: masked diffusion language models (LLaDA, Dream) decoded fast, with several block sizes at once.
 
 ::
 
@@ -10,12 +9,33 @@ once.
     print(result.text, result.nfe.total)
 """
 
-from blockbatch.branches import NFE, BranchResult
-from blockbatch.config import METHODS, DecodeConfig
-from blockbatch.generation import Result, generate, stream
-from blockbatch.models import CheckpointError, Model, load_model
-from blockbatch.trace import save_trace
-from blockbatch_kernels import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockbatch.branches import NFE, BranchResult
+    from blockbatch.config import METHODS, DecodeConfig
+    from blockbatch.generation import Result, generate, stream
+    from blockbatch.models import CheckpointError, Model, load_model
+    from blockbatch.trace import save_trace
+    from blockbatch_kernels import __version__
+
+# Where each name lives. They are imported when they are first asked for: torch takes seconds to import, which
+# `blockbatch --help` and a mistyped option should not wait for.
+_HOMES = {
+    "METHODS": "blockbatch.config",
+    "NFE": "blockbatch.branches",
+    "BranchResult": "blockbatch.branches",
+    "CheckpointError": "blockbatch.models",
+    "DecodeConfig": "blockbatch.config",
+    "Model": "blockbatch.models",
+    "Result": "blockbatch.generation",
+    "__version__": "blockbatch_kernels",
+    "generate": "blockbatch.generation",
+    "load_model": "blockbatch.models",
+    "save_trace": "blockbatch.trace",
+    "stream": "blockbatch.generation",
+}
 
 __all__ = [
     "METHODS",
@@ -31,3 +51,15 @@ __all__ = [
     "save_trace",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

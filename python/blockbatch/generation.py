@@ -68,10 +68,10 @@ def generate(
     config = DecodeConfig() if config is None else config
     prompts, single = _prompts(model, prompt)
     for index, ids in enumerate(prompts):
-        _check_prompt(model, ids, config, "prompt" if single else f"prompt[{index}]")
+        check_prompt(model, ids, config, "prompt" if single else f"prompt[{index}]")
     results: list[Result] = []
     for batch in _batches(model, prompts, config):
-        session = new_session(model, batch, config)
+        session = _session(model, batch, config)
         recorder = TraceRecorder(session.state) if config.trace else None
         while (step := session.step()) is not None:
             if recorder:
@@ -86,8 +86,8 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     """Yields the text of one prompt piece by piece, as its prefix becomes final.
 
     A position is final once every branch holds the same token there: merges and commits only write where
-        nothing stands, and a sync copies one branch's canvas over another's. The pieces together are
-        `generate(...).text`.
+    nothing stands, and a sync copies one branch's canvas over another's. The pieces together are
+    `generate(...).text`.
     """
     config = DecodeConfig() if config is None else config
     if model.tokenizer is None:
@@ -95,14 +95,11 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     prompts, single = _prompts(model, prompt)
     if not single:
         raise ValueError(f"prompt: expected one prompt, got a list of {len(prompts)}")
-    _check_prompt(model, prompts[0], config, "prompt")
-    # A generator function would put all of these checks off until the first piece is asked for.
-    return _stream(model, prompts[0], config)
+    # A generator function would put the checks off until the first piece is asked for.
+    return _stream(model, open_session(model, prompts[0], config))
 
 
-def _stream(model: Model, ids: list[int], config: DecodeConfig) -> Iterator[str]:
-    (batch,) = _batches(model, [ids], config)
-    session = new_session(model, batch, config)
+def _stream(model: Model, session: Session) -> Iterator[str]:
     eos_token_ids = session.params.eos_token_ids
     decoder = IncrementalDecoder(model.tokenizer)
     emitted = 0
@@ -125,8 +122,17 @@ def final_prefix(session: Session, request: int = 0) -> list[int]:
     return tokens[0, :length].tolist()
 
 
-def new_session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
-    """A session over token ids, for callers that want to look between the forwards."""
+def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
+    """A session of one prompt's token ids, for callers that want to look between the forwards.
+
+    Raises what `generate` raises.
+    """
+    check_prompt(model, ids, config, "prompt")
+    (batch,) = _batches(model, [ids], config)
+    return _session(model, batch, config)
+
+
+def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
     method = METHOD_BUILDERS[config.method](config, model.spec, _eos_token_ids(model, config))
     return Session(model, prompts, method, config.gen_length)
 
@@ -172,7 +178,8 @@ def _encode(model: Model, prompt: Prompt, name: str) -> list[int]:
     return [int(item) for item in prompt]
 
 
-def _check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) -> None:
+def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) -> None:
+    """Raises ValueError if a prompt's ids cannot be decoded; `name` is what the message calls it."""
     spec = model.spec
     if not ids and spec.prediction_offset:
         raise ValueError(f"{name}: expected at least one token for {spec.family}, got an empty prompt")

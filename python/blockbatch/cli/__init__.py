@@ -1,0 +1,57 @@
+"""The command `blockbatch`: decode one prompt (`generate`), or the same prompts by every method (`compare`).
+
+Exit status: 0; 2 for bad input, said in one line; 130 after Ctrl-C; 141 when nobody reads the output.
+Nothing here imports torch before the arguments are read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from blockbatch.cli.options import build_parser
+from blockbatch.cli.terminal import escape
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+# What the package raises for input it cannot use. Anything else is a bug and keeps its traceback.
+_INPUT_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        the exit status; argparse leaves by SystemExit for `--help`, `--version` and unknown options.
+    """
+    # A locale that lacks a character shows its code instead of ending the program.
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="backslashreplace")
+    # Threads that spin while they wait cost a busy machine far more than they save a quiet one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("blockbatch: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more on its way out, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except _INPUT_ERRORS as error:
+        if os.environ.get("BLOCKBATCH_TRACEBACK"):
+            raise
+        print(f"blockbatch: error: {escape(_message(error))}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

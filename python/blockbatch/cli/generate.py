@@ -1,0 +1,155 @@
+"""`blockbatch generate`: decode one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from blockbatch import generation
+from blockbatch.cli import canvas
+from blockbatch.cli.files import check_output, read_text
+from blockbatch.cli.options import chat_prompt, decode_config, load
+from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
+from blockbatch.config import METHOD_OPTIONS, DecodeConfig
+from blockbatch.generation import Result
+from blockbatch.models import Model
+from blockbatch.trace import TraceRecorder, save_trace
+
+# Seconds between two frames: often enough to look alive, seldom enough to cost little.
+_FRAME_INTERVAL = 0.05
+
+
+def run(options: argparse.Namespace) -> None:
+    """Decodes and writes as the options say."""
+    config = decode_config(options, trace=options.trace is not None)
+    if options.trace is not None:
+        check_output(options.trace, "--trace")
+    text = _prompt_text(options)
+    model = load(options)
+    ids = list(options.prompt_ids) if text is None else _encode(model, text, options.chat)
+    live = wants_live(sys.stdout) and not options.json and not options.no_live
+    result = _decode_live(model, ids, config) if live else generation.generate(model, ids, config)
+    if options.trace is not None:
+        save_trace(options.trace, result.trace, **_trace_header(model, ids, config, result))
+    if options.json:
+        print(json.dumps(_report(config, result)))
+        return
+    text = _text(result)
+    # A file or another program gets the text as it is; a terminal must not obey it.
+    print(escape(text) if sys.stdout.isatty() else text, end="" if text.endswith("\n") else "\n")
+    if live:
+        print(paint(Span("dim", _summary(config, result))))
+
+
+def _prompt_text(options: argparse.Namespace) -> str | None:
+    if options.prompt_ids is not None:
+        if options.chat:
+            raise ValueError("--chat: expected a prompt as text, got --prompt-ids")
+        return None
+    if options.prompt_file is not None:
+        return read_text(options.prompt_file, "--prompt-file").removesuffix("\n")
+    try:
+        options.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt: expected UTF-8 text, got {options.prompt!r:.80}") from None
+    return options.prompt
+
+
+def _encode(model: Model, text: str, chat: bool) -> list[int]:
+    if model.tokenizer is None:
+        raise ValueError("--prompt: expected --prompt-ids, since the model has no tokenizer; got text")
+    return model.tokenizer.encode(chat_prompt(model, text) if chat else text)
+
+
+def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:
+    """Decodes with the canvas drawn on standard output, and takes the drawing away again."""
+    session = generation.open_session(model, ids, config)
+    recorder = TraceRecorder(session.state) if config.trace else None
+    pieces, glyphs = canvas.token_pieces(model.tokenizer), _glyphs()
+    title = f"{config.method}{glyphs.dot}{escape(model.name)}"
+    started, drawn = time.perf_counter(), float("-inf")
+    with Screen(sys.stdout) as screen:
+        while True:
+            now = time.perf_counter()
+            if now - drawn >= _FRAME_INTERVAL:
+                columns, rows = screen.size
+                view = canvas.read_view(session)
+                screen.draw(canvas.frame(view, pieces, glyphs, title, now - started, columns, rows))
+                drawn = now
+            step = session.step()
+            if step is None:
+                break
+            if recorder:
+                recorder.add(step)
+        screen.erase()
+    return generation.build_result(model, session, 0, config, recorder.traces[0] if recorder else None)
+
+
+def _glyphs() -> canvas.Glyphs:
+    try:
+        "".join(canvas.UNICODE).encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return canvas.ASCII
+    return canvas.UNICODE
+
+
+def _text(result: Result) -> str:
+    """The text; the token ids where the model has no tokenizer."""
+    return " ".join(map(str, result.tokens)) if result.text is None else result.text
+
+
+def _summary(config: DecodeConfig, result: Result) -> str:
+    nfe, count = result.nfe, len(result.tokens)
+    dot = _glyphs().dot
+    parts = (
+        config.method,
+        f"{count} tokens in {result.seconds:.2f} s ({count / result.seconds:.0f} tokens/s)",
+        f"NFE {nfe.total} = {nfe.init} init + {nfe.block} block + {nfe.refresh} refresh",
+        f"block {result.block_size} won" if len(result.branches) > 1 else f"block {result.block_size}",
+        f"stop: {result.stop_reason}",
+    )
+    return dot.join(parts)
+
+
+def _settings(config: DecodeConfig) -> dict[str, Any]:
+    """The options that the method has, as they were used."""
+    names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids")
+    return {name: getattr(config, name) for name in names}
+
+
+def _report(config: DecodeConfig, result: Result) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "tokens": result.tokens,
+        "nfe": {**asdict(result.nfe), "total": result.nfe.total},
+        "stop_reason": result.stop_reason,
+        "block_size": result.block_size,
+        "branches": [asdict(branch) for branch in result.branches],
+        "seconds": result.seconds,
+        "tokens_per_second": len(result.tokens) / result.seconds,
+        "method": config.method,
+        "settings": _settings(config),
+    }
+
+
+def _trace_header(model: Model, ids: list[int], config: DecodeConfig, result: Result) -> dict[str, Any]:
+    """What a replay needs besides the records, and where they come from."""
+    return {
+        "model": model.name,
+        "method": config.method,
+        "settings": _settings(config),
+        "gen_length": config.gen_length,
+        "block_sizes": [branch.block_size for branch in result.branches],
+        "winner_block_size": result.block_size,
+        "prompt_tokens": ids,
+        "mask_token_id": model.spec.mask_token_id,
+        "eos_token_ids": list(model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids),
+        "canvas": result.canvas,
+        "text": result.text,
+        "nfe": {**asdict(result.nfe), "total": result.nfe.total},
+        "stop_reason": result.stop_reason,
+    }
