@@ -216,7 +216,6 @@ def _merge(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
         (end.unsqueeze(1) == end.unsqueeze(2)) & (branch.view(1, 1, -1) > branch.view(1, -1, 1))
     )
     differ = held.unsqueeze(2) & held.unsqueeze(1) & (tokens.unsqueeze(2) != tokens.unsqueeze(1))
-    before_eos = torch.ones_like(held)
     if params.eos_exit == "prefix":
         position = torch.arange(state.gen_length, device=tokens.device)
         before_eos = position < by_request(state, _first_eos(state, params)).unsqueeze(-1)
@@ -229,7 +228,8 @@ def _merge(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     covered = (compatible.unsqueeze(-1) & source_window).any(2)
     agreed = compatible.unsqueeze(-1) & held.unsqueeze(1) & (tokens.unsqueeze(1) == top_token.unsqueeze(2))
     started = (by_request(state, state.decoded).amax(1) > 0).view(-1, 1, 1)
-    merged = ~held & before_eos & covered & agreed.any(2) & (confidence > params.merge_threshold) & started
+    # No source's window reaches past the destination's, and so none past its first EOS.
+    merged = ~held & covered & agreed.any(2) & (confidence > params.merge_threshold) & started
     merged = merged.flatten(0, 1)
 
     state.tokens.copy_(torch.where(merged, state.top_token, state.tokens))
