@@ -1,0 +1,7 @@
+"""A small trained LLaDA-architecture model: its problems, tokenizer, training script and checkpoint."""
+
+from __future__ import annotations
+
+from .tasks import FAMILIES, KINDS, Problem, check, generate_problems
+
+__all__ = ["FAMILIES", "KINDS", "Problem", "check", "generate_problems"]
