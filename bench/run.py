@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("decode_cpu.py", "accuracy.py")
+BENCHMARKS = ("decode_cpu.py", "batch_invariance.py", "accuracy.py")
 
 
 def main() -> None:

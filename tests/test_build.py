@@ -140,7 +140,10 @@ def test_a_wheel_without_nvcc_holds_both_packages_and_is_pure(setup_py, source_t
         for path in (folder / package).rglob("*.py")
     }
     assert sources <= names
-    assert {"blockbatch/tiny/checkpoint/probe.safetensors", "blockbatch/tiny/tokenizer.json"} <= names
+    assert {
+        "blockbatch/tiny/checkpoint/probe.safetensors",
+        "blockbatch/tiny/checkpoint/tokenizer.json",
+    } <= names
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "python/"))]
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .tasks import FAMILIES, KINDS, Problem, check, generate_problems
+from blockbatch.tiny.tasks import FAMILIES, KINDS, Problem, check, generate_problems
 
 __all__ = ["FAMILIES", "KINDS", "Problem", "check", "generate_problems"]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from .evaluate import evaluate
-from .tasks import Problem
-from .train_model import TrainModel
+from blockbatch.tiny.evaluate import evaluate
+from blockbatch.tiny.tasks import Problem
+from blockbatch.tiny.train_model import TrainModel
 
 TEMPERATURES = (1.0, 1.5, 2.0, 2.5, 3.0)
 _TOLERANCE = 0.01

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .drills import draw_drill
-from .tasks import generate_problems
-from .tokenizer import EOS, load_tokenizer
+from blockbatch.tiny.drills import draw_drill
+from blockbatch.tiny.tasks import generate_problems
+from blockbatch.tiny.tokenizer import EOS, load_tokenizer
 
 # Code is the easiest family to learn, the symbolic one has the most kinds. The remaining rows are drills.
 SHARES = {"arithmetic": 0.32, "code": 0.14, "symbolic": 0.40}

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .tasks import Problem, check
-from .tokenizer import EOS, MASK
-from .train_model import TrainModel
+from blockbatch.tiny.tasks import Problem, check
+from blockbatch.tiny.tokenizer import EOS, MASK
+from blockbatch.tiny.train_model import TrainModel
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .tokenizer import EOS, MASK, TOKENIZER_FILE, tokenizer_config
-from .train_model import ModelShape, TrainModel
+from blockbatch.tiny.tokenizer import EOS, MASK, TOKENIZER_FILE, tokenizer_config
+from blockbatch.tiny.train_model import ModelShape, TrainModel
 
 _SHARD_BYTES = 14 << 20
 

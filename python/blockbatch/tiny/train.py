@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calibrate import fit_temperature
-from .corpus import Corpus, CorpusBuilder
-from .evaluate import evaluate
-from .export import export
-from .masking import draw_masks, reveal_confident
-from .tasks import FAMILIES, KINDS, Problem, generate_problems
-from .tokenizer import MASK, load_tokenizer
-from .train_model import ModelShape, Muon, TrainModel
+from blockbatch.tiny.calibrate import fit_temperature
+from blockbatch.tiny.corpus import Corpus, CorpusBuilder
+from blockbatch.tiny.evaluate import evaluate
+from blockbatch.tiny.export import export
+from blockbatch.tiny.masking import draw_masks, reveal_confident
+from blockbatch.tiny.tasks import FAMILIES, KINDS, Problem, generate_problems
+from blockbatch.tiny.tokenizer import MASK, load_tokenizer
+from blockbatch.tiny.train_model import ModelShape, Muon, TrainModel
 
 # Canvas lengths with their share of the tokens. "Tight" steps take rows that nearly fill the canvas; "loose"
 # ones take any row, so that the model is at home with a long EOS fill.

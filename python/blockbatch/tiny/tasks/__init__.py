@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from . import arithmetic, code, symbolic
-from .problem import SPLITS, Problem, split_of
+from blockbatch.tiny.tasks import arithmetic, code, symbolic
+from blockbatch.tiny.tasks.problem import SPLITS, Problem, split_of
 
 _MODULES = {"arithmetic": arithmetic, "code": code, "symbolic": symbolic}
 FAMILIES = tuple(_MODULES)

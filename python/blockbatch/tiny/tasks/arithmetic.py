@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 
-from .problem import Problem
-from .words import ITEMS, NAMES
+from blockbatch.tiny.tasks.problem import Problem
+from blockbatch.tiny.tasks.words import ITEMS, NAMES
 
 FAMILY = "arithmetic"
 KINDS = ("running", "shopping", "compare")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .problem import Problem
+from blockbatch.tiny.tasks.problem import Problem
 
 FAMILY = "symbolic"
 

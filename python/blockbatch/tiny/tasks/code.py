@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..sandbox import call_function
-from .problem import Problem, stable_hash
-from .words import NOUNS, VERBS
+from blockbatch.tiny.sandbox import call_function
+from blockbatch.tiny.tasks.problem import Problem, stable_hash
+from blockbatch.tiny.tasks.words import NOUNS, VERBS
 
 FAMILY = "code"
 KINDS = ("list", "text", "rules", "loop")

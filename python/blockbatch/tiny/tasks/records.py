@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
-from .problem import Problem
-from .words import CITIES, COLORS, FRUITS, JOBS, NAMES, PETS, TEAMS
+from blockbatch.tiny.tasks.problem import Problem
+from blockbatch.tiny.tasks.words import CITIES, COLORS, FRUITS, JOBS, NAMES, PETS, TEAMS
 
 FAMILY = "symbolic"
 

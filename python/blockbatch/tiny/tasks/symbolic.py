@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from . import chains, records
-from .problem import Problem
+from blockbatch.tiny.tasks import chains, records
+from blockbatch.tiny.tasks.problem import Problem
 
 FAMILY = "symbolic"
 _KINDS = {

@@ -1,0 +1,32 @@
+"""What importing the packages costs: no GPU, no extension, torch only when it is needed."""
+
+import subprocess
+import sys
+
+
+def modules_after(statement):
+    code = f"{statement}\nimport sys\nprint(*sorted(sys.modules))"
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+
+
+def test_the_bare_package_does_not_import_torch():
+    assert "torch" not in modules_after("import blockbatch")
+    assert "torch" not in modules_after("import blockbatch.cli")
+
+
+def test_every_public_name_is_there():
+    names = modules_after(
+        "import blockbatch\nfor name in blockbatch.__all__: getattr(blockbatch, name)\n"
+        "assert set(blockbatch.__all__) <= set(dir(blockbatch))"
+    )
+    assert "torch" in names and "blockbatch_kernels._C" not in names
+
+
+def test_unknown_name():
+    code = (
+        "import blockbatch\ntry:\n    blockbatch.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out == "module 'blockbatch' has no attribute 'nothing'\n"
