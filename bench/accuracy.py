@@ -22,7 +22,7 @@ from blockbatch import tiny
 
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
 GEN_LENGTH = 256
-# The last row takes back what large blocks cost: the small blocks alone, with a stricter threshold.
+# The last row shows what small blocks with a stricter threshold give.
 SETTINGS = {
     "one token per step": {"method": "vanilla", "eos_exit": "prefix"},
     "dual_cache": {"method": "dual_cache", "eos_exit": "prefix"},
