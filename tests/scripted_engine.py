@@ -21,6 +21,8 @@ class EngineScripted:
         self.spec = SimpleNamespace(
             family="dream" if scripted.prediction_offset else "llada",
             num_layers=1,
+            hidden_size=2,
+            intermediate_size=2,
             num_kv_heads=1,
             head_dim=2,
             vocab_size=scripted.vocab_size,

@@ -8,6 +8,7 @@ import tokenizers
 import torch
 
 import blockbatch
+from blockbatch import generation
 from blockbatch.trace import save_trace
 from plain_models import write_dream, write_llada
 
@@ -162,6 +163,25 @@ def test_eos_outside_the_vocabulary(model):
     config = blockbatch.DecodeConfig(gen_length=32, eos_token_ids=(VOCABULARY,))
     with pytest.raises(ValueError, match=f"eos_token_ids: expected ids from 0 to {VOCABULARY - 1}"):
         blockbatch.generate(model, [1], config)
+
+
+def test_as_many_prompts_at_a_time_as_fit(model, monkeypatch):
+    """Without cache_bytes the free memory decides, for the cache and for a forward over all rows."""
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    together = blockbatch.generate(model, prompts, CONFIG)
+    batches = []
+    original = generation._session
+    monkeypatch.setattr(generation, "_session", lambda *a: batches.append(len(a[1])) or original(*a))
+    positions = 3 * 48  # three branches of at most 35 positions, in pages of 16
+    cache = positions * 2 * 2 * model.spec.num_kv_heads * 8 * 4
+    forward = 3 * 35 * (4 * 32 + 3 * 48) * 4
+    monkeypatch.setattr(generation, "_free_bytes", lambda device: 2 * (cache + forward))
+    split = blockbatch.generate(model, prompts, CONFIG)
+    assert batches == [2, 2]
+    assert [result.canvas for result in split] == [result.canvas for result in together]
+    monkeypatch.setattr(generation, "_free_bytes", lambda device: cache)
+    with pytest.raises(MemoryError, match="free memory of cpu: expected at least"):
+        blockbatch.generate(model, prompts, CONFIG)
 
 
 def test_cache_too_small(model):

@@ -11,6 +11,7 @@ import torch
 from blockbatch import branches, kv_cache
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import METHOD_BUILDERS, Session
+from blockbatch.models import transformer
 from blockbatch.models.model import Model
 from blockbatch.models.tokenizer import IncrementalDecoder
 from blockbatch.trace import Record, TraceRecorder
@@ -78,7 +79,7 @@ def generate(
                 recorder.add(step)
         for request in range(len(batch)):
             trace = recorder.traces[request] if recorder else None
-            results.append(build_result(model, session, request, config, trace))
+            results.append(build_result(model, session, request, trace))
     return results[0] if single else results
 
 
@@ -199,26 +200,32 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
 
 
 def _batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Iterator[list[list[int]]]:
-    """As many prompts at a time as the cache has room for."""
+    """As many prompts at a time as `cache_bytes`, or else the free memory, has room for."""
     num_branches = len(config.block_sizes) if config.block_sizes else 1
-    limit, source = model.cache_bytes, "cache_bytes"
+    limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
     if limit is None:
         limit, source = _free_bytes(model.device), f"free memory of {model.device}"
+        purpose = "the K/V cache and a forward"
 
     def needed(requests: int, longest: int) -> int:
-        return kv_cache.cache_bytes(
-            requests * num_branches,
-            longest + config.gen_length,
+        rows, length = requests * num_branches, longest + config.gen_length
+        cache = kv_cache.cache_bytes(
+            rows,
+            length,
             num_layers=model.spec.num_layers,
             num_kv_heads=model.spec.num_kv_heads,
             head_dim=model.spec.head_dim,
             dtype=model.dtype,
         )
+        if model.cache_bytes is not None:
+            return cache
+        # A refresh may compute every row whole.
+        return cache + transformer.activation_bytes(model.spec, model.dtype, rows * length)
 
     for ids in prompts:
         if needed(1, len(ids)) > limit:
             raise MemoryError(
-                f"{source}: expected at least {needed(1, len(ids)):,} bytes for the K/V cache of "
+                f"{source}: expected at least {needed(1, len(ids)):,} bytes for {purpose} of "
                 f"{num_branches} branches of {len(ids) + config.gen_length} positions, got {limit:,}"
             )
     batch: list[list[int]] = []
@@ -246,9 +253,7 @@ def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
     return tokens
 
 
-def build_result(
-    model: Model, session: Session, request: int, config: DecodeConfig, trace: list[Record] | None = None
-) -> Result:
+def build_result(model: Model, session: Session, request: int, trace: list[Record] | None = None) -> Result:
     """The result of a finished request of a session."""
     outcome = branches.read_outcome(session.state, request)
     tokens = _before_eos(outcome.canvas, session.params.eos_token_ids)

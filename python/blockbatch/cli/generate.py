@@ -86,7 +86,7 @@ def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:
             if recorder:
                 recorder.add(step)
         screen.erase()
-    return generation.build_result(model, session, 0, config, recorder.traces[0] if recorder else None)
+    return generation.build_result(model, session, 0, recorder.traces[0] if recorder else None)
 
 
 def _glyphs() -> canvas.Glyphs:

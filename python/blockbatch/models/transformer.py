@@ -20,6 +20,12 @@ def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
+    """Bytes that `forward` needs at most for its intermediate tensors, beside weights and cache."""
+    # Residual, norm and two products of the hidden size; gate, up and their activation.
+    return num_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size) * dtype.itemsize
+
+
 def forward(
     spec: ModelSpec,
     weights: TransformerWeights,
