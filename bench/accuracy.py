@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from pathlib import Path
 
-import torch
-
 import blockbatch
 from blockbatch import tiny
+from blockbatch.environment import describe
 
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
 GEN_LENGTH = 256
@@ -93,10 +91,8 @@ def main() -> None:
         f"--seed {options.seed} --batch-size {options.batch_size}",
         "split": "test",
         "gen_length": GEN_LENGTH,
-        "device": options.device,
         "dtype": str(model.dtype),
-        "processor": platform.processor(),
-        "torch": torch.__version__,
+        **describe(model.device),
         "settings": {name: SETTINGS[name] for name in options.methods},
         "families": results,
     }

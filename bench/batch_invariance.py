@@ -13,10 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from decode_cpu import processor, sample_prompts
+from decode_cpu import sample_prompts
 
 import blockbatch
+from blockbatch.environment import describe
 
 RESULT = Path(__file__).parent / "results" / "batch_invariance.json"
 
@@ -51,9 +51,7 @@ def main() -> None:
             difference = max([difference, *(abs(ours[key] - theirs[key]) for key in ours)])
     report = {
         "command": f"python bench/batch_invariance.py --count {options.count}",
-        "device": processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **describe(model.device),
         "prompts_in_one_batch": len(prompts),
         "same_canvas_and_nfe": same,
         "largest_confidence_difference": difference,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import torch
 
 import blockbatch
 from blockbatch import tiny
+from blockbatch.environment import describe
 
 RESULT = Path(__file__).parent / "results" / "decode_cpu.json"
 
@@ -118,21 +118,11 @@ def main() -> None:
     print(f"peak memory of one decode: {peak / 2**20:.0f} MiB")
     report = {
         "command": "python bench/decode_cpu.py",
-        "device": processor(),
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **describe(model.device),
         "peak_memory_bytes": peak,
         "decodes": rows,
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name and the number of cores."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor()
-    return f"{name}, {len(names) or 'unknown'} cores"
 
 
 if __name__ == "__main__":

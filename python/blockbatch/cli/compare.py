@@ -19,6 +19,7 @@ from blockbatch.cli.problems import Task, read_tasks
 from blockbatch.cli.table import comparison_table, family_table
 from blockbatch.cli.terminal import escape
 from blockbatch.config import METHODS, DecodeConfig
+from blockbatch.environment import describe
 from blockbatch.generation import Result
 from blockbatch.models import Model
 
@@ -181,7 +182,7 @@ def _indented(text: str) -> str:
 def _report(model: Model, tasks: list[Task], rows: list[Row], gen_length: int) -> dict:
     return {
         "model": model.name,
-        "device": str(model.device),
+        **describe(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "gen_length": gen_length,
         "rows": [
