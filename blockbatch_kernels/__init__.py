@@ -12,6 +12,7 @@ The operators work on plain tensors and know no checkpoint, tokenizer or decodin
 """
 
 from blockbatch_kernels.ops import (
+    attention_plan,
     copy_pages,
     decode_policy,
     initial_plan,
@@ -28,6 +29,7 @@ from blockbatch_kernels.structs import (
     PHASES,
     QUERY_SPANS,
     STOP_REASONS,
+    AttentionPlan,
     BranchState,
     PackedQueries,
     PolicyEvents,
@@ -43,12 +45,14 @@ __all__ = [
     "PHASES",
     "QUERY_SPANS",
     "STOP_REASONS",
+    "AttentionPlan",
     "BranchState",
     "PackedQueries",
     "PolicyEvents",
     "PolicyParams",
     "Predictions",
     "StepPlan",
+    "attention_plan",
     "copy_pages",
     "decode_policy",
     "initial_plan",

@@ -16,10 +16,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from blockbatch_kernels import cuda, reference
+from blockbatch_kernels import cuda, reference, triton, tuning
 from blockbatch_kernels.structs import (
     EOS_EXITS,
     QUERY_SPANS,
+    AttentionPlan,
     BranchState,
     PackedQueries,
     PolicyEvents,
@@ -28,26 +29,31 @@ from blockbatch_kernels.structs import (
     StepPlan,
 )
 
-BACKENDS = ("reference", "triton", "cuda")
+_MODULES = {"reference": reference, "triton": triton, "cuda": cuda}
+BACKENDS = tuple(_MODULES)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
-    if name is not None and name not in BACKENDS:
+    """The module that runs `op` on tensors like `example`; see `tuning.PREFERENCE` for the order."""
+    if name is None:
+        for module in tuning.PREFERENCE.get(op, ("cuda", "triton")) if example.is_cuda else ():
+            if hasattr(_MODULES[module], op) and _MODULES[module].why_unavailable(example.device) is None:
+                return _MODULES[module]
+        return reference
+    if name not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "triton":
-        raise RuntimeError(f"backend: {op} has no triton version")
-    if name == "cuda" or (name is None and example.is_cuda and hasattr(cuda, op)):
-        if not hasattr(cuda, op):
-            raise RuntimeError(f"backend: {op} has no cuda version")
-        reason = (
-            "the tensors are not on a GPU" if not example.is_cuda else cuda.why_unavailable(example.device)
-        )
-        if reason is None:
-            return cuda
-        if name == "cuda":
-            raise RuntimeError(f"backend: cuda cannot run {op}: {reason}")
-    return reference
+    module = _MODULES[name]
+    if not hasattr(module, op):
+        raise RuntimeError(f"backend: {op} has no {name} version")
+    if name == "reference":
+        return reference
+    reason = module.why_unavailable(example.device)
+    if name == "cuda" and not example.is_cuda:
+        reason = "the tensors are not on a GPU"
+    if reason is not None:
+        raise RuntimeError(f"backend: {name} cannot run {op}: {reason}")
+    return module
 
 
 def _check(
@@ -149,6 +155,48 @@ def rope_kv_write(
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
 
 
+def attention_plan(
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    page_size: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    backend: str | None = None,
+) -> AttentionPlan:
+    """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
+
+    Rows whose pages are the same over a stretch of keys are computed together there. Keys are cut finer while
+    there are too few tiles to fill the GPU. `reference/attention_plan.py` fixes the result bit for bit.
+
+    Args:
+        page_table: [rows, pages_per_row] int32.
+        cu_seqlens_q: [rows + 1] int32.
+        seqlens_k: [rows] int32.
+        page_size: keys a page.
+        num_tokens: packed queries including padding.
+        num_heads, num_kv_heads: of the attention; they decide the size of a tile.
+    """
+    _check("page_table", page_table, (None, None), (torch.int32,))
+    rows, device = page_table.shape[0], page_table.device
+    _check("cu_seqlens_q", cu_seqlens_q, (rows + 1,), (torch.int32,), device)
+    _check("seqlens_k", seqlens_k, (rows,), (torch.int32,), device)
+    for name, value, least in (("page_size", page_size, 1), ("num_tokens", num_tokens, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+    shape = tuning.attention_shape(
+        num_tokens, num_heads, num_kv_heads, page_size, page_table.shape[1], tuning.num_processors(device)
+    )
+    module = _backend(backend, "attention_plan", page_table)
+    return module.attention_plan(
+        page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
+    )
+
+
 def varlen_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -158,6 +206,7 @@ def varlen_attention(
     seqlens_k: Tensor,
     *,
     softmax_scale: float | None = None,
+    plan: AttentionPlan | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Non-causal attention of the packed queries of every row over all keys of that row's pages.
@@ -169,9 +218,10 @@ def varlen_attention(
         cu_seqlens_q: [rows + 1] int32, first packed token of each row.
         seqlens_k: [rows] int32, keys of each row.
         softmax_scale: defaults to head_dim ** -0.5.
+        plan: `attention_plan` of these very tensors, to be made once for all layers; None makes one here.
 
     Returns:
-        [tokens, num_heads, head_dim]; padding tokens are zero.
+        [tokens, num_heads, head_dim]; padding tokens and rows without keys are zero.
     """
     _check("q", q, (None, None, None), _FLOATS)
     head_dim = q.shape[2]
@@ -184,6 +234,13 @@ def varlen_attention(
     _check("page_table", page_table, (None, None), (torch.int32,), q.device)
     _check("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
     _check("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
+    if plan is not None:
+        _check("plan.tiles", plan.tiles, (None, 4), (torch.int32,), q.device)
+        _check("plan.token_row", plan.token_row, (q.shape[0],), (torch.int32,), q.device)
+        _check("plan.pieces", plan.pieces, (None, 2), (torch.int32,), q.device)
+        _check(
+            "plan.query_order", plan.query_order, (plan.pieces.shape[0], q.shape[0]), (torch.int32,), q.device
+        )
     return _backend(backend, "varlen_attention", q).varlen_attention(
         q,
         k_cache,
@@ -192,6 +249,7 @@ def varlen_attention(
         cu_seqlens_q,
         seqlens_k,
         softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        plan=plan,
     )
 
 
@@ -319,10 +377,15 @@ def copy_pages(
     module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
 
 
-def initial_plan(state: BranchState, params: PolicyParams, *, backend: str | None = None) -> StepPlan:
-    """The first forward: one full row for each request, whose results belong to all its branches."""
+def initial_plan(
+    state: BranchState, params: PolicyParams, *, out: StepPlan | None = None, backend: str | None = None
+) -> StepPlan:
+    """The first forward: one full row for each request, whose results belong to all its branches.
+
+    `out` (`StepPlan.allocate`) is *written* and returned if given.
+    """
     _check_policy(state, params)
-    return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params)
+    return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params, out=out)
 
 
 def decode_policy(
@@ -331,6 +394,7 @@ def decode_policy(
     plan: StepPlan,
     params: PolicyParams,
     *,
+    out: tuple[StepPlan, PolicyEvents] | None = None,
     backend: str | None = None,
 ) -> tuple[StepPlan, PolicyEvents]:
     """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next
@@ -343,6 +407,8 @@ def decode_policy(
         predictions: of the forward that `plan` asked for.
         plan: what `initial_plan` or the previous call returned.
         params: the settings.
+        out: *written* and returned if given (`StepPlan.allocate`, `PolicyEvents.allocate`); its plan may be
+            `plan` itself.
 
     Returns:
         the plan of the next forward, and what changed (for traces; `sync_source` also tells `share_pages`
@@ -360,7 +426,8 @@ def decode_policy(
         )
     elif params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
-    return _backend(backend, "decode_policy", state.tokens).decode_policy(state, predictions, plan, params)
+    module = _backend(backend, "decode_policy", state.tokens)
+    return module.decode_policy(state, predictions, plan, params, out=out)
 
 
 def _check_policy(state: BranchState, params: PolicyParams) -> None:

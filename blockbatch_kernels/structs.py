@@ -170,6 +170,19 @@ class StepPlan(NamedTuple):
     predict: Tensor  # [R, G] bool, positions whose prediction can still matter
     flags: Tensor  # [5] int32
 
+    @classmethod
+    def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> StepPlan:
+        """An empty plan to be written into. All of it but `predict` lies in one buffer: see `host_part`."""
+        buffer = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, device=device)
+        flags, *rows = buffer.split((5, num_rows, num_rows, num_rows))
+        predict = torch.zeros(num_rows, gen_length, dtype=torch.bool, device=device)
+        return cls(*rows, predict, flags)
+
+    def host_part(self) -> Tensor:
+        """[5 + 3 R] int32: flags, query_start, query_end and source_row of an allocated plan, for one copy."""
+        size = 5 + 3 * self.query_start.shape[0]
+        return self.flags.as_strided((size,), (1,))
+
 
 class PackedQueries(NamedTuple):
     """The query tokens of all rows back to back, padded to a fixed capacity."""
@@ -200,3 +213,28 @@ class PolicyEvents(NamedTuple):
     committed: Tensor  # [R, G] bool
     merged: Tensor  # [R, G] bool
     sync_source: Tensor  # [R] int32, the leader's row where the row was synced, else the row itself
+
+    @classmethod
+    def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> PolicyEvents:
+        """Empty events to be written into."""
+        committed, merged = torch.zeros(2, num_rows, gen_length, dtype=torch.bool, device=device)
+        return cls(committed, merged, torch.zeros(num_rows, dtype=torch.int32, device=device))
+
+
+class AttentionPlan(NamedTuple):
+    """How the attention of one step is cut into work: made once a step, used by every layer.
+
+    The keys are cut into *pieces*, the same for all rows. Within a piece, rows that read the same pages form a
+    *group*, whose queries are computed together, so that the pages are read once. A *tile* is up to
+    `tile_tokens` queries of one group over one piece. A query whose row reaches into several pieces has a
+    partial result in each, which are combined at the end.
+    """
+
+    tiles: Tensor  # [max_tiles, 4] int32: piece, first and number of its queries in query_order, a row of the group
+    query_order: (
+        Tensor  # [max_pieces, tokens] int32, packed queries of each piece sorted by group; -1 behind them
+    )
+    pieces: Tensor  # [max_pieces, 2] int32, first key and the key behind the last
+    token_row: Tensor  # [tokens] int32, row of each packed query; -1 in the padding
+    counts: Tensor  # [2] int32, tiles and pieces in use; the rest is zero
+    tile_tokens: int

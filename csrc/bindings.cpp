@@ -1,30 +1,17 @@
 // The Python module blockbatch_kernels._C. Tensors arrive as addresses with sizes and strides in elements,
 // streams as the integer of torch.cuda.Stream.cuda_stream; blockbatch_kernels/cuda.py is the only caller and
 // passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
+#include <cuda_runtime_api.h>
 
 #include <sstream>
 #include <string>
-
-#include "params.h"
 
 namespace py = pybind11;
 
 namespace bbk {
 namespace {
-
-void bind_swiglu(uintptr_t gate_up, uintptr_t out, int64_t num_tokens, int64_t intermediate_size,
-                 int64_t gate_up_row_stride, int64_t out_row_stride, int dtype, int device,
-                 uintptr_t stream) {
-  const SwigluParams params{reinterpret_cast<const void*>(gate_up),
-                            reinterpret_cast<void*>(out),
-                            num_tokens,
-                            intermediate_size,
-                            gate_up_row_stride,
-                            out_row_stride,
-                            static_cast<DType>(dtype)};
-  swiglu(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
-}
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -64,7 +51,5 @@ PYBIND11_MODULE(_C, module) {
              "What the extension was built for and with: cuda_archs, cuda_version, compiler.");
   module.def("driver_version", &bbk::driver_version,
              "The newest CUDA version that the installed driver serves; '0.0' without a driver.");
-  module.def("swiglu", &bbk::bind_swiglu, py::arg("gate_up"), py::arg("out"), py::arg("num_tokens"),
-             py::arg("intermediate_size"), py::arg("gate_up_row_stride"), py::arg("out_row_stride"),
-             py::arg("dtype"), py::arg("device"), py::arg("stream"));
+  bbk::bind_activation(module);
 }

@@ -1,5 +1,7 @@
-// Arguments of the operators, as plain structs, and their host entry points. No torch type appears here: a
-// tensor is a device pointer with sizes and strides, counted in elements.
+// What the arguments of all operators have in common. Each operator has a header with its arguments as a
+// plain struct and its host entry point. No torch type appears: a tensor is a device pointer with sizes and
+// strides, counted in elements. An entry point checks its sizes (std::invalid_argument), launches and returns
+// without waiting. A failed launch is a std::runtime_error that names the operator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,20 +17,5 @@ struct Launch {
   int device;
   cudaStream_t stream;
 };
-
-// out[t, i] = silu(gate_up[t, i]) * gate_up[t, intermediate_size + i]
-struct SwigluParams {
-  const void* gate_up;  // [num_tokens, 2 * intermediate_size]
-  void* out;            // [num_tokens, intermediate_size], written
-  int64_t num_tokens;
-  int64_t intermediate_size;
-  int64_t gate_up_row_stride;  // from a token's first element to the next token's
-  int64_t out_row_stride;
-  DType dtype;  // of both tensors
-};
-
-// Each entry point checks its sizes (std::invalid_argument), launches and returns without waiting. A failed
-// launch is a std::runtime_error that names the operator.
-void swiglu(const SwigluParams& params, const Launch& launch);
 
 }  // namespace bbk

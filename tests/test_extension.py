@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from blockbatch_kernels import cuda
+from blockbatch_kernels.cuda import extension as loader
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -90,7 +91,7 @@ def test_a_launch_without_a_gpu_names_the_operator(extension, swiglu_arguments):
     ],
 )
 def test_which_gpus_an_architecture_runs_on(arch, capability, runs):
-    assert cuda._runs_on(arch, capability) is runs
+    assert loader._runs_on(arch, capability) is runs
 
 
 class TestWhyUnavailable:
@@ -114,13 +115,13 @@ class TestWhyUnavailable:
                     raise extension
                 return extension
 
-            monkeypatch.setattr(cuda, "_extension", load)
+            monkeypatch.setattr(loader, "load", load)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-            cuda._why_unavailable.cache_clear()
+            loader._why_unavailable.cache_clear()
 
         yield describe
-        cuda._why_unavailable.cache_clear()
+        loader._why_unavailable.cache_clear()
 
     def test_available(self, machine):
         machine(self.Extension())

@@ -1,6 +1,7 @@
 """Every operator in plain torch, on any device: the semantics that compiled versions are compared with."""
 
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
+from blockbatch_kernels.reference.attention_plan import attention_plan
 from blockbatch_kernels.reference.lm_head import lm_head_confidence
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
@@ -9,6 +10,7 @@ from blockbatch_kernels.reference.plan import initial_plan
 from blockbatch_kernels.reference.policy import decode_policy
 
 __all__ = [
+    "attention_plan",
     "copy_pages",
     "decode_policy",
     "initial_plan",

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.structs import AttentionPlan
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates halves in fp32: x [tokens, heads, head_dim], cos and sin [tokens, 1, head_dim / 2]."""
@@ -42,7 +44,9 @@ def varlen_attention(
     seqlens_k: Tensor,
     *,
     softmax_scale: float,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
+    """`plan` only says how compiled versions divide the work; it has no influence here."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     out = torch.zeros_like(q)
     page_size = k_cache.shape[1]
@@ -51,7 +55,7 @@ def varlen_attention(
     # batch.
     for row, length in enumerate(lengths):
         start, end = bounds[row], bounds[row + 1]
-        if start == end:
+        if start == end or length == 0:
             continue
         pages = page_table[row, : -(-length // page_size)].long()
         keys = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, head_dim]

@@ -41,9 +41,18 @@ def running_rows(state: BranchState) -> Tensor:
     return ~state.done & ~state.finished.repeat_interleave(state.num_branches)
 
 
-def initial_plan(state: BranchState, params: PolicyParams) -> StepPlan:
+def write(values: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
+    for target, value in zip(out, values, strict=True):
+        target.copy_(value)
+
+
+def initial_plan(state: BranchState, params: PolicyParams, out: StepPlan | None = None) -> StepPlan:
     rows = torch.arange(state.num_rows, device=state.tokens.device)
-    return _full_forward(state, params, PHASE_INIT, rows - rows % state.num_branches)
+    plan = _full_forward(state, params, PHASE_INIT, rows - rows % state.num_branches)
+    if out is None:
+        return plan
+    write(plan, out)
+    return out
 
 
 def next_plan(state: BranchState, params: PolicyParams) -> StepPlan:

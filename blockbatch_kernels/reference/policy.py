@@ -14,6 +14,7 @@ from blockbatch_kernels.reference.plan import (
     is_eos,
     next_plan,
     running_rows,
+    write,
 )
 from blockbatch_kernels.structs import (
     PHASE_BLOCK,
@@ -30,7 +31,11 @@ from blockbatch_kernels.structs import (
 
 
 def decode_policy(
-    state: BranchState, predictions: Predictions, plan: StepPlan, params: PolicyParams
+    state: BranchState,
+    predictions: Predictions,
+    plan: StepPlan,
+    params: PolicyParams,
+    out: tuple[StepPlan, PolicyEvents] | None = None,
 ) -> tuple[StepPlan, PolicyEvents]:
     phase = plan.flags[1]
     forwarded = plan.source_row >= 0
@@ -60,7 +65,12 @@ def decode_policy(
         _finish_prefix(state, params)
     sync_source = _sync(state, running_rows(state) & ~is_refresh, params)
     _finish_length(state)
-    return next_plan(state, params), PolicyEvents(committed, merged, sync_source)
+    result = next_plan(state, params), PolicyEvents(committed, merged, sync_source)
+    if out is None:
+        return result
+    for values, target in zip(result, out, strict=True):
+        write(values, target)
+    return out
 
 
 def _count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None:

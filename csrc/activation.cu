@@ -1,6 +1,7 @@
 // The gated activation of the transformer's MLP: out = silu(gate) * up, with gate and up side by side in one
 // row as the joint gate/up product leaves them. Bound by memory traffic: every element is read or written
 // once, in 16-byte vectors where a row's address allows it.
+#include "activation.h"
 #include "common.cuh"
 
 namespace bbk {

@@ -1,8 +1,6 @@
-"""The compiled backend: one thin line per operator over the extension `blockbatch_kernels._C`.
+"""The extension `blockbatch_kernels._C`: whether it can run, and what its calls take.
 
-Callers go through `blockbatch_kernels.ops`, which states the contracts and checks the tensors; here they are
-only unpacked into addresses, sizes and strides. The extension is imported at its first use, and no GPU is
-touched before.
+It is imported at its first use, and no GPU is touched before.
 """
 
 import functools
@@ -10,11 +8,11 @@ import importlib
 
 import torch
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
 
 
 @functools.cache
-def _extension():
+def load():
     return importlib.import_module("blockbatch_kernels._C")
 
 
@@ -38,7 +36,7 @@ def _major(version: str) -> int:
 @functools.cache
 def _why_unavailable(device_index: int | None) -> str | None:
     try:
-        extension = _extension()
+        extension = load()
     except ModuleNotFoundError:
         return (
             "the extension blockbatch_kernels._C is not installed; "
@@ -82,34 +80,9 @@ def build_info() -> dict:
 
     Raises ImportError where the extension is not installed.
     """
-    return _extension().build_info()
+    return load().build_info()
 
 
-def _stream(tensor: torch.Tensor) -> int:
+def stream_of(tensor: torch.Tensor) -> int:
+    """The current stream of the tensor's device, as the integer that the extension takes."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`out[t, i] = silu(gate_up[t, i]) * gate_up[t, I + i]`, computed in fp32, on the current stream.
-
-    `gate_up` [num_tokens, 2 I] and `out` [num_tokens, I] (*written*; allocated if None) are CUDA tensors of
-    one dtype (fp32, fp16 or bf16) and one device, with any row stride. The last stride of `out` is 1; a
-    `gate_up` with another is copied first. Returns `out`.
-    """
-    if gate_up.stride(1) != 1:
-        gate_up = gate_up.contiguous()
-    num_tokens, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = gate_up.new_empty(num_tokens, intermediate_size)
-    _extension().swiglu(
-        gate_up=gate_up.data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=num_tokens,
-        intermediate_size=intermediate_size,
-        gate_up_row_stride=gate_up.stride(0),
-        out_row_stride=out.stride(0),
-        dtype=_DTYPE_CODES[gate_up.dtype],
-        device=gate_up.device.index,
-        stream=_stream(gate_up),
-    )
-    return out

@@ -1,0 +1,36 @@
+"""The Triton backend: operators with the names of `blockbatch_kernels.ops`.
+
+With TRITON_INTERPRET=1 in the environment they run on CPU tensors too, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_unavailable(device: torch.device | int | None = None) -> str | None:
+    """Why this backend cannot run on `device` (default: the current GPU), or None if it can."""
+    if not _installed():
+        return "the package triton is not installed"
+    on_cpu = isinstance(device, torch.device) and device.type == "cpu"
+    if interpreted():
+        return None
+    if on_cpu:
+        return "the tensors are not on a GPU (TRITON_INTERPRET=1 runs Triton on the CPU)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return None
