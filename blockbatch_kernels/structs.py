@@ -179,7 +179,7 @@ class StepPlan(NamedTuple):
         return cls(*rows, predict, flags)
 
     def host_part(self) -> Tensor:
-        """[5 + 3 R] int32: flags, query_start, query_end and source_row of an allocated plan, for one copy."""
+        """[5 + 3 R] int32: flags, query_start, query_end, source_row of an allocated plan, for one copy."""
         size = 5 + 3 * self.query_start.shape[0]
         return self.flags.as_strided((size,), (1,))
 
@@ -224,16 +224,14 @@ class PolicyEvents(NamedTuple):
 class AttentionPlan(NamedTuple):
     """How the attention of one step is cut into work: made once a step, used by every layer.
 
-    The keys are cut into *pieces*, the same for all rows. Within a piece, rows that read the same pages form a
-    *group*, whose queries are computed together, so that the pages are read once. A *tile* is up to
+    The keys are cut into *pieces*, the same for all rows. Within a piece, rows that read the same pages form
+    a *group*, whose queries are computed together, so that the pages are read once. A *tile* is up to
     `tile_tokens` queries of one group over one piece. A query whose row reaches into several pieces has a
     partial result in each, which are combined at the end.
     """
 
-    tiles: Tensor  # [max_tiles, 4] int32: piece, first and number of its queries in query_order, a row of the group
-    query_order: (
-        Tensor  # [max_pieces, tokens] int32, packed queries of each piece sorted by group; -1 behind them
-    )
+    tiles: Tensor  # [max_tiles, 4] int32: piece, first and number in query_order, a row of the group
+    query_order: Tensor  # [max_pieces, tokens] int32, queries of each piece sorted by group; -1 behind
     pieces: Tensor  # [max_pieces, 2] int32, first key and the key behind the last
     token_row: Tensor  # [tokens] int32, row of each packed query; -1 in the padding
     counts: Tensor  # [2] int32, tiles and pieces in use; the rest is zero

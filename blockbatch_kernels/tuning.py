@@ -44,8 +44,8 @@ def attention_shape(
     num_tokens: int, num_heads: int, num_kv_heads: int, page_size: int, pages_per_row: int, processors: int
 ) -> AttentionShape:
     """The cut for a step of `num_tokens` packed queries."""
-    # 64 rows are one warpgroup's product; long packs come from whole rows, where a tile of 128 reads K half as
-    # often.
+    # 64 rows are one warpgroup's product; long packs come from whole rows, where a tile of 128 reads K half
+    # as often.
     tile_rows = 128 if num_tokens > 1024 else 64
     tile_tokens = max(1, tile_rows // (num_heads // num_kv_heads))
     segment_pages = max(1, _SEGMENT_KEYS // page_size)

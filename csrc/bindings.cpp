@@ -1,6 +1,6 @@
 // The Python module blockbatch_kernels._C. Tensors arrive as addresses with sizes and strides in elements,
-// streams as the integer of torch.cuda.Stream.cuda_stream; blockbatch_kernels/cuda.py is the only caller and
-// passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+// streams as the integer of torch.cuda.Stream.cuda_stream; the package blockbatch_kernels/cuda is the only caller
+// and passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
 #include "bindings.h"
 
 #include <cuda_runtime_api.h>
