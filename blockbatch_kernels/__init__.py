@@ -13,6 +13,7 @@ The operators work on plain tensors and know no checkpoint, tokenizer or decodin
 
 from blockbatch_kernels.ops import (
     attention_plan,
+    backend_of,
     copy_pages,
     decode_policy,
     initial_plan,
@@ -53,6 +54,7 @@ __all__ = [
     "Predictions",
     "StepPlan",
     "attention_plan",
+    "backend_of",
     "copy_pages",
     "decode_policy",
     "initial_plan",

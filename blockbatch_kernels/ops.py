@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blockbatch_kernels import cuda, reference, triton, tuning
+from blockbatch_kernels.library import traceable
 from blockbatch_kernels.structs import (
     EOS_EXITS,
     QUERY_SPANS,
@@ -56,6 +57,12 @@ def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
     return module
 
 
+def backend_of(op: str, device: torch.device, backend: str | None = None) -> str:
+    """Name of the backend that runs the operator `op` on tensors of `device`; raises as `op` would."""
+    module = _backend(backend, op, torch.empty(0, device=device))
+    return next(name for name, candidate in _MODULES.items() if candidate is module)
+
+
 def _check(
     name: str,
     tensor: Tensor,
@@ -78,6 +85,7 @@ def _check(
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
+@traceable
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
@@ -102,6 +110,7 @@ def rms_norm(
     return _backend(backend, "rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
 
 
+@traceable
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """`silu(gate) * up` in fp32, rounded once.
 
@@ -117,6 +126,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     return _backend(backend, "swiglu", gate_up).swiglu(gate_up)
 
 
+@traceable
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -155,6 +165,7 @@ def rope_kv_write(
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
 
 
+@traceable
 def attention_plan(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -197,6 +208,7 @@ def attention_plan(
     )
 
 
+@traceable
 def varlen_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -253,6 +265,7 @@ def varlen_attention(
     )
 
 
+@traceable
 def lm_head_confidence(
     hidden: Tensor,
     weight: Tensor,
@@ -286,6 +299,7 @@ def lm_head_confidence(
     )
 
 
+@traceable
 def pack_windows(
     state: BranchState,
     plan: StepPlan,
@@ -330,6 +344,7 @@ def pack_windows(
     )
 
 
+@traceable
 def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None = None) -> None:
     """Lets each row use the pages of its source row: no K or V moves.
 
@@ -342,6 +357,7 @@ def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None =
     _backend(backend, "share_pages", page_table).share_pages(page_table, source_row)
 
 
+@traceable
 def copy_pages(
     kv_cache: Tensor,
     page_table: Tensor,
@@ -377,6 +393,7 @@ def copy_pages(
     module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
 
 
+@traceable
 def initial_plan(
     state: BranchState, params: PolicyParams, *, out: StepPlan | None = None, backend: str | None = None
 ) -> StepPlan:
@@ -388,6 +405,7 @@ def initial_plan(
     return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params, out=out)
 
 
+@traceable
 def decode_policy(
     state: BranchState,
     predictions: Predictions,

@@ -7,7 +7,7 @@ of the generation region run from 0 to G; on the canvas they stand behind the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,23 @@ class BranchState:
             winner=zeros(num_requests),
             stop_reason=zeros(num_requests),
         )
+
+    def reset(self, prompt_tokens: Tensor, prompt_length: Tensor, mask_token_id: int) -> None:
+        """Back to the state before the first forward, in place, with new prompts.
+
+        Args:
+            prompt_tokens: [Q, at most max prompt length] int32.
+            prompt_length: [Q] int32.
+            mask_token_id: the id that marks an undecoded position.
+        """
+        kept = {"block_size", "prompt_length", "window_end", "tokens"}
+        for field in fields(self):
+            if field.name not in kept:
+                getattr(self, field.name).zero_()
+        self.prompt_tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+        self.prompt_length.copy_(prompt_length)
+        self.tokens.fill_(mask_token_id)
+        self.window_end.copy_(self.block_size.clamp(max=self.gen_length))
 
 
 @dataclass(frozen=True)

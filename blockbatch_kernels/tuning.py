@@ -27,7 +27,7 @@ class AttentionShape(NamedTuple):
 _SEGMENT_KEYS = 128
 _MIN_PIECE_KEYS = 256
 # Partial results: at most this many packed queries over all pieces (32 heads x 128 x 4 bytes: 16 KiB each).
-_MAX_PARTIALS = 4096
+MAX_PARTIALS = 2048
 _MAX_PIECES = 32
 
 
@@ -49,7 +49,7 @@ def attention_shape(
     tile_rows = 128 if num_tokens > 1024 else 64
     tile_tokens = max(1, tile_rows // (num_heads // num_kv_heads))
     segment_pages = max(1, _SEGMENT_KEYS // page_size)
-    max_pieces = max(1, min(_MAX_PIECES, _MAX_PARTIALS // max(1, num_tokens)))
+    max_pieces = max(1, min(_MAX_PIECES, MAX_PARTIALS // max(1, num_tokens)))
     return AttentionShape(
         tile_tokens=tile_tokens,
         segment_pages=segment_pages,
@@ -61,3 +61,51 @@ def attention_shape(
         target_tiles=-(-3 * processors // (4 * num_kv_heads)),
         min_segments=max(1, _MIN_PIECE_KEYS // (segment_pages * page_size)),
     )
+
+
+class TritonBlock(NamedTuple):
+    """Elements of a Triton program of an elementwise operator."""
+
+    block: int
+    num_warps: int
+
+
+class TritonAttention(NamedTuple):
+    """How the Triton attention computes a tile over a piece of the keys."""
+
+    block_m: int  # rows of a product: queries times query heads of a kv head
+    block_n: int  # keys a step
+    num_warps: int
+    num_stages: int  # steps whose keys and values are in flight or in shared memory
+    programs_per_processor: int
+
+
+class TritonCombine(NamedTuple):
+    """How the Triton attention adds up partial results."""
+
+    block_pieces: int  # loaded together
+    block_heads: int
+    num_warps: int
+
+
+TRITON_ELEMENTWISE = TritonBlock(block=1024, num_warps=4)
+TRITON_ROPE = TritonBlock(block=1024, num_warps=4)
+TRITON_MAX_HEAD_DIM = 256
+TRITON_COMBINE = TritonCombine(block_pieces=4, block_heads=4, num_warps=4)
+
+
+def triton_row_warps(block: int) -> int:
+    """Warps of a program that reduces a row of `block` elements: 8 to 16 elements a thread."""
+    return min(16, max(1, block // 512))
+
+
+def triton_attention(tile_rows: int, block_d: int, element_size: int) -> TritonAttention:
+    """For tiles of `tile_rows` rows of `block_d` elements (head_dim as a power of two)."""
+    if element_size == 4:
+        return TritonAttention(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_processor=2)
+    block_m = min(128, max(16, 1 << (tile_rows - 1).bit_length()))
+    if block_d > 128:
+        return TritonAttention(block_m, 32, 8 if block_m == 128 else 4, 2, 1)
+    if block_m == 128:
+        return TritonAttention(block_m, 64, num_warps=8, num_stages=3, programs_per_processor=1)
+    return TritonAttention(block_m, 64, num_warps=4, num_stages=3, programs_per_processor=2)

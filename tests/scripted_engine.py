@@ -23,6 +23,7 @@ class EngineScripted:
             num_layers=1,
             hidden_size=2,
             intermediate_size=2,
+            num_heads=1,
             num_kv_heads=1,
             head_dim=2,
             vocab_size=scripted.vocab_size,

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 import blockbatch
-from blockbatch import generation
+from blockbatch import generation, memory
 from blockbatch.trace import save_trace
 from plain_models import write_dream, write_llada
 
@@ -172,16 +172,23 @@ def test_as_many_prompts_at_a_time_as_fit(model, monkeypatch):
     batches = []
     original = generation._session
     monkeypatch.setattr(generation, "_session", lambda *a: batches.append(len(a[1])) or original(*a))
-    positions = 3 * 48  # three branches of at most 35 positions, in pages of 16
-    cache = positions * 2 * 2 * model.spec.num_kv_heads * 8 * 4
-    forward = 3 * 35 * (4 * 32 + 3 * 48) * 4
-    monkeypatch.setattr(generation, "_free_bytes", lambda device: 2 * (cache + forward))
+    for_two = sum(memory.needs(model, CONFIG, 2, 3))
+    monkeypatch.setattr(memory, "free_bytes", lambda model: for_two)
     split = blockbatch.generate(model, prompts, CONFIG)
     assert batches == [2, 2]
     assert [result.canvas for result in split] == [result.canvas for result in together]
-    monkeypatch.setattr(generation, "_free_bytes", lambda device: cache)
+    cache = memory.needs(model, CONFIG, 1, 3).cache
+    monkeypatch.setattr(memory, "free_bytes", lambda model: cache)
     with pytest.raises(MemoryError, match="free memory of cpu: expected at least"):
         blockbatch.generate(model, prompts, CONFIG)
+
+
+def test_what_a_decode_needs(model):
+    positions = 3 * 48  # three branches of at most 35 positions, in pages of 16
+    needed = memory.needs(model, CONFIG, 1, 3)
+    assert needed.cache == positions * 2 * model.spec.num_layers * model.spec.num_kv_heads * 8 * 4
+    assert needed.work > 3 * 35 * (3 * 32 + 3 * 48) * 4
+    assert memory.needs(model, CONFIG, 2, 3).cache == 2 * needed.cache
 
 
 def test_cache_too_small(model):

@@ -52,20 +52,28 @@ class RequestOutcome:
     branches: tuple[BranchResult, ...]
 
 
-def create_state(
-    prompts: list[list[int]],
+def pad_prompts(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [Q, longest] int32, zero behind each prompt, and lengths [Q] int32."""
+    longest = max(len(prompt) for prompt in prompts)
+    padded = torch.zeros(len(prompts), longest, dtype=torch.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+    return padded, torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+
+
+def empty_state(
+    num_requests: int,
+    max_prompt: int,
     block_sizes: tuple[int, ...],
     gen_length: int,
     mask_token_id: int,
     device: torch.device,
 ) -> bbk.BranchState:
-    longest = max(len(prompt) for prompt in prompts)
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
-    sizes = torch.tensor(block_sizes, dtype=torch.int32)
-    return bbk.BranchState.create(padded.to(device), lengths.to(device), sizes, gen_length, mask_token_id)
+    """A state with room for prompts of up to `max_prompt` tokens, to be `reset` before use."""
+    prompts = torch.zeros(num_requests, max_prompt, dtype=torch.int32, device=device)
+    lengths = torch.zeros(num_requests, dtype=torch.int32, device=device)
+    sizes = torch.tensor(block_sizes, dtype=torch.int32, device=device)
+    return bbk.BranchState.create(prompts, lengths, sizes, gen_length, mask_token_id)
 
 
 def read_outcome(state: bbk.BranchState, request: int) -> RequestOutcome:

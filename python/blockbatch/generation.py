@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from blockbatch import branches, kv_cache
+from blockbatch import branches, memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, Session
-from blockbatch.models import transformer
+from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
 from blockbatch.models.model import Model
 from blockbatch.models.tokenizer import IncrementalDecoder
 from blockbatch.trace import Record, TraceRecorder
@@ -71,7 +69,7 @@ def generate(
     for index, ids in enumerate(prompts):
         check_prompt(model, ids, config, "prompt" if single else f"prompt[{index}]")
     results: list[Result] = []
-    for batch in _batches(model, prompts, config):
+    for batch in memory.batches(model, prompts, config):
         session = _session(model, batch, config)
         recorder = TraceRecorder(session.state) if config.trace else None
         while (step := session.step()) is not None:
@@ -80,6 +78,7 @@ def generate(
         for request in range(len(batch)):
             trace = recorder.traces[request] if recorder else None
             results.append(build_result(model, session, request, trace))
+        del session  # its buffers serve the next batch
     return results[0] if single else results
 
 
@@ -129,13 +128,22 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
     Raises what `generate` raises.
     """
     check_prompt(model, ids, config, "prompt")
-    (batch,) = _batches(model, [ids], config)
+    (batch,) = memory.batches(model, [ids], config)
     return _session(model, batch, config)
 
 
 def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
     method = METHOD_BUILDERS[config.method](config, model.spec, _eos_token_ids(model, config))
-    return Session(model, prompts, method, config.gen_length)
+    if model.device.type == "cpu":
+        return Session(model, prompts, method, config.gen_length, observed=config.trace)
+    if model.runners is None:
+        model.runners = RunnerPool(model)
+    longest = max(len(prompt) for prompt in prompts)
+    max_prompt = memory.longest_prompt(model.device, longest)
+    if not model.runners.has(len(prompts), method, config.gen_length, max_prompt):
+        needed = sum(memory.needs(model, config, len(prompts), longest))
+        model.runners.make_room(needed, memory.free_bytes(model) - model.runners.idle_bytes())
+    return model.runners.open_session(prompts, method, config.gen_length, max_prompt, observed=config.trace)
 
 
 def _eos_token_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
@@ -197,53 +205,6 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
             f"{name}: expected prompt and gen_length to fit in {spec.max_length} positions, got {len(ids)} + "
             f"{config.gen_length} = {canvas}"
         )
-
-
-def _batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Iterator[list[list[int]]]:
-    """As many prompts at a time as `cache_bytes`, or else the free memory, has room for."""
-    num_branches = len(config.block_sizes) if config.block_sizes else 1
-    limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
-    if limit is None:
-        limit, source = _free_bytes(model.device), f"free memory of {model.device}"
-        purpose = "the K/V cache and a forward"
-
-    def needed(requests: int, longest: int) -> int:
-        rows, length = requests * num_branches, longest + config.gen_length
-        cache = kv_cache.cache_bytes(
-            rows,
-            length,
-            num_layers=model.spec.num_layers,
-            num_kv_heads=model.spec.num_kv_heads,
-            head_dim=model.spec.head_dim,
-            dtype=model.dtype,
-        )
-        if model.cache_bytes is not None:
-            return cache
-        # A refresh may compute every row whole.
-        return cache + transformer.activation_bytes(model.spec, model.dtype, rows * length)
-
-    for ids in prompts:
-        if needed(1, len(ids)) > limit:
-            raise MemoryError(
-                f"{source}: expected at least {needed(1, len(ids)):,} bytes for {purpose} of "
-                f"{num_branches} branches of {len(ids) + config.gen_length} positions, got {limit:,}"
-            )
-    batch: list[list[int]] = []
-    for ids in prompts:
-        longest = max(len(other) for other in [*batch, ids])
-        if batch and needed(len(batch) + 1, longest) > limit:
-            yield batch
-            batch = []
-        batch.append(ids)
-    if batch:
-        yield batch
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-    return int(pages * os.sysconf("SC_PAGE_SIZE") * 0.9) if pages else 2**40
 
 
 def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:

@@ -58,6 +58,21 @@ class KVCache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.page_table = torch.full((num_rows, columns), -1, dtype=torch.int32, device=device)
 
+    def reset(self) -> None:
+        """Back to no pages at all; what they hold is never read before it is written anew."""
+        self.page_table.fill_(-1)
+
+    def make_private(self, write_start: Tensor, write_end: Tensor) -> None:
+        """Gives each row pages of its own where it is about to write positions [write_start, write_end)."""
+        bbk.copy_pages(
+            self.kv,
+            self.page_table,
+            write_start,
+            write_end,
+            num_branches=self.num_branches,
+            backend=self.backend,
+        )
+
     def prepare(self, plan: bbk.StepPlan) -> None:
         """Makes every page that the planned forward writes private to its row.
 
@@ -67,14 +82,7 @@ class KVCache:
         rows = torch.arange(self.page_table.shape[0], device=self.page_table.device)
         follows = (plan.source_row >= 0) & (plan.source_row != rows)
         self.page_table.masked_fill_(follows.unsqueeze(1), -1)
-        bbk.copy_pages(
-            self.kv,
-            self.page_table,
-            plan.query_start,
-            plan.query_end,
-            num_branches=self.num_branches,
-            backend=self.backend,
-        )
+        self.make_private(plan.query_start, plan.query_end)
 
     def share(self, source_row: Tensor) -> None:
         """Points rows at the pages of their source rows (-1 or itself: stays). No K or V moves."""

@@ -35,9 +35,7 @@ class TraceRecorder:
 
     def add(self, step: Step) -> None:
         count = self._state.num_branches
-        source_row = step.plan.source_row.tolist()
-        lengths = (step.plan.query_end - step.plan.query_start).tolist()
-        windows = list(zip(step.window_start.tolist(), step.window_end.tolist(), strict=True))
+        source_row, lengths, windows = step.plan.source_row, step.plan.query_lengths, step.windows
         commits = self._changes(step.events.committed, with_confidence=True)
         merges = self._changes(step.events.merged)
         sync_source = step.events.sync_source.tolist()

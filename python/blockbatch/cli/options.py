@@ -187,7 +187,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
-    group.add_argument("--device", help="cpu (default), cuda, ...")
+    group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument(
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
     )

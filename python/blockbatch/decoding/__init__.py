@@ -2,6 +2,7 @@
 
 from blockbatch.decoding import blockbatch, dual_cache, local_leap, prefix_cache, vanilla
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.runners import RunnerPool
 from blockbatch.decoding.session import Session, Step
 
 METHOD_BUILDERS = {
@@ -12,4 +13,4 @@ METHOD_BUILDERS = {
     "local_leap": local_leap.method,
 }
 
-__all__ = ["METHOD_BUILDERS", "Method", "Session", "Step"]
+__all__ = ["METHOD_BUILDERS", "Method", "RunnerPool", "Session", "Step"]

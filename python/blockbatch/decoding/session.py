@@ -8,30 +8,45 @@ from typing import NamedTuple
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch import branches
+from blockbatch.decoding import forward
+from blockbatch.decoding.batch import Batch, HostPlan
+from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
-from blockbatch.models.model import Model
+
+# Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
+# small beside the cache; a CPU gains by fewer, larger products.
+ROW_TOKENS = {"cuda": 2048, "cpu": 8192}
 
 
 class Step(NamedTuple):
-    """One turn of the loop, for observers.
+    """One turn of the loop, for observers; its tensors are valid until the next turn.
 
     Attributes:
         phase: one of `blockbatch_kernels.PHASES`.
-        plan: the forward that ran.
-        query_tokens: packed tokens; 0: no row had anything to compute and no forward ran.
-        window_start, window_end: [R] int32, the windows during the forward.
+        plan: the forward that ran, on the host; its `query_tokens` are 0 where no row had anything to compute
+            and no forward ran.
+        windows: [R] windows (start, end) during the forward; None unless the session is observed.
         events: what the policy changed.
         seconds: of the whole turn.
     """
 
     phase: str
-    plan: bbk.StepPlan
-    query_tokens: int
-    window_start: torch.Tensor
-    window_end: torch.Tensor
+    plan: HostPlan
+    windows: list[tuple[int, int]] | None
     events: bbk.PolicyEvents
     seconds: float
+
+
+class Runner(NamedTuple):
+    """A batch with the graphs of its steps (None: steps run as they are)."""
+
+    batch: Batch
+    graphs: StepGraphs | None
+
+
+def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
+    batch = Batch(model, num_requests, method, gen_length, max_prompt)
+    return Runner(batch, StepGraphs(model, batch) if StepGraphs.possible(model) else None)
 
 
 class Session:
@@ -43,72 +58,71 @@ class Session:
         prompts: token ids, one list for each request.
         method: what to run.
         gen_length: tokens to generate.
+        runner: of this very model, method, number of prompts and gen_length, with room for the prompts; it
+            serves one session at a time. None makes one.
+        observed: whether steps tell their windows.
     """
 
-    def __init__(self, model: Model, prompts: list[list[int]], method: Method, gen_length: int) -> None:
-        self.model, self.params = model, method.params
-        self.state = branches.create_state(
-            prompts, method.block_sizes, gen_length, self.params.mask_token_id, model.device
-        )
-        canvas_lengths = self.state.prompt_length + gen_length
-        self._seqlens_k = canvas_lengths.repeat_interleave(len(method.block_sizes))
-        longest = max(len(prompt) for prompt in prompts) + gen_length
-        self.cache = model.new_cache(len(prompts), len(method.block_sizes), longest)
-        self._plan = bbk.initial_plan(self.state, self.params, backend=model.backend)
-        self._flags = self._plan.flags.tolist()
+    def __init__(
+        self,
+        model,
+        prompts: list[list[int]],
+        method: Method,
+        gen_length: int,
+        *,
+        runner: Runner | None = None,
+        observed: bool = False,
+    ) -> None:
+        self.model, self.params, self.observed = model, method.params, observed
+        if runner is None:
+            runner = new_runner(
+                model, len(prompts), method, gen_length, max(len(prompt) for prompt in prompts)
+            )
+        self._batch, self._graphs = runner
         self._started = time.perf_counter()
+        self._batch.start(prompts)
+        self._batch.copy_plan_to_host()
+        self._plan = self._batch.host_plan()
         self.seconds: list[float | None] = [None] * len(prompts)
+
+    @property
+    def state(self) -> bbk.BranchState:
+        return self._batch.state
+
+    @property
+    def cache(self):
+        return self._batch.cache
 
     @torch.inference_mode()
     def step(self) -> Step | None:
-        running, phase, query_tokens, predictions, stalled = self._flags
-        if not running:
+        plan = self._plan
+        if not plan.running:
             return None
-        if stalled:
+        if plan.stalled:
             raise RuntimeError(
                 f"model: expected predictions other than MASK (id {self.params.mask_token_id}), got more "
                 "commits than positions: the model keeps predicting its own MASK token"
             )
         begun = time.perf_counter()
-        plan, backend = self._plan, self.model.backend
-        windows = self.state.window_start.clone(), self.state.window_end.clone()
-        predicted = self._forward(plan, phase, query_tokens, predictions)
-        self._plan, events = bbk.decode_policy(self.state, predicted, plan, self.params, backend=backend)
-        self.cache.share(events.sync_source)
-        self._flags = self._plan.flags.tolist()  # the one wait for the device in a step
+        phase = bbk.PHASES[plan.phase]
+        windows = self._windows() if self.observed else None
+        if phase != "block":
+            forward.whole_rows(self.model, self._batch, plan, ROW_TOKENS[self._batch.device.type])
+        elif self._graphs is not None and plan.query_tokens:
+            self._graphs.run(plan.query_tokens)
+        else:
+            forward.block_denoise(self.model, self._batch, plan.query_tokens, plan.predictions)
+        self._plan = self._batch.host_plan()
         now = time.perf_counter()
-        if self._flags[0] != running:
+        if self._plan.running != plan.running:
             for request, finished in enumerate(self.state.finished.tolist()):
                 if finished and self.seconds[request] is None:
                     self.seconds[request] = now - self._started
-        return Step(bbk.PHASES[phase], plan, query_tokens, *windows, events, now - begun)
+        return Step(phase, plan, windows, self._batch.events, now - begun)
 
     def run(self) -> None:
         while self.step() is not None:
             pass
 
-    def _forward(
-        self, plan: bbk.StepPlan, phase: int, query_tokens: int, predictions: int
-    ) -> bbk.Predictions:
-        if query_tokens == 0:
-            nothing = torch.zeros(0, dtype=torch.int32, device=self.model.device)
-            confidence = nothing.float()
-            return bbk.Predictions(nothing.long(), nothing, confidence, confidence)
-        self.cache.prepare(plan)
-        packed = bbk.pack_windows(
-            self.state,
-            plan,
-            self.cache.page_table,
-            page_size=self.cache.page_size,
-            capacity=query_tokens,
-            predict_capacity=predictions,
-            prediction_offset=self.params.prediction_offset,
-            backend=self.model.backend,
-        )
-        probe_tokens = None
-        if self.params.eos_exit == "window":
-            probe_tokens = self.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        predicted = self.model.predict(packed, self.cache, self._seqlens_k, probe_tokens)
-        if bbk.PHASES[phase] != "block":
-            self.cache.share(plan.source_row)
-        return predicted
+    def _windows(self) -> list[tuple[int, int]]:
+        return list(zip(self.state.window_start.tolist(), self.state.window_end.tolist(), strict=True))

@@ -31,6 +31,7 @@ class Model:
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
+        runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Model:
         self.cache_bytes, self.name = cache_bytes, name
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.eos_token_ids = tokenizer.eos_token_ids(spec) if tokenizer else spec.eos_token_ids
+        self.runners = None
         self._rope = transformer.rope_table(spec, self.device)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
@@ -162,7 +164,7 @@ def load_model(
     Args:
         name_or_path: "tiny" (the model inside this package), a folder, or a hub id
             ("GSAI-ML/LLaDA-8B-Instruct").
-        device: defaults to the CPU.
+        device: defaults to the current GPU where there is one, else the CPU.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
@@ -172,9 +174,13 @@ def load_model(
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    device = torch.device(device) if device is not None else torch.device("cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")

@@ -9,6 +9,10 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import TransformerWeights
+from blockbatch_kernels import tuning
+
+# Predictions whose logits exist at the same time, at most.
+_HEAD_ROWS = 512
 
 
 def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -22,8 +26,13 @@ def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
     """Bytes that `forward` needs at most for its intermediate tensors, beside weights and cache."""
-    # Residual, norm and two products of the hidden size; gate, up and their activation.
-    return num_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size) * dtype.itemsize
+    query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    # Residual, norm and a product of the hidden size, and the larger of what attention and MLP hold beside.
+    layer = 3 * spec.hidden_size + max(2 * query_size + 2 * kv_size, 3 * spec.intermediate_size)
+    # Logits of some hundred predictions, and attention's partial results.
+    head = _HEAD_ROWS * spec.vocab_size * max(dtype.itemsize, 4)
+    partials = tuning.MAX_PARTIALS * (query_size + spec.num_heads) * 4
+    return num_tokens * layer * dtype.itemsize + max(head, partials)
 
 
 def forward(
@@ -50,6 +59,18 @@ def forward(
     """
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     cos, sin = rope
+    plan = None  # the reference has no use for one
+    if bbk.backend_of("varlen_attention", kv.device, backend) != "reference":
+        plan = bbk.attention_plan(
+            page_table,
+            packed.cu_seqlens_q,
+            seqlens_k,
+            page_size=kv.shape[3],
+            num_tokens=packed.input_ids.shape[0],
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            backend=backend,
+        )
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
     for index, layer in enumerate(weights.layers):
@@ -63,7 +84,14 @@ def forward(
             q, k, v, packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache, backend=backend
         )
         attended = bbk.varlen_attention(
-            q, k_cache, v_cache, page_table, packed.cu_seqlens_q, seqlens_k, backend=backend
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            packed.cu_seqlens_q,
+            seqlens_k,
+            plan=plan,
+            backend=backend,
         )
         projected = F.linear(attended.flatten(1), layer.out_weight)
         normed = bbk.rms_norm(

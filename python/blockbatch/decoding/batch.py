@@ -1,0 +1,84 @@
+"""Everything that decoding a batch of requests keeps on the device, at addresses that stay."""
+
+from __future__ import annotations
+
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch import branches
+from blockbatch.decoding.method import Method
+
+
+class Batch:
+    """State, plan and K/V cache of `num_requests` requests that are decoded together.
+
+    One batch serves any number of decodes of its shape, one after the other: `start` puts it back to the
+    beginning. Nothing is allocated after its construction, so captured steps can refer to it.
+
+    Args:
+        model: see `Session`.
+        num_requests: prompts at a time.
+        method: what to run.
+        gen_length: tokens to generate.
+        max_prompt: the longest prompt that fits.
+    """
+
+    def __init__(self, model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> None:
+        self.method, self.backend, self.device = method, model.backend, model.device
+        num_branches = len(method.block_sizes)
+        num_rows = num_requests * num_branches
+        self.state = branches.empty_state(
+            num_requests,
+            max_prompt,
+            method.block_sizes,
+            gen_length,
+            method.params.mask_token_id,
+            self.device,
+        )
+        self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)
+        self.events = bbk.PolicyEvents.allocate(num_rows, gen_length, self.device)
+        self.seqlens_k = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        self.cache = model.new_cache(num_requests, num_branches, max_prompt + gen_length)
+        on_gpu = self.device.type == "cuda"
+        self._host = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Puts new prompts, no longer than the longest that fits, in front of empty generation regions."""
+        tokens, lengths = branches.pad_prompts(prompts)
+        self.state.reset(tokens.to(self.device), lengths.to(self.device), self.method.params.mask_token_id)
+        canvas = self.state.prompt_length + self.state.gen_length
+        self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
+        self.cache.reset()
+        bbk.initial_plan(self.state, self.method.params, out=self.plan, backend=self.backend)
+
+    def copy_plan_to_host(self) -> None:
+        """Starts the copy that `host_plan` waits for."""
+        self._host.copy_(self.plan.host_part(), non_blocking=True)
+
+    def host_plan(self) -> HostPlan:
+        """The plan as the host sees it: the one wait for the device in a step."""
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+        return HostPlan(self._host.tolist(), self.state.num_rows)
+
+
+class HostPlan:
+    """The parts of a `StepPlan` that the host decides by.
+
+    Attributes:
+        running, phase, query_tokens, predictions, stalled: the plan's flags.
+        query_start, query_end, source_row: lists, one entry for each row.
+    """
+
+    def __init__(self, values: list[int], num_rows: int) -> None:
+        self.running, self.phase, self.query_tokens, self.predictions, self.stalled = values[:5]
+        rows = values[5:]
+        self.query_start, self.query_end, self.source_row = (
+            rows[part * num_rows : (part + 1) * num_rows] for part in range(3)
+        )
+
+    @property
+    def query_lengths(self) -> list[int]:
+        return [end - start for start, end in zip(self.query_start, self.query_end, strict=True)]

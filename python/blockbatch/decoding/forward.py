@@ -1,0 +1,108 @@
+"""The two kinds of forward, each with the policy behind it: block denoise, and whole rows (init, refresh)."""
+
+from __future__ import annotations
+
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch.decoding.batch import Batch, HostPlan
+
+
+def block_denoise(model, batch: Batch, capacity: int, predict_capacity: int) -> None:
+    """One forward of the planned windows and all that follows up to the next plan.
+
+    Sizes alone decide what is launched, so that a step can be captured and run again: lengths, tables and
+    windows are read on the device.
+
+    Args:
+        capacity: packed tokens to make room for, at least the plan's; 0: no row has anything to compute.
+        predict_capacity: predictions to make room for, at least the plan's.
+    """
+    if capacity == 0:
+        predictions = _no_predictions(batch.device)
+    else:
+        batch.cache.make_private(batch.plan.query_start, batch.plan.query_end)
+        predictions = _predict(model, batch, batch.plan, capacity, predict_capacity)
+    _apply_policy(batch, predictions)
+
+
+def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
+    """An init or refresh: computes the planned rows whole, and all that follows up to the next plan.
+
+    Args:
+        plan: the batch's plan on the host.
+        max_tokens: rows are computed several at a time within this many tokens, a longer row alone.
+    """
+    batch.cache.prepare(batch.plan)
+    parts = []
+    for rows in _chunks(plan.query_lengths, max_tokens):
+        tokens = sum(plan.query_lengths[rows])
+        predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
+        query_end = torch.zeros_like(batch.plan.query_end)
+        query_end[rows] = batch.plan.query_end[rows]
+        chunk = batch.plan._replace(query_end=query_end)
+        parts.append(_predict(model, batch, chunk, tokens, predict_capacity))
+    batch.cache.share(batch.plan.source_row)
+    _apply_policy(batch, _concatenate(parts))
+
+
+def _chunks(lengths: list[int], max_tokens: int) -> list[slice]:
+    """Consecutive rows whose lengths add up to at most `max_tokens`, or single rows."""
+    chunks: list[slice] = []
+    tokens = 0
+    for row, length in enumerate(lengths):
+        if length == 0:
+            continue
+        if chunks and tokens + length <= max_tokens:
+            chunks[-1] = slice(chunks[-1].start, row + 1)
+            tokens += length
+        else:
+            chunks.append(slice(row, row + 1))
+            tokens = length
+    return chunks
+
+
+def _predict(
+    model, batch: Batch, plan: bbk.StepPlan, capacity: int, predict_capacity: int
+) -> bbk.Predictions:
+    params = batch.method.params
+    packed = bbk.pack_windows(
+        batch.state,
+        plan,
+        batch.cache.page_table,
+        page_size=batch.cache.page_size,
+        capacity=capacity,
+        predict_capacity=predict_capacity,
+        prediction_offset=params.prediction_offset,
+        backend=batch.backend,
+    )
+    probe_tokens = None
+    if params.eos_exit == "window":
+        probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
+    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens)
+
+
+def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:
+    bbk.decode_policy(
+        batch.state,
+        predictions,
+        batch.plan,
+        batch.method.params,
+        out=(batch.plan, batch.events),
+        backend=batch.backend,
+    )
+    batch.cache.share(batch.events.sync_source)
+    batch.copy_plan_to_host()
+
+
+def _no_predictions(device: torch.device) -> bbk.Predictions:
+    nothing = torch.zeros(0, dtype=torch.int32, device=device)
+    return bbk.Predictions(nothing.long(), nothing, nothing.float(), nothing.float())
+
+
+def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
+    if len(parts) == 1:
+        return parts[0]
+    return bbk.Predictions(
+        *(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    )

@@ -1,0 +1,65 @@
+"""Block steps as CUDA graphs, one for each packed capacity."""
+
+from __future__ import annotations
+
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch.decoding.batch import Batch
+from blockbatch.decoding.forward import block_denoise
+
+# Larger packs keep the GPU busy for longer than the host needs to launch them.
+MAX_GRAPH_TOKENS = 4096
+# Operators of a step whose reference asks the host for lengths.
+_DEVICE_OPS = ("varlen_attention", "attention_plan", "copy_pages", "decode_policy", "pack_windows")
+
+
+def packed_capacity(tokens: int) -> int:
+    """The captured size that serves a pack of `tokens`.
+
+    Up to 128 tokens a step costs the reading of the weights whatever its size, so a few sizes serve; beyond,
+    four sizes to each doubling keep the padding below a fifth.
+    """
+    for size in (16, 32, 64, 128):
+        if tokens <= size:
+            return size
+    size = 1 << (tokens - 1).bit_length()
+    step = size // 8
+    return -(-tokens // step) * step
+
+
+class StepGraphs:
+    """Runs the block steps of one batch; the first step of a size runs as it is and is captured then."""
+
+    def __init__(self, model, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = None
+
+    @staticmethod
+    def possible(model) -> bool:
+        """Whether every operator of a step runs without the host."""
+        if model.device.type != "cuda":
+            return False
+        return all(bbk.backend_of(op, model.device, model.backend) != "reference" for op in _DEVICE_OPS)
+
+    def run(self, tokens: int) -> None:
+        """One block step of `tokens` packed tokens; returns while the device works."""
+        capacity = packed_capacity(tokens)
+        if capacity > MAX_GRAPH_TOKENS:
+            block_denoise(self._model, self._batch, tokens, tokens)
+        elif capacity in self._graphs:
+            self._graphs[capacity].replay()
+        else:
+            # This step is real work and warms up what a capture must not do: loading kernels, choosing
+            # algorithms.
+            block_denoise(self._model, self._batch, capacity, capacity)
+            self._capture(capacity)
+
+    def _capture(self, capacity: int) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # The graphs run one after the other, so all can work in the same memory.
+        with torch.cuda.graph(graph, pool=self._pool):
+            block_denoise(self._model, self._batch, capacity, capacity)
+        self._pool = self._pool or graph.pool()
+        self._graphs[capacity] = graph

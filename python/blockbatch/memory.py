@@ -1,0 +1,100 @@
+"""What a decode needs of the device's memory, and how many prompts fit at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from blockbatch import kv_cache
+from blockbatch.config import DecodeConfig
+from blockbatch.decoding.session import ROW_TOKENS
+from blockbatch.models import transformer
+from blockbatch.models.model import Model
+
+# On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
+_PROMPT_STEP = 64
+
+
+class Needs(NamedTuple):
+    """Bytes that a batch takes beside the weights.
+
+    Attributes:
+        cache: the K/V cache, allocated once before the first forward.
+        work: activations, logits and partial results of a forward, at most.
+    """
+
+    cache: int
+    work: int
+
+    def __str__(self) -> str:
+        return f"K/V cache {self.cache / 2**20:,.0f} MiB, working memory up to {self.work / 2**20:,.0f} MiB"
+
+
+def longest_prompt(device: torch.device, longest: int) -> int:
+    """Tokens of prompt that a batch makes room for."""
+    return longest if device.type == "cpu" else -(-max(longest, 1) // _PROMPT_STEP) * _PROMPT_STEP
+
+
+def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -> Needs:
+    """What a batch of `num_requests` prompts of at most `longest` tokens takes."""
+    spec, dtype = model.spec, model.dtype
+    num_branches = len(config.block_sizes) if config.block_sizes else 1
+    rows, length = num_requests * num_branches, longest_prompt(model.device, longest) + config.gen_length
+    cache = kv_cache.cache_bytes(
+        rows,
+        length,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+    )
+    # Whole rows go in chunks; a block step holds at most every row's generation region.
+    tokens = min(rows * length, max(length, ROW_TOKENS[model.device.type], rows * config.gen_length))
+    return Needs(cache, transformer.activation_bytes(spec, dtype, tokens))
+
+
+def free_bytes(model: Model) -> int:
+    """Memory that a new batch may take."""
+    device = model.device
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        idle = model.runners.idle_bytes() if model.runners else 0
+        return int((torch.cuda.mem_get_info(device)[0] + held + idle) * 0.95)
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+    return int(pages * os.sysconf("SC_PAGE_SIZE") * 0.9) if pages else 2**40
+
+
+def batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Iterator[list[list[int]]]:
+    """As many prompts at a time as `cache_bytes`, or else the free memory, has room for.
+
+    Raises:
+        MemoryError: a single prompt does not fit; before the first batch.
+    """
+    limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
+    if limit is None:
+        limit, source = free_bytes(model), f"free memory of {model.device}"
+        purpose = "the K/V cache and a forward"
+
+    def needed(requests: int, longest: int) -> int:
+        total = needs(model, config, requests, longest)
+        return total.cache if model.cache_bytes is not None else sum(total)
+
+    num_branches = len(config.block_sizes) if config.block_sizes else 1
+    for ids in prompts:
+        if needed(1, len(ids)) > limit:
+            raise MemoryError(
+                f"{source}: expected at least {needed(1, len(ids)):,} bytes for {purpose} of "
+                f"{num_branches} branches of {len(ids) + config.gen_length} positions, got {limit:,}"
+            )
+    batch: list[list[int]] = []
+    for ids in prompts:
+        longest = max(len(other) for other in [*batch, ids])
+        if batch and needed(len(batch) + 1, longest) > limit:
+            yield batch
+            batch = []
+        batch.append(ids)
+    if batch:
+        yield batch
