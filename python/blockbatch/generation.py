@@ -137,13 +137,15 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
     if model.device.type == "cpu":
         return Session(model, prompts, method, config.gen_length, observed=config.trace)
     if model.runners is None:
-        model.runners = RunnerPool(model)
+        model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
     max_prompt = memory.longest_prompt(model.device, longest)
     if not model.runners.has(len(prompts), method, config.gen_length, max_prompt):
         needed = sum(memory.needs(model, config, len(prompts), longest))
         model.runners.make_room(needed, memory.free_bytes(model) - model.runners.idle_bytes())
-    return model.runners.open_session(prompts, method, config.gen_length, max_prompt, observed=config.trace)
+    return model.runners.open_session(
+        model, prompts, method, config.gen_length, max_prompt, observed=config.trace
+    )
 
 
 def _eos_token_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ class Batch:
         self.cache = model.new_cache(num_requests, num_branches, max_prompt + gen_length)
         on_gpu = self.device.type == "cuda"
         self._host = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, pin_memory=on_gpu)
+        self._finished = torch.zeros(num_requests, dtype=torch.bool, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
 
     def start(self, prompts: list[list[int]]) -> None:
@@ -58,10 +59,19 @@ class Batch:
 
     def host_plan(self) -> HostPlan:
         """The plan as the host sees it: the one wait for the device in a step."""
+        self._wait()
+        return HostPlan(self._host.tolist(), self.state.num_rows)
+
+    def finished(self) -> list[bool]:
+        """Which requests are finished."""
+        self._finished.copy_(self.state.finished, non_blocking=True)
+        self._wait()
+        return self._finished.tolist()
+
+    def _wait(self) -> None:
         if self._copied is not None:
             self._copied.record()
             self._copied.synchronize()
-        return HostPlan(self._host.tolist(), self.state.num_rows)
 
 
 class HostPlan:

@@ -17,16 +17,15 @@ class _Shape(NamedTuple):
 
 
 class RunnerPool:
-    """The runners of one model. A runner that a session uses is not in the pool; it comes back when the
-    session is gone, however it ended."""
+    """The runners of one model. One that a session uses is not in the pool: it comes back when the session is
+    gone, however it ended."""
 
-    def __init__(self, model) -> None:
-        # The pool hangs on the model: a strong reference back would keep both alive.
-        self._model = weakref.proxy(model)
+    def __init__(self) -> None:
         self._idle: dict[_Shape, Runner] = {}  # the one used last stands last
 
     def open_session(
         self,
+        model,
         prompts: list[list[int]],
         method: Method,
         gen_length: int,
@@ -38,8 +37,8 @@ class RunnerPool:
         shape = _Shape(len(prompts), method, gen_length, max_prompt)
         runner = self._idle.pop(shape, None)
         if runner is None:
-            runner = new_runner(self._model, shape.num_requests, method, gen_length, max_prompt)
-        session = Session(self._model, prompts, method, gen_length, runner=runner, observed=observed)
+            runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
+        session = Session(model, prompts, method, gen_length, runner=runner, observed=observed)
         weakref.finalize(session, _put_back, weakref.ref(self), shape, runner)
         return session
 

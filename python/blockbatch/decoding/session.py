@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ class Runner(NamedTuple):
 
 def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
     batch = Batch(model, num_requests, method, gen_length, max_prompt)
-    return Runner(batch, StepGraphs(model, batch) if StepGraphs.possible(model) else None)
+    # Runners are kept on the model: a strong reference back would keep both alive.
+    return Runner(batch, StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None)
 
 
 class Session:
@@ -115,8 +117,9 @@ class Session:
         self._plan = self._batch.host_plan()
         now = time.perf_counter()
         if self._plan.running != plan.running:
-            for request, finished in enumerate(self.state.finished.tolist()):
-                if finished and self.seconds[request] is None:
+            finished = self._batch.finished() if self._plan.running else [True] * len(self.seconds)
+            for request, ended in enumerate(finished):
+                if ended and self.seconds[request] is None:
                     self.seconds[request] = now - self._started
         return Step(phase, plan, windows, self._batch.events, now - begun)
 
