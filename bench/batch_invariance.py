@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24, help="prompts, a third from each family")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    model = blockbatch.load_model("tiny")
+    model = blockbatch.load_model("tiny", device="cpu")
     prompts = sample_prompts(options.count // 3)
     config = blockbatch.DecodeConfig(gen_length=256, trace=True)
     together = blockbatch.generate(model, prompts, config)

@@ -86,7 +86,7 @@ def sample_prompts(count: int) -> list[str]:
 
 def decode_once() -> None:
     """Peak memory of loading the model and one decode of a 256-token canvas, printed in bytes."""
-    model = blockbatch.load_model("tiny")
+    model = blockbatch.load_model("tiny", device="cpu")
     blockbatch.generate(model, sample_prompts(1)[0], blockbatch.DecodeConfig(gen_length=256, eos_exit="none"))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -105,7 +105,7 @@ def main() -> None:
         decode_once()
         return
     torch.set_num_threads(options.threads)
-    model = blockbatch.load_model("tiny")
+    model = blockbatch.load_model("tiny", device="cpu")
     prompts = sample_prompts(options.prompts)
     rows = []
     for eos_exit in ("prefix", "none"):

@@ -54,7 +54,7 @@ def model_folder(tmp_path_factory):
 def expected(model_folder):
     """What the Python interface gives for PROMPT in 64 tokens."""
     config = blockbatch.DecodeConfig(gen_length=64, eos_exit="none")
-    result = blockbatch.generate(blockbatch.load_model(model_folder), PROMPT, config)
+    result = blockbatch.generate(blockbatch.load_model(model_folder, device="cpu"), PROMPT, config)
     assert len(set(result.tokens)) > 5 and "\x1b" in result.text  # else the tests below would show little
     return result
 
@@ -227,7 +227,7 @@ def test_only_given_options_reach_the_config(model_folder, capsys):
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     config = blockbatch.DecodeConfig("dual_cache", gen_length=64, threshold=None, steps=32, block_size=16)
-    result = blockbatch.generate(blockbatch.load_model(model_folder), [1, 2], config)
+    result = blockbatch.generate(blockbatch.load_model(model_folder, device="cpu"), [1, 2], config)
     assert report["tokens"] == result.tokens and report["nfe"]["total"] == result.nfe.total == 32
     assert report["settings"] == {
         "gen_length": 64, "block_size": 16, "eos_exit": "none", "threshold": None, "steps": 32,
@@ -300,7 +300,7 @@ def test_compare_prints_a_row_for_each_method_and_end(model_folder, tmp_path):
     table = {line[:17].strip(): line[17:].split() for line in lines[:16] if line[:17].strip() in labels}
     assert list(table) == labels
     rows = {row["label"]: row for row in json.loads(figures.read_text())["rows"]}
-    model = blockbatch.load_model(model_folder)
+    model = blockbatch.load_model(model_folder, device="cpu")
     for label, row in rows.items():
         end = "prefix" if label.endswith("+eos") or label == "blockbatch" else "none"
         config = blockbatch.DecodeConfig(label.split()[0], gen_length=32, eos_exit=end)

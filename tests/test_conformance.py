@@ -15,7 +15,7 @@ OPTIONS += ("sync_threshold", "refresh_interval", "eos_exit")
 
 @pytest.fixture(scope="module")
 def model():
-    return blockbatch.load_model(DATA)
+    return blockbatch.load_model(DATA, device="cpu")
 
 
 def test_there_are_74_records():

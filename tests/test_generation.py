@@ -33,7 +33,7 @@ def model(request, tmp_path):
     write = {"llada": write_llada, "dream": write_dream}[request.param]
     write(tmp_path, vocab_size=VOCABULARY, sharpness=3.0)  # MASK is the last id, EOS the one before
     write_tokenizer(tmp_path)
-    return blockbatch.load_model(tmp_path)
+    return blockbatch.load_model(tmp_path, device="cpu")
 
 
 CONFIG = blockbatch.DecodeConfig(gen_length=32, block_sizes=(4, 8, 32))
@@ -149,7 +149,7 @@ def test_stream_takes_one_prompt(model):
 
 def test_text_needs_a_tokenizer(tmp_path):
     write_llada(tmp_path)
-    bare = blockbatch.load_model(tmp_path)
+    bare = blockbatch.load_model(tmp_path, device="cpu")
     with pytest.raises(
         ValueError, match="prompt: expected token ids, since the model's folder has no tokenizer"
     ):

@@ -129,3 +129,12 @@ def test_too_little_memory_is_said_before_any_work(model):
     small = blockbatch.load_model("tiny", device="cuda", cache_bytes=2**20)
     with pytest.raises(MemoryError, match="cache_bytes: expected at least .* got 1,048,576"):
         decode(small, prompts(1)[0])
+
+
+def test_the_command_line_takes_the_gpu_and_says_what_it_needs(capsys):
+    from blockbatch.cli import main
+
+    assert main(["generate", "--prompt", prompts(1)[0], "--gen-length", "64"]) in (0, None)
+    printed = capsys.readouterr()
+    assert printed.out.strip()
+    assert printed.err.startswith("cuda:0: K/V cache ") and "MiB free beside the weights" in printed.err

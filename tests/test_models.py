@@ -29,7 +29,7 @@ def random_ids(model, *shape):
 
 
 def test_logits(folder):
-    model, plain = blockbatch.load_model(folder), PlainModel(folder, dtype=torch.float64)
+    model, plain = blockbatch.load_model(folder, device="cpu"), PlainModel(folder, dtype=torch.float64)
     ids = random_ids(model, 3, 21)
     expected = torch.stack(plain.logits(ids.tolist()))[..., : model.spec.vocab_size]
     got = model.logits(ids)
@@ -41,7 +41,7 @@ def test_logits(folder):
 
 
 def test_half_precision_logits_stay_close(folder):
-    model = blockbatch.load_model(folder, dtype="bfloat16")
+    model = blockbatch.load_model(folder, device="cpu", dtype="bfloat16")
     ids = random_ids(model, 2, 12)
     exact = PlainModel(folder, dtype=torch.float64).logits(ids.tolist())
     exact = torch.stack(exact)[..., : model.spec.vocab_size]
@@ -65,7 +65,7 @@ def run(model, cache, state, plan, seqlens_k):
 
 def test_block_forward_right_after_a_full_forward_agrees_with_it(folder):
     """With nothing changed since the full forward, a window's predictions must be the full forward's."""
-    model = blockbatch.load_model(folder)
+    model = blockbatch.load_model(folder, device="cpu")
     offset = model.spec.prediction_offset
     prompt, gen_length = random_ids(model, 9).int(), 32
     prompt[prompt == model.spec.mask_token_id] = 0
@@ -100,7 +100,7 @@ def test_block_forward_right_after_a_full_forward_agrees_with_it(folder):
 
 
 def test_bad_input_ids(folder):
-    model = blockbatch.load_model(folder)
+    model = blockbatch.load_model(folder, device="cpu")
     vocabulary = model.spec.vocab_size
     with pytest.raises(ValueError, match=f"input_ids: expected ids from 0 to {vocabulary - 1}, got"):
         model.logits([[vocabulary]])

@@ -11,7 +11,7 @@ from tiny_decodes import RECORDED, config, decode, problems
 
 @pytest.fixture(scope="module")
 def model():
-    return blockbatch.load_model("tiny")
+    return blockbatch.load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

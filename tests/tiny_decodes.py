@@ -41,7 +41,7 @@ def decode(model, problem, method):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model = blockbatch.load_model("tiny")
+    model = blockbatch.load_model("tiny", device="cpu")
     records = [decode(model, problem, method) for problem in problems() for method in blockbatch.METHODS]
     RECORDED.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     for method in blockbatch.METHODS:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from blockbatch import generation
+from blockbatch import generation, memory
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.options import chat_prompt, load
 from blockbatch.cli.problems import Task, read_tasks
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
     with _progress() as show:
-        _warm_up(model, prompts[0], rows, show)
+        _warm_up(model, prompts, rows, show)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.
         for index, (task, ids) in enumerate(zip(tasks, prompts, strict=True), 1):
             for row in rows:
@@ -111,12 +111,22 @@ def _encode(model: Model, tasks: list[Task], chat: bool) -> list[list[int]]:
     return [model.tokenizer.encode(text) for text in texts]
 
 
-def _warm_up(model: Model, ids: list[int], rows: list[Row], show) -> None:
+def _warm_up(model: Model, prompts: list[list[int]], rows: list[Row], show) -> None:
+    # A GPU captures its steps once for each length of canvas that it has buffers for, and needs all of it.
+    on_gpu = model.device.type == "cuda"
+    by_room = {memory.longest_prompt(model.device, len(ids)): ids for ids in prompts}
     for row in rows:
-        if row.config.eos_exit == "prefix":
-            show(f"warming up: {row.config.method}")
-            gen_length = min(_WARM_UP_TOKENS, row.config.gen_length)
-            generation.generate(model, ids, DecodeConfig(method=row.config.method, gen_length=gen_length))
+        config = row.config
+        if not on_gpu and config.eos_exit != "prefix":
+            continue
+        show(f"warming up: {config.method}")
+        if on_gpu:
+            for ids in by_room.values():
+                generation.generate(model, ids, config)
+        else:
+            gen_length = min(_WARM_UP_TOKENS, config.gen_length)
+            config = DecodeConfig(method=config.method, gen_length=gen_length)
+            generation.generate(model, prompts[0], config)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from blockbatch import generation
+from blockbatch import generation, memory
 from blockbatch.cli import canvas
 from blockbatch.cli.files import check_output, read_text
 from blockbatch.cli.options import chat_prompt, decode_config, load
@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> None:
     text = _prompt_text(options)
     model = load(options)
     ids = list(options.prompt_ids) if text is None else _encode(model, text, options.chat)
+    if model.device.type == "cuda":
+        _tell_memory(model, ids, config)
     live = wants_live(sys.stdout) and not options.json and not options.no_live
     result = _decode_live(model, ids, config) if live else generation.generate(model, ids, config)
     if options.trace is not None:
@@ -43,6 +45,13 @@ def run(options: argparse.Namespace) -> None:
     print(escape(text) if sys.stdout.isatty() else text, end="" if text.endswith("\n") else "\n")
     if live:
         print(paint(Span("dim", _summary(config, result))))
+
+
+def _tell_memory(model: Model, ids: list[int], config: DecodeConfig) -> None:
+    """What the decode will take of the GPU's memory, on standard error."""
+    free = memory.free_bytes(model) / 2**20
+    needed = memory.needs(model, config, 1, len(ids))
+    print(f"{model.device}: {needed}; {free:,.0f} MiB free beside the weights", file=sys.stderr)
 
 
 def _prompt_text(options: argparse.Namespace) -> str | None:
