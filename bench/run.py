@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("decode_cpu.py", "batch_invariance.py", "accuracy.py")
+import torch
+
+ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "accuracy.py")
+ON_A_GPU = ("step_latency.py", "refresh.py", "ops.py", "decode.py", "plots.py")
 
 
 def main() -> None:
-    for name in BENCHMARKS:
+    for name in ANYWHERE + (ON_A_GPU if torch.cuda.is_available() else ()):
         print(f"== {name}", flush=True)
         subprocess.run([sys.executable, str(Path(__file__).parent / name)], check=True)
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from blockbatch_kernels import cuda, reference, triton, tuning
+from blockbatch_kernels.checks import check_events, check_plan, check_predictions, check_state
+from blockbatch_kernels.checks import check_tensor as _check
 from blockbatch_kernels.library import traceable
 from blockbatch_kernels.structs import (
     EOS_EXITS,
@@ -61,28 +63,6 @@ def backend_of(op: str, device: torch.device, backend: str | None = None) -> str
     """Name of the backend that runs the operator `op` on tensors of `device`; raises as `op` would."""
     module = _backend(backend, op, torch.empty(0, device=device))
     return next(name for name, candidate in _MODULES.items() if candidate is module)
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device | None = None,
-) -> None:
-    """`None` in `shape` stands for any size, as `device` for any device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    ):
-        expected = ", ".join("*" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
 @traceable
@@ -253,6 +233,7 @@ def varlen_attention(
         _check(
             "plan.query_order", plan.query_order, (plan.pieces.shape[0], q.shape[0]), (torch.int32,), q.device
         )
+        _check("plan.counts", plan.counts, (2,), (torch.int32,), q.device)
     return _backend(backend, "varlen_attention", q).varlen_attention(
         q,
         k_cache,
@@ -322,10 +303,9 @@ def pack_windows(
         predict_capacity: predictions to make room for, at least the plan's.
         prediction_offset: a query at position p predicts p + prediction_offset.
     """
-    rows = state.num_rows
-    _check("page_table", page_table, (rows, None), (torch.int32,), state.tokens.device)
-    _check("plan.query_start", plan.query_start, (rows,), (torch.int32,), state.tokens.device)
-    _check("plan.query_end", plan.query_end, (rows,), (torch.int32,), state.tokens.device)
+    check_state(state)
+    check_plan("plan", plan, state)
+    _check("page_table", page_table, (state.num_rows, None), (torch.int32,), state.tokens.device)
     for name, value, least in (
         ("page_size", page_size, 1),
         ("capacity", capacity, 0),
@@ -402,6 +382,8 @@ def initial_plan(
     `out` (`StepPlan.allocate`) is *written* and returned if given.
     """
     _check_policy(state, params)
+    if out is not None:
+        check_plan("out", out, state)
     return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params, out=out)
 
 
@@ -433,23 +415,19 @@ def decode_policy(
         which rows to repoint).
     """
     _check_policy(state, params)
-    device = state.tokens.device
-    size = predictions.target.shape[0]
-    _check("predictions.target", predictions.target, (None,), (torch.int64,), device)
-    _check("predictions.top_token", predictions.top_token, (size,), (torch.int32,), device)
-    _check("predictions.confidence", predictions.confidence, (size,), (torch.float32,), device)
-    if predictions.probe_probability is not None:
-        _check(
-            "predictions.probe_probability", predictions.probe_probability, (size,), (torch.float32,), device
-        )
-    elif params.eos_exit == "window":
+    check_plan("plan", plan, state)
+    if out is not None:
+        check_plan("out[0]", out[0], state)
+        check_events("out[1]", out[1], state)
+    check_predictions(predictions, state.tokens.device)
+    if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
     module = _backend(backend, "decode_policy", state.tokens)
     return module.decode_policy(state, predictions, plan, params, out=out)
 
 
 def _check_policy(state: BranchState, params: PolicyParams) -> None:
-    _check("state.tokens", state.tokens, (None, None), (torch.int32,))
+    check_state(state)
     if params.eos_exit not in EOS_EXITS:
         raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {params.eos_exit!r}")
     if params.query_span not in QUERY_SPANS:

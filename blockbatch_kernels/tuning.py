@@ -88,6 +88,15 @@ class TritonCombine(NamedTuple):
     num_warps: int
 
 
+class TritonLmHead(NamedTuple):
+    """How the Triton LM head reduces logits."""
+
+    part_bytes: int  # logits that exist at the same time
+    block: int  # logits of a row that one program reduces
+    num_warps: int
+
+
+TRITON_LM_HEAD = TritonLmHead(part_bytes=16 << 20, block=4096, num_warps=8)
 TRITON_ELEMENTWISE = TritonBlock(block=1024, num_warps=4)
 TRITON_ROPE = TritonBlock(block=1024, num_warps=4)
 TRITON_MAX_HEAD_DIM = 256
@@ -101,11 +110,32 @@ def triton_row_warps(block: int) -> int:
 
 def triton_attention(tile_rows: int, block_d: int, element_size: int) -> TritonAttention:
     """For tiles of `tile_rows` rows of `block_d` elements (head_dim as a power of two)."""
-    if element_size == 4:
-        return TritonAttention(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_processor=2)
     block_m = min(128, max(16, 1 << (tile_rows - 1).bit_length()))
+    if element_size == 4:
+        # Products without tensor cores: more rows or a deeper pipeline spill registers.
+        if block_d > 128:
+            return TritonAttention(16, 32, num_warps=4, num_stages=1, programs_per_processor=2)
+        return TritonAttention(min(block_m, 64), 32, num_warps=8, num_stages=2, programs_per_processor=1)
     if block_d > 128:
         return TritonAttention(block_m, 32, 8 if block_m == 128 else 4, 2, 1)
     if block_m == 128:
         return TritonAttention(block_m, 64, num_warps=8, num_stages=3, programs_per_processor=1)
     return TritonAttention(block_m, 64, num_warps=4, num_stages=3, programs_per_processor=2)
+
+# Kernels between two products wait on the device for their predecessor instead of being launched after it.
+PROGRAMMATIC_LAUNCH = True
+
+# How much of the next product's weights a kernel in front of it brings into L2.
+PREFETCH_BYTES = 8 << 20
+
+# 16-byte vectors of gate and of up that a thread of swiglu has in flight: 1, 2 or 3.
+SWIGLU_VECS_PER_THREAD = 2
+
+# Threads that share a row of rms_norm.
+RMS_NORM_MAX_THREADS = 256
+
+# Heads that share a thread's cosines and sines: 1, 2 or 3.
+ROPE_HEADS_PER_THREAD = 3
+
+# Logits of one chunk of the vocabulary: what stays in L2 beside the weights that stream through it.
+LM_HEAD_LOGITS_BYTES = 17 << 20

@@ -52,4 +52,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("driver_version", &bbk::driver_version,
              "The newest CUDA version that the installed driver serves; '0.0' without a driver.");
   bbk::bind_activation(module);
+  bbk::bind_attention(module);
+  bbk::bind_lm_head(module);
+  bbk::bind_norm(module);
+  bbk::bind_pack(module);
+  bbk::bind_pages(module);
+  bbk::bind_policy(module);
+  bbk::bind_rope(module);
 }

@@ -6,5 +6,12 @@
 namespace bbk {
 
 void bind_activation(pybind11::module_& module);
+void bind_attention(pybind11::module_& module);
+void bind_lm_head(pybind11::module_& module);
+void bind_norm(pybind11::module_& module);
+void bind_pack(pybind11::module_& module);
+void bind_pages(pybind11::module_& module);
+void bind_policy(pybind11::module_& module);
+void bind_rope(pybind11::module_& module);
 
 }  // namespace bbk

@@ -28,6 +28,10 @@ def swiglu_arguments():
         gate_up_row_stride=16,
         out_row_stride=8,
         dtype=0,
+        vecs_per_thread=1,
+        programmatic=False,
+        prefetch=0,
+        prefetch_bytes=0,
         device=0,
         stream=0,
     )

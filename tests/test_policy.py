@@ -6,12 +6,24 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch_kernels import cuda
 from oracle import policy
 from oracle.states import random_case
 from policy_bridge import assert_plan, assert_same, params_of, step_inputs, to_tensors
+from policy_random import to_device
 
 PHASE_FUNCTIONS = {"init": policy.init_phase, "block": policy.block_phase, "refresh": policy.refresh_phase}
 CASES, CHUNK = 6_000, 500
+
+
+def policies():
+    """The reference and, where the extension is built, the compiled policy on the host."""
+    runs = {"reference": bbk.decode_policy}
+    try:
+        cuda.build_info()
+    except ImportError:
+        return runs
+    return {**runs, "compiled": cuda.decode_policy}
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
@@ -23,13 +35,15 @@ def test_random_states(first):
         params = params_of(config, state)
         tensors = to_tensors([state], params)
         plan, predictions = step_inputs([state], [forwards], phase)
-        next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
         PHASE_FUNCTIONS[phase](state, config, forwards)
-        try:
-            assert_same([state], [config], tensors, next_plan, events)
-            assert_plan(state, config, next_plan)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}, {phase}, {config}: {error}") from error
+        for name, decode_policy in policies().items():
+            ours = to_device(tensors, "cpu")
+            next_plan, events = decode_policy(ours, predictions, plan, params)
+            try:
+                assert_same([state], [config], ours, next_plan, events)
+                assert_plan(state, config, next_plan)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, seed {seed}, {phase}, {config}: {error}") from error
 
 
 def test_random_states_exercise_every_event():

@@ -5,6 +5,28 @@ only unpacked into addresses, sizes and strides.
 """
 
 from blockbatch_kernels.cuda.activation import swiglu
+from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
+from blockbatch_kernels.cuda.lm_head import lm_head_confidence
+from blockbatch_kernels.cuda.norm import rms_norm
+from blockbatch_kernels.cuda.pack import pack_windows
+from blockbatch_kernels.cuda.pages import copy_pages, share_pages
+from blockbatch_kernels.cuda.policy import decode_policy, initial_plan
+from blockbatch_kernels.cuda.rope import rope_kv_write
 
-__all__ = ["build_info", "is_available", "swiglu", "why_unavailable"]
+__all__ = [
+    "attention_plan",
+    "build_info",
+    "copy_pages",
+    "decode_policy",
+    "initial_plan",
+    "is_available",
+    "lm_head_confidence",
+    "pack_windows",
+    "rms_norm",
+    "rope_kv_write",
+    "share_pages",
+    "swiglu",
+    "varlen_attention",
+    "why_unavailable",
+]

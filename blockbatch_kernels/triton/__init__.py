@@ -6,10 +6,27 @@ With TRITON_INTERPRET=1 in the environment they run on CPU tensors too, slowly: 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 
 import torch
+
+# Operator -> the module that holds it, imported at its first use: the package triton may be absent, and takes
+# a second to import.
+_OPERATORS = {
+    "attention_plan": "attention_work",
+    "copy_pages": "pages",
+    "decode_policy": "policy",
+    "initial_plan": "plan",
+    "lm_head_confidence": "lm_head",
+    "pack_windows": "pack",
+    "rms_norm": "norm",
+    "rope_kv_write": "rope",
+    "share_pages": "pages",
+    "swiglu": "activation",
+    "varlen_attention": "attention",
+}
 
 
 def interpreted() -> bool:
@@ -34,3 +51,15 @@ def why_unavailable(device: torch.device | int | None = None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     return None
+
+
+def __getattr__(name: str):
+    if name not in _OPERATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _installed():
+        return _absent
+    return getattr(importlib.import_module(f"{__name__}.{_OPERATORS[name]}"), name)
+
+
+def _absent(*args, **kwargs):
+    raise RuntimeError(why_unavailable())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from blockbatch_kernels import cuda
 
 
 def processor() -> str:
@@ -19,9 +24,26 @@ def processor() -> str:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Name of the device, threads and versions, for the record of a benchmark."""
-    return {
+    record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if device.type == "cuda":
+        record |= {
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "triton": version("triton") if importlib.util.find_spec("triton") else None,
+            "extension": cuda.why_unavailable(device) or cuda.build_info(),
+        }
+    return record
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return output.split("\n")[0].strip() or None

@@ -1,0 +1,136 @@
+"""Models of random weights in the shapes of published ones: what a step costs does not depend on the weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from blockbatch.models import Model
+from blockbatch.models.spec import ModelSpec
+from blockbatch.models.weights import TransformerWeights, allocate
+
+_LLADA = ModelSpec(
+    family="llada",
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    intermediate_size=12288,
+    vocab_size=126464,
+    embedding_size=126464,
+    rope_theta=5e5,
+    rms_norm_eps=1e-5,
+    max_length=8192,
+    mask_token_id=126336,
+    eos_token_ids=(126081,),
+    qkv_bias=False,
+    tie_embeddings=False,
+    prediction_offset=0,
+    suppress_mask=False,
+    leap_threshold=0.75,
+)
+_DREAM = ModelSpec(
+    family="dream",
+    num_layers=28,
+    hidden_size=3584,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    intermediate_size=18944,
+    vocab_size=152064,
+    embedding_size=152064,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    max_length=8192,
+    mask_token_id=151666,
+    eos_token_ids=(151643,),
+    qkv_bias=True,
+    tie_embeddings=False,
+    prediction_offset=1,
+    suppress_mask=True,
+    leap_threshold=0.8,
+)
+_SMALL = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 256,
+    "vocab_size": 2048,
+    "embedding_size": 2048,
+    "mask_token_id": 2000,
+    "eos_token_ids": (2001,),
+}
+# The small ones have the same conventions and serve to try a benchmark out.
+SHAPES = {
+    "llada-8b": _LLADA,
+    "dream-7b": _DREAM,
+    "small-llada": replace(_LLADA, **_SMALL, num_kv_heads=2),
+    "small-dream": replace(_DREAM, **_SMALL, num_kv_heads=1),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def random_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    backend: str | None = None,
+    seed: int = 0,
+) -> Model:
+    """A model of the shape `name`, without a tokenizer.
+
+    Weights are normal with a deviation of 0.02 and norms are 1, which keeps activations finite, and leaves
+    every confidence far below any threshold: a branch commits one token a step. The LM head's rows of MASK
+    and EOS are zero, so that neither is ever predicted.
+    """
+    spec = SHAPES[name]
+    weights = allocate(spec, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for layer in weights.layers:
+        for tensor in (layer.qkv_weight, layer.out_weight, layer.gate_up_weight, layer.down_weight):
+            tensor.normal_(std=0.02, generator=generator)
+        if layer.qkv_bias is not None:
+            layer.qkv_bias.normal_(std=0.02, generator=generator)
+        layer.input_norm.fill_(1.0)
+        layer.post_norm.fill_(1.0)
+    weights.final_norm.fill_(1.0)
+    weights.embedding.normal_(generator=generator)
+    weights.lm_head.normal_(std=0.02, generator=generator)
+    weights.lm_head[[spec.mask_token_id, *spec.eos_token_ids]] = 0.0
+    return Model(spec, weights, None, backend=backend, name=name)
+
+
+def with_backend(model: Model, backend: str | None) -> Model:
+    """The same weights, computed by another backend."""
+    return Model(model.spec, model.weights, None, backend=backend, name=model.name)
+
+
+def random_prompt(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:
+    """Token ids below every special token."""
+    generator = torch.Generator().manual_seed(seed)
+    limit = min(spec.mask_token_id, *spec.eos_token_ids)
+    return torch.randint(limit, (length,), generator=generator).tolist()
+
+
+def product_bytes(weights: TransformerWeights) -> int:
+    """Bytes of the weights that a forward reads whole: all layers' matrices and the LM head."""
+    layers = sum(
+        tensor.nbytes
+        for layer in weights.layers
+        for tensor in (layer.qkv_weight, layer.out_weight, layer.gate_up_weight, layer.down_weight)
+    )
+    return layers + weights.lm_head.nbytes
+
+
+def step_flops(spec: ModelSpec, tokens: int, predictions: int, canvas_length: int) -> int:
+    """Multiplications and additions of a forward of packed tokens that attend to whole canvases."""
+    query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = spec.hidden_size * (2 * query + 2 * kv + 3 * spec.intermediate_size)
+    attention = 2 * canvas_length * query
+    return 2 * (
+        tokens * spec.num_layers * (layer + attention) + predictions * spec.hidden_size * spec.vocab_size
+    )

@@ -1,0 +1,186 @@
+"""Latency of a refresh (whole rows) by the number of rows that differ, in the shapes of LLaDA-8B and Dream-7B.
+
+    python bench/refresh.py [--shapes llada-8b dream-7b] [--length 1280]
+
+A request of six branches is brought to a refresh in which only so many of its rows hold different tokens; the
+engine computes each distinct row once and shares its pages. On each line:
+
+    ours_ms         from the plan on the host to the plan of the next step, median by events
+    parts_ms        the same by part, from the profiler's times of its kernels
+    products_ms     the matrix products of those rows alone, by cuBLAS, in a CUDA graph on the same weights
+    over_products_and_attention   ours over products and the engine's own attention together
+    eager_ms        the same refresh in plain torch, launched operator by operator (see eager.py)
+
+First every refresh is checked: the distinct rows' predictions against the reference backend's from the same
+state, and rows of equal tokens must end with equal pages, tokens and confidences.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import parts
+import torch
+from cases import Snapshot, as_backend, host_plan, policy
+from eager import EagerModel
+from products import products_ms
+from random_models import DTYPES, product_bytes, random_model, random_prompt, step_flops, with_backend
+from timing import ceilings, device_of, event_ms, parser, rounded, synchronize, twice, wall_ms, write_report
+from verify import Wrong
+
+from blockbatch.decoding import Method, Session
+from blockbatch.decoding.forward import whole_rows
+from blockbatch.decoding.session import ROW_TOKENS, new_runner
+from blockbatch.models import Model
+from blockbatch_kernels import PHASES
+from blockbatch_kernels.reference.plan import next_plan, write
+
+BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+# Log confidences of bf16 products differ by a few thousandths; whole tokens that differ are counted apart.
+_LOG_CONFIDENCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+_EQUAL_TOP_TOKENS = {torch.float32: 0.999, torch.bfloat16: 0.8, torch.float16: 0.95}
+
+
+class RefreshCase:
+    """A request whose next forward is a refresh of `distinct` different rows."""
+
+    def __init__(self, model: Model, distinct: int, prompt_length: int, gen_length: int) -> None:
+        self.model = model
+        sizes = tuple(size for size in BLOCK_SIZES if size <= gen_length)
+        method = Method(sizes, policy(model))
+        runner = new_runner(model, 1, method, gen_length, prompt_length)
+        self.batch = runner.batch
+        session = Session(
+            model, [random_prompt(model.spec, prompt_length)], method, gen_length, runner=runner
+        )
+        session.step()
+        # Every row holds the first tokens of one text; rows 1, 2, ... one token more than the row before.
+        state = self.batch.state
+        text = torch.tensor(random_prompt(model.spec, gen_length, seed=1), dtype=torch.int32)
+        state.tokens.fill_(model.spec.mask_token_id)
+        for row in range(len(sizes)):
+            count = min(row, distinct - 1) + 1
+            state.tokens[row, :count] = text[:count].to(model.device)
+        state.needs_refresh.fill_(True)
+        write(next_plan(state, method.params), self.batch.plan)
+        self.plan = host_plan(self.batch)
+        rows = [length for length in self.plan.query_lengths if length]
+        if PHASES[self.plan.phase] != "refresh" or len(rows) != distinct:
+            raise Wrong(f"plan: expected a refresh of {distinct} rows, got rows of {rows} tokens")
+        self.tokens, self.predictions = sum(rows), self.plan.predictions
+        self.snapshot = Snapshot(self.batch)
+
+    def run(self) -> None:
+        whole_rows(self.model, self.batch, self.plan, ROW_TOKENS[self.model.device.type])
+
+    def by_reference(self) -> Callable[[], None]:
+        """The same refresh of the same batch by the reference backend."""
+        model, batch = with_backend(self.model, "reference"), as_backend(self.batch, "reference")
+        return lambda: whole_rows(model, batch, self.plan, ROW_TOKENS[model.device.type])
+
+
+def check(case: RefreshCase) -> dict:
+    """Raises `Wrong` if the refresh differs from the reference backend's by more than the dtype explains."""
+    batch, state = case.batch, case.batch.state
+    case.snapshot.restore()
+    predicted = batch.plan.predict.clone()
+    source = batch.plan.source_row.long().clone()
+    case.run()
+    synchronize(case.model.device)
+    top_token, confidence = state.top_token.clone(), state.confidence.clone()
+    for name, values in (
+        ("pages", batch.cache.page_table),
+        ("top tokens", state.top_token),
+        ("confidences", state.confidence),
+    ):
+        if not torch.equal(values, values[source]):
+            raise Wrong(f"{name}: expected rows of equal tokens to be equal after a refresh, got others")
+    case.snapshot.restore()
+    case.by_reference()()
+    apart = (confidence[predicted] / state.confidence[predicted]).log().abs()
+    same = float((top_token == state.top_token)[predicted].float().mean())
+    dtype, found = case.model.dtype, float(apart.quantile(0.99))
+    if not (found <= _LOG_CONFIDENCE[dtype] and same >= _EQUAL_TOP_TOKENS[dtype]):
+        raise Wrong(
+            f"refresh: expected the reference's predictions, got {same:.1%} equal top tokens and "
+            f"confidences apart by e^{found:.3f}"
+        )
+    case.snapshot.restore()
+    return {"top_tokens_equal_to_reference": same, "log_confidence_apart_99_percent": found}
+
+
+def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int) -> dict:
+    gen_length = min(256, length // 2)
+    case = RefreshCase(model, distinct, length - gen_length, gen_length)
+    device = model.device
+    case.run()
+    checks = check(case)
+    ours, spread = twice(lambda: event_ms(case.run, device, repeats, case.snapshot.restore))
+    alone, alone_spread = products_ms(model, case.tokens, case.predictions, repeats)
+    line = {
+        "model": model.name,
+        "distinct_rows": distinct,
+        "length": length,
+        "tokens": case.tokens,
+        "predictions": case.predictions,
+        "ours_ms": ours,
+        "ours_spread": spread,
+        "products_ms": alone,
+        "products_spread": alone_spread,
+        "over_products": ours / alone,
+        "floor_ms": max(
+            product_bytes(model.weights) / limits["copy_gb_per_s"] / 1e6,
+            step_flops(model.spec, case.tokens, case.predictions, length) / limits["matmul_tflops"] / 1e9,
+        ),
+    }
+    if device.type == "cuda":
+        case.snapshot.restore()
+        kernels = parts.record(case.run, device)
+        line["parts_ms"] = parts.split(kernels, model.spec.num_layers)
+        line["over_products_and_attention"] = ours / (alone + line["parts_ms"]["attention"])
+        line["kernels"] = parts.by_name(kernels, 16)
+    del case
+    eager = RefreshCase(EagerModel(model), distinct, length - gen_length, gen_length)
+    line["eager_ms"] = wall_ms(eager.run, device, 2, eager.snapshot.restore)
+    line["checks"] = checks
+    return line
+
+
+def show(line: dict) -> str:
+    text = (
+        f"{line['model']:11} {line['distinct_rows']} rows, {line['tokens']:5} tokens: ours {line['ours_ms']:.2f} ms"
+        f" (+-{line['ours_spread']:.1%}), products {line['products_ms']:.2f}, floor {line['floor_ms']:.2f},"
+        f" eager {line['eager_ms']:.1f}"
+    )
+    if "parts_ms" in line:
+        text += f", over products and attention {line['over_products_and_attention']:.3f} | "
+        text += ", ".join(f"{name} {value:.2f}" for name, value in line["parts_ms"].items())
+    return text
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = parser(__doc__, "refresh", ["llada-8b", "dream-7b"])
+    arguments.add_argument("--length", type=int, default=1280)
+    arguments.add_argument("--rows", nargs="*", type=int, choices=range(1, 7))
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
+    device = device_of(options)
+    limits = ceilings(device, DTYPES[options.dtype])
+    lines = []
+    for name in options.shapes:
+        model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
+        for distinct in options.rows or ((1, 6) if options.quick else range(1, 7)):
+            line = measure(model, distinct, options.length, limits, options.repeats)
+            lines.append(rounded(line))
+            print(show(line), flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        del model
+    write_report(options, device, ceilings=limits, lines=lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Timing on a GPU by events, on a CPU by the clock; graphs; the machine's two ceilings; reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import DTYPES
+
+from blockbatch.environment import describe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def event_ms(
+    run: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
+) -> float:
+    """Median milliseconds of `run` on the device; `before` runs outside the measured span each time."""
+    if device.type != "cuda":
+        return wall_ms(run, device, repeats, before)
+    spans = []
+    for _ in range(repeats):
+        if before is not None:
+            before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in spans)
+
+
+def wall_ms(
+    run: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
+) -> float:
+    """Median milliseconds on the host's clock, from an idle device to an idle device."""
+    spans = []
+    for _ in range(repeats):
+        if before is not None:
+            before()
+        synchronize(device)
+        begun = time.perf_counter()
+        run()
+        synchronize(device)
+        spans.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(spans)
+
+
+def twice(measure: Callable[[], float]) -> tuple[float, float]:
+    """The smaller of two medians, and how far the two lie apart as a share of it."""
+    first, second = measure(), measure()
+    best = min(first, second)
+    return best, abs(first - second) / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def as_graph(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` as a CUDA graph; on a CPU `run` itself."""
+    run()
+    if device.type != "cuda":
+        return run
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.kept = kept  # outputs live in the graph's memory
+    return replay
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches at best, measured: a copy (bytes read and written) and a square product."""
+    on_gpu = device.type == "cuda"
+    size, side = (2**31, 8192) if on_gpu else (2**24, 256)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = min(event_ms(lambda: target.copy_(source), device, 10) for _ in range(2))
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    product = min(event_ms(lambda: torch.mm(a, b, out=out), device, 10) for _ in range(2))
+    return {
+        "copy_gb_per_s": round(2 * size / copy / 1e6, 1),
+        "matmul_tflops": round(2 * side**3 / product / 1e9, 1),
+        "matmul_side": side,
+    }
+
+
+def parser(description: str, result: str, shapes: list[str]) -> argparse.ArgumentParser:
+    """The options that every benchmark of this kind takes."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.add_argument("--device", default=default)
+    arguments.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    arguments.add_argument("--backend", choices=("reference", "triton", "cuda"), default=None)
+    arguments.add_argument("--shapes", nargs="*", default=shapes, help="see random_models.py")
+    arguments.add_argument("--quick", action="store_true", help="the lines that have a target, fewer repeats")
+    arguments.add_argument("--out", type=Path, default=RESULTS / f"{result}.json")
+    return arguments
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    device = torch.device(options.device)
+    return torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else device
+
+
+def write_report(options: argparse.Namespace, device: torch.device, **results: Any) -> None:
+    """The JSON file of a benchmark: how it was run, on what, and what came out."""
+    report = {
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "dtype": options.dtype,
+        "backend": options.backend or "fastest of each operator",
+        **describe(device),
+        **results,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written: {options.out}")
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """All floats of a nested record to so many digits behind the point."""
+    if isinstance(value, float):
+        return round(value, digits)
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    return value

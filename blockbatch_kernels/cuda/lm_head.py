@@ -1,0 +1,86 @@
+"""Top token and its softmax probability, from logits that exist only a chunk of the vocabulary at a time."""
+
+import torch
+
+from blockbatch_kernels import tuning
+from blockbatch_kernels.cuda import extension
+
+# Rows whose logits exist at the same time.
+_SLICE_ROWS = 512
+_PARTIAL_WORDS = 4  # LmHeadPartial in csrc/lm_head.h
+
+
+@torch.no_grad()
+def lm_head_confidence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    probe_tokens: torch.Tensor | None = None,
+    suppress_token: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The product in chunks of the vocabulary, each reduced while its logits are in L2; current stream.
+
+    `hidden` [predictions, dim] and `weight` [vocabulary, dim] (it may be a view of more rows) are CUDA
+    tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. Returns top_token
+    [predictions] int32, confidence [predictions] fp32 and, with `probe_tokens` [predictions] int32,
+    probe_probability [predictions] fp32, else None. A probe outside of the vocabulary has probability NaN,
+    and so has everything of a row whose logits hold NaN or plus infinity, or are all minus infinity.
+
+    Memory while it runs: `tuning.LM_HEAD_LOGITS_BYTES` of logits, or those of 512 rows x 4096 tokens if that
+    is more, and 16 bytes per row and 4096 tokens of the vocabulary.
+    """
+    library = extension.load()
+    piece_tokens = library.LM_HEAD_PIECE_TOKENS
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    top_token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
+    confidence = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    probe_probability = torch.empty_like(confidence) if probe_tokens is not None else None
+    if num_rows == 0:
+        return top_token, confidence, probe_probability
+    if vocab_size == 0:
+        raise ValueError("weight: expected at least one row, got none")
+    if probe_tokens is not None:
+        probe_tokens = probe_tokens.contiguous()
+    launch = dict(
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        device=hidden.device.index,
+        stream=extension.stream_of(hidden),
+    )
+
+    num_pieces = -(-vocab_size // piece_tokens)
+    slice_rows = min(num_rows, _SLICE_ROWS)
+    piece_bytes = slice_rows * piece_tokens * hidden.element_size()
+    chunk_tokens = min(vocab_size, max(1, tuning.LM_HEAD_LOGITS_BYTES // piece_bytes) * piece_tokens)
+    workspace = hidden.new_empty(slice_rows * chunk_tokens)
+    partials = torch.empty(num_rows, num_pieces, _PARTIAL_WORDS, dtype=torch.float32, device=hidden.device)
+    for row in range(0, num_rows, slice_rows):
+        rows = hidden[row : row + slice_rows]
+        for token in range(0, vocab_size, chunk_tokens):
+            chunk = weight[token : token + chunk_tokens]
+            logits = workspace[: rows.shape[0] * chunk.shape[0]].view(rows.shape[0], chunk.shape[0])
+            torch.mm(rows, chunk.t(), out=logits)
+            library.lm_head_reduce(
+                logits=logits.data_ptr(),
+                probe_tokens=0 if probe_tokens is None else probe_tokens[row:].data_ptr(),
+                partials=partials[row:].data_ptr(),
+                num_rows=rows.shape[0],
+                num_tokens=chunk.shape[0],
+                row_stride=logits.stride(0),
+                first_token=token,
+                suppress_token=-1 if suppress_token is None else suppress_token,
+                num_pieces=num_pieces,
+                dtype=extension.DTYPE_CODES[hidden.dtype],
+                **launch,
+            )
+    library.lm_head_finish(
+        partials=partials.data_ptr(),
+        probe_tokens=0 if probe_tokens is None else probe_tokens.data_ptr(),
+        top_token=top_token.data_ptr(),
+        confidence=confidence.data_ptr(),
+        probe_probability=0 if probe_probability is None else probe_probability.data_ptr(),
+        num_rows=num_rows,
+        num_pieces=num_pieces,
+        vocab_size=vocab_size,
+        **launch,
+    )
+    return top_token, confidence, probe_probability

@@ -1,0 +1,287 @@
+"""Attention of packed queries over paged keys, cut into work by an `AttentionPlan`.
+
+One kernel computes a tile of queries over a piece of the keys at a time; a second one combines the pieces'
+partial results in the order of the pieces, and zeroes what has no keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blockbatch_kernels import tuning
+from blockbatch_kernels.structs import AttentionPlan
+from blockbatch_kernels.triton.attention_work import attention_plan
+
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _attention_kernel(
+    q,  # [tokens, num_heads, head_dim]
+    k_cache,  # [pages, page_size, num_kv_heads, head_dim]
+    v_cache,
+    out,  # [tokens, num_heads, head_dim], contiguous; written if there is one piece
+    partial_out,  # [max_pieces, tokens, num_heads, head_dim] fp32; written if there are several
+    partial_lse,  # [max_pieces, tokens, num_heads] fp32, base 2; likewise
+    page_table,  # [rows, pages_per_row]
+    seqlens_k,  # [rows]
+    tiles,  # the plan's tensors, contiguous
+    query_order,
+    pieces,
+    counts,
+    scale,  # softmax_scale * log2(e), not negative
+    num_tokens,
+    q_strides,
+    k_strides,
+    v_strides,
+    table_strides,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SUBTILES: tl.constexpr,  # products of BLOCK_M rows that make up a tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr,  # integer type that holds the offset of any key or value in its cache
+    SAME_STRIDES: tl.constexpr,  # of k_cache and v_cache
+):
+    num_items = tl.load(counts) * (NUM_KV_HEADS * SUBTILES)
+    num_pieces = tl.load(counts + 1)
+    column = tl.arange(0, BLOCK_D)
+    in_head = column < HEAD_DIM
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        tile = tiles + item // (NUM_KV_HEADS * SUBTILES) * 4
+        kv_head = item % NUM_KV_HEADS
+        piece, first_query = tl.load(tile), tl.load(tile + 1)
+        num_queries, row = tl.load(tile + 2), tl.load(tile + 3)
+        start = tl.load(pieces + 2 * piece)
+        end = tl.minimum(tl.load(pieces + 2 * piece + 1), tl.load(seqlens_k + row))
+
+        tile_row = item // NUM_KV_HEADS % SUBTILES * BLOCK_M + tl.arange(0, BLOCK_M)
+        query = tile_row // GROUP
+        head = kv_head * GROUP + tile_row % GROUP
+        is_query = query < num_queries
+        order = query_order + piece.to(tl.int64) * num_tokens + first_query
+        token = tl.load(order + query, mask=is_query, other=0).to(tl.int64)
+        element = is_query[:, None] & in_head[None, :]
+        q_tile = tl.load(
+            q + (token * q_strides[0] + head * q_strides[1])[:, None] + (column * q_strides[2])[None, :],
+            mask=element,
+            other=0.0,
+        )
+
+        table = page_table + row.to(tl.int64) * table_strides[0]
+        k_head = k_cache + kv_head * k_strides[2] + (column * k_strides[3])[None, :]
+        v_head = v_cache + kv_head * v_strides[2] + (column * v_strides[3])[None, :]
+        # Behind the end the last key is loaded once more, and weighs nothing: what the cache holds there may be
+        # anything. Unsigned, so that a division by PAGE_SIZE is a shift.
+        last = (end - 1).to(tl.uint32)
+        index = tl.arange(0, BLOCK_N)
+        key = tl.minimum((start + index).to(tl.uint32), last)
+        page = tl.load(table + key // PAGE_SIZE * table_strides[1])
+        highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for first_key in range(start, end, BLOCK_N):
+            key = tl.minimum((first_key + index).to(tl.uint32), last)
+            slot = (key % PAGE_SIZE).to(OFFSET)
+            page = page.to(OFFSET)
+            k_offset = page * k_strides[0] + slot * k_strides[1]
+            v_offset = k_offset if SAME_STRIDES else page * v_strides[0] + slot * v_strides[1]
+            if BLOCK_D == HEAD_DIM:
+                k = tl.load(k_head + k_offset[:, None])
+                v = tl.load(v_head + v_offset[:, None])
+            else:
+                k = tl.load(k_head + k_offset[:, None], mask=in_head[None, :], other=0.0)
+                v = tl.load(v_head + v_offset[:, None], mask=in_head[None, :], other=0.0)
+            # One step ahead, so that the addresses above wait for nothing.
+            key = tl.minimum((first_key + BLOCK_N + index).to(tl.uint32), last)
+            page = tl.load(table + key // PAGE_SIZE * table_strides[1])
+
+            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+            if first_key + BLOCK_N > end:
+                scores = tl.where((first_key + index < end)[None, :], scores, float("-inf"))
+            before = highest
+            highest = tl.maximum(before, tl.max(scores, axis=1) * scale)
+            weights = tl.math.exp2(scores * scale - highest[:, None])
+            decay = tl.math.exp2(before - highest)
+            total = total * decay + tl.sum(weights, axis=1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
+        acc = acc / total[:, None]
+        result = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + column[None, :]
+        if num_pieces == 1:
+            tl.store(out + result, acc.to(out.dtype.element_ty), mask=element)
+        else:
+            skipped = piece.to(tl.int64) * num_tokens * (NUM_KV_HEADS * GROUP)
+            tl.store(partial_out + skipped * HEAD_DIM + result, acc, mask=element)
+            lse = highest + tl.math.log2(total)
+            tl.store(partial_lse + skipped + token * (NUM_KV_HEADS * GROUP) + head, lse, mask=is_query)
+
+
+@triton.jit
+def _combine_kernel(
+    out,  # [tokens, num_heads, head_dim], contiguous
+    partial_out,
+    partial_lse,
+    seqlens_k,
+    token_row,
+    pieces,
+    counts,
+    num_tokens,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    column = tl.arange(0, BLOCK_D)
+    is_head = head < num_heads
+    element = is_head[:, None] & (column < HEAD_DIM)[None, :]
+    result = (token * num_heads + head)[:, None] * HEAD_DIM + column[None, :]
+    row = tl.load(token_row + token)
+    num_pieces = tl.load(counts + 1)
+    if row < 0:
+        nothing = tl.zeros([BLOCK_HEADS, BLOCK_D], out.dtype.element_ty)
+        tl.store(out + result, nothing, mask=element)
+    elif num_pieces > 1:
+        piece = tl.arange(0, MAX_PIECES)
+        begin = tl.load(pieces + 2 * piece, mask=piece < num_pieces, other=0)
+        reached = (piece < num_pieces) & (begin < tl.load(seqlens_k + row))
+        num_reached = tl.sum(reached.to(tl.int32), axis=0)
+        lse_of = (
+            partial_lse + ((piece.to(tl.int64) * num_tokens + token) * num_heads)[:, None] + head[None, :]
+        )
+        lse = tl.load(lse_of, mask=reached[:, None] & is_head[None, :], other=float("-inf"))
+        highest = tl.where(is_head, tl.max(lse, axis=0), 0.0)
+        total = tl.where(is_head, tl.sum(tl.math.exp2(lse - highest[None, :]), axis=0), 1.0)
+
+        acc = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
+        for first in range(0, num_reached, BLOCK_PIECES):
+            some = first + tl.arange(0, BLOCK_PIECES)
+            source = ((some.to(tl.int64) * num_tokens + token) * num_heads)[:, None] + head[None, :]
+            read = (some < num_reached)[:, None] & is_head[None, :]
+            weights = tl.math.exp2(
+                tl.load(partial_lse + source, mask=read, other=float("-inf")) - highest[None, :]
+            )
+            values = tl.load(
+                partial_out + source[:, :, None] * HEAD_DIM + column[None, None, :],
+                mask=read[:, :, None] & (column < HEAD_DIM)[None, None, :],
+                other=0.0,
+            )
+            acc += tl.sum(values * weights[:, :, None], axis=0)
+        tl.store(out + result, (acc / total[:, None]).to(out.dtype.element_ty), mask=element)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to behind the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def varlen_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    num_tokens, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    if head_dim > tuning.TRITON_MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head_dim of at most {tuning.TRITON_MAX_HEAD_DIM}, got {head_dim}")
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    if plan is None:
+        shape = tuning.attention_shape(
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            page_size,
+            page_table.shape[1],
+            tuning.num_processors(q.device),
+        )
+        plan = attention_plan(
+            page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
+        )
+    if softmax_scale <= 0:  # the kernel scales what it took the maximum of, and minus infinity
+        q, softmax_scale = q * (-1 if softmax_scale < 0 else 0), -softmax_scale or 1.0
+    seqlens_k = seqlens_k.contiguous()
+    tiles, query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[:5])
+    max_pieces = pieces.shape[0]
+    # A plan of one piece at most writes no partial results.
+    partial_pieces = max_pieces if max_pieces > 1 else 0
+    partial_out = torch.empty(
+        partial_pieces, num_tokens, num_heads, head_dim, dtype=torch.float32, device=q.device
+    )
+    partial_lse = torch.empty(partial_pieces, num_tokens, num_heads, dtype=torch.float32, device=q.device)
+
+    group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
+    tile_rows = plan.tile_tokens * group
+    config = tuning.triton_attention(tile_rows, block_d, q.element_size())
+    subtiles = triton.cdiv(tile_rows, config.block_m)
+    programs = tuning.num_processors(q.device) * config.programs_per_processor
+    _attention_kernel[(min(tiles.shape[0] * num_kv_heads * subtiles, programs),)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        partial_out,
+        partial_lse,
+        page_table,
+        seqlens_k,
+        tiles,
+        query_order,
+        pieces,
+        counts,
+        softmax_scale * _LOG2_E,
+        num_tokens,
+        q.stride(),
+        k_cache.stride(),
+        v_cache.stride(),
+        page_table.stride(),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        SUBTILES=subtiles,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=block_d,
+        OFFSET=tl.int64 if max(_extent(k_cache), _extent(v_cache)) >= 2**31 else tl.int32,
+        SAME_STRIDES=k_cache.stride() == v_cache.stride(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    combine = tuning.TRITON_COMBINE
+    _combine_kernel[(num_tokens, triton.cdiv(num_heads, combine.block_heads))](
+        out,
+        partial_out,
+        partial_lse,
+        seqlens_k,
+        token_row,
+        pieces,
+        counts,
+        num_tokens,
+        num_heads,
+        HEAD_DIM=head_dim,
+        MAX_PIECES=triton.next_power_of_2(max_pieces),
+        BLOCK_PIECES=combine.block_pieces,
+        BLOCK_HEADS=combine.block_heads,
+        BLOCK_D=block_d,
+        num_warps=combine.num_warps,
+    )
+    return out

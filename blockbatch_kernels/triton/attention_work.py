@@ -1,0 +1,375 @@
+"""`attention_plan` in three launches: groups of each segment of keys, pieces, then their queries and tiles.
+
+`reference/attention_plan.py` defines the result and its terms. Rows are compared in all pairs, a block of
+columns at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blockbatch_kernels.structs import AttentionPlan
+from blockbatch_kernels.tuning import AttentionShape
+
+_BLOCK_COLUMNS = 16
+_BLOCK_TOKENS = 256
+
+
+@triton.jit
+def _num_queries(cu_seqlens_q, seqlens_k, row, num_rows):
+    """Queries of each row, none in a row without keys."""
+    is_row = row < num_rows
+    first = tl.load(cu_seqlens_q + row, mask=is_row, other=0)
+    behind = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=0)
+    return tl.where(tl.load(seqlens_k + row, mask=is_row, other=0) > 0, behind - first, 0)
+
+
+@triton.jit
+def _num_keys(cu_seqlens_q, seqlens_k, row, num_rows):
+    """Keys of each row, none in a row without queries."""
+    is_row = row < num_rows
+    first = tl.load(cu_seqlens_q + row, mask=is_row, other=0)
+    behind = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=0)
+    return tl.where(behind > first, tl.load(seqlens_k + row, mask=is_row, other=0), 0)
+
+
+@triton.jit
+def _owner(
+    segment,
+    page_table,
+    table_strides,
+    cu_seqlens_q,
+    seqlens_k,
+    num_rows,
+    PAGE_SIZE: tl.constexpr,
+    SEGMENT_PAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """[BLOCK_ROWS]: the first row that reads the same pages in the segment; -1 in rows that end before it."""
+    row = tl.arange(0, BLOCK_ROWS)
+    start = segment * SEGMENT_PAGES * PAGE_SIZE
+    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
+    end = tl.minimum(num_keys, start + SEGMENT_PAGES * PAGE_SIZE)
+    owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
+    for first in range(0, num_rows, BLOCK_COLUMNS):
+        other = first + tl.arange(0, BLOCK_COLUMNS)
+        other_keys = _num_keys(cu_seqlens_q, seqlens_k, other, num_rows)
+        other_end = tl.minimum(other_keys, start + SEGMENT_PAGES * PAGE_SIZE)
+        differ = (end[:, None] != other_end[None, :]).to(tl.int32)
+        for index in tl.range(0, SEGMENT_PAGES, loop_unroll_factor=8):
+            page = segment * SEGMENT_PAGES + index
+            reads, other_reads = page * PAGE_SIZE < end, page * PAGE_SIZE < other_end
+            column = page * table_strides[1]
+            mine = tl.load(page_table + row * table_strides[0] + column, mask=reads, other=-1)
+            others = tl.load(page_table + other * table_strides[0] + column, mask=other_reads, other=-1)
+            differ |= (reads[:, None] & (mine[:, None] != others[None, :])).to(tl.int32)
+        owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other[None, :], BLOCK_ROWS), axis=1))
+    return tl.where(end > start, owner, -1)
+
+
+@triton.jit
+def _num_tiles(
+    owner,
+    cu_seqlens_q,
+    seqlens_k,
+    num_rows,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Tiles of all groups together."""
+    num_queries = _num_queries(cu_seqlens_q, seqlens_k, tl.arange(0, BLOCK_ROWS), num_rows)
+    number = 0
+    for first in range(0, num_rows, BLOCK_COLUMNS):
+        group = first + tl.arange(0, BLOCK_COLUMNS)
+        size = tl.sum(tl.where(owner[:, None] == group[None, :], num_queries[:, None], 0), axis=0)
+        number += tl.sum((size + TILE_TOKENS - 1) // TILE_TOKENS, axis=0)
+    return number
+
+
+@triton.jit
+def _segments_kernel(
+    page_table,
+    table_strides,
+    cu_seqlens_q,
+    seqlens_k,
+    owners,  # [max_segments + 1, rows]; the last row is left to _pieces_kernel
+    segments,  # [2, max_segments]: whether the groups differ from the segment's before, number of tiles
+    num_rows,
+    PAGE_SIZE: tl.constexpr,
+    SEGMENT_PAGES: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    segment, row = tl.program_id(0), tl.arange(0, BLOCK_ROWS)
+    owner = _owner(
+        segment,
+        page_table,
+        table_strides,
+        cu_seqlens_q,
+        seqlens_k,
+        num_rows,
+        PAGE_SIZE,
+        SEGMENT_PAGES,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+    )
+    # Computed twice rather than read from another program.
+    previous = _owner(
+        tl.maximum(segment - 1, 0),
+        page_table,
+        table_strides,
+        cu_seqlens_q,
+        seqlens_k,
+        num_rows,
+        PAGE_SIZE,
+        SEGMENT_PAGES,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+    )
+    differs = tl.max(((owner != previous) & (row < num_rows)).to(tl.int32), axis=0)
+    tl.store(owners + segment * num_rows + row, owner, mask=row < num_rows)
+    tl.store(segments + segment, tl.where(segment == 0, 1, differs))
+    number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, TILE_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS)
+    tl.store(segments + tl.num_programs(0) + segment, number)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _pieces_kernel(
+    cu_seqlens_q,
+    seqlens_k,
+    owners,  # [max_segments + 1, rows]; the last row: written if there are too many runs
+    segments,  # [2, max_segments]
+    pieces,  # [max_pieces, 2]; written
+    work,  # [max_pieces, 2]: row of `owners` that holds the piece's groups, number of its first tile; written
+    counts,  # [2]; written
+    num_rows,
+    max_segments,
+    SEGMENT_KEYS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
+    TARGET_TILES: tl.constexpr,
+    MIN_SEGMENTS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row, segment = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_SEGMENTS)
+    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
+    num_segments = (tl.max(num_keys, axis=0) + SEGMENT_KEYS - 1) // SEGMENT_KEYS
+    starts_run = tl.load(segments + segment, mask=segment < num_segments, other=0)
+    num_tiles = tl.load(segments + max_segments + segment, mask=segment < num_segments, other=0)
+    next_starts = tl.load(segments + segment + 1, mask=segment + 1 < num_segments, other=0)
+    next_start = tl.where(next_starts != 0, segment + 1, num_segments)
+    length = tl.associative_scan(next_start, 0, _smaller, reverse=True) - segment
+    group_row = segment
+    if tl.sum(starts_run, axis=0) > MAX_PIECES:
+        # One run, whose groups are the rows that are together in every segment.
+        owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
+        for first in range(0, num_rows, BLOCK_COLUMNS):
+            other = first + tl.arange(0, BLOCK_COLUMNS)
+            differ = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
+            for index in range(num_segments):
+                mine = tl.load(owners + index * num_rows + row, mask=row < num_rows, other=-1)
+                others = tl.load(owners + index * num_rows + other, mask=other < num_rows, other=-2)
+                differ |= (mine[:, None] != others[None, :]).to(tl.int32)
+            owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other[None, :], BLOCK_ROWS), axis=1))
+        owner = tl.where(num_keys > 0, owner, -1)
+        tl.store(owners + max_segments * num_rows + row, owner, mask=row < num_rows)
+        number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, TILE_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS)
+        starts_run = (segment == 0).to(tl.int32)
+        length = tl.zeros([BLOCK_SEGMENTS], tl.int32) + num_segments
+        num_tiles = tl.zeros([BLOCK_SEGMENTS], tl.int32) + number
+        group_row = tl.zeros([BLOCK_SEGMENTS], tl.int32) + max_segments
+
+    number = tl.zeros([BLOCK_SEGMENTS], tl.int32)  # of pieces that each run is cut into
+    parts = 1
+    going = num_segments > 0
+    while going:
+        longest = tl.maximum((num_segments + parts - 1) // parts, MIN_SEGMENTS)
+        finer = tl.where(starts_run != 0, (length + longest - 1) // longest, 0)
+        fits = tl.sum(finer, axis=0) <= MAX_PIECES
+        number = tl.where(fits, finer, number)
+        enough = tl.sum(finer * num_tiles, axis=0) >= TARGET_TILES
+        going = fits & (enough == 0) & (longest != MIN_SEGMENTS) & (parts < num_segments)
+        parts += 1
+
+    first_piece = tl.cumsum(number, 0) - number
+    first_tile = tl.cumsum(number * num_tiles, 0) - number * num_tiles
+    divisor = tl.maximum(number, 1)
+    for part in range(tl.max(number, axis=0)):
+        piece, is_piece = first_piece + part, part < number
+        start = segment + length * part // divisor
+        end = segment + length * (part + 1) // divisor
+        tl.store(pieces + 2 * piece, start * SEGMENT_KEYS, mask=is_piece)
+        tl.store(pieces + 2 * piece + 1, end * SEGMENT_KEYS, mask=is_piece)
+        tl.store(work + 2 * piece, group_row, mask=is_piece)
+        tl.store(work + 2 * piece + 1, first_tile + part * num_tiles, mask=is_piece)
+    num_pieces = tl.sum(number, axis=0)
+    piece = tl.arange(0, BLOCK_PIECES)
+    unused = (piece >= num_pieces) & (piece < MAX_PIECES)
+    tl.store(pieces + 2 * piece, tl.zeros([BLOCK_PIECES], tl.int32), mask=unused)
+    tl.store(pieces + 2 * piece + 1, tl.zeros([BLOCK_PIECES], tl.int32), mask=unused)
+    tl.store(counts, tl.sum(number * num_tiles, axis=0))
+    tl.store(counts + 1, num_pieces)
+
+
+@triton.jit
+def _tiles_kernel(
+    cu_seqlens_q,
+    seqlens_k,
+    owners,
+    work,
+    counts,
+    tiles,  # [max_tiles, 4]; written
+    query_order,  # [max_pieces, tokens]; written
+    token_row,  # [tokens]; written
+    num_rows,
+    num_tokens,
+    max_tiles,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    piece, row, index = tl.program_id(0), tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_TOKENS)
+    # No row reads a piece that is not in use, whose `work` is not written either.
+    num_readers = tl.where(piece < tl.load(counts + 1), num_rows, 0)
+    owner_of = owners + tl.load(work + 2 * piece) * num_rows
+    owner = tl.load(owner_of + row, mask=row < num_readers, other=-1)
+    num_queries = _num_queries(cu_seqlens_q, seqlens_k, row, num_rows)
+    # Rows by (owner, row): where each begins, and how many queries its group has if it is the first.
+    begin, size = tl.zeros([BLOCK_ROWS], tl.int32), tl.zeros([BLOCK_ROWS], tl.int32)
+    for first in range(0, num_rows, BLOCK_COLUMNS):
+        other = first + tl.arange(0, BLOCK_COLUMNS)
+        other_queries = _num_queries(cu_seqlens_q, seqlens_k, other, num_rows)
+        other_owner = tl.load(owner_of + other, mask=other < num_readers, other=-1)
+        other_queries = tl.where(other_owner >= 0, other_queries, 0)
+        later = other_owner[None, :] - owner[:, None]
+        before = (later < 0) | ((later == 0) & (other[None, :] < row[:, None]))
+        begin += tl.sum(tl.where(before, other_queries[None, :], 0), axis=1)
+        size += tl.sum(tl.where(other_owner[None, :] == row[:, None], other_queries[None, :], 0), axis=1)
+
+    number = tl.where(owner == row, (size + TILE_TOKENS - 1) // TILE_TOKENS, 0)
+    first_tile = tl.load(work + 2 * piece + 1) + tl.cumsum(number, 0) - number
+    for part in range(tl.max(number, axis=0)):
+        tile, is_tile, first = tiles + 4 * (first_tile + part), part < number, part * TILE_TOKENS
+        tl.store(tile, tl.zeros([BLOCK_ROWS], tl.int32) + piece, mask=is_tile)
+        tl.store(tile + 1, begin + first, mask=is_tile)
+        tl.store(tile + 2, tl.minimum(TILE_TOKENS, size - first), mask=is_tile)
+        tl.store(tile + 3, row, mask=is_tile)
+    behind = tl.load(counts) * 4
+    for first in range(behind + piece * BLOCK_TOKENS, max_tiles * 4, tl.num_programs(0) * BLOCK_TOKENS):
+        nothing = tl.zeros([BLOCK_TOKENS], tl.int32)
+        tl.store(tiles + first + index, nothing, mask=first + index < max_tiles * 4)
+
+    order = query_order + piece.to(tl.int64) * num_tokens
+    for this in range(num_rows):
+        start = tl.load(cu_seqlens_q + this)
+        to = tl.sum(tl.where(row == this, begin, 0), axis=0) - start
+        is_read = tl.max(tl.where(row == this, owner, -1), axis=0) >= 0
+        end = tl.where(is_read, tl.load(cu_seqlens_q + this + 1), start)
+        for first in range(start, end, BLOCK_TOKENS):
+            token = first + index
+            tl.store(order + to + token, token, mask=token < end)
+    num_ordered = tl.sum(tl.where(owner >= 0, num_queries, 0), axis=0)
+    for first in range(num_ordered, num_tokens, BLOCK_TOKENS):
+        token = first + index
+        tl.store(order + token, tl.full([BLOCK_TOKENS], -1, tl.int32), mask=token < num_tokens)
+
+    for first in range(piece * BLOCK_TOKENS, num_tokens, tl.num_programs(0) * BLOCK_TOKENS):
+        token = first + index
+        name = tl.full([BLOCK_TOKENS], -1, tl.int32)
+        for this in range(num_rows):
+            start, end = tl.load(cu_seqlens_q + this), tl.load(cu_seqlens_q + this + 1)
+            end = tl.where(tl.load(seqlens_k + this) > 0, end, start)
+            name = tl.where((token >= start) & (token < end), this, name)
+        tl.store(token_row + token, name, mask=token < num_tokens)
+
+
+def attention_plan(
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    page_size: int,
+    num_tokens: int,
+    shape: AttentionShape,
+) -> AttentionPlan:
+    num_rows, device = page_table.shape[0], page_table.device
+    cu_seqlens_q, seqlens_k = cu_seqlens_q.contiguous(), seqlens_k.contiguous()
+    max_segments, max_pieces = max(1, shape.max_segments), shape.max_pieces
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    plan = AttentionPlan(
+        tiles=empty(shape.max_tiles + max_pieces * num_rows, 4),
+        query_order=empty(max_pieces, num_tokens),
+        pieces=empty(max_pieces, 2),
+        token_row=empty(num_tokens),
+        counts=empty(2),
+        tile_tokens=shape.tile_tokens,
+    )
+    owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)
+    rows = dict(BLOCK_ROWS=triton.next_power_of_2(max(1, num_rows)), BLOCK_COLUMNS=_BLOCK_COLUMNS)
+    _segments_kernel[(max_segments,)](
+        page_table,
+        page_table.stride(),
+        cu_seqlens_q,
+        seqlens_k,
+        owners,
+        segments,
+        num_rows,
+        PAGE_SIZE=page_size,
+        SEGMENT_PAGES=shape.segment_pages,
+        TILE_TOKENS=shape.tile_tokens,
+        **rows,
+    )
+    _pieces_kernel[(1,)](
+        cu_seqlens_q,
+        seqlens_k,
+        owners,
+        segments,
+        plan.pieces,
+        work,
+        plan.counts,
+        num_rows,
+        max_segments,
+        SEGMENT_KEYS=shape.segment_pages * page_size,
+        TILE_TOKENS=shape.tile_tokens,
+        MAX_PIECES=max_pieces,
+        TARGET_TILES=shape.target_tiles,
+        MIN_SEGMENTS=shape.min_segments,
+        BLOCK_PIECES=triton.next_power_of_2(max_pieces),
+        BLOCK_SEGMENTS=triton.next_power_of_2(max_segments),
+        **rows,
+    )
+    _tiles_kernel[(max_pieces,)](
+        cu_seqlens_q,
+        seqlens_k,
+        owners,
+        work,
+        plan.counts,
+        plan.tiles,
+        plan.query_order,
+        plan.token_row,
+        num_rows,
+        num_tokens,
+        plan.tiles.shape[0],
+        TILE_TOKENS=shape.tile_tokens,
+        BLOCK_TOKENS=_BLOCK_TOKENS,
+        **rows,
+    )
+    return plan

@@ -1,0 +1,53 @@
+"""Which of the MASK positions in a window take their top token: the three commit rules on tiles [N, G]."""
+
+import triton
+import triton.language as tl
+
+from blockbatch_kernels.triton.rows import as_key, first_true
+
+
+@triton.jit
+def _best(key, candidate, column, gen_length):
+    """[N, G]: the candidate of highest key in every row, the first on a tie."""
+    highest = tl.max(tl.where(candidate, key, -1.0), 1)[:, None]
+    first = first_true(candidate & (key == highest), column, gen_length)[:, None]
+    return candidate & (column == first)
+
+
+@triton.jit
+def sure(confidence, candidate, column, threshold, gen_length):
+    """Candidates at the threshold or above it, and the best one in any case."""
+    return (candidate & (confidence >= threshold)) | _best(as_key(confidence), candidate, column, gen_length)
+
+
+@triton.jit
+def near_anchors(anchors, radius, memory, at, inside, column, gen_length):
+    """[N, G]: positions within `radius` of an anchor (arXiv 2510.07081).
+
+    `memory` holds [N, G] flags at the offsets `at`: neighbours are read from it.
+    """
+    tl.store(memory + at, anchors, mask=inside)
+    tl.debug_barrier()
+    near = anchors
+    for distance in range(1, radius + 1):
+        before = inside & (column >= distance)
+        behind = inside & (column + distance < gen_length)
+        near |= tl.load(memory + at - distance, mask=before, other=False) != 0
+        near |= tl.load(memory + at + distance, mask=behind, other=False) != 0
+    tl.debug_barrier()  # the memory may be written again
+    return near
+
+
+@triton.jit
+def scheduled(confidence, candidate, column, size, steps, steps_per_block, gen_length):
+    """The k highest confidences of each window, k fixed by the number of steps a block takes."""
+    number = size // steps_per_block + (steps < size % steps_per_block).to(tl.int32)
+    # A block that has used up its steps (it holds a MASK that the model itself wrote) takes the rest at once.
+    number = tl.where(steps < steps_per_block, number, size)
+    number = tl.minimum(number, tl.sum(candidate.to(tl.int32), 1))
+    key = as_key(confidence)
+    chosen = candidate != candidate
+    for rank in range(tl.max(number, 0)):
+        best = _best(key, candidate & ~chosen, column, gen_length)
+        chosen |= best & (rank < number)[:, None]
+    return chosen

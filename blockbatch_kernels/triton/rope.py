@@ -1,0 +1,125 @@
+"""Rotary embedding of q and k, and the write of k and v into the cache."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blockbatch_kernels import tuning
+
+
+@triton.jit
+def _rotated(pointer, half_offset, cos, sin, inside):
+    """Both rotated halves of [heads, head_dim / 2] at `pointer`, in the dtype they are stored in."""
+    first = tl.load(pointer, mask=inside, other=0.0)
+    second = tl.load(pointer + half_offset, mask=inside, other=0.0)
+    first_exact, second_exact = first.to(tl.float32), second.to(tl.float32)
+    return (
+        (first_exact * cos - second_exact * sin).to(first.dtype),
+        (second_exact * cos + first_exact * sin).to(first.dtype),
+    )
+
+
+@triton.jit
+def _rope_kv_write_kernel(
+    q,  # [tokens, num_heads, head_dim]; written
+    k,  # [tokens, num_kv_heads, head_dim]
+    v,
+    positions,  # [tokens]
+    slot_mapping,  # [tokens]
+    cos,  # [max positions, head_dim / 2]
+    sin,
+    k_cache,  # [pages, page_size, num_kv_heads, head_dim]; written
+    v_cache,
+    num_heads,
+    num_kv_heads,
+    page_size,
+    half,
+    q_strides,
+    k_strides,
+    v_strides,
+    cos_strides,
+    sin_strides,
+    k_cache_strides,
+    v_cache_strides,
+    position_stride,
+    slot_stride,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    position = tl.load(positions + token * position_stride).to(tl.int64)
+    slot = tl.load(slot_mapping + token * slot_stride)
+    in_half = column < half
+    cosine = tl.load(cos + position * cos_strides[0] + column * cos_strides[1], mask=in_half, other=0.0)
+    sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_half, other=0.0)
+
+    inside = (head < num_heads) & in_half
+    pointer = q + token * q_strides[0] + head * q_strides[1] + column * q_strides[2]
+    first, second = _rotated(pointer, half * q_strides[2], cosine, sine, inside)
+    tl.store(pointer, first, mask=inside)
+    tl.store(pointer + half * q_strides[2], second, mask=inside)
+
+    if slot >= 0:
+        inside = (head < num_kv_heads) & in_half
+        page, offset = slot // page_size, slot % page_size
+        pointer = k + token * k_strides[0] + head * k_strides[1] + column * k_strides[2]
+        first, second = _rotated(pointer, half * k_strides[2], cosine, sine, inside)
+        target = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
+        target += head * k_cache_strides[2] + column * k_cache_strides[3]
+        tl.store(target, first, mask=inside)
+        tl.store(target + half * k_cache_strides[3], second, mask=inside)
+
+        pointer = v + token * v_strides[0] + head * v_strides[1] + column * v_strides[2]
+        target = v_cache + page * v_cache_strides[0] + offset * v_cache_strides[1]
+        target += head * v_cache_strides[2] + column * v_cache_strides[3]
+        tl.store(target, tl.load(pointer, mask=inside, other=0.0), mask=inside)
+        pointer += half * v_strides[2]
+        tl.store(target + half * v_cache_strides[3], tl.load(pointer, mask=inside, other=0.0), mask=inside)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads, half = k.shape[1], head_dim // 2
+    if q.numel() == 0:
+        return
+    block_half = triton.next_power_of_2(half)
+    block_heads = max(1, tuning.TRITON_ROPE.block // block_half)
+    _rope_kv_write_kernel[(tokens, triton.cdiv(max(num_heads, num_kv_heads), block_heads))](
+        q,
+        k,
+        v,
+        positions,
+        slot_mapping,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        num_heads,
+        num_kv_heads,
+        k_cache.shape[1],
+        half,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        cos.stride(),
+        sin.stride(),
+        k_cache.stride(),
+        v_cache.stride(),
+        positions.stride(0),
+        slot_mapping.stride(0),
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        num_warps=tuning.TRITON_ROPE.num_warps,
+    )

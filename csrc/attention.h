@@ -1,0 +1,82 @@
+// Attention of packed queries over paged keys: the plan that cuts a step into work, and the work itself.
+#pragma once
+
+#include "params.h"
+
+namespace bbk {
+
+// blockbatch_kernels/reference/attention_plan.py defines the plan, tuning.AttentionShape its bounds.
+struct AttentionPlanParams {
+  const int32_t* page_table;    // [num_rows, pages_per_row]
+  const int32_t* cu_seqlens_q;  // [num_rows + 1]
+  const int32_t* seqlens_k;     // [num_rows]
+  int32_t* tiles;               // [max_tiles, 4], written like all below
+  int32_t* query_order;         // [max_pieces, num_tokens]
+  int32_t* pieces;              // [max_pieces, 2]
+  int32_t* token_row;           // [num_tokens]
+  int32_t* counts;              // [2]
+  int32_t* workspace;           // [attention_plan_workspace(...)], any content
+  int64_t page_table_stride;    // from a row's first page to the next row's
+  int num_rows;
+  int pages_per_row;
+  int page_size;
+  int num_tokens;
+  int tile_tokens;
+  int segment_pages;
+  int max_segments;
+  int max_pieces;
+  int max_tiles;
+  int target_tiles;
+  int min_segments;
+};
+
+// Number of 32-bit integers that a plan needs as workspace.
+int64_t attention_plan_workspace(int num_rows, int max_segments, int max_pieces);
+
+void attention_plan(const AttentionPlanParams& params, const Launch& launch);
+
+// The same code on the host: all pointers are host memory.
+void attention_plan_on_host(const AttentionPlanParams& params);
+
+// out[t, h] = softmax(softmax_scale * q[t, h] . K) V over all keys of the token's row. Strides count
+// elements; the last stride of every tensor is 1.
+struct AttentionParams {
+  const void* q;        // [num_tokens, num_heads, head_dim]
+  const void* k_cache;  // [pages, page_size, num_kv_heads, head_dim]
+  const void* v_cache;
+  void* out;                   // [num_tokens, num_heads, head_dim], contiguous, written
+  float* partial_out;          // [max_pieces, num_tokens, num_heads, head_dim], unused with one piece
+  float* partial_lse;          // [max_pieces, num_tokens, num_heads], base 2 logarithms
+  const int32_t* page_table;   // [rows, pages_per_row]
+  const int32_t* seqlens_k;    // [rows]
+  const int32_t* tiles;        // the plan
+  const int32_t* query_order;  // [max_pieces, num_tokens]
+  const int32_t* pieces;       // [max_pieces, 2]
+  const int32_t* token_row;    // [num_tokens]
+  const int32_t* counts;       // [2]
+  int64_t page_table_stride;
+  int64_t q_token_stride;
+  int64_t q_head_stride;
+  int64_t k_page_stride;
+  int64_t k_token_stride;
+  int64_t k_head_stride;
+  int64_t v_page_stride;
+  int64_t v_token_stride;
+  int64_t v_head_stride;
+  int num_tokens;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int page_size;
+  int pages_per_row;
+  int tile_tokens;
+  int max_tiles;
+  int max_pieces;
+  float softmax_scale;
+  DType dtype;  // of q, the caches and out
+};
+
+// Throws std::invalid_argument for a head_dim above 256 and for a softmax_scale that is not positive.
+void varlen_attention(const AttentionParams& params, const Launch& launch);
+
+}  // namespace bbk

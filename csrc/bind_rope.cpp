@@ -1,0 +1,66 @@
+#include <tuple>
+
+#include "bindings.h"
+#include "rope.h"
+
+namespace py = pybind11;
+
+namespace bbk {
+namespace {
+
+using Heads = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
+using Cache =
+    std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, page stride, token stride, head stride
+
+HeadsView heads_view(const Heads& heads) {
+  return HeadsView{reinterpret_cast<void*>(std::get<0>(heads)), std::get<1>(heads), std::get<2>(heads)};
+}
+
+CacheView cache_view(const Cache& cache) {
+  return CacheView{reinterpret_cast<void*>(std::get<0>(cache)), std::get<1>(cache), std::get<2>(cache),
+                   std::get<3>(cache)};
+}
+
+void launch_rope_kv_write(const Heads& q, const Heads& k, const Heads& v, const Cache& k_cache,
+                          const Cache& v_cache, uintptr_t positions, uintptr_t slots, uintptr_t cos,
+                          uintptr_t sin, int64_t cos_row_stride, int64_t sin_row_stride, int64_t num_tokens,
+                          int64_t num_positions, int64_t num_pages, int64_t page_size, int num_heads,
+                          int num_kv_heads, int head_dim, int dtype, int heads_per_thread, bool programmatic,
+                          uintptr_t prefetch, int64_t prefetch_bytes, int device, uintptr_t stream) {
+  const RopeKvWriteParams params{heads_view(q),
+                                 heads_view(k),
+                                 heads_view(v),
+                                 cache_view(k_cache),
+                                 cache_view(v_cache),
+                                 reinterpret_cast<const int32_t*>(positions),
+                                 reinterpret_cast<const int64_t*>(slots),
+                                 reinterpret_cast<const float*>(cos),
+                                 reinterpret_cast<const float*>(sin),
+                                 cos_row_stride,
+                                 sin_row_stride,
+                                 num_tokens,
+                                 num_positions,
+                                 num_pages,
+                                 page_size,
+                                 num_heads,
+                                 num_kv_heads,
+                                 head_dim,
+                                 static_cast<DType>(dtype),
+                                 Prefetch{reinterpret_cast<const void*>(prefetch), prefetch_bytes}};
+  rope_kv_write(params, heads_per_thread, programmatic,
+                Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+}
+
+}  // namespace
+
+void bind_rope(py::module_& module) {
+  module.def("rope_kv_write", &launch_rope_kv_write, py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("cos"),
+             py::arg("sin"), py::arg("cos_row_stride"), py::arg("sin_row_stride"), py::arg("num_tokens"),
+             py::arg("num_positions"), py::arg("num_pages"), py::arg("page_size"), py::arg("num_heads"),
+             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("heads_per_thread"),
+             py::arg("programmatic"), py::arg("prefetch"), py::arg("prefetch_bytes"), py::arg("device"),
+             py::arg("stream"));
+}
+
+}  // namespace bbk

@@ -1,0 +1,199 @@
+// Matrix products of a step's few tokens with the transformer's weights, on sm_90: the host side.
+// gemm_kernel.cuh holds the kernel.
+#include <cudaTypedefs.h>
+
+#include "gemm.h"
+#include "gemm_kernel.cuh"
+
+namespace bbk {
+namespace {
+
+constexpr char kOp[] = "linear";
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw std::invalid_argument(std::string("blockbatch_kernels.") + kOp + ": " + what);
+}
+
+// The driver's function that describes a tensor to the copy engine. Linking it would need libcuda at load
+// time, which a machine without a GPU does not have.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault,
+                                                &found),
+               kOp);
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("blockbatch_kernels.linear: the driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(pointer);
+  }();
+  return function;
+}
+
+// A tensor of 16-bit elements, its sizes and strides (in elements, without the first, which is 1) from the
+// innermost on, read in boxes that leave in rows of 128 swizzled bytes. What lies outside reads as zero.
+template <int kDims>
+CUtensorMap tensor_map(const char* name, const void* pointer, DType dtype, const int64_t (&sizes)[kDims],
+                       const int64_t (&strides)[kDims - 1], const int (&box)[kDims]) {
+  cuuint64_t size[kDims], bytes[kDims - 1];
+  cuuint32_t boxes[kDims], steps[kDims];
+  for (int i = 0; i < kDims; ++i) {
+    size[i] = static_cast<cuuint64_t>(sizes[i]);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+  }
+  for (int i = 0; i < kDims - 1; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * 2;
+  CUtensorMap map;
+  const CUresult status = tensor_map_encoder()(
+      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      kDims, const_cast<void*>(pointer), size, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string("blockbatch_kernels.linear: ") + name +
+                             ": cuTensorMapEncodeTiled returned error " + std::to_string(status));
+  }
+  return map;
+}
+
+template <class S>
+void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], int64_t weight_rows,
+               bool programmatic, const Launch& launch) {
+  check_cuda(
+      cudaFuncSetAttribute(gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
+      kOp);
+  const auto clusters = ceil_div<int64_t>(weight_rows, S::kRows * S::kClusterN);
+  config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kClusterN), S::kSplits);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = launch.stream;
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = S::kClusterN;
+  attributes[0].val.clusterDim.y = S::kSplits;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = programmatic ? 2 : 1;
+}
+
+template <class S>
+void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, const Launch& launch) {
+  const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attributes[2];
+  configure<S>(config, attributes, weight_rows, programmatic, launch);
+  const CUtensorMap x_map = tensor_map<2>("x", p.x, p.dtype, {p.in_features, p.num_tokens}, {p.x_row_stride},
+                                          {S::kBlockK, S::kTokens / S::kClusterN});
+  CUtensorMap weight_map;
+  if constexpr (S::kGated) {
+    // Eight gates, eight ups, the next eight gates, ...: a thread's two rows are a gate and its up.
+    weight_map =
+        tensor_map<4>("weight", p.weight, p.dtype, {p.in_features, 8, 2, p.out_features / 8},
+                      {p.weight_row_stride, p.out_features * p.weight_row_stride, 8 * p.weight_row_stride},
+                      {S::kBlockK, 8, 2, S::kRows / 16});
+  } else {
+    weight_map = tensor_map<2>("weight", p.weight, p.dtype, {p.in_features, p.out_features},
+                               {p.weight_row_stride}, {S::kBlockK, S::kRows});
+  }
+  const GemmArgs args{p.out,
+                      p.bias,
+                      p.out_row_stride,
+                      static_cast<int>(p.num_tokens),
+                      static_cast<int>(p.out_features),
+                      static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK)),
+                      static_weight};
+  check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<S>, x_map, weight_map, args), kOp);
+}
+
+// tokens, warpgroups, 64-row tiles each, pipeline stages, cluster along N, splits of K, gated
+#define BBK_GEMM_SHAPES(V)     \
+  V(256, 3, 1, 4, 2, 1, false) \
+  V(256, 2, 1, 4, 2, 4, false) \
+  V(256, 3, 1, 4, 2, 1, true)
+
+// Calls use(shape) with the compiled shape of this tile.
+template <typename T, typename Use>
+void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
+#define BBK_SHAPE(TOKENS, GROUPS, TILES, STAGES, CLUSTER_N, SPLITS, GATED)                        \
+  if (tile.tokens == TOKENS && tile.rows == GROUPS * TILES * 64 && tile.cluster_n == CLUSTER_N && \
+      tile.splits == SPLITS && gated == GATED) {                                                  \
+    return use(GemmShape<T, TOKENS, GROUPS, TILES, STAGES, CLUSTER_N, SPLITS, GATED>());          \
+  }
+  BBK_GEMM_SHAPES(BBK_SHAPE)
+#undef BBK_SHAPE
+  refuse("tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
+         std::to_string(tile.rows) + ", cluster_n " + std::to_string(tile.cluster_n) + ", splits " +
+         std::to_string(tile.splits) + (gated ? ", gated" : ""));
+}
+
+template <typename Use>
+void dispatch_tile(const GemmTile& tile, bool gated, DType dtype, Use&& use) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return dispatch_shape<__half>(tile, gated, use);
+    case DType::kBFloat16:
+      return dispatch_shape<__nv_bfloat16>(tile, gated, use);
+    default:
+      refuse("dtype: expected code 1 or 2, got " + std::to_string(static_cast<int>(dtype)));
+  }
+}
+
+bool is_sm90(int device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
+  return major == 9 && minor == 0;
+}
+
+void check_aligned(const char* name, const void* pointer, int64_t row_stride) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0 || row_stride % 8 != 0) {
+    refuse(std::string(name) + ": expected rows aligned to 16 bytes, got a row stride of " +
+           std::to_string(row_stride) + " elements at an address that is " +
+           std::to_string(reinterpret_cast<uintptr_t>(pointer) % 16) + " bytes past a multiple of 16");
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
+          const Launch& launch) {
+  check_at_least(kOp, "num_tokens", params.num_tokens, 0);
+  check_at_least(kOp, "in_features", params.in_features, 1);
+  check_at_least(kOp, "out_features", params.out_features, 0);
+  if (params.num_tokens > tile.tokens) {
+    refuse("num_tokens: expected at most the tile's " + std::to_string(tile.tokens) + ", got " +
+           std::to_string(params.num_tokens));
+  }
+  if (params.out_features % 8 != 0) {
+    refuse("out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
+  }
+  if (params.gated && params.bias != nullptr) refuse("bias: expected none with gated, got one");
+  check_aligned("x", params.x, params.x_row_stride);
+  check_aligned("weight", params.weight, params.weight_row_stride);
+  check_aligned("out", params.out, params.out_row_stride);
+  dispatch_tile(tile, params.gated, params.dtype, [&](auto shape) {
+    if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
+    const DeviceGuard guard(launch.device, kOp);
+    if (!is_sm90(launch.device))
+      throw std::runtime_error("blockbatch_kernels.linear: expected a GPU of sm_90");
+    launch_gemm<decltype(shape)>(params, static_weight, programmatic, launch);
+  });
+}
+
+int gemm_max_clusters(const GemmTile& tile, bool gated, int device) {
+  int clusters = 0;
+  dispatch_tile(tile, gated, DType::kBFloat16, [&](auto shape) {
+    using S = decltype(shape);
+    const DeviceGuard guard(device, kOp);
+    if (!is_sm90(device)) return;
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute attributes[2];
+    configure<S>(config, attributes, S::kRows, false, Launch{device, nullptr});
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, gemm_kernel<S>, &config), kOp);
+  });
+  return clusters;
+}
+
+}  // namespace bbk

@@ -1,0 +1,42 @@
+#pragma once
+
+#include "params.h"
+
+namespace bbk {
+
+// out = x weight^T (+ bias), or with `gated` out = silu(x gate^T) * (x up^T) for a weight of gate's rows over
+// up's. Sums in fp32, rounded once.
+struct GemmParams {
+  const void* x;       // [num_tokens, in_features]
+  const void* weight;  // [out_features, in_features]; gated: [2 * out_features, in_features]
+  const void* bias;    // [out_features] or null; not with `gated`
+  void* out;           // [num_tokens, out_features], written
+  int64_t num_tokens;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t x_row_stride;
+  int64_t weight_row_stride;
+  int64_t out_row_stride;
+  bool gated;
+  DType dtype;  // of all tensors: fp16 or bf16
+};
+
+// How the product is cut; gemm.cu lists what is compiled.
+struct GemmTile {
+  int tokens;     // room for tokens in a tile
+  int rows;       // of the weight in a tile
+  int cluster_n;  // neighbouring tiles that share their reads of x
+  int splits;     // CTAs that share the sum of a tile
+};
+
+// Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;
+// out_features a multiple of 8. With `static_weight` the weight may be read while the kernels before this one
+// in the stream still run, so none of them may write it; that takes a `programmatic` launch, which lets the
+// kernel start early and wait on the device.
+void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
+          const Launch& launch);
+
+// Clusters of such tiles that the device runs at once; 0 where the kernel cannot run at all.
+int gemm_max_clusters(const GemmTile& tile, bool gated, int device);
+
+}  // namespace bbk

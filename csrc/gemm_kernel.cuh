@@ -1,0 +1,348 @@
+// out = x w^T for few tokens: the kernel. Rows of the weight are the rows of the tensor cores' tile and all
+// tokens its columns, so the weight is read once from memory and small packs waste no arithmetic.
+#pragma once
+
+#include "common.cuh"
+#include "gemm.h"
+#include "gemm_sm90.cuh"
+
+namespace bbk {
+
+// What a CTA computes. kTokens: columns of the tile, at least the tokens. kGroups: consumer warpgroups, each
+// with kTiles times 64 rows of the weight. kClusterN: CTAs side by side along the weight's rows that share
+// one read of x. kSplits: CTAs of a cluster that share the sum over K. kGated: the rows are gates and ups in
+// turns of 8.
+template <typename Element, int kTokens_, int kGroups_, int kTiles_, int kStages_, int kClusterN_,
+          int kSplits_, bool kGated_>
+struct GemmShape {
+  using T = Element;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kTiles = kTiles_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kClusterN = kClusterN_;
+  static constexpr int kSplits = kSplits_;
+  static constexpr bool kGated = kGated_;
+
+  static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
+  static constexpr int kRows = 64 * kTiles * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kClusterSize = kClusterN * kSplits;
+  static constexpr int kWeightBytes = kRows * kBlockK * 2;
+  static constexpr int kXBytes = kTokens * kBlockK * 2;
+  static constexpr int kStageBytes = kWeightBytes + kXBytes;
+  static constexpr int kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kPipelineBytes + 2 * kStages * 8;
+
+  // The end of a tile: each of the split CTAs finishes kPartTokens tokens.
+  static constexpr int kPartTokens = kTokens / kSplits;
+  static constexpr int kPartBytes = kPartTokens * kRows * 4;
+  static constexpr int kPartsBytes = (kSplits - 1) * kPartBytes;
+  static constexpr int kOutColumns = kGated ? 32 * kTiles : 64 * kTiles;  // of a warpgroup
+  static constexpr int kStagingPitch = kOutColumns + 8;                   // elements; keeps banks apart
+  static constexpr int kStagingBytes = kPartTokens * kStagingPitch * 2;
+  static_assert(kPartsBytes + kGroups * kStagingBytes <= kPipelineBytes,
+                "the end reuses the pipeline's memory");
+  static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
+  static_assert(kPartTokens % 16 == 0 && kXBytes / kClusterN % 1024 == 0,
+                "whole matrices and swizzle groups");
+
+  // Columns of one instruction: 512 threads start with 128 registers each, too few to name 128 sums at once.
+  static constexpr int kColumns = kGroups == 3 && kTokens == 256 ? 128 : kTokens;
+
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+};
+
+struct GemmArgs {
+  void* out;         // [num_tokens, out_features]
+  const void* bias;  // [rows of the weight] or null
+  int64_t out_row_stride;
+  int num_tokens;
+  int out_features;
+  int num_k_blocks;
+  bool static_weight;  // may be read before the kernels in front are done
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+// Rounds the sums of the tokens [kPart * kPartTokens, ...) and writes them to `out`, through shared memory so
+// that a token's neighbouring features leave together.
+template <class S, int kPart>
+__device__ __forceinline__ void write_part(const float (&sums)[S::kTiles][S::kTokens / 2],
+                                           unsigned char* staging, const GemmArgs& args, int first_row,
+                                           int group) {
+  using T = typename S::T;
+  constexpr int kFirst = kPart * S::kPartTokens / 8;
+  constexpr int kEnd = kFirst + S::kPartTokens / 8;
+  const int thread = threadIdx.x % 128;
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const T* bias = static_cast<const T*>(args.bias);
+
+#pragma unroll
+  for (int tile = 0; tile < S::kTiles; ++tile) {
+    float bias_low = 0.0f, bias_high = 0.0f;
+    if (!S::kGated && bias != nullptr) {
+      const int row = first_row + (group * S::kTiles + tile) * 64 + warp * 16 + lane / 4;
+      if (row < args.out_features) bias_low = to_float(bias[row]);
+      if (row + 8 < args.out_features) bias_high = to_float(bias[row + 8]);
+    }
+#pragma unroll
+    for (int j = kFirst; j < kEnd; j += 2) {
+      const float* d = &sums[tile][4 * j];
+      const int matrix = lane / 8;
+      const int token = 8 * (j - kFirst) + lane % 8;
+      if constexpr (S::kGated) {
+        const int column = tile * 32 + warp * 8;
+        const uint32_t address =
+            sm90::shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
+        sm90::store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
+                                            pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
+      } else {
+        const int column = tile * 64 + warp * 16 + 8 * (matrix % 2);
+        const uint32_t address =
+            sm90::shared_address(staging) + ((token + 8 * (matrix / 2)) * S::kStagingPitch + column) * 2;
+        sm90::store_four_matrices_transposed(address, pack_pair<T>(d[0] + bias_low, d[1] + bias_low),
+                                             pack_pair<T>(d[2] + bias_high, d[3] + bias_high),
+                                             pack_pair<T>(d[4] + bias_low, d[5] + bias_low),
+                                             pack_pair<T>(d[6] + bias_high, d[7] + bias_high));
+      }
+    }
+  }
+  sm90::named_barrier(2 + group, 128);
+  constexpr int kVectors = S::kOutColumns / 8;
+  const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
+  T* out = static_cast<T*>(args.out);
+  for (int i = thread; i < S::kPartTokens * kVectors; i += 128) {
+    const int token = i / kVectors;
+    const int column = i % kVectors * 8;
+    const int out_token = kPart * S::kPartTokens + token;
+    if (out_token < args.num_tokens && first_column + column < args.out_features) {
+      *reinterpret_cast<uint4*>(out + out_token * args.out_row_stride + first_column + column) =
+          *reinterpret_cast<const uint4*>(staging + (token * S::kStagingPitch + column) * 2);
+    }
+  }
+}
+
+// Sends the sums over this CTA's stretch of K to the CTAs that finish their tokens.
+template <class S, int kPart = 0>
+__device__ __forceinline__ void send_parts(const float (&sums)[S::kTiles][S::kTokens / 2], uint32_t parts,
+                                           int split, int rank_n, int group) {
+  if constexpr (kPart < S::kSplits) {
+    if (kPart != split) {
+      const int slot = split < kPart ? split : split - 1;
+      const uint32_t remote =
+          sm90::remote_address(parts, rank_n + kPart * S::kClusterN) + slot * S::kPartBytes;
+      constexpr int kCount = S::kPartTokens / 8;
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          const float* d = &sums[tile][4 * (kPart * kCount + j)];
+          const int index = ((group * S::kTiles + tile) * kCount + j) * 128 + threadIdx.x % 128;
+          sm90::store_remote(remote + index * 16, make_float4(d[0], d[1], d[2], d[3]));
+        }
+      }
+    }
+    send_parts<S, kPart + 1>(sums, parts, split, rank_n, group);
+  }
+}
+
+// Adds what the other CTAs sent, in the order of K whoever adds, and writes the result.
+template <class S, int kPart = 0>
+__device__ __forceinline__ void finish_part(float (&sums)[S::kTiles][S::kTokens / 2],
+                                            const unsigned char* parts, unsigned char* staging,
+                                            const GemmArgs& args, int split, int first_row, int group) {
+  if constexpr (kPart < S::kSplits) {
+    if (kPart == split) {
+      constexpr int kCount = S::kPartTokens / 8;
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          float* d = &sums[tile][4 * (kPart * kCount + j)];
+          const int index = ((group * S::kTiles + tile) * kCount + j) * 128 + threadIdx.x % 128;
+          float4 total = make_float4(d[0], d[1], d[2], d[3]);
+#pragma unroll
+          for (int slot = 0; slot < S::kSplits - 1; ++slot) {
+            const float4 other = *reinterpret_cast<const float4*>(parts + slot * S::kPartBytes + index * 16);
+            if (slot == 0 && kPart > 0) {
+              // Own sums come after those of the lower splits.
+              total = other;
+            } else {
+              if (slot == kPart && kPart > 0) {
+                total.x += d[0], total.y += d[1], total.z += d[2], total.w += d[3];
+              }
+              total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
+            }
+          }
+          if (kPart == S::kSplits - 1 && kPart > 0) {
+            total.x += d[0], total.y += d[1], total.z += d[2], total.w += d[3];
+          }
+          d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
+        }
+      }
+      write_part<S, kPart>(sums, staging, args, first_row, group);
+    }
+    finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group);
+  }
+}
+
+// Grid: (tiles of kRows along the weight's rows, kSplits); clusters of (kClusterN, kSplits).
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
+                const GemmArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t stages = sm90::shared_address(shared);
+  const uint32_t full = stages + S::kPipelineBytes;
+  const uint32_t empty = full + 8 * S::kStages;
+  const int warpgroup = threadIdx.x / 128;
+  const int rank_n = S::kClusterN > 1 ? blockIdx.x % S::kClusterN : 0;
+  const int split = S::kSplits > 1 ? blockIdx.y : 0;
+  const int first_row = blockIdx.x * S::kRows;
+  const int k_begin = split * args.num_k_blocks / S::kSplits;
+  const int count = (split + 1) * args.num_k_blocks / S::kSplits - k_begin;
+
+  if (threadIdx.x == 0) {
+    sm90::prefetch_map(&x_map);
+    sm90::prefetch_map(&weight_map);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      sm90::barrier_init(full + 8 * stage, 1);
+      // One arrival of every consumer warp of every CTA that gets the same x.
+      sm90::barrier_init(empty + 8 * stage, S::kClusterN * S::kGroups * 4);
+    }
+    sm90::barrier_init_fence();
+  }
+  __syncthreads();
+  if constexpr (S::kClusterSize > 1) {
+    sm90::cluster_arrive();
+    sm90::cluster_wait();
+  }
+  sm90::allow_next_kernel();
+
+  if (warpgroup == S::kGroups) {
+    sm90::give_registers<S::kProducerRegisters>();
+    if (threadIdx.x == S::kGroups * 128) {
+      const uint64_t read_once = sm90::evict_first_policy();
+      const uint64_t keep = sm90::evict_last_policy();
+      const auto load_weight = [&](int i) {
+        const int stage = i % S::kStages;
+        const uint32_t barrier = full + 8 * stage;
+        sm90::barrier_arrive_expect(barrier, S::kStageBytes);
+        const uint32_t target = stages + stage * S::kStageBytes;
+        const int k = (k_begin + i) * S::kBlockK;
+        if constexpr (S::kGated) {
+          sm90::load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
+        } else {
+          sm90::load_tile(target, &weight_map, k, first_row, barrier, read_once);
+        }
+      };
+      const auto load_x = [&](int i) {
+        const int stage = i % S::kStages;
+        constexpr int kRowsEach = S::kTokens / S::kClusterN;
+        const uint32_t target =
+            stages + stage * S::kStageBytes + S::kWeightBytes + rank_n * kRowsEach * S::kBlockK * 2;
+        const int k = (k_begin + i) * S::kBlockK;
+        if constexpr (S::kClusterN > 1) {
+          const uint16_t mask = ((1u << S::kClusterN) - 1) << (split * S::kClusterN);
+          sm90::load_tile_multicast(target, &x_map, k, rank_n * kRowsEach, full + 8 * stage, mask, keep);
+        } else {
+          sm90::load_tile(target, &x_map, k, 0, full + 8 * stage, keep);
+        }
+      };
+      // A weight that nobody writes comes while the kernel before still runs.
+      if (!args.static_weight) sm90::wait_for_previous_kernel();
+      const int ahead = count < S::kStages ? count : S::kStages;
+      for (int i = 0; i < ahead; ++i) load_weight(i);
+      sm90::wait_for_previous_kernel();
+      for (int i = 0; i < ahead; ++i) load_x(i);
+      for (int i = S::kStages; i < count; ++i) {
+        sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
+        load_weight(i);
+        load_x(i);
+      }
+    }
+    __syncwarp();
+    if constexpr (S::kClusterSize > 1) {
+      sm90::cluster_arrive();
+      sm90::cluster_wait();
+      if constexpr (S::kSplits > 1) {
+        sm90::cluster_arrive();
+        sm90::cluster_wait();
+      }
+    }
+  } else {
+    sm90::take_registers<S::kConsumerRegisters>();
+    using Product = sm90::Wgmma<typename S::T, S::kColumns>;
+    const int lane = threadIdx.x % 32;
+    float sums[S::kTiles][S::kTokens / 2];
+    for (int i = 0; i < count; ++i) {
+      const int stage = i % S::kStages;
+      sm90::barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * S::kTiles * 64 * S::kBlockK * 2;
+      const uint64_t b = sm90::operand_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+      sm90::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < S::kBlockK / 16; ++k) {
+#pragma unroll
+        for (int tile = 0; tile < S::kTiles; ++tile) {
+          const uint64_t a = sm90::operand_descriptor(weight + tile * 64 * S::kBlockK * 2);
+#pragma unroll
+          for (int part = 0; part < S::kTokens / S::kColumns; ++part) {
+            // Descriptors count in 16 bytes: 16 elements of K are 2, a row of x is 8.
+            Product::run(*reinterpret_cast<float (*)[S::kColumns / 2]>(&sums[tile][part * S::kColumns / 2]),
+                         a + 2 * k, b + 2 * k + part * S::kColumns * 8, i > 0 || k > 0);
+          }
+        }
+      }
+      sm90::wgmma_commit();
+      // Products of the block before are done: its stage may be filled again.
+      sm90::wgmma_wait<1>();
+      if (i > 0) {
+        const uint32_t released = empty + 8 * ((i - 1) % S::kStages);
+        if constexpr (S::kClusterN > 1) {
+          if (lane < S::kClusterN) sm90::barrier_arrive_remote(released, lane + split * S::kClusterN);
+        } else {
+          if (lane == 0) sm90::barrier_arrive(released);
+        }
+      }
+    }
+    sm90::wgmma_wait<0>();
+    sm90::wait_for_previous_kernel();
+    __syncwarp();
+    unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
+    if constexpr (S::kSplits > 1) {
+      sm90::cluster_arrive();
+      sm90::cluster_wait();  // every CTA is done with its pipeline: the parts go there
+      send_parts<S>(sums, stages, split, rank_n, warpgroup);
+      sm90::cluster_arrive();
+      sm90::cluster_wait();
+      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
+    } else {
+      if constexpr (S::kClusterSize > 1) sm90::cluster_arrive();
+      sm90::named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
+      write_part<S, 0>(sums, staging, args, first_row, warpgroup);
+      // A CTA's barriers stay until the others' last arrivals.
+      if constexpr (S::kClusterSize > 1) sm90::cluster_wait();
+    }
+  }
+#endif
+}
+
+}  // namespace bbk

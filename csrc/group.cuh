@@ -1,0 +1,107 @@
+// Threads that work on something together, so that one source serves the GPU and the host: on the device a
+// group is a CTA and a team one of its warps; on the host both are the one calling thread, which finds itself
+// to be rank 0 of 1 and every barrier passed. Code over groups is written in phases: each phase spreads its
+// items over the ranks (or over the teams, when an item needs a reduction) and ends in a barrier.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace bbk {
+
+constexpr int kTeamSize = 32;
+constexpr int kMaxTeams = 32;  // of a group: 1024 threads
+constexpr unsigned kWholeTeam = 0xFFFFFFFFu;
+
+struct Group {
+#if defined(__CUDA_ARCH__)
+  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
+  __device__ int size() const { return static_cast<int>(blockDim.x); }
+  __device__ void sync() const { __syncthreads(); }
+
+  __device__ int team() const { return rank() / kTeamSize; }
+  __device__ int num_teams() const { return size() / kTeamSize; }
+  __device__ int lane() const { return rank() % kTeamSize; }
+  __device__ int num_lanes() const { return kTeamSize; }
+  __device__ void team_sync() const { __syncwarp(); }
+
+  // Reductions: every lane of the team calls them and gets the result.
+  __device__ int team_min(int value) const { return __reduce_min_sync(kWholeTeam, value); }
+  __device__ int team_sum(int value) const { return __reduce_add_sync(kWholeTeam, value); }
+  __device__ uint32_t team_max(uint32_t value) const { return __reduce_max_sync(kWholeTeam, value); }
+  __device__ uint32_t team_or(uint32_t value) const { return __reduce_or_sync(kWholeTeam, value); }
+
+  // On memory of the group.
+  __device__ int add(int* target, int value) const { return atomicAdd(target, value); }  // the value before
+  __device__ void set_bits(uint32_t* target, uint32_t bits) const { atomicOr(target, bits); }
+
+  // Sum over the group, the same for every rank. `scratch` [kMaxTeams] is free again after the next barrier.
+  __device__ int sum(int value, int* scratch) const {
+    const int of_team = team_sum(value);
+    if (lane() == 0) scratch[team()] = of_team;
+    sync();
+    return team_sum(lane() < num_teams() ? scratch[lane()] : 0);
+  }
+
+  // How many lower ranks have the flag set; `total` is how many ranks have. `scratch` as above.
+  __device__ int count_below(bool flag, int* scratch, int* total) const {
+    const unsigned flags = __ballot_sync(kWholeTeam, flag);
+    if (lane() == 0) scratch[team()] = __popc(flags);
+    sync();
+    const int of_team = lane() < num_teams() ? scratch[lane()] : 0;
+    *total = team_sum(of_team);
+    const int before = team_sum(lane() < team() ? of_team : 0);
+    return before + __popc(flags & ((1u << lane()) - 1));
+  }
+#else
+  int rank() const { return 0; }
+  int size() const { return 1; }
+  void sync() const {}
+
+  int team() const { return 0; }
+  int num_teams() const { return 1; }
+  int lane() const { return 0; }
+  int num_lanes() const { return 1; }
+  void team_sync() const {}
+
+  int team_min(int value) const { return value; }
+  int team_sum(int value) const { return value; }
+  uint32_t team_max(uint32_t value) const { return value; }
+  uint32_t team_or(uint32_t value) const { return value; }
+
+  int add(int* target, int value) const {
+    *target += value;
+    return *target - value;
+  }
+  void set_bits(uint32_t* target, uint32_t bits) const { *target |= bits; }
+
+  int sum(int value, int*) const { return value; }
+  int count_below(bool flag, int*, int* total) const {
+    *total = flag ? 1 : 0;
+    return 0;
+  }
+#endif
+};
+
+#define BBK_HD __host__ __device__ inline
+
+BBK_HD int lowest_bit(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+template <typename T>
+__host__ __device__ constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+__host__ __device__ constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+}  // namespace bbk

@@ -1,0 +1,75 @@
+// Launches of the small kernels between two matrix products. On sm_90 such a kernel may be scheduled while
+// its predecessor still drains (programmatic dependent launch); its first statement then waits until
+// everything that came before it in the stream has finished and its writes are visible.
+#pragma once
+
+#include <atomic>
+
+#include "common.cuh"
+#include "prefetch.h"
+
+namespace bbk {
+
+// Called by all threads; the blocks of the grid share the bytes.
+__device__ __forceinline__ void prefetch_to_l2(const Prefetch& prefetch) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int64_t kRequest = 8192;
+  const int64_t num_blocks = static_cast<int64_t>(gridDim.x) * gridDim.y;
+  const int64_t block = blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+  if (threadIdx.x >= 32) return;
+  for (int64_t start = (threadIdx.x * num_blocks + block) * kRequest; start < prefetch.bytes;
+       start += 32 * num_blocks * kRequest) {
+    const int64_t left = prefetch.bytes - start;
+    const uint32_t size = static_cast<uint32_t>(left < kRequest ? left : kRequest);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                     __cvta_generic_to_global(static_cast<const char*>(prefetch.data) + start)),
+                 "r"(size)
+                 : "memory");
+  }
+#endif
+}
+
+// Every thread of a kernel launched by `launch` calls this before it touches memory or returns: a grid that
+// ends without having waited would let its own successor start before its predecessor is done.
+__device__ __forceinline__ void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether the kernel's machine code on the current device holds the wait: code for sm_80, or compiled by the
+// driver from the PTX of sm_80, does not, and must not be launched early.
+template <auto kKernel>
+bool waits_for_predecessors(int device, const char* op) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int8_t> known[kMaxDevices];  // 0: not asked yet, 1: no, 2: yes
+  if (device < 0 || device >= kMaxDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kKernel), op);
+    answer = attributes.ptxVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+
+// Launches kKernel, which starts with wait_for_predecessors(), on the current device.
+template <auto kKernel, typename Params>
+void launch_kernel(dim3 grid, int threads, const Launch& launch, bool programmatic, const char* op,
+                   const Params& params) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = launch.stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
+}
+
+}  // namespace bbk

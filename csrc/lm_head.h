@@ -1,0 +1,47 @@
+#pragma once
+
+#include "params.h"
+
+namespace bbk {
+
+// The vocabulary is reduced in pieces of this many tokens, counted from token 0. Each piece is reduced in a
+// fixed order by one warp, so that a row's result depends neither on the other rows nor on the chunks.
+constexpr int kLmHeadPieceTokens = 4096;
+
+// The reduction of one row over one piece.
+struct LmHeadPartial {
+  float highest;  // logit
+  float sum;      // of exp(logit - highest)
+  int32_t token;  // the lowest one that has the highest logit
+  float probe;    // logit of the row's probe token, in the piece that holds it
+};
+
+// Logits of consecutive tokens to the partials of their pieces.
+struct LmHeadReduceParams {
+  const void* logits;           // [num_rows, num_tokens]
+  const int32_t* probe_tokens;  // [num_rows] or null
+  LmHeadPartial* partials;      // [num_rows, num_pieces], written where the tokens are
+  int64_t num_rows;
+  int64_t num_tokens;
+  int64_t row_stride;
+  int64_t first_token;     // a multiple of kLmHeadPieceTokens
+  int64_t suppress_token;  // its logit counts as minus infinity; -1: none
+  int64_t num_pieces;      // of the whole vocabulary
+  DType dtype;             // of the logits
+};
+
+struct LmHeadFinishParams {
+  const LmHeadPartial* partials;  // [num_rows, num_pieces]
+  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary: probability NaN
+  int32_t* top_token;             // [num_rows], written
+  float* confidence;              // [num_rows], written
+  float* probe_probability;       // [num_rows] or null, written
+  int64_t num_rows;
+  int64_t num_pieces;
+  int64_t vocab_size;
+};
+
+void lm_head_reduce(const LmHeadReduceParams& params, bool programmatic, const Launch& launch);
+void lm_head_finish(const LmHeadFinishParams& params, bool programmatic, const Launch& launch);
+
+}  // namespace bbk

@@ -1,0 +1,326 @@
+"""Arguments that an operator cannot take: one exception that names them, whichever backend is asked for.
+
+What some backend may refuse and another take (layouts, alignment, sizes of heads and pages) is tried on a
+GPU: either the result is right or a ValueError says what was expected.
+"""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch_kernels import cuda, ops, triton
+from blockbatch_kernels.cuda import extension as loader
+from operator_arguments import PARAMS, attention, calls, rope
+
+BACKENDS = (None, "reference", "cuda", "triton")
+COMPILED = ("cuda", "triton")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+OPERATORS = list(calls())
+INTEGER_OPERATORS = ("attention_plan", "pack_windows", "share_pages", "initial_plan", "decode_policy")
+
+
+def tensors_of(value, name):
+    """(path, tensor) of every tensor in an argument; the path is how messages name it."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        fields = getattr(value, "_fields", None)
+        for index, part in enumerate(value):
+            yield from tensors_of(part, f"{name}.{fields[index]}" if fields else f"{name}[{index}]")
+    elif isinstance(value, bbk.BranchState):
+        for field in dataclasses.fields(value):
+            yield f"{name}.{field.name}", getattr(value, field.name)
+
+
+def changed(value, name, path, change):
+    """`value` with the tensor at `path` changed; everything else is the same."""
+    if name == path:
+        return change(value)
+    if isinstance(value, tuple):
+        fields = getattr(value, "_fields", None)
+        parts = [
+            changed(part, f"{name}.{fields[index]}" if fields else f"{name}[{index}]", path, change)
+            for index, part in enumerate(value)
+        ]
+        return type(value)(*parts) if fields else tuple(parts)
+    if isinstance(value, bbk.BranchState):
+        parts = {
+            field.name: changed(getattr(value, field.name), f"{name}.{field.name}", path, change)
+            for field in dataclasses.fields(value)
+        }
+        return bbk.BranchState(**parts)
+    return value
+
+
+def with_change(arguments, path, change):
+    return {name: changed(value, name, path, change) for name, value in arguments.items()}
+
+
+PATHS = [
+    (operator, path)
+    for operator, arguments in calls().items()
+    for name, value in arguments.items()
+    for path, _ in tensors_of(value, name)
+]
+
+
+def names_what_was_expected(error, path):
+    """The message says which argument, what was expected and what came."""
+    # A record that fixes the sizes of the others may be blamed through one of them.
+    owner = path.split(".")[0].split("[")[0]
+    message = str(error)
+    return message.startswith(owner) and ": expected " in message and ", got " in message
+
+
+@pytest.mark.parametrize("operator, path", PATHS, ids=[f"{operator}-{path}" for operator, path in PATHS])
+def test_dtype_shape_and_device_of_every_tensor(operator, path):
+    function, good = getattr(bbk, operator), calls()[operator]
+    wrong_dtype = with_change(good, path, lambda x: x.double() if x.is_floating_point() else x.short())
+    wrong_rank = with_change(good, path, lambda x: x.unsqueeze(0))
+    no_tensor = with_change(good, path, lambda x: [1.0])
+    for backend in BACKENDS:
+        for arguments, kind in ((wrong_dtype, TypeError), (wrong_rank, ValueError), (no_tensor, TypeError)):
+            with pytest.raises(kind) as caught:
+                function(**arguments, backend=backend)
+            assert names_what_was_expected(caught.value, path), caught.value
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_tensor_on_the_same_device(operator):
+    good = calls()[operator]
+    paths = [path for owner, path in PATHS if owner == operator]
+    for path in paths[1:]:
+        with pytest.raises(ValueError, match=r": expected device \w+, got \w+"):
+            getattr(bbk, operator)(**with_change(good, path, lambda x: x.to("meta")))
+
+
+WRONG_VALUES = [
+    ("swiglu", dict(gate_up=torch.zeros(2, 5)), "gate_up: expected an even last dimension"),
+    ("rms_norm", dict(weight=torch.ones(63)), r"weight: expected shape \[64\], got \[63\]"),
+    ("rope_kv_write", dict(q=torch.zeros(9, 4, 63)), r"k: expected shape \[9, \*, 63\], got \[9, 2, 64\]"),
+    ("rope_kv_write", dict(cos=torch.zeros(40, 64)), r"cos: expected shape \[\*, 32\], got \[40, 64\]"),
+    (
+        "varlen_attention",
+        dict(q=torch.zeros(10, 3, 64)),
+        "k_cache: expected a number of kv heads that divides 3",
+    ),
+    (
+        "varlen_attention",
+        dict(q=torch.zeros(11, 4, 64)),
+        r"plan.token_row: expected shape \[11\], got \[10\]",
+    ),
+    ("attention_plan", dict(num_kv_heads=3), "num_kv_heads: expected a divisor of 4, got 3"),
+    ("attention_plan", dict(num_kv_heads=0), "num_kv_heads: expected a divisor of 4, got 0"),
+    ("attention_plan", dict(page_size=0), "page_size: expected at least 1, got 0"),
+    ("attention_plan", dict(num_tokens=-1), "num_tokens: expected at least 0, got -1"),
+    ("lm_head_confidence", dict(suppress_token=50), "suppress_token: expected an id below 50, got 50"),
+    ("lm_head_confidence", dict(suppress_token=-1), "suppress_token: expected an id below 50, got -1"),
+    ("pack_windows", dict(page_size=0), "page_size: expected at least 1, got 0"),
+    ("pack_windows", dict(capacity=-1), "capacity: expected at least 0, got -1"),
+    ("copy_pages", dict(num_branches=3), "num_branches: expected a divisor of the 4 rows, got 3"),
+    (
+        "copy_pages",
+        dict(kv_cache=torch.zeros(1, 2, 7, 16, 2, 64)),
+        "kv_cache: expected at least 8 pages, got 7",
+    ),
+    ("copy_pages", dict(kv_cache=torch.zeros(1, 1, 8, 16, 2, 64)), "kv_cache: expected shape"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator, change, message", WRONG_VALUES)
+def test_wrong_sizes(operator, change, message, backend):
+    with pytest.raises(ValueError, match=message):
+        getattr(bbk, operator)(**{**calls()[operator], **change}, backend=backend)
+
+
+SETTINGS = [
+    (dict(eos_exit="never"), "eos_exit: expected one of prefix, window, none, got 'never'"),
+    (dict(query_span="all"), "query_span: expected one of window, suffix, canvas, got 'all'"),
+    (dict(prediction_offset=2), "prediction_offset: expected 0 or 1, got 2"),
+    (dict(merge_threshold=0.4), "merge_threshold: expected a value from 0.5 to 1, got 0.4"),
+    (dict(threshold=None), "threshold: expected either threshold or steps_per_block"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["initial_plan", "decode_policy"])
+@pytest.mark.parametrize("change, message", SETTINGS)
+def test_wrong_settings(operator, change, message, backend):
+    params = dataclasses.replace(PARAMS, **change)
+    with pytest.raises(ValueError, match=message):
+        getattr(bbk, operator)(**{**calls()[operator], "params": params}, backend=backend)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_backend_that_cannot_run_says_why(operator, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    function, good = getattr(bbk, operator), calls()[operator]
+    with pytest.raises(
+        ValueError, match="backend: expected None or one of reference, triton, cuda, got 'hip'"
+    ):
+        function(**good, backend="hip")
+    for backend in COMPILED:
+        if hasattr(ops._MODULES[backend], operator):
+            with pytest.raises(
+                RuntimeError, match=f"backend: {backend} cannot run {operator}: .*not on a GPU"
+            ):
+                function(**good, backend=backend)
+
+
+class TestWithoutACompiledBackend:
+    """A GPU that is only described: which backend `ops` takes, and what it says."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch):
+        """Describes what of the extension is there; gives something that stands for a CUDA tensor."""
+
+        def describe(extension, capability=(9, 0), triton_installed=True):
+            def load():
+                if isinstance(extension, Exception):
+                    raise extension
+                return extension
+
+            monkeypatch.setattr(loader, "load", load)
+            monkeypatch.setattr(triton, "_installed", lambda: triton_installed)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+            loader._why_unavailable.cache_clear()
+            return types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+
+        yield describe
+        loader._why_unavailable.cache_clear()
+
+    class Built:
+        def __init__(self, *archs):
+            self.build_info = lambda: {"cuda_archs": list(archs), "cuda_version": "13.0", "compiler": "gcc"}
+            self.driver_version = lambda: "13.0"
+
+    @pytest.mark.parametrize(
+        "extension, reason",
+        [
+            (
+                ModuleNotFoundError("no _C"),
+                "blockbatch_kernels._C is not installed; it is built at installation",
+            ),
+            (ImportError("undefined symbol"), "cannot be loaded: undefined symbol"),
+            (
+                Built("80-real"),
+                "built for the architectures 80-real, the GPU is sm_90; build with BBK_CUDA_ARCHS=90",
+            ),
+        ],
+    )
+    def test_the_extension_does_not_run_here(self, machine, extension, reason):
+        tensor = machine(extension)
+        for operator in OPERATORS:
+            with pytest.raises(RuntimeError, match=f"backend: cuda cannot run {operator}: .*{reason}"):
+                ops._backend("cuda", operator, tensor)
+            assert ops._backend(None, operator, tensor) is triton
+        tensor = machine(extension, triton_installed=False)
+        for operator in OPERATORS:
+            assert ops._backend(None, operator, tensor) is bbk.reference
+
+    def test_triton_is_not_installed(self, machine):
+        tensor = machine(self.Built("90a"), triton_installed=False)
+        with pytest.raises(
+            RuntimeError, match="backend: triton cannot run swiglu: .* triton is not installed"
+        ):
+            ops._backend("triton", "swiglu", tensor)
+        assert ops._backend(None, "swiglu", tensor) is cuda
+
+
+def misaligned(x):
+    """The same values one element behind the start of an allocation."""
+    storage = x.new_empty(x.numel() + 1)
+    return storage[1:].view(x.shape).copy_(x)
+
+
+def spread(x):
+    """The same values with a last stride of 2."""
+    storage = x.new_zeros(*x.shape, 2)
+    storage[..., 0] = x
+    return storage[..., 0]
+
+
+def outcome(operator, arguments, backend):
+    """Everything that the call returns and writes."""
+    result = getattr(bbk, operator)(**arguments, backend=backend)
+    written = [tensor for name, value in arguments.items() for _, tensor in tensors_of(value, name)]
+    returned = [tensor for _, tensor in tensors_of(result, "result")] if result is not None else []
+    torch.cuda.synchronize()
+    return returned + written
+
+
+def assert_right_or_refused(operator, arguments, backend, path, dtype, expected):
+    try:
+        got = outcome(operator, arguments, backend)
+    except ValueError as error:
+        assert names_what_was_expected(error, path), error
+        return
+    tolerance = 4 * torch.finfo(dtype).eps
+    for one, other in zip(got, expected, strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=4 * tolerance)
+        else:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("operator, path", PATHS, ids=[f"{operator}-{path}" for operator, path in PATHS])
+def test_layouts_give_the_same_or_are_refused(operator, path, backend):
+    """Each tensor in turn off its alignment, or with a last stride of 2; the rest stays as it is."""
+    for dtype in FLOATS[:1] if operator in INTEGER_OPERATORS else FLOATS:
+        expected = outcome(operator, calls("cuda", dtype)[operator], backend)
+        for layout in (misaligned, spread):
+            arguments = with_change(calls("cuda", dtype)[operator], path, layout)
+            assert_right_or_refused(operator, arguments, backend, path, dtype, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("operator, make", [("varlen_attention", attention), ("rope_kv_write", rope)])
+def test_sizes_of_heads_and_pages_are_served_or_refused(operator, make, dtype, backend):
+    sizes = [dict(head_dim=size) for size in (2, 8, 16, 40, 80, 96, 128, 192, 256, 320)]
+    sizes += [dict(page_size=size) for size in (1, 3, 8, 48, 64, 128, 256)]
+    sizes += [dict(heads=heads, kv_heads=kv) for heads, kv in ((1, 1), (6, 2), (7, 1), (28, 4), (96, 1))]
+    for size in sizes:
+        torch.manual_seed(1)
+        arguments = make("cuda", dtype, **size)
+        torch.manual_seed(1)
+        expected = outcome(operator, make("cuda", dtype, **size), "reference")
+        assert_right_or_refused(operator, arguments, backend, "q", dtype, expected)
+
+
+@pytest.mark.gpu
+def test_a_build_for_another_architecture(monkeypatch):
+    """The named backend refuses, the default goes on with what there is."""
+    gate_up = torch.randn(3, 8, device="cuda")
+    other = TestWithoutACompiledBackend.Built("75-real")
+    monkeypatch.setattr(loader, "load", lambda: other)
+    loader._why_unavailable.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"built for the architectures 75-real, the GPU is sm_\d+"):
+            bbk.swiglu(gate_up, backend="cuda")
+        torch.testing.assert_close(bbk.swiglu(gate_up), bbk.swiglu(gate_up, backend="reference"))
+    finally:
+        loader._why_unavailable.cache_clear()
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices():
+    good = calls("cuda")
+    for operator, path in PATHS:
+        arguments = with_change(good[operator], path, lambda x: x.cpu())
+        if all(
+            not tensor.is_cuda for name, value in arguments.items() for _, tensor in tensors_of(value, name)
+        ):
+            continue
+        with pytest.raises(ValueError, match=r": expected device (cuda:0|cpu), got (cuda:0|cpu)"):
+            getattr(bbk, operator)(**arguments)

@@ -1,0 +1,166 @@
+"""The benchmarks in their smallest form, on the CPU: they verify, measure and write what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = {"command", "date", "dtype", "backend", "device", "threads", "python", "torch"}
+
+
+def run(script, out, *arguments):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / script), "--device", "cpu", "--out", str(out), *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    report = json.loads(out.read_text())
+    assert HEADER <= set(report)
+    return report
+
+
+def test_step_latency(tmp_path):
+    report = run(
+        "step_latency.py", tmp_path / "step_latency.json", "--dtype", "float32", "--shapes", "small-llada",
+        "small-dream", "--tokens", "8", "12", "--lengths", "64", "--repeats", "2",
+    )  # fmt: skip
+    assert {"copy_gb_per_s", "matmul_tflops"} <= set(report["ceilings"])
+    lines = report["lines"]
+    found = [(line["model"], line["tokens"], line["pages"]) for line in lines]
+    kinds = [(8, "separate"), (12, "shared"), (12, "separate")]
+    assert found == [(model, *kind) for model in ("small-llada", "small-dream") for kind in kinds]
+    for line in lines:
+        assert line["ours_ms"] > 0 and line["eager_ms"] > 0 and line["products_ms"] > 0
+        assert line["floor_ms"] == max(line["floor_bytes_ms"], line["floor_flop_ms"])
+        assert line["checks"]["committed"] == [1] * len(line["branches"])
+    # Twelve tokens on pages of their own read more than on shared ones.
+    assert lines[2]["floor_bytes_ms"] > lines[1]["floor_bytes_ms"]
+
+    subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "plots.py"), "--results", str(tmp_path)],
+        check=True,
+        capture_output=True,
+    ) if has_matplotlib() else None
+    assert not has_matplotlib() or (tmp_path / "step_latency.png").stat().st_size > 10_000
+
+
+def has_matplotlib():
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def test_refresh(tmp_path):
+    report = run(
+        "refresh.py", tmp_path / "refresh.json", "--dtype", "float32", "--shapes", "small-llada",
+        "--length", "64", "--rows", "1", "3", "--repeats", "1",
+    )  # fmt: skip
+    assert [(line["distinct_rows"], line["tokens"]) for line in report["lines"]] == [(1, 64), (3, 192)]
+
+
+def test_ops(tmp_path):
+    report = run(
+        "ops.py", tmp_path / "ops.json", "--dtype", "float32", "--shapes", "small-dream",
+        "--length", "64", "--repeats", "1",
+    )  # fmt: skip
+    lines = report["models"]["small-dream"]
+    assert {line["op"] for line in lines} == {
+        "rms_norm", "swiglu", "rope_kv_write", "varlen_attention", "attention_plan", "lm_head_confidence",
+        "pack_windows", "decode_policy", "share_pages", "copy_pages",
+    }  # fmt: skip
+    for line in lines:
+        assert {"torch", "reference"} <= set(line["versions"])
+        assert line["floor_us"] > 0
+        for version in line["versions"].values():
+            assert {"us", "gb_per_s", "tflops", "percent_of_floor"} <= set(version)
+
+
+def test_decode(tmp_path):
+    report = run(
+        "decode.py", tmp_path / "decode.json", "--dtype", "float32", "--shapes", "small-llada",
+        "--prompt-length", "16", "--gen-length", "64", "--quick",
+    )  # fmt: skip
+    found = report["models"]["small-llada"]
+    # One token a branch and forward fills 64 positions in 64 forwards; a refresh falls due after 32.
+    assert found["random"]["blockbatch, ours"]["nfe"] == [1, 62, 1]
+    assert found["random"]["dual_cache, ours"]["nfe"] == [1, 62, 1]
+    assert found["random"]["blockbatch, eager"]["nfe"] == [1, 62, 1]
+    assert {line["method"] for line in found["traces"]} == {"blockbatch", "dual_cache"}
+
+
+class TestChecks:
+    """What verify.py is for: a step that computes something else does not pass."""
+
+    @pytest.fixture
+    def case(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "bench"))
+        import torch
+        from cases import StepCase
+        from random_models import random_model
+
+        with torch.inference_mode():
+            model = random_model("small-llada", torch.device("cpu"), torch.float32)
+            yield StepCase(model, (4, 8), 16, 16)
+
+    def test_right_step_passes(self, case):
+        from verify import check_step
+
+        assert check_step(case)["committed"] == [1, 1]
+
+    def test_wrong_hidden_states(self, case):
+        from verify import Wrong, check_hidden, hidden_states
+
+        hidden = hidden_states(case)
+        hidden.ours = hidden.ours * 1.01
+        with pytest.raises(Wrong, match="hidden states"):
+            check_hidden(hidden, case.model.dtype, None)
+
+    def test_wrong_top_token(self, case):
+        from verify import Wrong, check_policy, check_predictions, hidden_states
+
+        hidden = hidden_states(case)
+        top_token, confidence, _ = check_policy(case, hidden.predict_target)
+        top_token[3] = (top_token[3] + 1) % 1000
+        with pytest.raises(Wrong, match="top tokens"):
+            check_predictions(case, hidden, top_token, confidence)
+
+    def test_wrong_commit(self, case):
+        from verify import Wrong, check_policy, hidden_states
+
+        hidden = hidden_states(case)
+        run = case.run
+
+        def tampered():
+            run()
+            case.batch.state.tokens[0, 3] = 7
+
+        case.run = tampered
+        with pytest.raises(Wrong, match="state.tokens"):
+            check_policy(case, hidden.predict_target)
+
+    def test_kernels_fall_into_parts(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "bench"))
+        from parts import Kernel, split
+
+        names = [
+            "copy_pages_kernel", "pack_kernel", "attention_plan_kernel", "vectorized_gather_kernel",
+            "rms_norm_kernel", "nvjet_qkv", "rope_kv_write_kernel", "attention_mma_kernel",
+            "combine_pieces_kernel", "nvjet_out", "rms_norm_kernel", "nvjet_up", "swiglu_kernel", "nvjet_down",
+            "rms_norm_kernel", "index_elementwise_kernel", "nvjet_head", "lm_head_reduce_kernel",
+            "policy_and_plan_kernel", "share_pages_kernel", "Memcpy DtoH",
+        ]  # fmt: skip
+        # Each takes one microsecond, with half a microsecond in between.
+        kernels = [Kernel(name, 1.5 * at, 1.5 * at + 1) for at, name in enumerate(names)]
+        found = {part: round(1e3 * value, 3) for part, value in split(kernels, num_layers=1).items()}
+        assert found == {
+            "products": 4, "attention": 3, "norm_rope_swiglu": 6, "lm_head": 3, "around_the_model": 5,
+            "gaps": 10, "span": 31,
+        }  # fmt: skip
