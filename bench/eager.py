@@ -1,4 +1,4 @@
-"""The same models in plain torch: what one writes without kernels of one's own, launched operator by operator.
+"""The same models in plain torch, launched operator by operator: what one writes without own kernels.
 
 Products by `F.linear`, norms by `F.rms_norm`, one call of `scaled_dot_product_attention` for each row on a
 contiguous K/V cache, softmax over whole logits, and the policy in vectorised torch (the reference backend's).

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import op_cases
+import state_op_cases
 import torch
 from op_cases import Case, Outputs
 from random_models import DTYPES, SHAPES
@@ -48,9 +49,9 @@ def cases(
         yield "varlen_attention", make
     for count in (min(windows) * 8, sum(windows)):
         yield "lm_head_confidence", partial(op_cases.lm_head_case, spec, count, device, dtype)
-    yield "copy_pages", partial(op_cases.copy_case, spec, length, device, dtype)
-    for op in op_cases.STEP_OPS:
-        yield op, partial(op_cases.step_case, op, spec, length, device)
+    yield "copy_pages", partial(state_op_cases.copy_case, spec, length, device, dtype)
+    for op in state_op_cases.STEP_OPS:
+        yield op, partial(state_op_cases.step_case, op, spec, length, device)
 
 
 def outputs_of(case: Case, version: str) -> Outputs:

@@ -1,4 +1,4 @@
-"""The same operators by other packages, where they are installed; each function raises ImportError where not."""
+"""The same operators by other packages; each function raises ImportError where its package is missing."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ def products(model: Model, tokens: int, predictions: int, head_rows: int = 4096)
         for rows in predicting.split(head_rows):
             F.linear(rows, weights.lm_head)
 
+    # The outputs are let go at once, so that they take turns on the same memory.
     return as_graph(run, model.device)
 
 

@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes of published ones: what a step costs does not depend on the weights."""
+"""Models of random weights in published shapes: what a step costs does not depend on the weights."""
 
 from __future__ import annotations
 

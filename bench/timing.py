@@ -136,6 +136,13 @@ def write_report(options: argparse.Namespace, device: torch.device, **results: A
     print(f"written: {options.out}")
 
 
+def target(name: str, measured: float, limit: float) -> dict[str, Any]:
+    """A figure beside the most that it may be."""
+    record = {"target": name, "measured": round(measured, 4), "limit": limit, "reached": measured <= limit}
+    print(f"{name}: {measured:.3f}, at most {limit} wanted")
+    return record
+
+
 def rounded(value: Any, digits: int = 4) -> Any:
     """All floats of a nested record to so many digits behind the point."""
     if isinstance(value, float):

@@ -75,15 +75,14 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors contiguous, with a copy of each that shares its memory with an earlier one."""
-    seen, result = set(), []
-    for tensor in tensors:
+    """The tensors contiguous, with a copy of each that is only a part of its memory."""
+
+    def own(tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result.append(tensor)
-    return tuple(result)
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor if whole else tensor.clone()
+
+    return tuple(own(tensor) for tensor in tensors)
 
 
 # One function for every operator: its schema, what runs, what comes out, and how a call of the public
@@ -91,13 +90,13 @@ def _separate(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _rms_norm(function: Callable) -> Callable:
-    def run(x, weight, residual=None, *, eps, backend=None):
+    def run(x, weight, residual, *, eps, backend=None):
         return function(x, weight, eps=eps, residual=residual, backend=backend).contiguous()
 
-    def fake(x, weight, residual=None, *, eps, backend=None):
+    def fake(x, weight, residual, *, eps, backend=None):
         return x.new_empty(x.shape)
 
-    schema = "(Tensor x, Tensor weight, Tensor(a!)? residual=None, *, float eps, str? backend=None) -> Tensor"
+    schema = "(Tensor x, Tensor weight, Tensor(a!)? residual, *, float eps, str? backend=None) -> Tensor"
     op = _register("rms_norm", schema, run, fake, mutates=["residual"])
 
     def traced(x, weight, *, eps, residual=None, backend=None):
@@ -146,7 +145,8 @@ def _attention_plan(function: Callable) -> Callable:
         )
 
     def run(*tensors, **options):
-        return _separate(function(*tensors, **options)[:-1])
+        *plan, _ = function(*tensors, **options)
+        return _separate(plan)
 
     def fake(page_table, cu_seqlens_q, seqlens_k, *, backend=None, **sizes):
         shape, num_tokens = shape_of(page_table, **sizes), sizes["num_tokens"]
@@ -188,7 +188,7 @@ def _varlen_attention(function: Callable) -> Callable:
     op = _register("varlen_attention", schema, run, fake)
 
     def traced(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, *, plan=None, **options):
-        tensors, tile_tokens = ([], 0) if plan is None else (list(plan[:-1]), plan.tile_tokens)
+        *tensors, tile_tokens = (0,) if plan is None else plan
         return op(
             q,
             k_cache,

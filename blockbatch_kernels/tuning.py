@@ -77,14 +77,17 @@ class TritonAttention(NamedTuple):
     block_n: int  # keys a step
     num_warps: int
     num_stages: int  # steps whose keys and values are in flight or in shared memory
-    programs_per_processor: int
+
+    def shared_bytes(self, block_d: int, element_size: int) -> int:
+        """Shared memory of a program: the queries, and keys and values of each stage."""
+        return (self.block_m + 2 * self.num_stages * self.block_n) * block_d * element_size
 
 
 class TritonCombine(NamedTuple):
     """How the Triton attention adds up partial results."""
 
     block_pieces: int  # loaded together
-    block_heads: int
+    block: int  # elements of a query's heads
     num_warps: int
 
 
@@ -96,11 +99,16 @@ class TritonLmHead(NamedTuple):
     num_warps: int
 
 
-TRITON_LM_HEAD = TritonLmHead(part_bytes=16 << 20, block=4096, num_warps=8)
+# Parts that stay in L2 save less than the smaller products lose: at 256 rows 475 us in one part, 491 in parts
+# of 16 MiB. The bound keeps long prompts' logits small.
+TRITON_LM_HEAD = TritonLmHead(part_bytes=64 << 20, block=4096, num_warps=8)
+# 4.0 us at 256 x 24,576; 512 elements take 5.3, more change nothing.
 TRITON_ELEMENTWISE = TritonBlock(block=1024, num_warps=4)
-TRITON_ROPE = TritonBlock(block=1024, num_warps=4)
+# 512 to 2048 elements take the same 4 us at 256 tokens of 3 x 32 heads.
+TRITON_ROPE = TritonBlock(block=512, num_warps=4)
 TRITON_MAX_HEAD_DIM = 256
-TRITON_COMBINE = TritonCombine(block_pieces=4, block_heads=4, num_warps=4)
+# 3.1 us for 252 queries x 32 heads in two pieces, 1.7 where there is one; blocks of 512 take 3.5 and 3.7.
+TRITON_COMBINE = TritonCombine(block_pieces=2, block=2048, num_warps=4)
 
 
 def triton_row_warps(block: int) -> int:
@@ -108,25 +116,45 @@ def triton_row_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def triton_attention(tile_rows: int, block_d: int, element_size: int) -> TritonAttention:
-    """For tiles of `tile_rows` rows of `block_d` elements (head_dim as a power of two)."""
+# Attention programs a processor, of which two run at a time: the later ones go where a place becomes free.
+# With two, which loop over the tiles, 252 queries that share 1024 of 1280 keys take 41 us instead of 33.
+TRITON_ATTENTION_PROGRAMS = 8
+
+
+def triton_attention(tile_rows: int, block_d: int, element_size: int, shared_bytes: int) -> TritonAttention:
+    """For tiles of `tile_rows` rows of `block_d` elements (head_dim as a power of two).
+
+    A program takes at most `shared_bytes` of shared memory. Times are those of 32 heads of 128 elements and
+    1280 keys on an H100.
+    """
     block_m = min(128, max(16, 1 << (tile_rows - 1).bit_length()))
     if element_size == 4:
         # Products without tensor cores: more rows or a deeper pipeline spill registers.
+        config = TritonAttention(min(block_m, 64), 32, num_warps=8, num_stages=2)
         if block_d > 128:
-            return TritonAttention(16, 32, num_warps=4, num_stages=1, programs_per_processor=2)
-        return TritonAttention(min(block_m, 64), 32, num_warps=8, num_stages=2, programs_per_processor=1)
-    if block_d > 128:
-        return TritonAttention(block_m, 32, 8 if block_m == 128 else 4, 2, 1)
-    if block_m == 128:
-        return TritonAttention(block_m, 64, num_warps=8, num_stages=3, programs_per_processor=1)
-    return TritonAttention(block_m, 64, num_warps=4, num_stages=3, programs_per_processor=2)
+            config = TritonAttention(16, 32, num_warps=4, num_stages=1)
+    elif block_d > 128:
+        config = TritonAttention(block_m, 32, num_warps=8 if block_m == 128 else 4, num_stages=2)
+    elif block_m == 128:
+        # One row of 1280 queries: 91 us, 95 with steps of 64 keys, 101 with two stages.
+        config = TritonAttention(block_m, 128, num_warps=8, num_stages=3)
+    else:
+        # 252 queries of 6 rows, a part of the keys shared: 33 us, 37 with steps of 32 keys or two stages (two
+        # programs a processor either way), 40 with four (one program), 45 with steps of 128.
+        config = TritonAttention(block_m, 64, num_warps=4, num_stages=3)
+    while config.shared_bytes(block_d, element_size) > shared_bytes and config.num_stages > 1:
+        config = config._replace(num_stages=config.num_stages - 1)
+    while config.shared_bytes(block_d, element_size) > shared_bytes and config.block_n > 16:
+        config = config._replace(block_n=config.block_n // 2)
+    return config
+
 
 # Kernels between two products wait on the device for their predecessor instead of being launched after it.
 PROGRAMMATIC_LAUNCH = True
+ROW_KERNELS_PROGRAMMATIC = 0
 
 # How much of the next product's weights a kernel in front of it brings into L2.
-PREFETCH_BYTES = 8 << 20
+PREFETCH_BYTES = 0
 
 # 16-byte vectors of gate and of up that a thread of swiglu has in flight: 1, 2 or 3.
 SWIGLU_VECS_PER_THREAD = 2
@@ -135,7 +163,7 @@ SWIGLU_VECS_PER_THREAD = 2
 RMS_NORM_MAX_THREADS = 256
 
 # Heads that share a thread's cosines and sines: 1, 2 or 3.
-ROPE_HEADS_PER_THREAD = 3
+ROPE_HEADS_PER_THREAD = 1
 
 # Logits of one chunk of the vocabulary: what stays in L2 beside the weights that stream through it.
 LM_HEAD_LOGITS_BYTES = 17 << 20

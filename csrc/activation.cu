@@ -1,6 +1,6 @@
 // The gated activation of the transformer's MLP: out = silu(gate) * up, with gate and up side by side in one
 // row as the joint gate/up product leaves them. Bound by memory traffic: every element is read or written
-// once, in 16-byte vectors where a row's address allows it.
+// once, in 16-byte vectors where addresses and sizes allow it.
 #include "activation.h"
 #include "launch.cuh"
 
@@ -28,61 +28,81 @@ __device__ __forceinline__ float silu_mul<float>(float gate, float up) {
   return gate / (1.0f + expf(-gate)) * up;
 }
 
-// blockIdx.x is the token; blockIdx.y and the threads walk along its row, kVecs vectors at a time. Alignment
-// is asked once per row and pointer: an odd row stride shifts every row, an odd intermediate_size shifts `up`
-// against `gate`.
+// Rows of whole, aligned vectors. blockIdx.x is the token; blockIdx.y and the threads walk along its row,
+// kVecs vectors of gate and of up at a time, all asked for before the first is used.
 template <typename T, int kVecs>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams params) {
   prefetch_to_l2(params.prefetch);
   wait_for_predecessors();
-  constexpr int kSize = Vec<T>::kSize;
   const int64_t token = blockIdx.x;
-  const int64_t size = params.intermediate_size;
-  const T* gate = static_cast<const T*>(params.gate_up) + token * params.gate_up_row_stride;
-  const T* up = gate + size;
-  T* out = static_cast<T*>(params.out) + token * params.out_row_stride;
-  const bool gate_aligned = is_vec_aligned(gate);
-  const bool up_aligned = is_vec_aligned(up);
-  const bool out_aligned = is_vec_aligned(out);
+  const int64_t num_vecs = params.intermediate_size / Vec<T>::kSize;
+  const auto* gate = reinterpret_cast<const Vec<T>*>(static_cast<const T*>(params.gate_up) +
+                                                     token * params.gate_up_row_stride);
+  const auto* up = gate + num_vecs;
+  auto* out = reinterpret_cast<Vec<T>*>(static_cast<T*>(params.out) + token * params.out_row_stride);
 
-  constexpr int kBlockElements = kThreads * kVecs * kSize;
-  for (int64_t block = blockIdx.y * int64_t{kBlockElements}; block < size;
-       block += gridDim.y * int64_t{kBlockElements}) {
+  const int64_t step = gridDim.y * int64_t{kThreads * kVecs};
+  for (int64_t start = blockIdx.y * int64_t{kThreads * kVecs} + threadIdx.x; start < num_vecs;
+       start += step) {
     Vec<T> gates[kVecs], ups[kVecs];
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t i = block + (v * kThreads + threadIdx.x) * kSize;
-      if (i + kSize <= size) {
-        gates[v] = load_vec(gate + i, gate_aligned);
-        ups[v] = load_vec(up + i, up_aligned);
-      }
+      const int64_t i = start + v * kThreads;
+      if (i < num_vecs) gates[v] = gate[i], ups[v] = up[i];
     }
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t i = block + (v * kThreads + threadIdx.x) * kSize;
-      if (i + kSize <= size) {
-        Vec<T> products;
+      const int64_t i = start + v * kThreads;
+      Vec<T> products;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          products.values[j] =
-              from_float<T>(silu_mul<T>(to_float(gates[v].values[j]), to_float(ups[v].values[j])));
-        }
-        store_vec(out + i, products, out_aligned);
-      } else {
-        for (int64_t j = i; j < size; ++j) {
-          out[j] = from_float<T>(silu_mul<T>(to_float(gate[j]), to_float(up[j])));
-        }
+      for (int j = 0; j < Vec<T>::kSize; ++j) {
+        products.values[j] =
+            from_float<T>(silu_mul<T>(to_float(gates[v].values[j]), to_float(ups[v].values[j])));
       }
+      if (i < num_vecs) out[i] = products;
     }
   }
 }
 
+// Rows of any length and alignment: an odd row stride shifts every row, an odd intermediate_size shifts `up`
+// against `gate`.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) swiglu_any_kernel(SwigluParams params) {
+  prefetch_to_l2(params.prefetch);
+  wait_for_predecessors();
+  const int64_t token = blockIdx.x;
+  const T* gate = static_cast<const T*>(params.gate_up) + token * params.gate_up_row_stride;
+  const T* up = gate + params.intermediate_size;
+  T* out = static_cast<T*>(params.out) + token * params.out_row_stride;
+  const int64_t step = gridDim.y * int64_t{kThreads};
+  for (int64_t i = blockIdx.y * int64_t{kThreads} + threadIdx.x; i < params.intermediate_size; i += step) {
+    out[i] = from_float<T>(silu_mul<T>(to_float(gate[i]), to_float(up[i])));
+  }
+}
+
+template <typename T>
+bool is_vectorized(const SwigluParams& params) {
+  const auto aligned = [](const void* pointer, int64_t row_stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<T>) == 0 && row_stride % Vec<T>::kSize == 0;
+  };
+  return params.intermediate_size % Vec<T>::kSize == 0 &&
+         aligned(params.gate_up, params.gate_up_row_stride) && aligned(params.out, params.out_row_stride);
+}
+
+// A block takes block_elements of a row at a time.
+dim3 grid_of(const SwigluParams& params, int64_t block_elements) {
+  const int64_t blocks = ceil_div(params.intermediate_size, block_elements);
+  return dim3(static_cast<unsigned>(params.num_tokens),
+              static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY));
+}
+
 template <typename T, int kVecs>
 void launch_swiglu(const SwigluParams& params, bool programmatic, const Launch& launch) {
-  const int64_t blocks = ceil_div<int64_t>(params.intermediate_size, kThreads * kVecs * Vec<T>::kSize);
-  const dim3 grid(static_cast<unsigned>(params.num_tokens),
-                  static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY));
-  launch_kernel<swiglu_kernel<T, kVecs>>(grid, kThreads, launch, programmatic, kOp, params);
+  if (is_vectorized<T>(params)) {
+    const dim3 grid = grid_of(params, kThreads * kVecs * Vec<T>::kSize);
+    return launch_kernel<swiglu_kernel<T, kVecs>>(grid, kThreads, launch, programmatic, kOp, params);
+  }
+  launch_kernel<swiglu_any_kernel<T>>(grid_of(params, kThreads), kThreads, launch, programmatic, kOp, params);
 }
 
 }  // namespace

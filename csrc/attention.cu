@@ -2,7 +2,6 @@
 #include <cmath>
 
 #include "attention_common.cuh"
-#include "launch.cuh"
 
 namespace bbk {
 namespace {
@@ -58,9 +57,11 @@ void combine_pieces(const AttentionParams& params, const Launch& launch) {
     using T = decltype(zero);
     const dim3 grid(static_cast<unsigned>(params.num_tokens));
     if (params.head_dim % 4 == 0) {
-      launch_kernel<combine_pieces_kernel<T, 4>>(grid, kCombineThreads, launch, true, kOp, params);
+      launch_kernel<combine_pieces_kernel<T, 4>>(grid, kCombineThreads, launch, params.programmatic, kOp,
+                                                 params);
     } else {
-      launch_kernel<combine_pieces_kernel<T, 1>>(grid, kCombineThreads, launch, true, kOp, params);
+      launch_kernel<combine_pieces_kernel<T, 1>>(grid, kCombineThreads, launch, params.programmatic, kOp,
+                                                 params);
     }
   });
 }
@@ -91,7 +92,9 @@ void varlen_attention(const AttentionParams& params, const Launch& launch) {
   check_attention(params);
   if (params.num_tokens == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  if (attention_mma_serves(params)) {
+  if (attention_sm90_serves(params, launch)) {
+    attention_sm90(params, launch);
+  } else if (attention_mma_serves(params)) {
     attention_mma(params, launch);
   } else {
     attention_plain(params, launch);

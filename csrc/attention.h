@@ -63,6 +63,8 @@ struct AttentionParams {
   int64_t v_page_stride;
   int64_t v_token_stride;
   int64_t v_head_stride;
+  int num_rows;
+  int num_pages;
   int num_tokens;
   int num_heads;
   int num_kv_heads;
@@ -73,7 +75,8 @@ struct AttentionParams {
   int max_tiles;
   int max_pieces;
   float softmax_scale;
-  DType dtype;  // of q, the caches and out
+  DType dtype;        // of q, the caches and out
+  bool programmatic;  // wait on the device for the kernel before, instead of being launched after it
 };
 
 // Throws std::invalid_argument for a head_dim above 256 and for a softmax_scale that is not positive.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "common.cuh"
+#include "launch.cuh"
 
 namespace bbk {
 
@@ -81,24 +81,67 @@ __device__ __forceinline__ void zero_padding(const AttentionParams& params) {
   }
 }
 
-// CTAs of a persistent kernel: as many as run at once, but no more than items.
-template <typename Kernel>
-int persistent_grid(Kernel kernel, int threads, size_t shared_bytes, const AttentionParams& params,
-                    int rows_per_item, int device, const char* op) {
-  // The kernel's limit is raised on every call: it costs a microsecond of host time and holds per device.
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes)),
-             op);
+// The plan and the page table have mostly left L2 since the layer before; the first lookups of an item depend
+// on each other, and would each wait for memory. Hints alone, so that it may run before
+// wait_for_predecessors().
+__device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
+  constexpr int64_t kLine = 128;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kLine;
+  const auto prefetch = [&](const void* array, int64_t bytes) {
+    for (int64_t i = thread * kLine; i < bytes; i += step) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(array) + i));
+    }
+  };
+  prefetch(params.counts, 8);
+  prefetch(params.tiles, 16 * static_cast<int64_t>(params.max_tiles));
+  prefetch(params.pieces, 8 * params.max_pieces);
+  prefetch(params.seqlens_k, 4 * params.num_rows);
+  prefetch(params.page_table, 4 * params.num_rows * params.page_table_stride);
+  prefetch(params.query_order, 4 * static_cast<int64_t>(params.num_tokens));  // of the first piece
+  prefetch(params.token_row, 4 * params.num_tokens);
+}
+
+// From here on the next kernel of the stream may be scheduled, and wait.
+__device__ __forceinline__ void allow_successors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches a persistent kernel, which calls wait_for_predecessors() first: as many CTAs as run at once, but
+// no more than items.
+template <auto kKernel, typename Params>
+void launch_persistent(int threads, int shared_bytes, int rows_per_item, const AttentionParams& attention,
+                       const Launch& launch, const char* op, const Params& params) {
+  // A microsecond of host time on every call, and right on every device.
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
   int per_processor = 0;
   int processors = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes),
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kKernel, threads, shared_bytes),
              op);
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op);
-  const int64_t items =
-      static_cast<int64_t>(params.max_tiles) * params.num_kv_heads * parts_of_tile(params, rows_per_item);
-  const int64_t resident = static_cast<int64_t>(max(per_processor, 1)) * processors;
-  return static_cast<int>(items < resident ? max(items, int64_t{1}) : resident);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), op);
+  const int64_t items = static_cast<int64_t>(attention.max_tiles) * attention.num_kv_heads *
+                        parts_of_tile(attention, rows_per_item);
+  const int64_t resident = static_cast<int64_t>(per_processor > 0 ? per_processor : 1) * processors;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(items < 1 ? 1 : items < resident ? items : resident));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = launch.stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (attention.programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
 }
+
+// attention_sm90.cu: what attention_mma takes, with pages of a multiple of 8 keys, on a GPU of sm_90.
+bool attention_sm90_serves(const AttentionParams& params, const Launch& launch);
+void attention_sm90(const AttentionParams& params, const Launch& launch);
 
 // attention_mma.cu: bf16 and fp16 with a head_dim of 64 or 128 on the tensor cores.
 bool attention_mma_serves(const AttentionParams& params);

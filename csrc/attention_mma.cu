@@ -5,17 +5,15 @@
 // A warp holds 16 rows of the item. An item with fewer rows than the CTA has room for splits the keys of
 // every stage over the warps that are left, which shortens the chain of products per stage; their results are
 // joined at the end, in a fixed order.
-#include "attention_common.cuh"
+#include <initializer_list>
+
+#include "attention_tile.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr char kOp[] = "varlen_attention";
 constexpr int kStageKeys = 64;
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // 16 bytes to shared memory, zeros if not `valid`.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
@@ -62,34 +60,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Over the four lanes that hold one row of an accumulator.
-__device__ __forceinline__ float row_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-}
-
-__device__ __forceinline__ float row_sum(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
 template <typename T, int kHeadDim, int kWarps>
@@ -190,33 +160,11 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) loader.load(stage);
 
-  // Accumulator layout of m16n8: this lane holds rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) + {0,
-  // 1}.
-  int2 source[2];
-  uint32_t query[kHeadDim / 16][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = row0 + lane / 4 + 8 * half;
-    const bool exists = row < item.num_rows;
-    source[half] = exists ? token_and_head(params, item, row) : make_int2(-1, 0);
-    const T* from = static_cast<const T*>(params.q) + source[half].x * params.q_token_stride +
-                    source[half].y * params.q_head_stride + 2 * (lane % 4);
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      query[k][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0;
-      query[k][half + 2] = exists ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8) : 0;
-    }
-  }
-
+  QueryRows<T, kHeadDim> rows;
+  rows.load(params, item, row0);
   const float scale = params.softmax_scale * kLog2e;
-  float most[2] = {-INFINITY, -INFINITY};  // before the scale
-  float sum[2] = {0.0f, 0.0f};             // of this lane's columns
-  float out[kOutTiles][4];
-#pragma unroll
-  for (int n = 0; n < kOutTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
-  }
+  RowState<T, kHeadDim> state;
+  state.clear();
 
   // Keys are the columns of the first product (lane / 16 chooses the key octet, lane / 8 % 2 the half of the
   // 16 elements) and the rows of the second (the other way round, transposed).
@@ -248,68 +196,31 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
         for (int n = 0; n < kScoreTiles; n += 2) {
           uint32_t keys[4];
           load_matrices(keys, k_stage + n * 8 * S::kRowBytes + (k_chunk ^ (k << 5)));
-          multiply<T>(score[n], query[k], keys[0], keys[1]);
-          multiply<T>(score[n + 1], query[k], keys[2], keys[3]);
+          multiply<T>(score[n], rows.values[k], keys[0], keys[1]);
+          multiply<T>(score[n + 1], rows.values[k], keys[2], keys[3]);
         }
       }
-      if (first_key + kStageKeys > item.key_end) {
-#pragma unroll
-        for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int key = first_key + key0 + 8 * n + 2 * (lane % 4) + i % 2;
-            if (key >= item.key_end) score[n][i] = -INFINITY;
-          }
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float new_most = most[half];
-#pragma unroll
-        for (int n = 0; n < kScoreTiles; ++n) {
-          new_most = fmaxf(new_most, fmaxf(score[n][2 * half], score[n][2 * half + 1]));
-        }
-        new_most = row_max(new_most);
-        // A warp's keys can all lie behind the end; then everything is exp2(-inf).
-        const float shift = new_most == -INFINITY ? 0.0f : new_most * scale;
-        const float correction = exp2_fast(most[half] * scale - shift);
-        most[half] = new_most;
-        float added = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            score[n][i] = exp2_fast(score[n][i] * scale - shift);
-            added += score[n][i];
-          }
-        }
-        sum[half] = sum[half] * correction + added;
-#pragma unroll
-        for (int n = 0; n < kOutTiles; ++n) {
-          out[n][2 * half] *= correction;
-          out[n][2 * half + 1] *= correction;
-        }
-      }
+      if (first_key + kStageKeys > item.key_end) mask_scores(score, first_key + key0, item.key_end);
+      float correction[2];
+      state.weigh(score, scale, correction);
+      state.shrink(correction);
+      uint32_t weights[kKeys / 16][4];
+      pack_weights<T>(score, weights);
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
-        const uint32_t weights[4] = {pack<T>(score[2 * k][0], score[2 * k][1]),
-                                     pack<T>(score[2 * k][2], score[2 * k][3]),
-                                     pack<T>(score[2 * k + 1][0], score[2 * k + 1][1]),
-                                     pack<T>(score[2 * k + 1][2], score[2 * k + 1][3])};
 #pragma unroll
         for (int n = 0; n < kOutTiles; n += 2) {
           uint32_t values[4];
           load_matrices_transposed(values, v_stage + k * 16 * S::kRowBytes + (v_chunk ^ (n << 4)));
-          multiply<T>(out[n], weights, values[0], values[1]);
-          multiply<T>(out[n + 1], weights, values[2], values[3]);
+          multiply<T>(state.out[n], weights[k], values[0], values[1]);
+          multiply<T>(state.out[n + 1], weights[k], values[2], values[3]);
         }
       }
     }
     stage = stage == S::kStages - 1 ? 0 : stage + 1;
   }
   wait_for_copies<0>();
-  sum[0] = row_sum(sum[0]);
-  sum[1] = row_sum(sum[1]);
+  state.finish();
 
   if constexpr (kSplit > 1) {
     // The warps of one row group hold the same rows in the same lanes: each but the first hands over its
@@ -322,12 +233,12 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mine[(4 * n + i) * 32] = out[n][i];
+        for (int i = 0; i < 4; ++i) mine[(4 * n + i) * 32] = state.out[n][i];
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        mine[(4 * kOutTiles + half) * 32] = most[half];
-        mine[(4 * kOutTiles + 2 + half) * 32] = sum[half];
+        mine[(4 * kOutTiles + half) * 32] = state.most[half];
+        mine[(4 * kOutTiles + 2 + half) * 32] = state.sum[half];
       }
     }
     __syncthreads();
@@ -340,50 +251,26 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
         for (int half = 0; half < 2; ++half) {
           // The first warp holds the first key of every stage, so its maximum is finite.
           const float their_most = theirs[(4 * kOutTiles + half) * 32];
-          const float new_most = fmaxf(most[half], their_most);
-          weight[half] = exp2_fast((most[half] - new_most) * scale);
+          const float new_most = fmaxf(state.most[half], their_most);
+          weight[half] = exp2_fast((state.most[half] - new_most) * scale);
           their_weight[half] = exp2_fast((their_most - new_most) * scale);
-          most[half] = new_most;
-          sum[half] = sum[half] * weight[half] + theirs[(4 * kOutTiles + 2 + half) * 32] * their_weight[half];
+          state.most[half] = new_most;
+          state.sum[half] =
+              state.sum[half] * weight[half] + theirs[(4 * kOutTiles + 2 + half) * 32] * their_weight[half];
         }
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            out[n][i] = out[n][i] * weight[i / 2] + theirs[(4 * n + i) * 32] * their_weight[i / 2];
+            state.out[n][i] =
+                state.out[n][i] * weight[i / 2] + theirs[(4 * n + i) * 32] * their_weight[i / 2];
           }
         }
       }
     }
   }
 
-  if (warp < kRowGroups) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = source[half].x;
-      if (token < 0) continue;
-      const int64_t place = static_cast<int64_t>(token) * params.num_heads + source[half].y;
-      const float inverse = 1.0f / sum[half];
-      if (single_piece(params, token)) {
-        T* target = static_cast<T*>(params.out) + place * kHeadDim + 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < kOutTiles; ++n) {
-          *reinterpret_cast<uint32_t*>(target + 8 * n) =
-              pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
-        }
-      } else {
-        const int64_t partial =
-            static_cast<int64_t>(item.piece) * params.num_tokens * params.num_heads + place;
-        float* target = params.partial_out + partial * kHeadDim + 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < kOutTiles; ++n) {
-          *reinterpret_cast<float2*>(target + 8 * n) =
-              make_float2(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
-        }
-        if (lane % 4 == 0) params.partial_lse[partial] = most[half] * scale + log2f(sum[half]);
-      }
-    }
-  }
+  if (warp < kRowGroups) state.store(params, item, rows, scale);
   __syncthreads();  // the next item reuses the stages
 }
 
@@ -391,11 +278,10 @@ template <typename T, int kHeadDim, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     attention_mma_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ __align__(128) unsigned char shared_memory[];
-#if __CUDA_ARCH__ >= 900
-  // What follows on the stream may start to launch; it waits for this grid's end before it reads.
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
   constexpr int kRows = Shape<T, kHeadDim, kWarps>::kRows;
+  prefetch_plan(params);
+  wait_for_predecessors();
+  allow_successors();
   zero_padding<T>(params);
   const int num_items = params.counts[0] * parts_of_tile(params, kRows) * params.num_kv_heads;
   for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
@@ -416,11 +302,8 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
 template <typename T, int kHeadDim, int kWarps>
 void launch_mma(const AttentionParams& params, const Launch& launch) {
   using S = Shape<T, kHeadDim, kWarps>;
-  const auto kernel = attention_mma_kernel<T, kHeadDim, kWarps>;
-  const int grid =
-      persistent_grid(kernel, S::kThreads, S::kSharedBytes, params, S::kRows, launch.device, kOp);
-  kernel<<<grid, S::kThreads, S::kSharedBytes, launch.stream>>>(params);
-  check_launch(kOp);
+  launch_persistent<attention_mma_kernel<T, kHeadDim, kWarps>>(S::kThreads, S::kSharedBytes, S::kRows, params,
+                                                               launch, kOp, params);
 }
 
 template <typename T, int kHeadDim>

@@ -15,8 +15,8 @@ __host__ __device__ constexpr int padded(int head_dim) { return (head_dim + 3) /
 // An odd number of 16-byte units for the usual head_dims: a column of keys then spreads over all banks.
 __host__ __device__ constexpr int key_stride(int head_dim) { return padded(head_dim) + 4; }
 
-size_t shared_bytes(int head_dim) {
-  return sizeof(float) * ((kItemRows + kKeys) * padded(head_dim) + kKeys * key_stride(head_dim));
+int shared_bytes(int head_dim) {
+  return 4 * ((kItemRows + kKeys) * padded(head_dim) + kKeys * key_stride(head_dim));
 }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -45,6 +45,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* q = static_cast<const T*>(params.q);
 
+  prefetch_plan(params);
+  wait_for_predecessors();
+  allow_successors();
   zero_padding<T>(params);
   const int num_items = params.counts[0] * parts_of_tile(params, kItemRows) * params.num_kv_heads;
   for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
@@ -90,27 +93,33 @@ __global__ void __launch_bounds__(kWarps * 32)
       __syncthreads();
       if (warp * kWarpRows >= item.num_rows) continue;
 
-      float score[kWarpRows] = {};
+      float4 products[kWarpRows] = {};
       const float4* my_key = reinterpret_cast<const float4*>(keys + lane * stride);
       for (int d = 0; d < width / 4; ++d) {
         const float4 k = my_key[d];
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
           const float4 x = reinterpret_cast<const float4*>(queries + (warp * kWarpRows + r) * width)[d];
-          score[r] = fmaf(x.x, k.x, fmaf(x.y, k.y, fmaf(x.z, k.z, fmaf(x.w, k.w, score[r]))));
+          products[r].x = fmaf(x.x, k.x, products[r].x);
+          products[r].y = fmaf(x.y, k.y, products[r].y);
+          products[r].z = fmaf(x.z, k.z, products[r].z);
+          products[r].w = fmaf(x.w, k.w, products[r].w);
         }
       }
+      float score[kWarpRows], corrections[kWarpRows];
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
+        score[r] = (products[r].x + products[r].y) + (products[r].z + products[r].w);
         if (lane >= num_keys) score[r] = -INFINITY;
         const float new_max = fmaxf(running_max[r], warp_max(score[r]));
         const float correction = expf(running_max[r] - new_max);
         running_max[r] = new_max;
         score[r] = expf(score[r] - new_max);
         sum[r] = sum[r] * correction + warp_sum(score[r]);
-#pragma unroll
-        for (int j = 0; j < kSlices; ++j) out[r][j] *= correction;
+        corrections[r] = correction;
       }
+      // Summed by themselves first: fewer roundings at the size of the whole.
+      float added[kWarpRows][kSlices] = {};
       for (int key = 0; key < num_keys; ++key) {
         float value[kSlices];
 #pragma unroll
@@ -122,8 +131,13 @@ __global__ void __launch_bounds__(kWarps * 32)
         for (int r = 0; r < kWarpRows; ++r) {
           const float weight = __shfl_sync(0xffffffffu, score[r], key);
 #pragma unroll
-          for (int j = 0; j < kSlices; ++j) out[r][j] = fmaf(weight, value[j], out[r][j]);
+          for (int j = 0; j < kSlices; ++j) added[r][j] = fmaf(weight, value[j], added[r][j]);
         }
+      }
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+        for (int j = 0; j < kSlices; ++j) out[r][j] = fmaf(out[r][j], corrections[r], added[r][j]);
       }
     }
 
@@ -153,11 +167,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 template <typename T, int kSlices>
 void launch_plain(const AttentionParams& params, const Launch& launch) {
-  const auto kernel = attention_plain_kernel<T, kSlices>;
-  const size_t bytes = shared_bytes(params.head_dim);
-  const int grid = persistent_grid(kernel, kWarps * 32, bytes, params, kItemRows, launch.device, kOp);
-  kernel<<<grid, kWarps * 32, bytes, launch.stream>>>(params);
-  check_launch(kOp);
+  launch_persistent<attention_plain_kernel<T, kSlices>>(kWarps * 32, shared_bytes(params.head_dim), kItemRows,
+                                                        params, launch, kOp, params);
 }
 
 }  // namespace

@@ -347,17 +347,17 @@ class Planner {
   }
 
   __host__ __device__ void write_query_order() const {
-    for (int piece = 0; piece < p_.max_pieces; ++piece) {
-      int32_t* order = p_.query_order + static_cast<int64_t>(piece) * p_.num_tokens;
-      const int run = piece < pieces_ ? w_.piece_run[piece] : 0;
-      const int number = piece < pieces_ ? w_.run_queries[run] : 0;
-      for_each(p_.num_tokens, [&](int token) {
-        if (token >= number) order[token] = -1;
-        const int row = number > 0 ? p_.token_row[token] : -1;
-        if (row < 0 || w_.owner[w_.run_start[run] * rows_ + row] < 0) return;
-        order[w_.row_offset[run * rows_ + row] + token - p_.cu_seqlens_q[row]] = token;
-      });
-    }
+    for_each(p_.num_tokens, [&](int token) {
+      const int row = p_.token_row[token];
+      const int in_row = row < 0 ? 0 : token - p_.cu_seqlens_q[row];
+      int32_t* order = p_.query_order;
+      for (int piece = 0; piece < p_.max_pieces; ++piece, order += p_.num_tokens) {
+        const int run = piece < pieces_ ? w_.piece_run[piece] : 0;
+        if (piece >= pieces_ || token >= w_.run_queries[run]) order[token] = -1;
+        if (piece >= pieces_ || row < 0 || w_.owner[w_.run_start[run] * rows_ + row] < 0) continue;
+        order[w_.row_offset[run * rows_ + row] + in_row] = token;
+      }
+    });
   }
 
   const AttentionPlanParams& p_;

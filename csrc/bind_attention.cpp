@@ -55,9 +55,10 @@ void launch_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr
                       uintptr_t query_order, uintptr_t pieces, uintptr_t token_row, uintptr_t counts,
                       int64_t page_table_stride, const std::array<int64_t, 2>& q_strides,
                       const std::array<int64_t, 3>& k_strides, const std::array<int64_t, 3>& v_strides,
-                      int num_tokens, int num_heads, int num_kv_heads, int head_dim, int page_size,
-                      int pages_per_row, int tile_tokens, int max_tiles, int max_pieces, float softmax_scale,
-                      int dtype, int device, uintptr_t stream) {
+                      int num_rows, int num_pages, int num_tokens, int num_heads, int num_kv_heads,
+                      int head_dim, int page_size, int pages_per_row, int tile_tokens, int max_tiles,
+                      int max_pieces, float softmax_scale, int dtype, bool programmatic, int device,
+                      uintptr_t stream) {
   const AttentionParams params{pointer<const void>(q),
                                pointer<const void>(k_cache),
                                pointer<const void>(v_cache),
@@ -80,6 +81,8 @@ void launch_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr
                                v_strides[0],
                                v_strides[1],
                                v_strides[2],
+                               num_rows,
+                               num_pages,
                                num_tokens,
                                num_heads,
                                num_kv_heads,
@@ -90,7 +93,8 @@ void launch_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr
                                max_tiles,
                                max_pieces,
                                softmax_scale,
-                               static_cast<DType>(dtype)};
+                               static_cast<DType>(dtype),
+                               programmatic};
   varlen_attention(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
@@ -110,10 +114,11 @@ void bind_attention(py::module_& module) {
              py::arg("out"), py::arg("partial_out"), py::arg("partial_lse"), py::arg("page_table"),
              py::arg("seqlens_k"), py::arg("tiles"), py::arg("query_order"), py::arg("pieces"),
              py::arg("token_row"), py::arg("counts"), py::arg("page_table_stride"), py::arg("q_strides"),
-             py::arg("k_strides"), py::arg("v_strides"), py::arg("num_tokens"), py::arg("num_heads"),
-             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"), py::arg("pages_per_row"),
-             py::arg("tile_tokens"), py::arg("max_tiles"), py::arg("max_pieces"), py::arg("softmax_scale"),
-             py::arg("dtype"), py::arg("device"), py::arg("stream"));
+             py::arg("k_strides"), py::arg("v_strides"), py::arg("num_rows"), py::arg("num_pages"),
+             py::arg("num_tokens"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+             py::arg("page_size"), py::arg("pages_per_row"), py::arg("tile_tokens"), py::arg("max_tiles"),
+             py::arg("max_pieces"), py::arg("softmax_scale"), py::arg("dtype"), py::arg("programmatic"),
+             py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace bbk

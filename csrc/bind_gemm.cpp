@@ -26,10 +26,6 @@ void launch_gemm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, i
        Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
-int max_clusters(int tile_tokens, int tile_rows, int cluster_n, int splits, bool gated, int device) {
-  return gemm_max_clusters(GemmTile{tile_tokens, tile_rows, cluster_n, splits}, gated, device);
-}
-
 }  // namespace
 
 void bind_gemm(py::module_& module) {
@@ -38,8 +34,7 @@ void bind_gemm(py::module_& module) {
              py::arg("weight_row_stride"), py::arg("out_row_stride"), py::arg("gated"), py::arg("dtype"),
              py::arg("tile_tokens"), py::arg("tile_rows"), py::arg("cluster_n"), py::arg("splits"),
              py::arg("static_weight"), py::arg("programmatic"), py::arg("device"), py::arg("stream"));
-  module.def("gemm_max_clusters", &max_clusters, py::arg("tile_tokens"), py::arg("tile_rows"),
-             py::arg("cluster_n"), py::arg("splits"), py::arg("gated"), py::arg("device"));
+  module.def("gemm_is_available", &gemm_is_available, py::arg("device"));
 }
 
 }  // namespace bbk

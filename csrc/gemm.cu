@@ -57,33 +57,8 @@ CUtensorMap tensor_map(const char* name, const void* pointer, DType dtype, const
 }
 
 template <class S>
-void configure(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], int64_t weight_rows,
-               bool programmatic, const Launch& launch) {
-  check_cuda(
-      cudaFuncSetAttribute(gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
-      kOp);
-  const auto clusters = ceil_div<int64_t>(weight_rows, S::kRows * S::kClusterN);
-  config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kClusterN), S::kSplits);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = launch.stream;
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = S::kClusterN;
-  attributes[0].val.clusterDim.y = S::kSplits;
-  attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = programmatic ? 2 : 1;
-}
-
-template <class S>
-void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, const Launch& launch) {
+void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cudaStream_t stream) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
-  cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
-  configure<S>(config, attributes, weight_rows, programmatic, launch);
   const CUtensorMap x_map = tensor_map<2>("x", p.x, p.dtype, {p.in_features, p.num_tokens}, {p.x_row_stride},
                                           {S::kBlockK, S::kTokens / S::kClusterN});
   CUtensorMap weight_map;
@@ -97,29 +72,61 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, con
     weight_map = tensor_map<2>("weight", p.weight, p.dtype, {p.in_features, p.out_features},
                                {p.weight_row_stride}, {S::kBlockK, S::kRows});
   }
-  const GemmArgs args{p.out,
-                      p.bias,
-                      p.out_row_stride,
-                      static_cast<int>(p.num_tokens),
-                      static_cast<int>(p.out_features),
-                      static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK)),
-                      static_weight};
+  GemmArgs args;
+  args.out = p.out;
+  args.bias = p.bias;
+  args.out_row_stride = p.out_row_stride;
+  args.num_tokens = static_cast<int>(p.num_tokens);
+  args.out_features = static_cast<int>(p.out_features);
+  args.num_k_blocks = static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK));
+  args.static_weight = static_weight;
+
+  check_cuda(
+      cudaFuncSetAttribute(gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
+      kOp);
+  cudaLaunchConfig_t config = {};
+  const auto clusters = ceil_div<int64_t>(weight_rows, S::kRows * S::kClusterN);
+  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kClusterN), S::kSplits);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = S::kClusterN;
+  attributes[0].val.clusterDim.y = S::kSplits;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = programmatic ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<S>, x_map, weight_map, args), kOp);
 }
 
-// tokens, warpgroups, 64-row tiles each, pipeline stages, cluster along N, splits of K, gated
-#define BBK_GEMM_SHAPES(V)     \
-  V(256, 3, 1, 4, 2, 1, false) \
-  V(256, 2, 1, 4, 2, 4, false) \
-  V(256, 3, 1, 4, 2, 1, true)
+// tokens, warpgroups, pipeline stages, cluster along N, splits, gated
+#define BBK_GEMM_SHAPES(V)  \
+  V(16, 1, 20, 1, 1, false) \
+  V(64, 1, 13, 1, 1, false) \
+  V(64, 3, 7, 1, 1, false)  \
+  V(128, 1, 9, 1, 1, false) \
+  V(128, 2, 6, 1, 1, false) \
+  V(128, 3, 5, 1, 1, false) \
+  V(192, 2, 5, 1, 1, false) \
+  V(192, 3, 4, 1, 1, false) \
+  V(256, 2, 4, 1, 1, false) \
+  V(256, 3, 4, 1, 1, false) \
+  V(16, 2, 12, 1, 1, true)  \
+  V(64, 3, 7, 1, 1, true)   \
+  V(128, 3, 5, 1, 1, true)  \
+  V(192, 3, 4, 1, 1, true)  \
+  V(256, 3, 4, 1, 1, true)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, TILES, STAGES, CLUSTER_N, SPLITS, GATED)                        \
-  if (tile.tokens == TOKENS && tile.rows == GROUPS * TILES * 64 && tile.cluster_n == CLUSTER_N && \
-      tile.splits == SPLITS && gated == GATED) {                                                  \
-    return use(GemmShape<T, TOKENS, GROUPS, TILES, STAGES, CLUSTER_N, SPLITS, GATED>());          \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, CLUSTER_N, SPLITS, GATED)                       \
+  if (tile.tokens == TOKENS && tile.rows == GROUPS * 64 && tile.cluster_n == CLUSTER_N && \
+      tile.splits == SPLITS && gated == GATED) {                                          \
+    return use(GemmShape<T, TOKENS, GROUPS, 1, STAGES, CLUSTER_N, SPLITS, GATED>());      \
   }
   BBK_GEMM_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE
@@ -140,13 +147,6 @@ void dispatch_tile(const GemmTile& tile, bool gated, DType dtype, Use&& use) {
   }
 }
 
-bool is_sm90(int device) {
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
-  return major == 9 && minor == 0;
-}
-
 void check_aligned(const char* name, const void* pointer, int64_t row_stride) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0 || row_stride % 8 != 0) {
     refuse(std::string(name) + ": expected rows aligned to 16 bytes, got a row stride of " +
@@ -157,6 +157,19 @@ void check_aligned(const char* name, const void* pointer, int64_t row_stride) {
 
 }  // namespace
 
+bool gemm_is_available(int device) {
+  const DeviceGuard guard(device, kOp);
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
+  if (major != 9 || minor != 0) return false;
+  // Code that the driver compiled from the PTX of sm_80 runs too, but is empty.
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, gemm_kernel<GemmShape<__half, 256, 3, 1, 4, 1, 1, true>>),
+             kOp);
+  return attributes.ptxVersion >= 90;
+}
+
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch) {
   check_at_least(kOp, "num_tokens", params.num_tokens, 0);
@@ -165,6 +178,9 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
   if (params.num_tokens > tile.tokens) {
     refuse("num_tokens: expected at most the tile's " + std::to_string(tile.tokens) + ", got " +
            std::to_string(params.num_tokens));
+  }
+  if (params.in_features % 8 != 0) {
+    refuse("in_features: expected a multiple of 8, got " + std::to_string(params.in_features));
   }
   if (params.out_features % 8 != 0) {
     refuse("out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
@@ -176,24 +192,12 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
   dispatch_tile(tile, params.gated, params.dtype, [&](auto shape) {
     if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
-    if (!is_sm90(launch.device))
-      throw std::runtime_error("blockbatch_kernels.linear: expected a GPU of sm_90");
-    launch_gemm<decltype(shape)>(params, static_weight, programmatic, launch);
+    if (!gemm_is_available(launch.device)) {
+      throw std::runtime_error(
+          "blockbatch_kernels.linear: expected a GPU of sm_90 and an extension built for 90a");
+    }
+    launch_gemm<decltype(shape)>(params, static_weight, programmatic, launch.stream);
   });
-}
-
-int gemm_max_clusters(const GemmTile& tile, bool gated, int device) {
-  int clusters = 0;
-  dispatch_tile(tile, gated, DType::kBFloat16, [&](auto shape) {
-    using S = decltype(shape);
-    const DeviceGuard guard(device, kOp);
-    if (!is_sm90(device)) return;
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attributes[2];
-    configure<S>(config, attributes, S::kRows, false, Launch{device, nullptr});
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, gemm_kernel<S>, &config), kOp);
-  });
-  return clusters;
 }
 
 }  // namespace bbk

@@ -26,17 +26,17 @@ struct GemmTile {
   int tokens;     // room for tokens in a tile
   int rows;       // of the weight in a tile
   int cluster_n;  // neighbouring tiles that share their reads of x
-  int splits;     // CTAs that share the sum of a tile
+  int splits;     // CTAs that share the sum of a tile, each over a stretch of K
 };
 
 // Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;
-// out_features a multiple of 8. With `static_weight` the weight may be read while the kernels before this one
-// in the stream still run, so none of them may write it; that takes a `programmatic` launch, which lets the
-// kernel start early and wait on the device.
+// in_features and out_features multiples of 8. With `static_weight` the weight may be read while the kernels
+// before this one in the stream still run, so none of them may write it; that takes a `programmatic` launch,
+// which lets the kernel start early and wait on the device.
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch);
 
-// Clusters of such tiles that the device runs at once; 0 where the kernel cannot run at all.
-int gemm_max_clusters(const GemmTile& tile, bool gated, int device);
+// Whether the device and this build have it.
+bool gemm_is_available(int device);
 
 }  // namespace bbk

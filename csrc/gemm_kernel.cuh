@@ -10,8 +10,8 @@ namespace bbk {
 
 // What a CTA computes. kTokens: columns of the tile, at least the tokens. kGroups: consumer warpgroups, each
 // with kTiles times 64 rows of the weight. kClusterN: CTAs side by side along the weight's rows that share
-// one read of x. kSplits: CTAs of a cluster that share the sum over K. kGated: the rows are gates and ups in
-// turns of 8.
+// one read of x. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kGated:
+// the rows are gates and ups in turns of 8.
 template <typename Element, int kTokens_, int kGroups_, int kTiles_, int kStages_, int kClusterN_,
           int kSplits_, bool kGated_>
 struct GemmShape {
@@ -27,25 +27,26 @@ struct GemmShape {
   static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
   static constexpr int kRows = 64 * kTiles * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kClusterSize = kClusterN * kSplits;
   static constexpr int kWeightBytes = kRows * kBlockK * 2;
   static constexpr int kXBytes = kTokens * kBlockK * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kPipelineBytes + 2 * kStages * 8;
 
-  // The end of a tile: each of the split CTAs finishes kPartTokens tokens.
-  static constexpr int kPartTokens = kTokens / kSplits;
-  static constexpr int kPartBytes = kPartTokens * kRows * 4;
+  // Where split `part` of the sum starts to finish it, in pairs of 8 tokens.
+  template <int kPart>
+  static constexpr int kPartBegin = kPart * (kTokens / 16) / kSplits;
+  static constexpr int kMaxPairs = (kTokens / 16 + kSplits - 1) / kSplits;
+  static constexpr int kPartBytes = kMaxPairs * 2 * kTiles * kGroups * 128 * 16;
   static constexpr int kPartsBytes = (kSplits - 1) * kPartBytes;
+
   static constexpr int kOutColumns = kGated ? 32 * kTiles : 64 * kTiles;  // of a warpgroup
   static constexpr int kStagingPitch = kOutColumns + 8;                   // elements; keeps banks apart
-  static constexpr int kStagingBytes = kPartTokens * kStagingPitch * 2;
+  static constexpr int kStagingBytes = 16 * kMaxPairs * kStagingPitch * 2;
   static_assert(kPartsBytes + kGroups * kStagingBytes <= kPipelineBytes,
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
-  static_assert(kPartTokens % 16 == 0 && kXBytes / kClusterN % 1024 == 0,
-                "whole matrices and swizzle groups");
+  static_assert(kTokens % 16 == 0 && kXBytes / kClusterN % 1024 == 0, "whole matrices and swizzle groups");
 
   // Columns of one instruction: 512 threads start with 128 registers each, too few to name 128 sums at once.
   static constexpr int kColumns = kGroups == 3 && kTokens == 256 ? 128 : kTokens;
@@ -79,18 +80,19 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second)
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// Rounds the sums of the tokens [kPart * kPartTokens, ...) and writes them to `out`, through shared memory so
-// that a token's neighbouring features leave together.
+// Rounds the sums of a part of the tokens and writes them to `out`, through shared memory so that a token's
+// neighbouring features leave together.
 template <class S, int kPart>
-__device__ __forceinline__ void write_part(const float (&sums)[S::kTiles][S::kTokens / 2],
-                                           unsigned char* staging, const GemmArgs& args, int first_row,
-                                           int group) {
+__device__ __forceinline__ void write_out(const float (&sums)[S::kTiles][S::kTokens / 2],
+                                          unsigned char* staging, const GemmArgs& args, int first_row,
+                                          int group) {
   using T = typename S::T;
-  constexpr int kFirst = kPart * S::kPartTokens / 8;
-  constexpr int kEnd = kFirst + S::kPartTokens / 8;
+  constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
+  constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
   const int thread = threadIdx.x % 128;
   const int warp = thread / 32;
   const int lane = thread % 32;
+  const int matrix = lane / 8;
   const T* bias = static_cast<const T*>(args.bias);
 
 #pragma unroll
@@ -102,10 +104,9 @@ __device__ __forceinline__ void write_part(const float (&sums)[S::kTiles][S::kTo
       if (row + 8 < args.out_features) bias_high = to_float(bias[row + 8]);
     }
 #pragma unroll
-    for (int j = kFirst; j < kEnd; j += 2) {
-      const float* d = &sums[tile][4 * j];
-      const int matrix = lane / 8;
-      const int token = 8 * (j - kFirst) + lane % 8;
+    for (int j = 0; j < kCount; j += 2) {
+      const float* d = &sums[tile][4 * (kFirst + j)];
+      const int token = 8 * j + lane % 8;
       if constexpr (S::kGated) {
         const int column = tile * 32 + warp * 8;
         const uint32_t address =
@@ -127,10 +128,10 @@ __device__ __forceinline__ void write_part(const float (&sums)[S::kTiles][S::kTo
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
   T* out = static_cast<T*>(args.out);
-  for (int i = thread; i < S::kPartTokens * kVectors; i += 128) {
+  for (int i = thread; i < 8 * kCount * kVectors; i += 128) {
     const int token = i / kVectors;
     const int column = i % kVectors * 8;
-    const int out_token = kPart * S::kPartTokens + token;
+    const int out_token = 8 * kFirst + token;
     if (out_token < args.num_tokens && first_column + column < args.out_features) {
       *reinterpret_cast<uint4*>(out + out_token * args.out_row_stride + first_column + column) =
           *reinterpret_cast<const uint4*>(staging + (token * S::kStagingPitch + column) * 2);
@@ -138,65 +139,63 @@ __device__ __forceinline__ void write_part(const float (&sums)[S::kTiles][S::kTo
   }
 }
 
+// Index of a warpgroup's vector of four sums in what one split sends to another.
+template <class S>
+__device__ __forceinline__ int part_index(int group, int tile, int vector) {
+  return ((group * S::kTiles + tile) * 2 * S::kMaxPairs + vector) * 128 + threadIdx.x % 128;
+}
+
 // Sends the sums over this CTA's stretch of K to the CTAs that finish their tokens.
 template <class S, int kPart = 0>
 __device__ __forceinline__ void send_parts(const float (&sums)[S::kTiles][S::kTokens / 2], uint32_t parts,
-                                           int split, int rank_n, int group) {
+                                           int split, int rank, int group) {
   if constexpr (kPart < S::kSplits) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t remote =
-          sm90::remote_address(parts, rank_n + kPart * S::kClusterN) + slot * S::kPartBytes;
-      constexpr int kCount = S::kPartTokens / 8;
+      const uint32_t remote = sm90::remote_address(parts, rank + kPart * S::kClusterN) + slot * S::kPartBytes;
+      constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
+      constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          const float* d = &sums[tile][4 * (kPart * kCount + j)];
-          const int index = ((group * S::kTiles + tile) * kCount + j) * 128 + threadIdx.x % 128;
-          sm90::store_remote(remote + index * 16, make_float4(d[0], d[1], d[2], d[3]));
+          sm90::store_remote(remote + part_index<S>(group, tile, j) * 16, &sums[tile][4 * (kFirst + j)]);
         }
       }
     }
-    send_parts<S, kPart + 1>(sums, parts, split, rank_n, group);
+    send_parts<S, kPart + 1>(sums, parts, split, rank, group);
   }
 }
 
-// Adds what the other CTAs sent, in the order of K whoever adds, and writes the result.
+// Adds what the other CTAs sent, in the order of K, and writes the result.
 template <class S, int kPart = 0>
 __device__ __forceinline__ void finish_part(float (&sums)[S::kTiles][S::kTokens / 2],
                                             const unsigned char* parts, unsigned char* staging,
                                             const GemmArgs& args, int split, int first_row, int group) {
   if constexpr (kPart < S::kSplits) {
     if (kPart == split) {
-      constexpr int kCount = S::kPartTokens / 8;
+      constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
+      constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          float* d = &sums[tile][4 * (kPart * kCount + j)];
-          const int index = ((group * S::kTiles + tile) * kCount + j) * 128 + threadIdx.x % 128;
-          float4 total = make_float4(d[0], d[1], d[2], d[3]);
+          float* d = &sums[tile][4 * (kFirst + j)];
+          float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-          for (int slot = 0; slot < S::kSplits - 1; ++slot) {
-            const float4 other = *reinterpret_cast<const float4*>(parts + slot * S::kPartBytes + index * 16);
-            if (slot == 0 && kPart > 0) {
-              // Own sums come after those of the lower splits.
-              total = other;
-            } else {
-              if (slot == kPart && kPart > 0) {
-                total.x += d[0], total.y += d[1], total.z += d[2], total.w += d[3];
-              }
-              total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
+          for (int other = 0; other < S::kSplits; ++other) {
+            float4 part = make_float4(d[0], d[1], d[2], d[3]);
+            if (other != kPart) {
+              const int slot = other < kPart ? other : other - 1;
+              part = *reinterpret_cast<const float4*>(parts + slot * S::kPartBytes +
+                                                      part_index<S>(group, tile, j) * 16);
             }
-          }
-          if (kPart == S::kSplits - 1 && kPart > 0) {
-            total.x += d[0], total.y += d[1], total.z += d[2], total.w += d[3];
+            total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
           }
           d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
         }
       }
-      write_part<S, kPart>(sums, staging, args, first_row, group);
+      write_out<S, kPart>(sums, staging, args, first_row, group);
     }
     finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group);
   }
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const int rank_n = S::kClusterN > 1 ? blockIdx.x % S::kClusterN : 0;
+  const int rank = S::kClusterN > 1 ? blockIdx.x % S::kClusterN : 0;
   const int split = S::kSplits > 1 ? blockIdx.y : 0;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplits;
@@ -230,10 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (S::kClusterSize > 1) {
-    sm90::cluster_arrive();
-    sm90::cluster_wait();
-  }
+  if constexpr (S::kClusterN * S::kSplits > 1) sm90::cluster_barrier();
   sm90::allow_next_kernel();
 
   if (warpgroup == S::kGroups) {
@@ -257,11 +253,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int stage = i % S::kStages;
         constexpr int kRowsEach = S::kTokens / S::kClusterN;
         const uint32_t target =
-            stages + stage * S::kStageBytes + S::kWeightBytes + rank_n * kRowsEach * S::kBlockK * 2;
+            stages + stage * S::kStageBytes + S::kWeightBytes + rank * kRowsEach * S::kBlockK * 2;
         const int k = (k_begin + i) * S::kBlockK;
         if constexpr (S::kClusterN > 1) {
           const uint16_t mask = ((1u << S::kClusterN) - 1) << (split * S::kClusterN);
-          sm90::load_tile_multicast(target, &x_map, k, rank_n * kRowsEach, full + 8 * stage, mask, keep);
+          sm90::load_tile_multicast(target, &x_map, k, rank * kRowsEach, full + 8 * stage, mask, keep);
         } else {
           sm90::load_tile(target, &x_map, k, 0, full + 8 * stage, keep);
         }
@@ -277,20 +273,30 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         load_weight(i);
         load_x(i);
       }
+      if constexpr (S::kClusterN > 1 && S::kSplits == 1) {
+        // The barriers stay until the other CTAs' last arrivals.
+        for (int i = count - ahead; i < count; ++i) {
+          sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
+        }
+      }
     }
     __syncwarp();
-    if constexpr (S::kClusterSize > 1) {
-      sm90::cluster_arrive();
-      sm90::cluster_wait();
-      if constexpr (S::kSplits > 1) {
-        sm90::cluster_arrive();
-        sm90::cluster_wait();
-      }
+    if constexpr (S::kSplits > 1) {
+      sm90::cluster_barrier();
+      sm90::cluster_barrier_with_writes();
     }
   } else {
     sm90::take_registers<S::kConsumerRegisters>();
     using Product = sm90::Wgmma<typename S::T, S::kColumns>;
     const int lane = threadIdx.x % 32;
+    const auto release = [&](int i) {
+      const uint32_t barrier = empty + 8 * (i % S::kStages);
+      if constexpr (S::kClusterN > 1) {
+        if (lane < S::kClusterN) sm90::barrier_arrive_remote(barrier, lane + split * S::kClusterN);
+      } else {
+        if (lane == 0) sm90::barrier_arrive(barrier);
+      }
+    };
     float sums[S::kTiles][S::kTokens / 2];
     for (int i = 0; i < count; ++i) {
       const int stage = i % S::kStages;
@@ -314,32 +320,21 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       sm90::wgmma_commit();
       // Products of the block before are done: its stage may be filled again.
       sm90::wgmma_wait<1>();
-      if (i > 0) {
-        const uint32_t released = empty + 8 * ((i - 1) % S::kStages);
-        if constexpr (S::kClusterN > 1) {
-          if (lane < S::kClusterN) sm90::barrier_arrive_remote(released, lane + split * S::kClusterN);
-        } else {
-          if (lane == 0) sm90::barrier_arrive(released);
-        }
-      }
+      if (i > 0) release(i - 1);
     }
     sm90::wgmma_wait<0>();
+    release(count - 1);
     sm90::wait_for_previous_kernel();
-    __syncwarp();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplits > 1) {
-      sm90::cluster_arrive();
-      sm90::cluster_wait();  // every CTA is done with its pipeline: the parts go there
-      send_parts<S>(sums, stages, split, rank_n, warpgroup);
-      sm90::cluster_arrive();
-      sm90::cluster_wait();
+      __syncwarp();
+      sm90::cluster_barrier();  // nobody reads a pipeline any more
+      send_parts<S>(sums, stages, split, rank, warpgroup);
+      sm90::cluster_barrier_with_writes();
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
     } else {
-      if constexpr (S::kClusterSize > 1) sm90::cluster_arrive();
       sm90::named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
-      write_part<S, 0>(sums, staging, args, first_row, warpgroup);
-      // A CTA's barriers stay until the others' last arrivals.
-      if constexpr (S::kClusterSize > 1) sm90::cluster_wait();
+      write_out<S, 0>(sums, staging, args, first_row, warpgroup);
     }
   }
 #endif

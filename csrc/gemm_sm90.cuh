@@ -31,13 +31,14 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
-// Arrives at the barrier with this address in the CTA `rank` of the cluster.
+// Arrives at the barrier with this address in the CTA `rank` of the cluster. It orders no writes beyond the
+// CTA, which would cost a fence of the whole GPU: the arrivals here say that reads are over.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -52,27 +53,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
 
-// --- clusters
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+// Every thread of the cluster waits for every other; what fence.mbarrier_init published is visible after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+// The same, and what a thread wrote to any of the CTAs is visible after it.
+__device__ __forceinline__ void cluster_barrier_with_writes() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // The address of this CTA's shared `address` in the CTA `rank` of the cluster.
@@ -82,9 +77,9 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return remote;
 }
 
-__device__ __forceinline__ void store_remote(uint32_t remote, float4 value) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(value.x), "f"(value.y),
-               "f"(value.z), "f"(value.w)
+__device__ __forceinline__ void store_remote(uint32_t remote, const float* values) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
 }
 
@@ -190,20 +185,20 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
 #define BBK_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define BBK_R1 BBK_R0 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define BBK_R2 BBK_R1 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define BBK_R4                                                                                            \
-  BBK_R2                                                                                                  \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-      "%51, "                                                                                             \
-      "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BBK_R6                                                                                            \
-  BBK_R4                                                                                                  \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
-      "%83, "                                                                                             \
-      "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define BBK_R8                                                                                               \
-  BBK_R6                                                                                                     \
-      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
-      "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define BBK_R4                                                                                        \
+  BBK_R2                                                                                              \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+  "%51, "                                                                                             \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BBK_R6                                                                                        \
+  BBK_R4                                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+  "%83, "                                                                                             \
+  "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define BBK_R8                                                                                           \
+  BBK_R6                                                                                                 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
+  "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // d[64 rows of a, kN rows of b] (+)= a b^T over 16 elements of K, by one warpgroup. d[4 j + i] of a thread is
 // row 16 * warp + lane / 4 + 8 * (i / 2), column 8 j + 2 * (lane % 4) + i % 2.

@@ -35,6 +35,10 @@ struct Group {
   // On memory of the group.
   __device__ int add(int* target, int value) const { return atomicAdd(target, value); }  // the value before
   __device__ void set_bits(uint32_t* target, uint32_t bits) const { atomicOr(target, bits); }
+  __device__ void lower_to(int* target, int value) const { atomicMin(target, value); }
+  __device__ void raise_to(unsigned long long* target, unsigned long long value) const {
+    atomicMax(target, value);
+  }
 
   // Sum over the group, the same for every rank. `scratch` [kMaxTeams] is free again after the next barrier.
   __device__ int sum(int value, int* scratch) const {
@@ -75,6 +79,10 @@ struct Group {
     return *target - value;
   }
   void set_bits(uint32_t* target, uint32_t bits) const { *target |= bits; }
+  void lower_to(int* target, int value) const { *target = value < *target ? value : *target; }
+  void raise_to(unsigned long long* target, unsigned long long value) const {
+    *target = value > *target ? value : *target;
+  }
 
   int sum(int value, int*) const { return value; }
   int count_below(bool flag, int*, int* total) const {
@@ -102,6 +110,20 @@ __host__ __device__ constexpr T smaller(T a, T b) {
 template <typename T>
 __host__ __device__ constexpr T larger(T a, T b) {
   return a < b ? b : a;
+}
+
+// Calls visit(row, first, behind) for stretches of positions that together are all rows, a team per stretch.
+// A position always falls to the same lane of the same team: what a lane wrote there it may read again
+// without a barrier.
+template <typename Visit>
+BBK_HD void for_each_stretch(const Group& group, int num_rows, int length, Visit&& visit) {
+  const int lanes = group.num_lanes();
+  const int per_row = larger(group.num_teams() / num_rows, 1);
+  const int stretch = ((length + per_row - 1) / per_row + lanes - 1) / lanes * lanes;
+  for (int i = group.team(); i < num_rows * per_row; i += group.num_teams()) {
+    const int first = i % per_row * stretch;
+    if (first < length) visit(i / per_row, first, smaller(first + stretch, length));
+  }
 }
 
 }  // namespace bbk

@@ -13,17 +13,14 @@ namespace bbk {
 // Called by all threads; the blocks of the grid share the bytes.
 __device__ __forceinline__ void prefetch_to_l2(const Prefetch& prefetch) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int64_t kRequest = 8192;
+  if (prefetch.trigger) asm volatile("griddepcontrol.launch_dependents;");
+  if (threadIdx.x >= 32) return;
   const int64_t num_blocks = static_cast<int64_t>(gridDim.x) * gridDim.y;
   const int64_t block = blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x;
-  if (threadIdx.x >= 32) return;
-  for (int64_t start = (threadIdx.x * num_blocks + block) * kRequest; start < prefetch.bytes;
-       start += 32 * num_blocks * kRequest) {
-    const int64_t left = prefetch.bytes - start;
-    const uint32_t size = static_cast<uint32_t>(left < kRequest ? left : kRequest);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     __cvta_generic_to_global(static_cast<const char*>(prefetch.data) + start)),
-                 "r"(size)
+  for (int64_t row = threadIdx.x * num_blocks + block; row < prefetch.rows; row += 32 * num_blocks) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(
+                     static_cast<const char*>(prefetch.data) + row * prefetch.row_stride)),
+                 "r"(static_cast<uint32_t>(prefetch.row_bytes))
                  : "memory");
   }
 #endif

@@ -37,54 +37,72 @@ __device__ __forceinline__ float weight_of(float logit, float highest) {
 __device__ __forceinline__ float reference_of(float highest) { return highest == -INFINITY ? 0.0f : highest; }
 
 // A lane's share of a piece, batch after batch: kBatch vectors, a warp's width apart.
-template <typename T>
+template <typename T, bool kAligned>
 struct PieceReader {
   static constexpr int kSize = Vec<T>::kSize;
   static constexpr int kBatchTokens = 32 * kBatch * kSize;
   static constexpr int kBatches = kLmHeadPieceTokens / kBatchTokens;
+  using Batch = float[kBatch][kSize];
 
   const T* logits;  // of the row, from the piece's first token on
   int num_tokens;   // of the piece that are there
   int suppress;     // place in the piece, or a negative number
-  bool aligned;
 
   __device__ __forceinline__ int place(int batch, int vec) const {
     return batch * kBatchTokens + (vec * 32 + static_cast<int>(threadIdx.x % 32)) * kSize;
   }
 
   // What is not there, and the suppressed token, is minus infinity.
-  __device__ __forceinline__ void load(int batch, float (&values)[kBatch][kSize]) const {
-    Vec<T> vecs[kBatch];
+  __device__ __forceinline__ void load(int batch, Batch& values) const {
+    if (kAligned && (batch + 1) * kBatchTokens <= num_tokens) {
+      Vec<T> vecs[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int start = place(batch, i);
-      if (start + kSize <= num_tokens) vecs[i] = load_vec(logits + start, aligned);
-    }
+      for (int i = 0; i < kBatch; ++i) vecs[i] = *reinterpret_cast<const Vec<T>*>(logits + place(batch, i));
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int start = place(batch, i);
-      const bool whole = start + kSize <= num_tokens;
+      for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        values[i][j] = whole                    ? to_float(vecs[i].values[j])
-                       : start + j < num_tokens ? to_float(logits[start + j])
-                                                : -INFINITY;
+        for (int j = 0; j < kSize; ++j) values[i][j] = to_float(vecs[i].values[j]);
       }
-      const int suppressed = suppress - start;
-      if (suppressed >= 0 && suppressed < kSize) {
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          if (j == suppressed) values[i][j] = -INFINITY;
+          const int at = place(batch, i) + j;
+          values[i][j] = at < num_tokens ? to_float(logits[at]) : -INFINITY;
+        }
+      }
+    }
+    if (suppress >= batch * kBatchTokens && suppress < (batch + 1) * kBatchTokens) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          if (place(batch, i) + j == suppress) values[i][j] = -INFINITY;
         }
       }
     }
   }
 };
 
-template <typename T>
+// By halves: one after the other, small weights would vanish beside the sum of many.
+template <int kSize>
+__device__ __forceinline__ float sum_of(const float (&values)[kSize]) {
+  float sums[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sums[i] = values[i];
+#pragma unroll
+  for (int width = kSize / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
+template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduceParams params) {
   wait_for_predecessors();
-  using Reader = PieceReader<T>;
+  using Reader = PieceReader<T, kAligned>;
   const int64_t pieces = (params.num_tokens + kLmHeadPieceTokens - 1) / kLmHeadPieceTokens;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= params.num_rows * pieces) return;
@@ -99,9 +117,8 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
   reader.suppress = params.suppress_token >= 0 && suppress >= 0 && suppress < kLmHeadPieceTokens
                         ? static_cast<int>(suppress)
                         : INT_MIN / 2;
-  reader.aligned = is_vec_aligned(reader.logits);
 
-  float values[kBatch][Reader::kSize];
+  typename Reader::Batch values;
   float highest = -INFINITY;
   float sum = 0.0f;
   int best_batch = 0;
@@ -118,12 +135,14 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
     const float before = highest;
     highest = max_or_nan(highest, batch_highest);
     const float reference = reference_of(highest);
-    sum *= weight_of(before, reference);
+    float vec_sums[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-      for (int j = 0; j < Reader::kSize; ++j) sum += weight_of(values[i][j], reference);
+      for (int j = 0; j < Reader::kSize; ++j) values[i][j] = weight_of(values[i][j], reference);
+      vec_sums[i] = sum_of(values[i]);
     }
+    sum = sum * weight_of(before, reference) + sum_of(vec_sums);
   }
 
   float piece_highest = highest;
@@ -216,12 +235,20 @@ void lm_head_reduce(const LmHeadReduceParams& params, bool programmatic, const L
         std::to_string(kLmHeadPieceTokens) + ", got " + std::to_string(params.first_token));
   }
   dispatch_dtype(params.dtype, kReduceOp, [&](auto zero) {
+    using T = decltype(zero);
     if (params.num_rows == 0 || params.num_tokens == 0) return;
     const DeviceGuard guard(launch.device, kReduceOp);
     const int64_t warps = params.num_rows * ceil_div<int64_t>(params.num_tokens, kLmHeadPieceTokens);
-    launch_kernel<lm_head_reduce_kernel<decltype(zero)>>(
-        dim3(static_cast<unsigned>(ceil_div<int64_t>(warps, kWarps))), kWarps * 32, launch, programmatic,
-        kReduceOp, params);
+    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(warps, kWarps)));
+    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % sizeof(Vec<T>) == 0 &&
+                         params.row_stride % Vec<T>::kSize == 0;
+    if (aligned) {
+      launch_kernel<lm_head_reduce_kernel<T, true>>(grid, kWarps * 32, launch, programmatic, kReduceOp,
+                                                    params);
+    } else {
+      launch_kernel<lm_head_reduce_kernel<T, false>>(grid, kWarps * 32, launch, programmatic, kReduceOp,
+                                                     params);
+    }
   });
 }
 

@@ -63,21 +63,22 @@ BBK_HD PackOffsets count_before(const Group& group, const PackParams& params, in
     local.num_tokens += length;
     if (r < row) local.tokens_before += length;
   }
-  const int steps_per_row = (params.gen_length + kCountStep - 1) / kCountStep;
-  for (int i = group.rank(); i < params.num_rows * steps_per_row; i += group.size()) {
-    const int r = i / steps_per_row;
-    const int start = i % steps_per_row * kCountStep;
+  // As many ranks share a row as there are to spare.
+  int sharing = 1;
+  while (sharing < kTeamSize && 2 * sharing * params.num_rows <= group.size()) sharing *= 2;
+  for (int r = group.rank() / sharing; r < params.num_rows; r += group.size() / sharing) {
     const int length = row_length(params, r);
-    if (length == 0) continue;
     const Targets targets = targets_of(params, r, length);
     const uint8_t* flags = params.predict + static_cast<int64_t>(r) * params.gen_length;
-    const int count = count_flags(flags, start, targets.first, targets.behind);
-    local.num_predictions += count;
-    if (r < row) {
-      local.predictions_before += count;
-    } else if (r == row && stretch_start > 0) {
-      const int behind = targets_of(params, r, smaller(stretch_start, length)).behind;
-      local.predictions_before += count_flags(flags, start, targets.first, behind);
+    int own_behind = r < row ? targets.behind : 0;
+    if (r == row) own_behind = targets_of(params, r, smaller(stretch_start, length)).behind;
+    const int aligned = targets.first / kCountStep * kCountStep;
+    for (int start = aligned + group.rank() % sharing * kCountStep; start < targets.behind;
+         start += sharing * kCountStep) {
+      const int count = count_flags(flags, start, targets.first, targets.behind);
+      local.num_predictions += count;
+      local.predictions_before +=
+          own_behind == targets.behind ? count : count_flags(flags, start, targets.first, own_behind);
     }
   }
   return PackOffsets{group.sum(local.tokens_before, scratch->sums[0]),

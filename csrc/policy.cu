@@ -110,10 +110,11 @@ void plan_on_host(const PolicyParams& params, bool is_init, RequestScratch* scra
   write_flags(params, phase, sums);
 }
 
-// A thread per position where that is possible, and a team per branch.
+// A thread per position of every row where that is possible.
 int num_threads(const PolicyParams& params) {
-  const int wanted = larger(params.gen_length, params.num_branches * kTeamSize);
-  return ceil_div(smaller(larger(wanted, kMinThreads), kMaxThreads), kTeamSize) * kTeamSize;
+  const int64_t positions = static_cast<int64_t>(params.num_branches) * params.gen_length;
+  const int64_t threads = smaller<int64_t>(larger<int64_t>(positions, kMinThreads), kMaxThreads);
+  return static_cast<int>(ceil_div<int64_t>(threads, kTeamSize) * kTeamSize);
 }
 
 void check(const PolicyParams& params, const char* op) {

@@ -8,6 +8,26 @@
 
 namespace bbk {
 
+// Group: the trailing rows take over the leader's tokens and move to their own blocks. The leader is none of
+// them, or takes over from itself.
+BBK_HD void sync_rows(const Group& group, const PolicyParams& params, int leader, uint32_t trailing,
+                      int32_t* tokens, BranchRow* rows) {
+  const int64_t gen_length = params.gen_length;
+  for (uint32_t left = trailing; left != 0; left &= left - 1) {
+    int32_t* to = tokens + lowest_bit(left) * gen_length;
+    for (int p = group.rank(); p < params.gen_length; p += group.size())
+      to[p] = tokens[leader * gen_length + p];
+  }
+  for (int n = group.rank(); n < params.num_branches; n += group.size()) {
+    if ((trailing >> n & 1) == 0) continue;
+    rows[n].decoded = rows[leader].decoded;
+    rows[n].done = rows[leader].done;
+    rows[n].scan = rows[leader].scan;
+    move_window(params, &rows[n]);
+    rows[n].synced += 1;
+  }
+}
+
 // Group: everything after a forward of one request. `tokens` [branches, G] is the request's part of the state
 // or a copy of it nearer by; the caller brings it there and back. The scratch keeps the rows for the next
 // plan. Returns the outcome to every thread.
@@ -22,9 +42,7 @@ BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, in
   group.sync();
   const bool is_refresh = scratch->phase == kPhaseRefresh;
 
-  commit_rows(group, params, request, tokens, outcome, scratch);
-  group.sync();
-  if (settings.eos_exit == kEosWindow) rate_window(group, params, request, rows);
+  commit_request(group, params, request, tokens, outcome, scratch);
   finish(params, rows, kStopEos, &outcome);
   group.sync();
 
@@ -42,21 +60,18 @@ BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, in
     group.sync();
     find_conflicts(group, params, tokens, rows);
     group.sync();
+    merge(group, params, request, tokens, rows);
+    group.sync();
   }
-  merge(group, params, request, tokens, rows, possible);
-  group.sync();
-  for (int n = group.team(); n < params.num_branches; n += group.num_teams()) {
+  for (int n = group.rank(); n < params.num_branches; n += group.size()) {
     BranchRow& row = rows[n];
-    if (row.merged_now > 0)
-      scan_row(group, params, tokens + static_cast<int64_t>(n) * params.gen_length, &row);
-    if (group.lane() != 0) continue;
+    if (row.merged_now > 0) row.scan = row.rescan;
     row.merged += row.merged_now;
     clip_window(params, &row);
     if (goes_on && !row.done && !is_open(row)) advance(params, &row);
     row.can_finish = 0;
     if (settings.eos_exit == kEosPrefix) {
-      rate_prefix(params, params.state.confidence + request.first_position + n * int64_t{params.gen_length},
-                  &row);
+      rate_prefix(params, params.state.confidence + (request.first_row + n) * params.gen_length, &row);
     }
   }
   group.sync();
@@ -70,23 +85,10 @@ BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, in
     if (!rows[n].done && behind > settings.sync_threshold) trailing |= 1u << n;
   }
   group.sync();
-  for (uint32_t left = trailing; left != 0; left &= left - 1) {
-    const int32_t* from = tokens + static_cast<int64_t>(leader) * params.gen_length;
-    int32_t* to = tokens + static_cast<int64_t>(lowest_bit(left)) * params.gen_length;
-    for (int p = group.rank(); p < params.gen_length; p += group.size()) to[p] = from[p];
+  if (trailing != 0) {
+    sync_rows(group, params, leader, trailing, tokens, rows);
+    group.sync();
   }
-  for (int n = group.rank(); n < params.num_branches; n += group.size()) {
-    BranchRow& row = rows[n];
-    if (trailing >> n & 1) {
-      row.decoded = rows[leader].decoded;
-      row.done = rows[leader].done;
-      row.first_eos = rows[leader].first_eos;
-      row.first_mask = rows[leader].first_mask;
-      move_window(params, &row);
-      row.synced += 1;
-    }
-  }
-  group.sync();
 
   bool all_done = true;
   for (int n = 0; n < params.num_branches; ++n) all_done &= rows[n].done != 0;

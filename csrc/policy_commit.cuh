@@ -44,56 +44,106 @@ BBK_HD int scheduled_number(const PolicySettings& settings, const BranchRow& row
   return row.block_size / steps + (row.steps_in_block < row.block_size % steps);
 }
 
-// One team: decides which candidates of the row are committed, notes them in `committed` [G] and writes them.
-// Returns their number.
-BBK_HD int commit(const Group& group, const PolicyParams& params, const BranchRow& row, int32_t* tokens,
-                  const int32_t* top_token, const float* confidence, uint8_t* committed) {
-  const PolicySettings& settings = params.settings;
-  const int gen_length = params.gen_length;
+// Orders candidates by confidence, then the earlier position first.
+BBK_HD unsigned long long best_key(uint32_t key, int position) {
+  return static_cast<unsigned long long>(key) << 32 | ~static_cast<uint32_t>(position);
+}
+
+BBK_HD int best_position(unsigned long long best) {
+  return best == 0 ? -1 : static_cast<int>(~static_cast<uint32_t>(best));
+}
+
+BBK_HD Candidates candidates_of(const PolicyParams& params, const BranchRow& row, const int32_t* tokens,
+                                const float* confidence) {
   const bool forwarded = row.source_row >= 0;
-  const Candidates candidates{tokens, confidence, settings.mask_token_id, larger(row.window_start, 0),
-                              forwarded ? smaller(row.window_end, gen_length) : 0};
+  return Candidates{tokens, confidence, params.settings.mask_token_id, larger(row.window_start, 0),
+                    forwarded ? smaller(row.window_end, params.gen_length) : 0};
+}
 
-  int best = -1;
-  int number = 0;
-  if (settings.scheduled) {
-    number = scheduled_number(settings, row);
-  } else {
-    uint32_t best_key = 0;
-    for (int p = candidates.start + group.lane(); p < candidates.end; p += group.num_lanes()) {
-      if (!candidates.holds(p)) continue;
+BBK_HD bool is_chosen(const PolicySettings& settings, const BranchRow& row, const Candidates& candidates,
+                      int position) {
+  if (settings.scheduled) return rank_of(candidates, position) < scheduled_number(settings, row);
+  const float confidence = candidates.confidence[position];
+  return position == best_position(row.best) || confidence >= settings.threshold ||
+         (settings.leap_radius > 0 && confidence >= settings.leap_threshold &&
+          near_anchor(candidates, position, settings.leap_radius, settings.threshold));
+}
+
+// Teams: take over the source row's predictions, find each row's highest candidate.
+BBK_HD void find_best(const Group& group, const PolicyParams& params, const Request& request,
+                      const int32_t* tokens, BranchRow* rows) {
+  const int64_t gen_length = params.gen_length, num_rows = params.num_requests * params.num_branches;
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int n, int first, int behind) {
+    const int64_t r = request.first_row + n, source = rows[n].source_row;
+    int32_t* top_token = params.state.top_token + r * gen_length;
+    float* confidence = params.state.confidence + r * gen_length;
+    if (source >= 0 && source != r && source < num_rows) {  // equal rows of a full forward are computed once
+      for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+        top_token[p] = params.state.top_token[source * gen_length + p];
+        confidence[p] = params.state.confidence[source * gen_length + p];
+      }
+    }
+    const Candidates candidates = candidates_of(params, rows[n], tokens + n * gen_length, confidence);
+    if (params.settings.scheduled || candidates.start >= behind || candidates.end <= first) return;
+    uint32_t highest = 0;
+    int position = params.gen_length;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      if (p < candidates.start || p >= candidates.end) continue;
       const uint32_t key = order_key(confidence[p]);
-      if (key > best_key) {
-        best_key = key;
-        best = p;
-      }
+      if (!candidates.holds(p) || key <= highest) continue;
+      highest = key;
+      position = p;
     }
-    const uint32_t highest = group.team_max(best_key);
-    best = group.team_min(highest > 0 && best_key == highest ? best : gen_length);
-  }
+    const uint32_t of_team = group.team_max(highest);
+    if (of_team == 0) return;
+    position = group.team_min(highest == of_team ? position : params.gen_length);
+    if (group.lane() == 0) group.raise_to(&rows[n].best, best_key(of_team, position));
+  });
+}
 
-  for (int p = group.lane(); p < gen_length; p += group.num_lanes()) {
-    bool chosen = false;
-    if (p >= candidates.start && p < candidates.end && candidates.holds(p)) {
-      if (settings.scheduled) {
-        chosen = rank_of(candidates, p) < number;
-      } else {
-        chosen = p == best || confidence[p] >= settings.threshold ||
-                 (settings.leap_radius > 0 && confidence[p] >= settings.leap_threshold &&
-                  near_anchor(candidates, p, settings.leap_radius, settings.threshold));
+// Teams: write the chosen candidates' tokens, note them in the events, scan the rows.
+BBK_HD void commit_and_scan(const Group& group, const PolicyParams& params, const Request& request,
+                            int32_t* all_tokens, BranchRow* rows) {
+  const PolicySettings& settings = params.settings;
+  const int64_t gen_length = params.gen_length;
+  const auto row_candidates = [&](int n) {
+    return candidates_of(params, rows[n], all_tokens + n * gen_length,
+                         params.state.confidence + (request.first_row + n) * gen_length);
+  };
+  uint8_t* all_committed = params.events.committed + request.first_position;
+  // Where a choice looks at other positions, no token may change before all are made.
+  const bool looks_around = settings.scheduled || settings.leap_radius > 0;
+  if (looks_around) {
+    for_each_stretch(group, params.num_branches, params.gen_length, [&](int n, int first, int behind) {
+      const Candidates candidates = row_candidates(n);
+      for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+        if (p < candidates.start || p >= candidates.end || !candidates.holds(p)) continue;
+        if (is_chosen(settings, rows[n], candidates, p)) all_committed[n * gen_length + p] = 1;
       }
+    });
+    group.sync();
+  }
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int n, int first, int behind) {
+    const Candidates candidates = row_candidates(n);
+    int32_t* tokens = all_tokens + n * gen_length;
+    uint8_t* committed = all_committed + n * gen_length;
+    const int32_t* top_token = params.state.top_token + (request.first_row + n) * gen_length;
+    RowScan scan = empty_scan(params.gen_length);
+    int count = 0;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      int32_t token = tokens[p];
+      if (p >= candidates.start && p < candidates.end && token == settings.mask_token_id &&
+          (looks_around ? committed[p] != 0 : is_chosen(settings, rows[n], candidates, p))) {
+        committed[p] = 1;
+        tokens[p] = token = top_token[p];
+        ++count;
+      }
+      note_token(settings, token, p, rows[n].window_start, &scan);
     }
-    committed[p] = chosen;
-  }
-  group.team_sync();  // the tokens were looked at around each position
-  int count = 0;
-  for (int p = group.lane(); p < gen_length; p += group.num_lanes()) {
-    if (!committed[p]) continue;
-    tokens[p] = top_token[p];
-    ++count;
-  }
-  group.team_sync();
-  return group.team_sum(count);
+    add_scan(group, scan, &rows[n].scan);
+    count = group.team_sum(count);
+    if (group.lane() == 0 && count > 0) group.add(&rows[n].committed_now, count);
+  });
 }
 
 // Ends the request if a branch can finish; the highest score wins, the smallest branch on a tie.
@@ -110,11 +160,12 @@ BBK_HD void finish(const PolicyParams& params, const BranchRow* rows, int32_t re
 }
 
 BBK_HD void rate_prefix(const PolicyParams& params, const float* confidence, BranchRow* row) {
-  row->can_finish = row->first_eos < params.gen_length && row->first_mask >= row->first_eos;
-  if (row->can_finish) row->score = confidence[row->first_eos];
+  row->can_finish = row->scan.first_eos < params.gen_length && row->scan.first_mask >= row->scan.first_eos;
+  if (row->can_finish) row->score = confidence[row->scan.first_eos];
 }
 
-// Group: the probability of each row's EOS in this very forward, where it was not written just now.
+// Group: the probability of each row's EOS in this very forward: its confidence where it was written just
+// now, else what the probe of the position says.
 BBK_HD void rate_window(const Group& group, const PolicyParams& params, const Request& request,
                         BranchRow* rows) {
   const PredictionsView& predictions = params.predictions;
@@ -122,48 +173,37 @@ BBK_HD void rate_window(const Group& group, const PolicyParams& params, const Re
   for (int n = group.rank(); n < params.num_branches; n += group.size()) {
     BranchRow& row = rows[n];
     if (!row.can_finish) continue;
-    const int64_t position = (request.first_row + n) * gen_length + row.window_eos;
+    const int64_t position = (request.first_row + n) * gen_length + row.scan.window_eos;
     row.score = params.events.committed[position] ? params.state.confidence[position] : 0.0f;
   }
   group.sync();
-  for (int64_t i = group.rank(); i < predictions.size; i += group.size()) {
+  const int64_t size = predictions.probe_probability != nullptr ? predictions.size : 0;
+  for (int64_t i = group.rank(); i < size; i += group.size()) {
     for (int n = 0; n < params.num_branches; ++n) {
       BranchRow& row = rows[n];
-      if (!row.can_finish || predictions.target[i] != row.source_row * gen_length + row.window_eos) continue;
-      if (params.events.committed[(request.first_row + n) * gen_length + row.window_eos]) continue;
+      if (!row.can_finish || predictions.target[i] != row.source_row * gen_length + row.scan.window_eos)
+        continue;
+      if (params.events.committed[(request.first_row + n) * gen_length + row.scan.window_eos]) continue;
       row.score = predictions.probe_probability[i];
     }
   }
   group.sync();
 }
 
-// Teams: store the source row's predictions, commit, scan, clip.
-BBK_HD void commit_rows(const Group& group, const PolicyParams& params, const Request& request,
-                        int32_t* tokens, const Outcome& outcome, RequestScratch* scratch) {
-  const int64_t gen_length = params.gen_length;
-  const int64_t num_rows = params.num_requests * params.num_branches;
+// Group: everything up to the question whether the request ends here.
+BBK_HD void commit_request(const Group& group, const PolicyParams& params, const Request& request,
+                           int32_t* tokens, const Outcome& outcome, RequestScratch* scratch) {
+  BranchRow* rows = scratch->rows;
   const int phase = scratch->phase;
-  for (int n = group.team(); n < params.num_branches; n += group.num_teams()) {
-    BranchRow& row = scratch->rows[n];
-    const int64_t r = request.first_row + n;
-    int32_t* top_token = params.state.top_token + r * gen_length;
-    float* confidence = params.state.confidence + r * gen_length;
-    const int64_t source = row.source_row;
-    if (source >= 0 && source != r && source < num_rows) {  // equal rows of a full forward are computed once
-      for (int p = group.lane(); p < gen_length; p += group.num_lanes()) {
-        top_token[p] = params.state.top_token[source * gen_length + p];
-        confidence[p] = params.state.confidence[source * gen_length + p];
-      }
-      group.team_sync();
-    }
-    int32_t* row_tokens = tokens + n * gen_length;
-    const int count = commit(group, params, row, row_tokens, top_token, confidence,
-                             params.events.committed + r * gen_length);
-    scan_row(group, params, row_tokens, &row);
-    if (group.lane() != 0) continue;
-    const bool forwarded = source >= 0;
-    row.decoded += count;
-    row.committed += count;
+  find_best(group, params, request, tokens, rows);
+  group.sync();
+  commit_and_scan(group, params, request, tokens, rows);
+  group.sync();
+  for (int n = group.rank(); n < params.num_branches; n += group.size()) {
+    BranchRow& row = rows[n];
+    const bool forwarded = row.source_row >= 0;
+    row.decoded += row.committed_now;
+    row.committed += row.committed_now;
     row.steps_in_block += forwarded;
     clip_window(params, &row);
     if (forwarded && (phase == kPhaseRefresh || phase == kPhaseInit)) {
@@ -171,12 +211,14 @@ BBK_HD void commit_rows(const Group& group, const PolicyParams& params, const Re
       row.needs_refresh = 0;
     }
     if (params.settings.eos_exit == kEosPrefix) {
-      rate_prefix(params, confidence, &row);
+      rate_prefix(params, params.state.confidence + (request.first_row + n) * params.gen_length, &row);
     } else if (params.settings.eos_exit == kEosWindow) {
       row.can_finish = forwarded && phase == kPhaseBlock && !row.done && !outcome.finished &&
-                       row.window_eos < row.window_end && !is_open(row);
+                       row.scan.window_eos < row.window_end && !is_open(row);
     }
   }
+  group.sync();
+  if (params.settings.eos_exit == kEosWindow) rate_window(group, params, request, rows);
 }
 
 }  // namespace bbk

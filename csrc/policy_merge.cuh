@@ -19,28 +19,29 @@ BBK_HD void order_merge(const Group& group, const PolicyParams& params, BranchRo
   }
 }
 
-// Group: finds the pairs of rows that hold different tokens somewhere both count.
+// Teams: find the pairs of rows that hold different tokens somewhere both count.
 BBK_HD void find_conflicts(const Group& group, const PolicyParams& params, const int32_t* tokens,
                            BranchRow* rows) {
   const int32_t mask = params.settings.mask_token_id;
   const bool ends_at_eos = params.settings.eos_exit == kEosPrefix;
-  for_each_position(group, params.gen_length, [&](int p, bool valid) {
-    for (int d = 0; d < params.num_branches; ++d) {
-      if (rows[d].allowed == 0) continue;
-      uint32_t differing = 0;
-      const int32_t token = valid ? tokens[static_cast<int64_t>(d) * params.gen_length + p] : mask;
-      if (token != mask && !(ends_at_eos && p >= rows[d].first_eos)) {
-        for (uint32_t left = rows[d].allowed; left != 0; left &= left - 1) {
-          const int s = lowest_bit(left);
-          const int32_t other = tokens[static_cast<int64_t>(s) * params.gen_length + p];
-          if (other != mask && other != token && !(ends_at_eos && p >= rows[s].first_eos)) {
-            differing |= 1u << s;
-          }
-        }
+  const int64_t gen_length = params.gen_length;
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int d, int first, int behind) {
+    const uint32_t allowed = rows[d].allowed;
+    if (allowed == 0) return;
+    if (ends_at_eos) behind = smaller(behind, rows[d].scan.first_eos);
+    uint32_t differing = 0;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      const int32_t token = tokens[d * gen_length + p];
+      if (token == mask) continue;
+      for (uint32_t left = allowed & ~differing; left != 0; left &= left - 1) {
+        const int s = lowest_bit(left);
+        const int32_t other = tokens[s * gen_length + p];
+        if (other == mask || other == token || (ends_at_eos && p >= rows[s].scan.first_eos)) continue;
+        differing |= 1u << s;
       }
-      differing = group.team_or(differing);
-      if (group.lane() == 0 && differing != 0) group.set_bits(&rows[d].differing, differing);
     }
+    differing = group.team_or(differing);
+    if (group.lane() == 0 && differing != 0) group.set_bits(&rows[d].differing, differing);
   });
 }
 
@@ -58,31 +59,40 @@ BBK_HD bool merges(const PolicyParams& params, const BranchRow* rows, const int3
   return covered && agreed;
 }
 
-// Group: all destinations at once. A thread holds all rows of its positions, so every merge reads the state
-// before merging.
+// Group: all destinations at once. Every choice is made before a token changes, so every merge reads the
+// state before merging. Rows that took tokens are scanned again.
 BBK_HD void merge(const Group& group, const PolicyParams& params, const Request& request, int32_t* tokens,
-                  BranchRow* rows, bool possible) {
-  const int32_t mask = params.settings.mask_token_id;
+                  BranchRow* rows) {
+  const PolicySettings& settings = params.settings;
+  const int64_t gen_length = params.gen_length;
   const int32_t* top_token = params.state.top_token + request.first_position;
   const float* confidence = params.state.confidence + request.first_position;
   uint8_t* merged = params.events.merged + request.first_position;
-  for (int p = group.rank(); p < params.gen_length; p += group.size()) {
-    uint32_t chosen = 0;
-    for (int d = 0; possible && d < params.num_branches; ++d) {
-      const int64_t at = static_cast<int64_t>(d) * params.gen_length + p;
-      if ((rows[d].allowed & ~rows[d].differing) == 0 || tokens[at] != mask) continue;
-      if (!(confidence[at] > params.settings.merge_threshold)) continue;
-      if (merges(params, rows, tokens, d, p, top_token[at])) chosen |= 1u << d;
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int d, int first, int behind) {
+    if ((rows[d].allowed & ~rows[d].differing) == 0) return;
+    int count = 0;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      const int64_t at = d * gen_length + p;
+      if (tokens[at] != settings.mask_token_id) continue;
+      const int32_t top = top_token[at];
+      if (!(confidence[at] > settings.merge_threshold) || !merges(params, rows, tokens, d, p, top)) continue;
+      merged[at] = 1;
+      ++count;
     }
-    for (int d = 0; d < params.num_branches; ++d) {
-      const int64_t at = static_cast<int64_t>(d) * params.gen_length + p;
-      const bool is_chosen = chosen >> d & 1;
-      merged[at] = is_chosen;
-      if (!is_chosen) continue;
-      tokens[at] = top_token[at];
-      group.add(&rows[d].merged_now, 1);
+    count = group.team_sum(count);
+    if (group.lane() == 0 && count > 0) group.add(&rows[d].merged_now, count);
+  });
+  group.sync();
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int d, int first, int behind) {
+    if (rows[d].merged_now == 0) return;
+    RowScan scan = empty_scan(params.gen_length);
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      const int64_t at = d * gen_length + p;
+      if (merged[at]) tokens[at] = top_token[at];
+      note_token(settings, tokens[at], p, rows[d].window_start, &scan);
     }
-  }
+    add_scan(group, scan, &rows[d].rescan);
+  });
 }
 
 }  // namespace bbk

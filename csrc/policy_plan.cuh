@@ -32,7 +32,10 @@ BBK_HD void load_rows(const Group& group, const PolicyParams& params, const Requ
                       const int32_t* tokens, RequestScratch* scratch) {
   const BranchStateView& state = params.state;
   const int gen_length = params.gen_length;
-  if (group.rank() == 0) scratch->predictions = 0;
+  if (group.rank() == 0) {
+    scratch->predictions = 0;
+    scratch->prompt_length = state.prompt_length[request.index];
+  }
   for (int n = group.team(); n < params.num_branches; n += group.num_teams()) {
     const int64_t r = request.first_row + n;
     const int start = larger(state.window_start[r], 0), end = smaller(state.window_end[r], gen_length);
@@ -50,7 +53,7 @@ BBK_HD void load_rows(const Group& group, const PolicyParams& params, const Requ
     row.decoded = state.decoded[r];
     row.needs_refresh = state.needs_refresh[r];
     row.done = state.done[r];
-    row.first_open = first_open;
+    row.scan.first_open = first_open;
   }
 }
 
@@ -62,20 +65,18 @@ BBK_HD void find_distinct_rows(const Group& group, const PolicyParams& params, c
   for (int n = 0; n < num_branches; ++n) members |= runs(rows[n], finished) ? 1u << n : 0u;
   for (int n = group.rank(); n < num_branches; n += group.size()) rows[n].differing = 0;
   group.sync();
-  for_each_position(group, params.gen_length, [&](int p, bool valid) {
-    for (uint32_t later = members; later != 0; later &= later - 1) {
-      const int d = lowest_bit(later);
-      uint32_t differing = 0;
-      for (uint32_t earlier = members & ((1u << d) - 1); valid && earlier != 0; earlier &= earlier - 1) {
-        const int s = lowest_bit(earlier);
-        if (tokens[static_cast<int64_t>(s) * params.gen_length + p] !=
-            tokens[static_cast<int64_t>(d) * params.gen_length + p]) {
-          differing |= 1u << s;
-        }
+  const int64_t gen_length = params.gen_length;
+  for_each_stretch(group, num_branches, params.gen_length, [&](int d, int first, int behind) {
+    uint32_t differing = 0;
+    const uint32_t earlier = members >> d & 1 ? members & ((1u << d) - 1) : 0;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      for (uint32_t left = earlier & ~differing; left != 0; left &= left - 1) {
+        const int s = lowest_bit(left);
+        if (tokens[s * gen_length + p] != tokens[d * gen_length + p]) differing |= 1u << s;
       }
-      differing = group.team_or(differing);
-      if (group.lane() == 0 && differing != 0) group.set_bits(&rows[d].differing, differing);
     }
+    differing = group.team_or(differing);
+    if (group.lane() == 0 && differing != 0) group.set_bits(&rows[d].differing, differing);
   });
   group.sync();
   for (int n = group.rank(); n < num_branches; n += group.size()) {
@@ -130,7 +131,7 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
                                   const int32_t* tokens, bool finished, RequestScratch* scratch) {
   const Request request = request_at(params, index);
   const int num_branches = params.num_branches;
-  const int prompt_length = params.state.prompt_length[index];
+  const int prompt_length = scratch->prompt_length;
   BranchRow* rows = scratch->rows;
 
   if (phase == kPhaseRefresh) {

@@ -9,6 +9,14 @@
 
 namespace bbk {
 
+// What the rules ask about the tokens of a row; gen_length where there is none.
+struct RowScan {
+  int32_t first_eos;
+  int32_t first_mask;
+  int32_t first_open;  // first MASK from window_start on
+  int32_t window_eos;  // first EOS from window_start on
+};
+
 // A branch while its request is worked on.
 struct BranchRow {
   int32_t block_size;
@@ -23,25 +31,25 @@ struct BranchRow {
   int32_t synced;
   int32_t needs_refresh;
   int32_t done;
-  // From the latest scan of its tokens; gen_length where there is none.
-  int32_t first_eos;
-  int32_t first_mask;
-  int32_t first_open;  // first MASK from window_start on
-  int32_t window_eos;  // first EOS from window_start on
+  RowScan scan;
+  RowScan rescan;  // after merging
   // Whether the row can end its request, and how it ranks among those that can.
   int32_t can_finish;
   float score;
   int32_t source_row;  // row whose predictions it takes in this forward, then in the next; -1: none
   int32_t query_start;
   int32_t query_end;
+  int32_t committed_now;
   int32_t merged_now;
-  uint32_t allowed;    // branches that stand behind this one in the order of the merge
-  uint32_t differing;  // of them (or of the earlier ones, at a refresh), those that hold other tokens
+  unsigned long long best;  // order_key and the position of the highest candidate, see best_key; 0: none
+  uint32_t allowed;         // branches that stand behind this one in the order of the merge
+  uint32_t differing;       // of them (or of the earlier ones, at a refresh), those that hold other tokens
 };
 
 struct RequestScratch {
   BranchRow rows[kMaxBranches];
   int32_t phase;
+  int32_t prompt_length;
   int32_t predictions;
 };
 
@@ -79,66 +87,52 @@ BBK_HD uint32_t order_key(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-BBK_HD bool is_open(const BranchRow& row) { return row.first_open < row.window_end; }
+BBK_HD bool is_open(const BranchRow& row) { return row.scan.first_open < row.window_end; }
 
-// Group: calls visit(position, valid) so that the lanes of a team stand at neighbouring positions and all of
-// them come, valid or not.
-template <typename Visit>
-BBK_HD void for_each_position(const Group& group, int gen_length, Visit&& visit) {
-  for (int base = group.team() * group.num_lanes(); base < gen_length; base += group.size()) {
-    const int position = base + group.lane();
-    visit(position, position < gen_length);
+BBK_HD RowScan empty_scan(int gen_length) { return RowScan{gen_length, gen_length, gen_length, gen_length}; }
+
+BBK_HD void note_token(const PolicySettings& settings, int32_t token, int position, int window_start,
+                       RowScan* scan) {
+  if (token == settings.mask_token_id) {
+    scan->first_mask = smaller(scan->first_mask, position);
+    if (position >= window_start) scan->first_open = smaller(scan->first_open, position);
+  }
+  if (is_eos(settings, token)) {
+    scan->first_eos = smaller(scan->first_eos, position);
+    if (position >= window_start) scan->window_eos = smaller(scan->window_eos, position);
   }
 }
 
-// One team: everything that the rules ask about the tokens of a row. Lane 0 writes it.
-BBK_HD void scan_row(const Group& group, const PolicyParams& params, const int32_t* tokens, BranchRow* row) {
-  const int gen_length = params.gen_length;
-  const int window_start = row->window_start;
-  int first_eos = gen_length, first_mask = gen_length, first_open = gen_length, window_eos = gen_length;
-  for (int p = group.lane(); p < gen_length; p += group.num_lanes()) {
-    const int32_t token = tokens[p];
-    if (token == params.settings.mask_token_id) {
-      first_mask = smaller(first_mask, p);
-      if (p >= window_start) first_open = smaller(first_open, p);
-    }
-    if (is_eos(params.settings, token)) {
-      first_eos = smaller(first_eos, p);
-      if (p >= window_start) window_eos = smaller(window_eos, p);
-    }
-  }
-  first_eos = group.team_min(first_eos);
-  first_mask = group.team_min(first_mask);
-  first_open = group.team_min(first_open);
-  window_eos = group.team_min(window_eos);
-  group.team_sync();
-  if (group.lane() == 0) {
-    row->first_eos = first_eos;
-    row->first_mask = first_mask;
-    row->first_open = first_open;
-    row->window_eos = window_eos;
-  }
+// One team: adds what its lanes noted to the scan of the row.
+BBK_HD void add_scan(const Group& group, const RowScan& noted, RowScan* scan) {
+  const int first_eos = group.team_min(noted.first_eos), first_mask = group.team_min(noted.first_mask);
+  const int first_open = group.team_min(noted.first_open), window_eos = group.team_min(noted.window_eos);
+  if (group.lane() != 0) return;
+  group.lower_to(&scan->first_eos, first_eos);
+  group.lower_to(&scan->first_mask, first_mask);
+  group.lower_to(&scan->first_open, first_open);
+  group.lower_to(&scan->window_eos, window_eos);
 }
 
 // With the prefix exit a branch works only on what stands before its first EOS.
 BBK_HD void clip_window(const PolicyParams& params, BranchRow* row) {
-  if (params.settings.eos_exit == kEosPrefix) row->window_end = smaller(row->window_end, row->first_eos);
+  if (params.settings.eos_exit == kEosPrefix) row->window_end = smaller(row->window_end, row->scan.first_eos);
 }
 
 // Puts the window on the block of the first open MASK; without one, the row is done.
 BBK_HD void move_window(const PolicyParams& params, BranchRow* row) {
-  const int limit = params.settings.eos_exit == kEosPrefix ? row->first_eos : params.gen_length;
-  if (row->first_mask >= limit) {
+  const int limit = params.settings.eos_exit == kEosPrefix ? row->scan.first_eos : params.gen_length;
+  if (row->scan.first_mask >= limit) {
     row->window_start = row->window_end = params.gen_length;
     row->done = 1;
   } else {
-    row->window_start = row->first_mask - row->first_mask % row->block_size;
+    row->window_start = row->scan.first_mask - row->scan.first_mask % row->block_size;
     row->window_end = smaller(row->window_start + row->block_size, limit);
   }
   row->progress = row->window_start;
   row->steps_in_block = 0;
-  // No MASK stands before the new window; one behind a done row's first EOS is before its window, too.
-  row->first_open = row->done ? params.gen_length : row->first_mask;
+  // A done row's window is empty; any other starts with the block of the first MASK.
+  row->scan.first_open = row->done ? params.gen_length : row->scan.first_mask;
 }
 
 BBK_HD void advance(const PolicyParams& params, BranchRow* row) {
@@ -149,43 +143,66 @@ BBK_HD void advance(const PolicyParams& params, BranchRow* row) {
   if (tokens >= params.settings.refresh_interval) row->needs_refresh = 1;
 }
 
-// Group: reads the rows and brings the predictions to their positions.
+BBK_HD void load_row(const PolicyParams& params, int64_t r, BranchRow* row) {
+  const BranchStateView& state = params.state;
+  row->block_size = state.block_size[r];
+  row->window_start = state.window_start[r];
+  row->window_end = state.window_end[r];
+  row->decoded = state.decoded[r];
+  row->progress = state.progress[r];
+  row->blocks_since_refresh = state.blocks_since_refresh[r];
+  row->steps_in_block = state.steps_in_block[r];
+  row->committed = state.committed[r];
+  row->merged = state.merged[r];
+  row->synced = state.synced[r];
+  row->needs_refresh = state.needs_refresh[r];
+  row->done = state.done[r];
+  row->source_row = params.source_row[r];
+  row->scan = row->rescan = empty_scan(params.gen_length);
+  row->can_finish = 0;
+  row->committed_now = row->merged_now = 0;
+  row->best = 0;
+  row->allowed = row->differing = 0;
+}
+
+BBK_HD void fill_with_zeros(const Group& group, uint8_t* bytes, int64_t count) {
+  int64_t done = 0;
+#if defined(__CUDA_ARCH__)
+  if (reinterpret_cast<uintptr_t>(bytes) % sizeof(uint4) == 0) {
+    const int64_t vectors = count / static_cast<int64_t>(sizeof(uint4));
+    for (int64_t i = group.rank(); i < vectors; i += group.size()) {
+      reinterpret_cast<uint4*>(bytes)[i] = uint4{0, 0, 0, 0};
+    }
+    done = vectors * static_cast<int64_t>(sizeof(uint4));
+  }
+#endif
+  for (int64_t i = done + group.rank(); i < count; i += group.size()) bytes[i] = 0;
+}
+
+// Group: reads the rows, brings the predictions to their positions and empties the events.
 BBK_HD void load_request(const Group& group, const PolicyParams& params, const Request& request,
                          RequestScratch* scratch) {
-  const BranchStateView& state = params.state;
+  const PredictionsView& predictions = params.predictions;
+  const int64_t positions = static_cast<int64_t>(params.num_branches) * params.gen_length;
   for (int n = group.rank(); n < params.num_branches; n += group.size()) {
-    const int64_t r = request.first_row + n;
-    BranchRow& row = scratch->rows[n];
-    row.block_size = state.block_size[r];
-    row.window_start = state.window_start[r];
-    row.window_end = state.window_end[r];
-    row.decoded = state.decoded[r];
-    row.progress = state.progress[r];
-    row.blocks_since_refresh = state.blocks_since_refresh[r];
-    row.steps_in_block = state.steps_in_block[r];
-    row.committed = state.committed[r];
-    row.merged = state.merged[r];
-    row.synced = state.synced[r];
-    row.needs_refresh = state.needs_refresh[r];
-    row.done = state.done[r];
-    row.source_row = params.source_row[r];
-    row.can_finish = 0;
-    row.merged_now = 0;
-    row.allowed = 0;
-    row.differing = 0;
+    load_row(params, request.first_row + n, &scratch->rows[n]);
   }
   if (group.rank() == 0) {
     scratch->phase = params.flags[1];
+    scratch->prompt_length = params.state.prompt_length[request.index];
     scratch->predictions = 0;
   }
-  const PredictionsView& predictions = params.predictions;
-  const int64_t positions = static_cast<int64_t>(params.num_branches) * params.gen_length;
   for (int64_t i = group.rank(); i < predictions.size; i += group.size()) {
-    const int64_t position = predictions.target[i] - request.first_position;
-    if (predictions.target[i] < 0 || position < 0 || position >= positions) continue;
-    state.top_token[request.first_position + position] = predictions.top_token[i];
-    state.confidence[request.first_position + position] = predictions.confidence[i];
+    const int64_t target = predictions.target[i];
+    const int32_t top_token = predictions.top_token[i];
+    const float confidence = predictions.confidence[i];
+    const int64_t position = target - request.first_position;
+    if (target < 0 || position < 0 || position >= positions) continue;
+    params.state.top_token[target] = top_token;
+    params.state.confidence[target] = confidence;
   }
+  fill_with_zeros(group, params.events.committed + request.first_position, positions);
+  fill_with_zeros(group, params.events.merged + request.first_position, positions);
 }
 
 BBK_HD void store_request(const Group& group, const PolicyParams& params, const Request& request,

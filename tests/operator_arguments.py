@@ -56,53 +56,62 @@ def policy(device):
     return state, plan, bbk.Predictions(target, top_token, confidence, confidence / 2)
 
 
-def calls(device="cpu", dtype=torch.float32):
-    """Operator -> arguments that it takes."""
+OPERATORS = (
+    "rms_norm",
+    "swiglu",
+    "rope_kv_write",
+    "attention_plan",
+    "varlen_attention",
+    "lm_head_confidence",
+    "pack_windows",
+    "share_pages",
+    "copy_pages",
+    "initial_plan",
+    "decode_policy",
+)
+
+
+def arguments_of(operator, device="cpu", dtype=torch.float32):
+    """Keyword arguments that the operator takes; float tensors in `dtype`."""
     torch.manual_seed(0)
-    state, plan, predictions = policy(device)
-    out = bbk.StepPlan.allocate(4, 16, torch.device(device))
-    events = bbk.PolicyEvents.allocate(4, 16, torch.device(device))
-    work = attention(device, dtype)
-    table = {name: work[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
-    sizes = dict(page_size=16, num_tokens=10, num_heads=4, num_kv_heads=2)
-    return {
-        "rms_norm": dict(
-            x=torch.randn(5, 64).to(device, dtype),
-            weight=torch.randn(64).to(device, dtype),
-            residual=torch.randn(5, 64).to(device, dtype),
-            eps=1e-5,
-        ),
-        "swiglu": dict(gate_up=torch.randn(5, 64).to(device, dtype)),
-        "rope_kv_write": rope(device, dtype),
-        "attention_plan": {**table, **sizes},
-        "varlen_attention": {**work, "plan": bbk.attention_plan(**table, **sizes)},
-        "lm_head_confidence": dict(
-            hidden=torch.randn(7, 64).div(8).to(device, dtype),
-            weight=torch.randn(VOCABULARY, 64).to(device, dtype),
-            probe_tokens=torch.arange(7, dtype=torch.int32, device=device),
-            suppress_token=MASK,
-        ),
-        "pack_windows": dict(
-            state=state,
-            plan=plan,
-            page_table=torch.arange(8, dtype=torch.int32, device=device).view(4, 2),
-            page_size=16,
-            capacity=40,
-            predict_capacity=34,
-        ),
-        "share_pages": dict(
-            page_table=torch.arange(8, dtype=torch.int32, device=device).view(4, 2),
-            source_row=ints([0, 0, -1, 2], device),
-        ),
-        "copy_pages": dict(
-            kv_cache=torch.randn(2, 2, 8, 16, 2, 64).to(device, dtype),
+
+    def rand(*shape):
+        return torch.randn(shape).to(device, dtype)
+
+    if operator == "rms_norm":
+        return dict(x=rand(5, 64), weight=rand(64), residual=rand(5, 64), eps=1e-5)
+    if operator == "swiglu":
+        return dict(gate_up=rand(5, 64))
+    if operator == "rope_kv_write":
+        return rope(device, dtype)
+    if operator in ("attention_plan", "varlen_attention"):
+        tensors = attention(device, dtype)
+        table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
+        table |= dict(page_size=16, num_tokens=10, num_heads=4, num_kv_heads=2)
+        return table if operator == "attention_plan" else {**tensors, "plan": bbk.attention_plan(**table)}
+    if operator == "lm_head_confidence":
+        # Logits so small that their rounding hardly shows in the probabilities.
+        probes = torch.arange(7, dtype=torch.int32, device=device)
+        hidden, weight = rand(7, 64) / 8, rand(VOCABULARY, 64)
+        return dict(hidden=hidden, weight=weight, probe_tokens=probes, suppress_token=MASK)
+    if operator == "share_pages":
+        page_table = torch.arange(8, dtype=torch.int32, device=device).view(4, 2)
+        return dict(page_table=page_table, source_row=ints([0, 0, -1, 2], device))
+    if operator == "copy_pages":
+        return dict(
+            kv_cache=rand(2, 2, 8, 16, 2, 64),
             page_table=ints([[0, 1], [0, 1], [4, 5], [6, 7]], device),
             write_start=ints([3, 17, 0, 2], device),
             write_end=ints([9, 20, 0, 30], device),
             num_branches=2,
-        ),
-        "initial_plan": dict(state=state, params=PARAMS, out=out),
-        "decode_policy": dict(
-            state=state, predictions=predictions, plan=plan, params=PARAMS, out=(out, events)
-        ),
-    }
+        )
+    state, plan, predictions = policy(device)
+    if operator == "pack_windows":
+        page_table = torch.arange(8, dtype=torch.int32, device=device).view(4, 2)
+        sizes = dict(page_size=16, capacity=40, predict_capacity=34)
+        return dict(state=state, plan=plan, page_table=page_table, **sizes)
+    out = bbk.StepPlan.allocate(4, 16, torch.device(device))
+    if operator == "initial_plan":
+        return dict(state=state, params=PARAMS, out=out)
+    events = bbk.PolicyEvents.allocate(4, 16, torch.device(device))
+    return dict(state=state, predictions=predictions, plan=plan, params=PARAMS, out=(out, events))

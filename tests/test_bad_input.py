@@ -13,14 +13,13 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda, ops, triton
 from blockbatch_kernels.cuda import extension as loader
-from operator_arguments import PARAMS, attention, calls, rope
+from operator_arguments import OPERATORS, PARAMS, arguments_of, attention, rope
 
 BACKENDS = (None, "reference", "cuda", "triton")
 COMPILED = ("cuda", "triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-OPERATORS = list(calls())
 INTEGER_OPERATORS = ("attention_plan", "pack_windows", "share_pages", "initial_plan", "decode_policy")
 
 
@@ -63,8 +62,8 @@ def with_change(arguments, path, change):
 
 PATHS = [
     (operator, path)
-    for operator, arguments in calls().items()
-    for name, value in arguments.items()
+    for operator in OPERATORS
+    for name, value in arguments_of(operator).items()
     for path, _ in tensors_of(value, name)
 ]
 
@@ -79,7 +78,7 @@ def names_what_was_expected(error, path):
 
 @pytest.mark.parametrize("operator, path", PATHS, ids=[f"{operator}-{path}" for operator, path in PATHS])
 def test_dtype_shape_and_device_of_every_tensor(operator, path):
-    function, good = getattr(bbk, operator), calls()[operator]
+    function, good = getattr(bbk, operator), arguments_of(operator)
     wrong_dtype = with_change(good, path, lambda x: x.double() if x.is_floating_point() else x.short())
     wrong_rank = with_change(good, path, lambda x: x.unsqueeze(0))
     no_tensor = with_change(good, path, lambda x: [1.0])
@@ -92,7 +91,7 @@ def test_dtype_shape_and_device_of_every_tensor(operator, path):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_tensor_on_the_same_device(operator):
-    good = calls()[operator]
+    good = arguments_of(operator)
     paths = [path for owner, path in PATHS if owner == operator]
     for path in paths[1:]:
         with pytest.raises(ValueError, match=r": expected device \w+, got \w+"):
@@ -136,7 +135,7 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("operator, change, message", WRONG_VALUES)
 def test_wrong_sizes(operator, change, message, backend):
     with pytest.raises(ValueError, match=message):
-        getattr(bbk, operator)(**{**calls()[operator], **change}, backend=backend)
+        getattr(bbk, operator)(**{**arguments_of(operator), **change}, backend=backend)
 
 
 SETTINGS = [
@@ -154,13 +153,13 @@ SETTINGS = [
 def test_wrong_settings(operator, change, message, backend):
     params = dataclasses.replace(PARAMS, **change)
     with pytest.raises(ValueError, match=message):
-        getattr(bbk, operator)(**{**calls()[operator], "params": params}, backend=backend)
+        getattr(bbk, operator)(**{**arguments_of(operator), "params": params}, backend=backend)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_backend_that_cannot_run_says_why(operator, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    function, good = getattr(bbk, operator), calls()[operator]
+    function, good = getattr(bbk, operator), arguments_of(operator)
     with pytest.raises(
         ValueError, match="backend: expected None or one of reference, triton, cuda, got 'hip'"
     ):
@@ -276,9 +275,9 @@ def assert_right_or_refused(operator, arguments, backend, path, dtype, expected)
 def test_layouts_give_the_same_or_are_refused(operator, path, backend):
     """Each tensor in turn off its alignment, or with a last stride of 2; the rest stays as it is."""
     for dtype in FLOATS[:1] if operator in INTEGER_OPERATORS else FLOATS:
-        expected = outcome(operator, calls("cuda", dtype)[operator], backend)
+        expected = outcome(operator, arguments_of(operator, "cuda", dtype), backend)
         for layout in (misaligned, spread):
-            arguments = with_change(calls("cuda", dtype)[operator], path, layout)
+            arguments = with_change(arguments_of(operator, "cuda", dtype), path, layout)
             assert_right_or_refused(operator, arguments, backend, path, dtype, expected)
 
 
@@ -315,9 +314,8 @@ def test_a_build_for_another_architecture(monkeypatch):
 
 @pytest.mark.gpu
 def test_tensors_on_two_devices():
-    good = calls("cuda")
     for operator, path in PATHS:
-        arguments = with_change(good[operator], path, lambda x: x.cpu())
+        arguments = with_change(arguments_of(operator, "cuda"), path, lambda x: x.cpu())
         if all(
             not tensor.is_cuda for name, value in arguments.items() for _, tensor in tensors_of(value, name)
         ):

@@ -44,18 +44,25 @@ def test_step_latency(tmp_path):
     # Twelve tokens on pages of their own read more than on shared ones.
     assert lines[2]["floor_bytes_ms"] > lines[1]["floor_bytes_ms"]
 
-    subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "plots.py"), "--results", str(tmp_path)],
-        check=True,
-        capture_output=True,
-    ) if has_matplotlib() else None
-    assert not has_matplotlib() or (tmp_path / "step_latency.png").stat().st_size > 10_000
 
-
-def has_matplotlib():
-    import importlib.util
-
-    return importlib.util.find_spec("matplotlib") is not None
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    parts = ("products", "attention", "norm_rope_swiglu", "lm_head", "around_the_model", "gaps")
+    times = {"ours_ms": 8.0, "products_ms": 7.0, "floor_ms": 5.0, "eager_ms": 20.0}
+    steps = [
+        {"model": model, "tokens": tokens, "length": 1280, "pages": pages, "branches": [4] * rows, **times,
+         "parts_ms": dict.fromkeys(parts, 1.0)}
+        for model in ("llada-8b", "dream-7b")
+        for tokens, rows in ((8, 1), (252, 6))
+        for pages in ("separate", "shared")[:rows]
+    ]  # fmt: skip
+    refreshes = [{"model": "llada-8b", "distinct_rows": rows, "length": 1280, **times} for rows in (1, 6)]
+    for name, lines in (("step_latency", steps), ("refresh", refreshes)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"device": "a GPU", "lines": lines}))
+    command = [sys.executable, str(ROOT / "bench" / "plots.py"), "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    for name in ("step_latency", "refresh"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_refresh(tmp_path):
@@ -153,9 +160,9 @@ class TestChecks:
         names = [
             "copy_pages_kernel", "pack_kernel", "attention_plan_kernel", "vectorized_gather_kernel",
             "rms_norm_kernel", "nvjet_qkv", "rope_kv_write_kernel", "attention_mma_kernel",
-            "combine_pieces_kernel", "nvjet_out", "rms_norm_kernel", "nvjet_up", "swiglu_kernel", "nvjet_down",
-            "rms_norm_kernel", "index_elementwise_kernel", "nvjet_head", "lm_head_reduce_kernel",
-            "policy_and_plan_kernel", "share_pages_kernel", "Memcpy DtoH",
+            "combine_pieces_kernel", "nvjet_out", "rms_norm_kernel", "nvjet_up", "swiglu_kernel",
+            "nvjet_down", "rms_norm_kernel", "index_elementwise_kernel", "nvjet_head",
+            "lm_head_reduce_kernel", "policy_and_plan_kernel", "share_pages_kernel", "Memcpy DtoH",
         ]  # fmt: skip
         # Each takes one microsecond, with half a microsecond in between.
         kernels = [Kernel(name, 1.5 * at, 1.5 * at + 1) for at, name in enumerate(names)]

@@ -120,11 +120,11 @@ MIXES = [
 def test_errs_no_more_than_torch(monkeypatch, heads, head_dim, dtype):
     poison(monkeypatch)
     for seed, (queries, lengths) in enumerate(MIXES):
-        for sharing in (0.0, 0.7):
-            inputs = problem(
-                queries, lengths, heads=heads, head_dim=head_dim, dtype=dtype, sharing=sharing, seed=seed
-            )
-            compare(inputs, message=(queries, lengths, sharing))
+        sharing = 0.7 * (seed % 2)
+        inputs = problem(
+            queries, lengths, heads=heads, head_dim=head_dim, dtype=dtype, sharing=sharing, seed=seed
+        )
+        compare(inputs, message=(queries, lengths))
 
 
 @pytest.mark.gpu
@@ -297,6 +297,8 @@ def arguments():
         q_strides=(256, 64),
         k_strides=(4096, 256, 64),
         v_strides=(4096, 256, 64),
+        num_rows=1,
+        num_pages=4,
         num_tokens=8,
         num_heads=4,
         num_kv_heads=4,
@@ -308,6 +310,7 @@ def arguments():
         max_pieces=1,
         softmax_scale=0.125,
         dtype=2,
+        programmatic=False,
         device=0,
         stream=0,
     )

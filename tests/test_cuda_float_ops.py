@@ -159,7 +159,8 @@ def test_rope_kv_write_with_a_permuted_cache_and_what_lies_outside():
     # Pages hold one head after the other; cosines and sines lie side by side.
     inputs |= dict(k_cache=kv.transpose(1, 2), v_cache=torch.full_like(kv, math.nan).transpose(1, 2))
     inputs["cos"], inputs["sin"] = torch.stack((inputs["cos"], inputs["sin"]), -1).unbind(-1)
-    torchs = {name: value.clone() for name, value in inputs.items()}
+    # torch indexes a flat view, which a permuted cache has not.
+    torchs = {name: value.contiguous().clone() for name, value in inputs.items()}
     bbk.rope_kv_write(**torchs, backend="reference")
     outside = {name: value.clone() for name, value in inputs.items()}
     bbk.rope_kv_write(**inputs, backend="cuda")
@@ -322,9 +323,8 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
         results += bbk.lm_head_confidence(normed, vocabulary, backend="cuda")[:2]
         return [residual, normed, *results]
 
-    monkeypatch.setattr(tuning, "PROGRAMMATIC_LAUNCH", False)
     expected = [result.clone() for result in forward(torch.cuda.synchronize)]
-    monkeypatch.undo()
+    monkeypatch.setattr(tuning, "ROW_KERNELS_PROGRAMMATIC", 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = forward()
@@ -337,9 +337,11 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [0, 8, 1000, 1 << 20, 100 << 20])
-def test_prefetching_changes_no_result(size):
+def test_prefetching_changes_no_result(monkeypatch, size):
     weight = torch.empty(size, dtype=torch.uint8, device="cuda")
-    for next_weight in (None, weight, weight[1:], weight[::2]):
+    monkeypatch.setattr(tuning, "PREFETCH_BYTES", 8 << 20)
+    weight = weight.view(8, -1)
+    for next_weight in (None, weight, weight[:, 1:], weight[:, ::2]):
         x, norm = draw(5, 64), draw(64, seed=1)
         got = cuda.rms_norm(x, norm, eps=1e-5, prefetch_weight=next_weight)
         assert torch.equal(got, cuda.rms_norm(x, norm, eps=1e-5))
@@ -377,7 +379,9 @@ def rope_arguments():
         heads_per_thread=1,
         programmatic=False,
         prefetch=0,
-        prefetch_bytes=0,
+        prefetch_rows=0,
+        prefetch_row_stride=0,
+        prefetch_row_bytes=0,
         device=0,
         stream=0,
     )

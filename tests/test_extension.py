@@ -31,7 +31,9 @@ def swiglu_arguments():
         vecs_per_thread=1,
         programmatic=False,
         prefetch=0,
-        prefetch_bytes=0,
+        prefetch_rows=0,
+        prefetch_row_stride=0,
+        prefetch_row_bytes=0,
         device=0,
         stream=0,
     )

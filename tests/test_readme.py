@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import blockbatch
 import blockbatch_kernels as bbk
-from operator_arguments import MASK, calls
+from operator_arguments import MASK, arguments_of
 from standalone_dual_cache import Transformer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -48,7 +48,7 @@ def test_every_operator_is_shown():
 )
 def test_the_same_in_torch(operator, results):
     lines = next(part for part in OPERATORS.split("\n\n") if f"bbk.{operator}(" in part).splitlines()
-    names = {**SIZES, **calls()[operator]}
+    names = {**SIZES, **arguments_of(operator)}
     names.pop("plan", None)
     if operator == "rope_kv_write":
         names["slot_mapping"] = torch.arange(9) * 5

@@ -273,6 +273,21 @@ def test_attention_makes_its_own_plan_and_takes_any_scale():
     compare_attention(inputs, None, scale=0.0)
 
 
+@in_interpreter
+@pytest.mark.parametrize("rows", [0, 2])
+def test_attention_without_any_query(rows):
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    k_cache, sequences = rand(2, 4, 1, 16), (zeros(rows, 2), zeros(rows + 1), zeros(rows))
+    for tokens in (0, 3):
+        with poisoned():
+            got = triton.varlen_attention(
+                rand(tokens, 2, 16), k_cache, k_cache, *sequences, softmax_scale=1.0
+            )
+        assert torch.equal(got, torch.zeros(tokens, 2, 16))
+
+
 def test_attention_refuses_a_head_dim_beyond_its_limit():
     inputs = dict(
         q=torch.zeros(1, 1, 264), k_cache=torch.zeros(1, 1, 1, 264), v_cache=torch.zeros(1, 1, 1, 264)
@@ -281,6 +296,16 @@ def test_attention_refuses_a_head_dim_beyond_its_limit():
         triton.varlen_attention(
             **inputs, page_table=None, cu_seqlens_q=None, seqlens_k=None, softmax_scale=1.0
         )
+
+
+@pytest.mark.parametrize("shared_bytes", [101376, 166912, 232448])  # of compute capabilities 8.9, 8.0, 9.0
+@pytest.mark.parametrize("block_d", [16, 64, 128, 256])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_attention_fits_into_shared_memory(shared_bytes, block_d, element_size):
+    for tile_rows in (1, 16, 63, 64, 128, 300):
+        config = tuning.triton_attention(tile_rows, block_d, element_size, shared_bytes)
+        assert config.shared_bytes(block_d, element_size) <= shared_bytes
+        assert config.block_m >= 16 and config.block_n >= 16 and config.num_stages >= 1
 
 
 # --- lm_head_confidence -------------------------------------------------------------------------------------
@@ -344,7 +369,7 @@ def test_row_operators_on_a_gpu(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope_on_a_gpu(dtype):
     for tokens, heads, kv_heads, head_dim in (
-        (1, 4, 2, 16),
+        (2, 4, 2, 16),
         (33, 32, 32, 128),
         (252, 28, 4, 128),
         (9, 3, 1, 6),

@@ -30,7 +30,7 @@ def swiglu(
         out_row_stride=out.stride(0),
         dtype=extension.DTYPE_CODES[gate_up.dtype],
         vecs_per_thread=tuning.SWIGLU_VECS_PER_THREAD,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
         **prefetch.arguments(prefetch_weight),
         device=gate_up.device.index,
         stream=extension.stream_of(gate_up),

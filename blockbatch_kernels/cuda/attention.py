@@ -129,6 +129,8 @@ def varlen_attention(
         q_strides=q.stride()[:2],
         k_strides=k_cache.stride()[:3],
         v_strides=v_cache.stride()[:3],
+        num_rows=page_table.shape[0],
+        num_pages=k_cache.shape[0],
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -140,6 +142,7 @@ def varlen_attention(
         max_pieces=max_pieces,
         softmax_scale=softmax_scale,
         dtype=extension.DTYPE_CODES[q.dtype],
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
         device=q.device.index,
         stream=extension.stream_of(q),
     )

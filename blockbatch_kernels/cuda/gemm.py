@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,21 +15,76 @@ from blockbatch_kernels.cuda import extension
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, static_weight: bool = False) -> Tensor:
     """`x @ weight.T + bias` with sums in fp32, rounded once, on the current stream.
 
-    `x` [tokens, in], `weight` [out, in] and `bias` [out] are CUDA tensors of one dtype and one device. Packs and
-    weights that `tuning.linear_tile` has a tile for go through the extension's kernel, whose result for a token
-    does not depend on the other tokens; all others, and other GPUs than sm_90, through torch. With
-    `static_weight` nobody writes `weight` in work that may still run: its first tiles are then read before the
-    kernels in front are done.
+    `x` [tokens, in], `weight` [out, in] and `bias` [out] are CUDA tensors of one dtype and one device. What
+    `tuning.linear_tile` has a tile for runs on the extension's kernel where that exists (sm_90; fp16 or bf16;
+    rows aligned to 16 bytes): there the result of a token does not depend on the others. Everything else goes
+    to torch. With `static_weight` nobody writes `weight` in work that may still run: its first tiles are read
+    before the kernels in front are done.
     """
     tile = _tile(x, weight, weight.shape[0], gated=False)
     if tile is None:
         return F.linear(x, weight, bias)
-    return _gemm(x, weight, bias, tile, static_weight)
+    return _gemm(x, weight, bias, tile, gated=False, static_weight=static_weight)
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> Tensor:
-    """`silu(x @ gate.T) * (x @ up.T)` for `weight` [2 * out, in], gate over up; rounded once. See `linear`."""
+    """`silu(x @ gate.T) * (x @ up.T)` in fp32, rounded once, for `weight` [2 * out, in], gate over up.
+
+    Where it runs and what `static_weight` says: see `linear`. Through torch the product is rounded first.
+    """
     tile = _tile(x, weight, weight.shape[0] // 2, gated=True)
     if tile is None:
         return reference.linear_swiglu(x, weight)
-    return _gemm(x, weight, None, tile, static_weight)
+    return _gemm(x, weight, None, tile, gated=True, static_weight=static_weight)
+
+
+@functools.cache
+def _kernel_exists(device_index: int) -> bool:
+    return extension.load().gemm_is_available(device_index)
+
+
+def _tile(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuning.LinearTile | None:
+    tile = tuning.linear_tile(x.shape[0], out_features, x.shape[1], gated=gated)
+    if tile is None or x.dtype == torch.float32 or not _is_aligned(weight) or not _kernel_exists(x.device.index):
+        return None
+    return tile
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether the copy engine can read the rows where they are."""
+    row = tensor.stride(0)
+    return (
+        tensor.stride(1) == 1 and row >= tensor.shape[1] and row % 8 == 0 and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile, *, gated: bool, static_weight: bool
+) -> Tensor:
+    if not _is_aligned(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    out_features = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(x.shape[0], out_features)
+    extension.load().gemm(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=0 if bias is None else bias.contiguous().data_ptr(),
+        out=out.data_ptr(),
+        num_tokens=x.shape[0],
+        in_features=x.shape[1],
+        out_features=out_features,
+        x_row_stride=x.stride(0),
+        weight_row_stride=weight.stride(0),
+        out_row_stride=out.stride(0),
+        gated=gated,
+        dtype=extension.DTYPE_CODES[x.dtype],
+        tile_tokens=tile.tokens,
+        tile_rows=tile.rows,
+        cluster_n=tile.cluster_n,
+        splits=tile.splits,
+        static_weight=static_weight,
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        device=x.device.index,
+        stream=extension.stream_of(x),
+    )
+    return out

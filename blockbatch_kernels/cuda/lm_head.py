@@ -42,7 +42,7 @@ def lm_head_confidence(
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
     launch = dict(
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
         device=hidden.device.index,
         stream=extension.stream_of(hidden),
     )

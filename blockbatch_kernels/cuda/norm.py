@@ -46,7 +46,7 @@ def rms_norm(
         eps=eps,
         dtype=extension.DTYPE_CODES[x.dtype],
         max_threads=tuning.RMS_NORM_MAX_THREADS,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
         **prefetch.arguments(prefetch_weight),
         device=x.device.index,
         stream=extension.stream_of(x),

@@ -71,7 +71,7 @@ def rope_kv_write(
         head_dim=head_dim,
         dtype=extension.DTYPE_CODES[q.dtype],
         heads_per_thread=tuning.ROPE_HEADS_PER_THREAD,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
         **prefetch.arguments(prefetch_weight),
         device=q.device.index,
         stream=extension.stream_of(q),

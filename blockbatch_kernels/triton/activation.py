@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def _swiglu_kernel(
     tl.store(out + token * intermediate + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+@on_device_of_first
 def swiglu(gate_up: Tensor) -> Tensor:
     tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)

@@ -16,11 +16,13 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import AttentionPlan
 from blockbatch_kernels.triton.attention_work import attention_plan
+from blockbatch_kernels.triton.launch import on_device_of_first, programmatic_launch, shared_bytes
 
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit
+# The number of tokens is no reason to compile another version.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _attention_kernel(
     q,  # [tokens, num_heads, head_dim]
     k_cache,  # [pages, page_size, num_kv_heads, head_dim]
@@ -50,7 +52,11 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     OFFSET: tl.constexpr,  # integer type that holds the offset of any key or value in its cache
     SAME_STRIDES: tl.constexpr,  # of k_cache and v_cache
+    PROGRAMMATIC: tl.constexpr,  # launched before the kernel in front has ended
 ):
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_items = tl.load(counts) * (NUM_KV_HEADS * SUBTILES)
     num_pieces = tl.load(counts + 1)
     column = tl.arange(0, BLOCK_D)
@@ -79,8 +85,8 @@ def _attention_kernel(
         table = page_table + row.to(tl.int64) * table_strides[0]
         k_head = k_cache + kv_head * k_strides[2] + (column * k_strides[3])[None, :]
         v_head = v_cache + kv_head * v_strides[2] + (column * v_strides[3])[None, :]
-        # Behind the end the last key is loaded once more, and weighs nothing: what the cache holds there may be
-        # anything. Unsigned, so that a division by PAGE_SIZE is a shift.
+        # Behind the end the last key is loaded once more, and weighs nothing: the cache may hold anything
+        # there. Unsigned, so that a division by PAGE_SIZE is a shift.
         last = (end - 1).to(tl.uint32)
         index = tl.arange(0, BLOCK_N)
         key = tl.minimum((start + index).to(tl.uint32), last)
@@ -112,7 +118,12 @@ def _attention_kernel(
             weights = tl.math.exp2(scores * scale - highest[:, None])
             decay = tl.math.exp2(before - highest)
             total = total * decay + tl.sum(weights, axis=1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            if q.dtype.element_ty == tl.float32:
+                # Added up by steps: one sum over all keys in turn would round several times as much.
+                step = tl.dot(weights, v, input_precision="ieee")
+                acc = tl.math.fma(acc, tl.broadcast_to(decay[:, None], [BLOCK_M, BLOCK_D]), step)
+            else:
+                acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
 
         acc = acc / total[:, None]
         result = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + column[None, :]
@@ -125,7 +136,7 @@ def _attention_kernel(
             tl.store(partial_lse + skipped + token * (NUM_KV_HEADS * GROUP) + head, lse, mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_kernel(
     out,  # [tokens, num_heads, head_dim], contiguous
     partial_out,
@@ -135,51 +146,46 @@ def _combine_kernel(
     pieces,
     counts,
     num_tokens,
-    num_heads,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MAX_PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    column = tl.arange(0, BLOCK_D)
-    is_head = head < num_heads
-    element = is_head[:, None] & (column < HEAD_DIM)[None, :]
-    result = (token * num_heads + head)[:, None] * HEAD_DIM + column[None, :]
-    row = tl.load(token_row + token)
-    num_pieces = tl.load(counts + 1)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    width = NUM_HEADS * HEAD_DIM
+    inside = element < width
+    row, num_pieces = tl.load(token_row + token), tl.load(counts + 1)
+    piece = tl.arange(0, MAX_PIECES)
+    begin = tl.load(pieces + 2 * piece, mask=piece < num_pieces, other=2147483647)
+    num_keys = tl.load(seqlens_k + row, mask=row >= 0, other=0)
+    num_reached = tl.sum((begin < num_keys).to(tl.int32), axis=0)
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if row < 0:
-        nothing = tl.zeros([BLOCK_HEADS, BLOCK_D], out.dtype.element_ty)
-        tl.store(out + result, nothing, mask=element)
+        tl.store(out + token * width + element, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
     elif num_pieces > 1:
-        piece = tl.arange(0, MAX_PIECES)
-        begin = tl.load(pieces + 2 * piece, mask=piece < num_pieces, other=0)
-        reached = (piece < num_pieces) & (begin < tl.load(seqlens_k + row))
-        num_reached = tl.sum(reached.to(tl.int32), axis=0)
-        lse_of = (
-            partial_lse + ((piece.to(tl.int64) * num_tokens + token) * num_heads)[:, None] + head[None, :]
-        )
-        lse = tl.load(lse_of, mask=reached[:, None] & is_head[None, :], other=float("-inf"))
-        highest = tl.where(is_head, tl.max(lse, axis=0), 0.0)
-        total = tl.where(is_head, tl.sum(tl.math.exp2(lse - highest[None, :]), axis=0), 1.0)
-
-        acc = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        acc = tl.zeros([BLOCK], tl.float32)
         for first in range(0, num_reached, BLOCK_PIECES):
-            some = first + tl.arange(0, BLOCK_PIECES)
-            source = ((some.to(tl.int64) * num_tokens + token) * num_heads)[:, None] + head[None, :]
-            read = (some < num_reached)[:, None] & is_head[None, :]
-            weights = tl.math.exp2(
-                tl.load(partial_lse + source, mask=read, other=float("-inf")) - highest[None, :]
-            )
-            values = tl.load(
-                partial_out + source[:, :, None] * HEAD_DIM + column[None, None, :],
-                mask=read[:, :, None] & (column < HEAD_DIM)[None, None, :],
-                other=0.0,
-            )
-            acc += tl.sum(values * weights[:, :, None], axis=0)
-        tl.store(out + result, (acc / total[:, None]).to(out.dtype.element_ty), mask=element)
+            for index in tl.static_range(BLOCK_PIECES):  # whose loads wait for each other in no way
+                read = element < tl.where(first + index < num_reached, width, 0)
+                source = (first + index) * num_tokens + token
+                lse = tl.load(
+                    partial_lse + source * NUM_HEADS + element // HEAD_DIM, mask=read, other=float("-inf")
+                )
+                value = tl.load(partial_out + source * width + element, mask=read, other=0.0)
+                before = highest
+                highest = tl.maximum(before, tl.where(inside, lse, 0.0))
+                weight, decay = tl.math.exp2(lse - highest), tl.math.exp2(before - highest)
+                total = total * decay + weight
+                acc = acc * decay + value * weight
+        result = acc / tl.where(inside, total, 1.0)
+        tl.store(out + token * width + element, result.to(out.dtype.element_ty), mask=inside)
 
 
 def _extent(tensor: Tensor) -> int:
@@ -187,6 +193,7 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
+@on_device_of_first
 def varlen_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -231,9 +238,10 @@ def varlen_attention(
 
     group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
     tile_rows = plan.tile_tokens * group
-    config = tuning.triton_attention(tile_rows, block_d, q.element_size())
+    config = tuning.triton_attention(tile_rows, block_d, q.element_size(), shared_bytes(q.device))
     subtiles = triton.cdiv(tile_rows, config.block_m)
-    programs = tuning.num_processors(q.device) * config.programs_per_processor
+    launch = programmatic_launch(q.device)
+    programs = tuning.num_processors(q.device) * tuning.TRITON_ATTENTION_PROGRAMS
     _attention_kernel[(min(tiles.shape[0] * num_kv_heads * subtiles, programs),)](
         q,
         k_cache,
@@ -265,9 +273,10 @@ def varlen_attention(
         SAME_STRIDES=k_cache.stride() == v_cache.stride(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch,
     )
     combine = tuning.TRITON_COMBINE
-    _combine_kernel[(num_tokens, triton.cdiv(num_heads, combine.block_heads))](
+    _combine_kernel[(num_tokens, triton.cdiv(num_heads * head_dim, combine.block))](
         out,
         partial_out,
         partial_lse,
@@ -276,12 +285,12 @@ def varlen_attention(
         pieces,
         counts,
         num_tokens,
-        num_heads,
+        NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
-        MAX_PIECES=triton.next_power_of_2(max_pieces),
+        MAX_PIECES=max(32, triton.next_power_of_2(max_pieces)),
         BLOCK_PIECES=combine.block_pieces,
-        BLOCK_HEADS=combine.block_heads,
-        BLOCK_D=block_d,
+        BLOCK=combine.block,
         num_warps=combine.num_warps,
+        **launch,
     )
     return out

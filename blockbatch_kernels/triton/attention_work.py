@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels.structs import AttentionPlan
+from blockbatch_kernels.triton.launch import on_device_of_first
 from blockbatch_kernels.tuning import AttentionShape
 
 _BLOCK_COLUMNS = 16
@@ -44,25 +45,25 @@ def _owner(
     cu_seqlens_q,
     seqlens_k,
     num_rows,
-    PAGE_SIZE: tl.constexpr,
-    SEGMENT_PAGES: tl.constexpr,
+    page_size,
+    segment_pages,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """[BLOCK_ROWS]: the first row that reads the same pages in the segment; -1 in rows that end before it."""
     row = tl.arange(0, BLOCK_ROWS)
-    start = segment * SEGMENT_PAGES * PAGE_SIZE
+    start = segment * segment_pages * page_size
     num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
-    end = tl.minimum(num_keys, start + SEGMENT_PAGES * PAGE_SIZE)
+    end = tl.minimum(num_keys, start + segment_pages * page_size)
     owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
     for first in range(0, num_rows, BLOCK_COLUMNS):
         other = first + tl.arange(0, BLOCK_COLUMNS)
         other_keys = _num_keys(cu_seqlens_q, seqlens_k, other, num_rows)
-        other_end = tl.minimum(other_keys, start + SEGMENT_PAGES * PAGE_SIZE)
+        other_end = tl.minimum(other_keys, start + segment_pages * page_size)
         differ = (end[:, None] != other_end[None, :]).to(tl.int32)
-        for index in tl.range(0, SEGMENT_PAGES, loop_unroll_factor=8):
-            page = segment * SEGMENT_PAGES + index
-            reads, other_reads = page * PAGE_SIZE < end, page * PAGE_SIZE < other_end
+        for index in tl.range(0, segment_pages, loop_unroll_factor=8):
+            page = segment * segment_pages + index
+            reads, other_reads = page * page_size < end, page * page_size < other_end
             column = page * table_strides[1]
             mine = tl.load(page_table + row * table_strides[0] + column, mask=reads, other=-1)
             others = tl.load(page_table + other * table_strides[0] + column, mask=other_reads, other=-1)
@@ -77,7 +78,7 @@ def _num_tiles(
     cu_seqlens_q,
     seqlens_k,
     num_rows,
-    TILE_TOKENS: tl.constexpr,
+    tile_tokens,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -87,11 +88,12 @@ def _num_tiles(
     for first in range(0, num_rows, BLOCK_COLUMNS):
         group = first + tl.arange(0, BLOCK_COLUMNS)
         size = tl.sum(tl.where(owner[:, None] == group[None, :], num_queries[:, None], 0), axis=0)
-        number += tl.sum((size + TILE_TOKENS - 1) // TILE_TOKENS, axis=0)
+        number += tl.sum((size + tile_tokens - 1) // tile_tokens, axis=0)
     return number
 
 
-@triton.jit
+# Compiled once for all shapes: the integers are no reason for another version.
+@triton.jit(do_not_specialize=["num_rows", "page_size", "segment_pages", "tile_tokens"])
 def _segments_kernel(
     page_table,
     table_strides,
@@ -100,9 +102,9 @@ def _segments_kernel(
     owners,  # [max_segments + 1, rows]; the last row is left to _pieces_kernel
     segments,  # [2, max_segments]: whether the groups differ from the segment's before, number of tiles
     num_rows,
-    PAGE_SIZE: tl.constexpr,
-    SEGMENT_PAGES: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
+    page_size,
+    segment_pages,
+    tile_tokens,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -114,8 +116,8 @@ def _segments_kernel(
         cu_seqlens_q,
         seqlens_k,
         num_rows,
-        PAGE_SIZE,
-        SEGMENT_PAGES,
+        page_size,
+        segment_pages,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
@@ -127,15 +129,15 @@ def _segments_kernel(
         cu_seqlens_q,
         seqlens_k,
         num_rows,
-        PAGE_SIZE,
-        SEGMENT_PAGES,
+        page_size,
+        segment_pages,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
     differs = tl.max(((owner != previous) & (row < num_rows)).to(tl.int32), axis=0)
     tl.store(owners + segment * num_rows + row, owner, mask=row < num_rows)
     tl.store(segments + segment, tl.where(segment == 0, 1, differs))
-    number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, TILE_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS)
+    number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, tile_tokens, BLOCK_ROWS, BLOCK_COLUMNS)
     tl.store(segments + tl.num_programs(0) + segment, number)
 
 
@@ -144,7 +146,17 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "max_segments",
+        "segment_keys",
+        "tile_tokens",
+        "max_pieces",
+        "target_tiles",
+        "min_segments",
+    ]
+)
 def _pieces_kernel(
     cu_seqlens_q,
     seqlens_k,
@@ -155,11 +167,11 @@ def _pieces_kernel(
     counts,  # [2]; written
     num_rows,
     max_segments,
-    SEGMENT_KEYS: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    MAX_PIECES: tl.constexpr,
-    TARGET_TILES: tl.constexpr,
-    MIN_SEGMENTS: tl.constexpr,
+    segment_keys,
+    tile_tokens,
+    max_pieces,
+    target_tiles,
+    min_segments,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -167,14 +179,14 @@ def _pieces_kernel(
 ):
     row, segment = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_SEGMENTS)
     num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
-    num_segments = (tl.max(num_keys, axis=0) + SEGMENT_KEYS - 1) // SEGMENT_KEYS
+    num_segments = (tl.max(num_keys, axis=0) + segment_keys - 1) // segment_keys
     starts_run = tl.load(segments + segment, mask=segment < num_segments, other=0)
     num_tiles = tl.load(segments + max_segments + segment, mask=segment < num_segments, other=0)
     next_starts = tl.load(segments + segment + 1, mask=segment + 1 < num_segments, other=0)
     next_start = tl.where(next_starts != 0, segment + 1, num_segments)
     length = tl.associative_scan(next_start, 0, _smaller, reverse=True) - segment
     group_row = segment
-    if tl.sum(starts_run, axis=0) > MAX_PIECES:
+    if tl.sum(starts_run, axis=0) > max_pieces:
         # One run, whose groups are the rows that are together in every segment.
         owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
         for first in range(0, num_rows, BLOCK_COLUMNS):
@@ -187,7 +199,7 @@ def _pieces_kernel(
             owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other[None, :], BLOCK_ROWS), axis=1))
         owner = tl.where(num_keys > 0, owner, -1)
         tl.store(owners + max_segments * num_rows + row, owner, mask=row < num_rows)
-        number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, TILE_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS)
+        number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, tile_tokens, BLOCK_ROWS, BLOCK_COLUMNS)
         starts_run = (segment == 0).to(tl.int32)
         length = tl.zeros([BLOCK_SEGMENTS], tl.int32) + num_segments
         num_tiles = tl.zeros([BLOCK_SEGMENTS], tl.int32) + number
@@ -197,12 +209,12 @@ def _pieces_kernel(
     parts = 1
     going = num_segments > 0
     while going:
-        longest = tl.maximum((num_segments + parts - 1) // parts, MIN_SEGMENTS)
+        longest = tl.maximum((num_segments + parts - 1) // parts, min_segments)
         finer = tl.where(starts_run != 0, (length + longest - 1) // longest, 0)
-        fits = tl.sum(finer, axis=0) <= MAX_PIECES
+        fits = tl.sum(finer, axis=0) <= max_pieces
         number = tl.where(fits, finer, number)
-        enough = tl.sum(finer * num_tiles, axis=0) >= TARGET_TILES
-        going = fits & (enough == 0) & (longest != MIN_SEGMENTS) & (parts < num_segments)
+        enough = tl.sum(finer * num_tiles, axis=0) >= target_tiles
+        going = fits & (enough == 0) & (longest != min_segments) & (parts < num_segments)
         parts += 1
 
     first_piece = tl.cumsum(number, 0) - number
@@ -212,20 +224,20 @@ def _pieces_kernel(
         piece, is_piece = first_piece + part, part < number
         start = segment + length * part // divisor
         end = segment + length * (part + 1) // divisor
-        tl.store(pieces + 2 * piece, start * SEGMENT_KEYS, mask=is_piece)
-        tl.store(pieces + 2 * piece + 1, end * SEGMENT_KEYS, mask=is_piece)
+        tl.store(pieces + 2 * piece, start * segment_keys, mask=is_piece)
+        tl.store(pieces + 2 * piece + 1, end * segment_keys, mask=is_piece)
         tl.store(work + 2 * piece, group_row, mask=is_piece)
         tl.store(work + 2 * piece + 1, first_tile + part * num_tiles, mask=is_piece)
     num_pieces = tl.sum(number, axis=0)
     piece = tl.arange(0, BLOCK_PIECES)
-    unused = (piece >= num_pieces) & (piece < MAX_PIECES)
+    unused = (piece >= num_pieces) & (piece < max_pieces)
     tl.store(pieces + 2 * piece, tl.zeros([BLOCK_PIECES], tl.int32), mask=unused)
     tl.store(pieces + 2 * piece + 1, tl.zeros([BLOCK_PIECES], tl.int32), mask=unused)
     tl.store(counts, tl.sum(number * num_tiles, axis=0))
     tl.store(counts + 1, num_pieces)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "max_tiles", "tile_tokens"])
 def _tiles_kernel(
     cu_seqlens_q,
     seqlens_k,
@@ -238,7 +250,7 @@ def _tiles_kernel(
     num_rows,
     num_tokens,
     max_tiles,
-    TILE_TOKENS: tl.constexpr,
+    tile_tokens,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -261,13 +273,13 @@ def _tiles_kernel(
         begin += tl.sum(tl.where(before, other_queries[None, :], 0), axis=1)
         size += tl.sum(tl.where(other_owner[None, :] == row[:, None], other_queries[None, :], 0), axis=1)
 
-    number = tl.where(owner == row, (size + TILE_TOKENS - 1) // TILE_TOKENS, 0)
+    number = tl.where(owner == row, (size + tile_tokens - 1) // tile_tokens, 0)
     first_tile = tl.load(work + 2 * piece + 1) + tl.cumsum(number, 0) - number
     for part in range(tl.max(number, axis=0)):
-        tile, is_tile, first = tiles + 4 * (first_tile + part), part < number, part * TILE_TOKENS
+        tile, is_tile, first = tiles + 4 * (first_tile + part), part < number, part * tile_tokens
         tl.store(tile, tl.zeros([BLOCK_ROWS], tl.int32) + piece, mask=is_tile)
         tl.store(tile + 1, begin + first, mask=is_tile)
-        tl.store(tile + 2, tl.minimum(TILE_TOKENS, size - first), mask=is_tile)
+        tl.store(tile + 2, tl.minimum(tile_tokens, size - first), mask=is_tile)
         tl.store(tile + 3, row, mask=is_tile)
     behind = tl.load(counts) * 4
     for first in range(behind + piece * BLOCK_TOKENS, max_tiles * 4, tl.num_programs(0) * BLOCK_TOKENS):
@@ -298,6 +310,7 @@ def _tiles_kernel(
         tl.store(token_row + token, name, mask=token < num_tokens)
 
 
+@on_device_of_first
 def attention_plan(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -323,7 +336,8 @@ def attention_plan(
         tile_tokens=shape.tile_tokens,
     )
     owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)
-    rows = dict(BLOCK_ROWS=triton.next_power_of_2(max(1, num_rows)), BLOCK_COLUMNS=_BLOCK_COLUMNS)
+    # Blocks are seldom smaller than these, and every other size would be compiled.
+    rows = dict(BLOCK_ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK_COLUMNS=_BLOCK_COLUMNS)
     _segments_kernel[(max_segments,)](
         page_table,
         page_table.stride(),
@@ -332,9 +346,9 @@ def attention_plan(
         owners,
         segments,
         num_rows,
-        PAGE_SIZE=page_size,
-        SEGMENT_PAGES=shape.segment_pages,
-        TILE_TOKENS=shape.tile_tokens,
+        page_size=page_size,
+        segment_pages=shape.segment_pages,
+        tile_tokens=shape.tile_tokens,
         **rows,
     )
     _pieces_kernel[(1,)](
@@ -347,13 +361,13 @@ def attention_plan(
         plan.counts,
         num_rows,
         max_segments,
-        SEGMENT_KEYS=shape.segment_pages * page_size,
-        TILE_TOKENS=shape.tile_tokens,
-        MAX_PIECES=max_pieces,
-        TARGET_TILES=shape.target_tiles,
-        MIN_SEGMENTS=shape.min_segments,
-        BLOCK_PIECES=triton.next_power_of_2(max_pieces),
-        BLOCK_SEGMENTS=triton.next_power_of_2(max_segments),
+        segment_keys=shape.segment_pages * page_size,
+        tile_tokens=shape.tile_tokens,
+        max_pieces=max_pieces,
+        target_tiles=shape.target_tiles,
+        min_segments=shape.min_segments,
+        BLOCK_PIECES=max(32, triton.next_power_of_2(max_pieces)),
+        BLOCK_SEGMENTS=max(64, triton.next_power_of_2(max_segments)),
         **rows,
     )
     _tiles_kernel[(max_pieces,)](
@@ -368,7 +382,7 @@ def attention_plan(
         num_rows,
         num_tokens,
         plan.tiles.shape[0],
-        TILE_TOKENS=shape.tile_tokens,
+        tile_tokens=shape.tile_tokens,
         BLOCK_TOKENS=_BLOCK_TOKENS,
         **rows,
     )

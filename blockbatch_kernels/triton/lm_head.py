@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def _highest(logit, token):
     return tl.where(any_nan, float("nan"), top), top_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "first_block", "suppress_token", "probe_stride"])
 def _reduce_kernel(
     logits,  # [predictions, num_columns], contiguous: of the tokens from first_token on
     probe_tokens,  # [predictions]
@@ -89,6 +90,7 @@ def _combine_kernel(
         tl.store(probe_out + row, tl.exp(logit - top) / denominator)
 
 
+@on_device_of_first
 def lm_head_confidence(
     hidden: Tensor, weight: Tensor, *, probe_tokens: Tensor | None = None, suppress_token: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
@@ -41,6 +42,7 @@ def _rms_norm_kernel(
     tl.store(out + token * dim + column, (normed * factor).to(value.dtype), mask=inside)
 
 
+@on_device_of_first
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Tensor:
     tokens, dim = x.shape
     out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels.structs import BranchState, PackedQueries, StepPlan
-from blockbatch_kernels.triton.rows import CHUNK, SIZES, check_contiguous, device_of, state_tensors
+from blockbatch_kernels.triton.rows import CHUNK, check_contiguous, device_of, kernel, state_tensors
 
 _BLOCK = 256
 
@@ -91,7 +91,7 @@ def _predicting(
     return wanted & (query >= start) & (query < end) & (index < capacity), index
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _count_kernel(
     state,
     plan,
@@ -110,7 +110,7 @@ def _count_kernel(
     tl.store(prediction_counts + row, tl.sum(wanted.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _pack_kernel(
     state,
     plan,

@@ -61,8 +61,8 @@ def copy_pages(
     kv_cache: Tensor, page_table: Tensor, write_start: Tensor, write_end: Tensor, *, num_branches: int
 ) -> None:
     layers, sides, _, page_size, num_kv_heads, head_dim = kv_cache.shape
-    layer_stride, side_stride, page_stride, *within_page = kv_cache.stride()
-    if tuple(within_page) != (num_kv_heads * head_dim, head_dim, 1):
+    layer_stride, side_stride, page_stride = kv_cache.stride()[:3]
+    if not kv_cache[:1, :1, :1].is_contiguous():
         raise ValueError(
             "kv_cache: expected contiguous pages for the triton backend, got strides "
             f"{list(kv_cache.stride())}"

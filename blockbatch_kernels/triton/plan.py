@@ -14,12 +14,12 @@ from blockbatch_kernels.structs import (
 )
 from blockbatch_kernels.triton.rows import (
     CHUNK,
-    SIZES,
     any_of,
     check_contiguous,
     device_of,
     in_window,
     is_eos,
+    kernel,
     load_tokens,
     pick,
     state_tensors,
@@ -65,7 +65,7 @@ def write_plan(
         )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _plan_kernel(
     state,
     plan,

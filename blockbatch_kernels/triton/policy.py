@@ -20,7 +20,6 @@ from blockbatch_kernels.structs import (
 from blockbatch_kernels.triton.commit import near_anchors, scheduled, sure
 from blockbatch_kernels.triton.plan import BLOCK, INIT, REFRESH, write_plan
 from blockbatch_kernels.triton.rows import (
-    SIZES,
     any_of,
     as_key,
     check_contiguous,
@@ -28,6 +27,7 @@ from blockbatch_kernels.triton.rows import (
     first_true,
     in_window,
     is_eos,
+    kernel,
     load_tokens,
     pick,
     state_tensors,
@@ -94,7 +94,7 @@ def decode_policy(
     return out
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, BLOCK_SIZE: tl.constexpr):
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
@@ -106,7 +106,7 @@ def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, 
         tl.store(probe + target, value, mask=given)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _policy_kernel(
     state,
     source_row,

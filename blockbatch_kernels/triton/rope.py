@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def _rope_kv_write_kernel(
         tl.store(target + half * v_cache_strides[3], tl.load(pointer, mask=inside, other=0.0), mask=inside)
 
 
+@on_device_of_first
 def rope_kv_write(
     q: Tensor,
     k: Tensor,

@@ -16,23 +16,27 @@ from blockbatch_kernels.structs import BranchState
 
 StateTensors = namedtuple("StateTensors", [field.name for field in fields(BranchState)])
 
+# A kernel is compiled once for all batches: neither for these sizes nor for the alignment of these records.
+kernel = triton.jit(
+    do_not_specialize=(
+        "num_requests",
+        "num_rows",
+        "num_branches",
+        "gen_length",
+        "max_prompt",
+        "num_predictions",
+        "capacity",
+        "predict_capacity",
+    ),
+    do_not_specialize_on_alignment=("state", "plan", "predictions", "events", "packed", "page_table")
+    + ("source_row", "flags", "next_flags"),
+)
+
 # In padding columns: no token id.
 _NO_TOKEN = tl.constexpr(-1)
 
 # Requests or rows that a program looks through at a time.
 CHUNK = tl.constexpr(128)
-
-# Arguments that change from batch to batch: a kernel is compiled once for all their values.
-SIZES = (
-    "num_requests",
-    "num_rows",
-    "num_branches",
-    "gen_length",
-    "max_prompt",
-    "num_predictions",
-    "capacity",
-    "predict_capacity",
-)
 
 # Elements of a tile that a warp works on: 8 a thread, which keeps a dozen tiles in registers.
 _ELEMENTS_PER_WARP = 256

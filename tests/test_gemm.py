@@ -1,0 +1,251 @@
+"""Products with the weights: which tile serves a shape, what the extension refuses, and results on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blockbatch_kernels import cuda, reference, tuning
+from blockbatch_kernels.cuda import gemm
+
+DTYPES = [torch.bfloat16, torch.float16]
+TILES = [(tile, False) for tile in tuning.LINEAR_TILES] + [(tile, True) for tile in tuning.GATED_TILES]
+
+
+def name_of(value):
+    if isinstance(value, tuning.LinearTile):
+        return f"tokens{value.tokens}rows{value.rows}splits{value.splits}"
+    return str(value)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_tile_has_room_for_the_tokens_it_serves(gated):
+    tiles = tuning.GATED_TILES if gated else tuning.LINEAR_TILES
+    served = set()
+    for num_tokens in range(0, 300):
+        for out_features in (4096, 4608, 12288, 24576, 126464):
+            for in_features in (3584, 4096, 12288):
+                tile = tuning.linear_tile(num_tokens, out_features, in_features, gated=gated)
+                if tile is not None:
+                    assert 0 < num_tokens <= tile.tokens
+                    served.add(tile)
+    assert served == set(tiles)  # nothing is compiled that nobody uses
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "out_features", "in_features"),
+    [(0, 4096, 4096), (257, 24576, 4096), (8, 4097, 4096), (8, 4096, 4100), (8, 256, 4096)],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shapes_without_a_tile(num_tokens, out_features, in_features, gated):
+    assert tuning.linear_tile(num_tokens, out_features, in_features, gated=gated) is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_reference(bias):
+    x, weight, b = torch.randn(5, 24), torch.randn(32, 24), torch.randn(32) if bias else None
+    truth = x.double() @ weight.double().T + (b.double() if bias else 0)
+    torch.testing.assert_close(reference.linear(x, weight, b).double(), truth, rtol=1e-5, atol=1e-5)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    torch.testing.assert_close(
+        reference.linear_swiglu(x, weight).double(), F.silu(gate) * up, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.fixture
+def arguments():
+    # Never launched: each test makes one of them wrong.
+    tile = tuning.LINEAR_TILES[0]
+    return dict(
+        x=0,
+        weight=0,
+        bias=0,
+        out=0,
+        num_tokens=tile.tokens,
+        in_features=64,
+        out_features=64,
+        x_row_stride=64,
+        weight_row_stride=64,
+        out_row_stride=64,
+        gated=False,
+        dtype=2,
+        tile_tokens=tile.tokens,
+        tile_rows=tile.rows,
+        cluster_n=tile.cluster_n,
+        splits=tile.splits,
+        static_weight=False,
+        programmatic=False,
+        device=0,
+        stream=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("num_tokens", -1, "linear: num_tokens: expected at least 0, got -1"),
+        ("num_tokens", 1000, "linear: num_tokens: expected at most the tile's"),
+        ("in_features", 0, "linear: in_features: expected at least 1, got 0"),
+        ("in_features", 60, "linear: in_features: expected a multiple of 8, got 60"),
+        ("out_features", -8, "linear: out_features: expected at least 0, got -8"),
+        ("out_features", 63, "linear: out_features: expected a multiple of 8, got 63"),
+        ("x", 2, "linear: x: expected rows aligned to 16 bytes, got .* 2 bytes past"),
+        ("weight_row_stride", 65, "linear: weight: expected rows aligned to 16 bytes, got a row stride of 65"),
+        ("out", 8, "linear: out: expected rows aligned to 16 bytes"),
+        ("dtype", 0, "linear: dtype: expected code 1 or 2, got 0"),
+        ("tile_rows", 65, "linear: tile: expected a compiled one, got tokens"),
+        ("splits", 7, "linear: tile: expected a compiled one, got tokens .* splits 7"),
+    ],
+)
+def test_wrong_arguments_raise(arguments, argument, value, message):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    with pytest.raises(ValueError, match=message):
+        extension.gemm(**{**arguments, argument: value})
+
+
+def test_a_bias_with_gates_raises(arguments):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    with pytest.raises(ValueError, match="linear: bias: expected none with gated, got one"):
+        extension.gemm(**{**arguments, "gated": True, "bias": 16})
+
+
+@pytest.fixture
+def sm90():
+    assert cuda.why_unavailable() is None
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for sm_90")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Outputs start as NaN, so that an element that nobody writes is seen."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(tensor, *size, **options):
+        return empty(tensor, *size, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def random_arguments(num_tokens, out_features, in_features, dtype, *, bias=False, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed + 1000 * num_tokens + out_features + in_features)
+
+    def randn(*size):
+        return torch.randn(*size, device="cuda", generator=generator)
+
+    x = randn(num_tokens, in_features).to(dtype)
+    weight = (randn(out_features, in_features) * in_features**-0.5).to(dtype)
+    return x, weight, randn(out_features).to(dtype) if bias else None
+
+
+def compare(x, weight, bias, gated, result):
+    """Ours errs at most twice as much as torch in the same dtype, plus a rounding, against fp64."""
+    truth = x.double() @ weight.double().T
+    if gated:
+        gate, up = truth.chunk(2, dim=-1)
+        truth = F.silu(gate) * up
+        by_torch = reference.linear_swiglu(x, weight)
+    else:
+        truth = truth if bias is None else truth + bias.double()
+        by_torch = F.linear(x, weight, bias)
+    rounding = torch.finfo(x.dtype).eps * truth.abs().max()
+    assert result.dtype == x.dtype and result.shape == by_torch.shape
+    error = (result.double() - truth).abs().max()  # NaN, and so a failure, where an element was left out
+    assert error <= 2 * (by_torch.double() - truth).abs().max() + rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tile", "gated"), TILES, ids=name_of)
+def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
+    # Full, nearly full and nearly empty tiles; features that fill no tile, no block of K and no split evenly.
+    cases = [
+        (tile.tokens, 1536, 1024),
+        (tile.tokens - 4, 3600, 4096),
+        (1, 16, 8),
+        (min(7, tile.tokens), 1040, 1224),
+        (tile.tokens - 9, 2064, 72),
+    ]
+    for num_tokens, out_features, in_features in cases:
+        for bias in (False, True) if not gated else (False,):
+            for static_weight in (False, True):
+                x, weight, b = random_arguments(num_tokens, out_features, in_features, dtype, bias=bias)
+                torch.cuda.synchronize()
+                result = gemm._gemm(x, weight, b, tile, gated=gated, static_weight=static_weight)
+                compare(x, weight, b, gated, result)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tile", "gated"), TILES, ids=name_of)
+def test_a_token_does_not_depend_on_the_others(sm90, tile, gated):
+    x, weight, _ = random_arguments(tile.tokens, 1536, 2048, torch.bfloat16)
+    whole = gemm._gemm(x, weight, None, tile, gated=gated, static_weight=False)
+    for _ in range(3):
+        again = gemm._gemm(x, weight, None, tile, gated=gated, static_weight=False)
+        assert torch.equal(again, whole)
+    part = gemm._gemm(x[3 : tile.tokens - 4], weight, None, tile, gated=gated, static_weight=False)
+    assert torch.equal(part, whole[3 : tile.tokens - 4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 8, 33, 100, 160, 252, 256, 257])
+def test_linear_and_linear_swiglu(sm90, poison, num_tokens, dtype):
+    for out_features, in_features in ((4608, 3584), (12288, 512), (264, 136), (30, 50)):
+        x, weight, bias = random_arguments(num_tokens, out_features, in_features, dtype, bias=True)
+        if num_tokens == 0:
+            assert cuda.linear(x, weight).shape == (0, out_features)
+            assert cuda.linear_swiglu(x, weight).shape == (0, out_features // 2)
+            continue
+        compare(x, weight, bias, False, cuda.linear(x, weight, bias))
+        compare(x, weight, None, True, cuda.linear_swiglu(x, weight))
+
+
+@pytest.mark.gpu
+def test_any_layout(sm90):
+    x, weight, _ = random_arguments(40, 4096, 1024, torch.bfloat16)
+    expected, expected_gated = cuda.linear(x, weight), cuda.linear_swiglu(x, weight)
+    wide = torch.randn(40, 1100, device="cuda").bfloat16()
+    for offset in (0, 3, 8):  # rows at odd addresses are copied first
+        wide[:, offset : offset + 1024] = x
+        assert torch.equal(cuda.linear(wide[:, offset : offset + 1024], weight), expected)
+    assert torch.equal(cuda.linear(x.t().contiguous().t(), weight), expected)
+    assert torch.equal(cuda.linear(x[:1].expand(40, -1), weight), expected[:1].expand(40, -1))
+    padded = torch.zeros(4096, 1032, device="cuda", dtype=torch.bfloat16)
+    padded[:, :1024] = weight
+    assert torch.equal(cuda.linear_swiglu(x, padded[:, :1024]), expected_gated)
+    assert torch.equal(cuda.linear(x, padded[:, :1024]), expected)
+    compare(x, weight, None, False, cuda.linear(x, weight.t().contiguous().t()))  # through torch
+    padded[:, 1:1025] = weight
+    compare(x, weight, None, True, cuda.linear_swiglu(x, padded[:, 1:1025]))
+
+
+@pytest.mark.gpu
+def test_a_chain_in_a_graph_waits_for_what_it_reads(sm90):
+    # Each product reads what the kernel just before it writes, while the weights are read ahead.
+    sizes = [(4096, 1024), (2048, 4096), (8192, 2048), (1024, 4096)]
+    for num_tokens in (16, 60, 128, 180, 252):
+        weights = [
+            random_arguments(1, n, k, torch.bfloat16, seed=i)[1] for i, (n, k) in enumerate(sizes)
+        ]
+        x = torch.zeros(num_tokens, 1024, device="cuda", dtype=torch.bfloat16)
+
+        def chain(linear, linear_swiglu, y, **static):
+            y = linear(y, weights[0], **static)
+            y = linear(y, weights[1], **static)
+            y = linear_swiglu(y, weights[2], **static)
+            return linear(y * 2, weights[3], **static)
+
+        chain(cuda.linear, cuda.linear_swiglu, x, static_weight=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = chain(cuda.linear, cuda.linear_swiglu, x, static_weight=True)
+        for seed in range(3):
+            x.copy_(random_arguments(num_tokens, 8, 1024, torch.bfloat16, seed=seed)[0])
+            graph.replay()
+            expected = chain(reference.linear, reference.linear_swiglu, x.float())
+            eager = chain(cuda.linear, cuda.linear_swiglu, x)
+            assert torch.equal(out, eager)
+            by_torch = chain(reference.linear, reference.linear_swiglu, x)
+            error = (out.float() - expected).abs().max()
+            assert error <= 2 * (by_torch.float() - expected).abs().max() + 0.01
