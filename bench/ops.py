@@ -14,7 +14,6 @@ give the same integers as the reference; a version that does not ends the run wi
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ import state_op_cases
 import torch
 from op_cases import Case, Outputs
 from random_models import DTYPES, SHAPES
-from timing import as_graph, ceilings, device_of, event_ms, parser, rounded, write_report
+from timing import as_graph, ceilings, clean, device_of, event_ms, parser, rounded, write_report
 from verify import Wrong, relative_error
 
 _OURS = ("cuda", "triton", "reference")
@@ -188,9 +187,7 @@ def main() -> None:
             line = measure(make(), device, dtype, limits, options.repeats)
             lines.append(rounded(line))
             print(f"{name} {show(line)}", flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            clean(device)
         models[name] = lines
     write_report(options, device, ceilings=limits, models=models)
 

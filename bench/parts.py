@@ -21,9 +21,12 @@ class Kernel(NamedTuple):
 
 
 def record(run: Callable[[], Any], device: torch.device) -> list[Kernel]:
-    """The kernels and copies of one call of `run`, by start."""
+    """The kernels and copies of one call of `run`, by start.
+
+    Once the profiler has run, launches take longer in the rest of the process: measure other things first.
+    """
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         run()
         torch.cuda.synchronize(device)
     kernels = [

@@ -18,7 +18,6 @@ A line is measured after its step passed the checks of verify.py; one that fails
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from eager import EagerModel
 from random_models import DTYPES, product_bytes, random_model, step_flops
 from timing import (
     ceilings,
+    clean,
     device_of,
     event_ms,
     parser,
@@ -99,13 +99,25 @@ def host_ms(case: StepCase, steps: int) -> float | None:
     return (elapsed - sum(start.elapsed_time(end) for start, end in spans)) / steps
 
 
-def eager_ms(case: StepCase, gen_length: int) -> float:
+def eager_ms(case: StepCase) -> float:
     """Clock time of the step in plain torch, from the same state."""
+    gen_length = case.batch.state.gen_length
     eager = StepCase(
         EagerModel(case.model), case.method.block_sizes, case.canvas_length - gen_length, gen_length
     )
     check_eager(case, eager)
     return wall_ms(eager.run_and_wait, case.model.device, 3, eager.restore)
+
+
+def make_case(model: Model, tokens: int, length: int, pages: str) -> StepCase:
+    gen_length = min(256, length // 2)
+    case = StepCase(
+        model, BLOCK_SIZES[tokens], length - gen_length, gen_length, separate_pages=pages == "separate"
+    )
+    if case.tokens != tokens:
+        raise SystemExit(f"expected a step of {tokens} packed tokens, got {case.tokens}")
+    case.run()  # the first run of a size captures it
+    return case
 
 
 def measure(
@@ -119,14 +131,8 @@ def measure(
     reference_error: float | None,
     repeats: int,
 ) -> dict:
-    gen_length = min(256, length // 2)
-    case = StepCase(
-        model, BLOCK_SIZES[tokens], length - gen_length, gen_length, separate_pages=pages == "separate"
-    )
-    if case.tokens != tokens:
-        raise SystemExit(f"expected a step of {tokens} packed tokens, got {case.tokens}")
-    device, on_gpu = model.device, model.device.type == "cuda"
-    case.run()  # the first run of a size captures it
+    begun = time.perf_counter()
+    case, device = make_case(model, tokens, length, pages), model.device
     checks = check_step(case, reference_error)
 
     ours, spread = twice(lambda: event_ms(case.run, device, repeats, case.restore))
@@ -151,51 +157,50 @@ def measure(
     line["floor_bytes_ms"] = needed_bytes / limits["copy_gb_per_s"] / 1e6
     line["floor_flop_ms"] = needed_flops / limits["matmul_tflops"] / 1e9
     line["floor_ms"] = max(line["floor_bytes_ms"], line["floor_flop_ms"])
-    if on_gpu:
-        case.restore()
-        kernels = parts.record(case.run, device)
-        line["parts_ms"] = parts.split(kernels, model.spec.num_layers)
-        line["launches"] = len(kernels)
-        if (tokens, length) in QUICK:
-            line["kernels"] = parts.by_name(kernels)
-    line["eager_ms"] = eager_ms(case, gen_length)
+    line["eager_ms"] = eager_ms(case)
     line["checks"] = checks
+    line["seconds"] = time.perf_counter() - begun
     return line
 
 
+def add_parts(model: Model, line: dict) -> None:
+    """Adds the time of each part of the line's step."""
+    case = make_case(model, line["tokens"], line["length"], line["pages"])
+    case.restore()
+    kernels = parts.record(case.run, model.device)
+    line["parts_ms"] = rounded(parts.split(kernels, model.spec.num_layers))
+    line["launches"] = len(kernels)
+    if (line["tokens"], line["length"]) in QUICK:
+        line["kernels"] = parts.by_name(kernels)
+
+
 def show(line: dict) -> str:
-    text = (
-        f"{line['model']:11} {line['tokens']:5} tokens, L {line['length']:5}, {line['pages']:8}"
-        f" ours {line['ours_ms']:8.3f} ms (+-{line['ours_spread']:.1%}), host +{line['host_ms'] or 0.0:.3f},"
-        f" products {line['products_ms']:8.3f}, floor {line['floor_ms']:8.3f}, eager {line['eager_ms']:8.1f}"
+    return (
+        f"{name_of(line)} ours {line['ours_ms']:8.3f} ms (+-{line['ours_spread']:.1%}),"
+        f" host +{line['host_ms'] or 0.0:.3f}, products {line['products_ms']:8.3f},"
+        f" floor {line['floor_ms']:8.3f}, eager {line['eager_ms']:8.1f} ({line['seconds']:.1f} s)"
     )
-    if "parts_ms" in line:
-        text += " | " + ", ".join(f"{name} {value:.3f}" for name, value in line["parts_ms"].items())
-    return text
+
+
+def name_of(line: dict) -> str:
+    return f"{line['model']:11} {line['tokens']:5} tokens, L {line['length']:5}, {line['pages']:8}"
 
 
 def targets(lines: list[dict]) -> list[dict]:
     """The step that this package is made for beside what it is to reach, as far as it was measured."""
     found = []
     for line in lines:
-        if (line["model"], line["tokens"], line["length"]) != (
-            "llada-8b",
-            252,
-            1280,
-        ) or "parts_ms" not in line:
+        measured = line["model"], line["tokens"], line["length"]
+        if measured != ("llada-8b", 252, 1280) or "parts_ms" not in line:
             continue
         step, parts_ms = f"252 tokens, 1280 positions, {line['pages']} pages", line["parts_ms"]
+        attention = 0.7 if line["pages"] == "shared" else 1.5
+        around = parts_ms["around_the_model"] + (line["host_ms"] or 0.0)
         found += [
             target(f"{step}: ms", line["ours_ms"], 8.0),
             target(f"{step}: times its products", line["over_products"], 1.15),
-            target(
-                f"{step}: attention, ms", parts_ms["attention"], 0.7 if line["pages"] == "shared" else 1.5
-            ),
-            target(
-                f"{step}: around the model, ms",
-                parts_ms["around_the_model"] + (line["host_ms"] or 0.0),
-                0.15,
-            ),
+            target(f"{step}: attention, ms", parts_ms["attention"], attention),
+            target(f"{step}: around the model, ms", around, 0.15),
         ]
     return found
 
@@ -211,6 +216,7 @@ def main() -> None:
     limits = ceilings(device, DTYPES[options.dtype])
     print(limits, flush=True)
     begun, lines = time.perf_counter(), []
+    # Times first: once the profiler has run, launches take longer.
     for name in options.shapes:
         model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
         alone: dict[int, Callable[[], Any]] = {}
@@ -234,10 +240,18 @@ def main() -> None:
                 reference_error = line["checks"].get("reference_hidden_error", reference_error)
                 lines.append(rounded(line))
                 print(show(line), flush=True)
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                clean(device)
         del model, alone
+    for name in options.shapes if device.type == "cuda" else ():
+        clean(device)
+        model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
+        for line in lines:
+            if line["model"] == name:
+                add_parts(model, line)
+                times = ", ".join(f"{part} {value:.3f}" for part, value in line["parts_ms"].items())
+                print(f"{name_of(line)} {times}", flush=True)
+                clean(device)
+        del model
     write_report(
         options,
         device,

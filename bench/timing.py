@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -67,7 +68,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def as_graph(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """`run` as a CUDA graph; on a CPU `run` itself."""
+    """`run` as a CUDA graph, after one call; on a CPU `run` itself."""
     run()
     if device.type != "cuda":
         return run
@@ -79,8 +80,15 @@ def as_graph(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     def replay() -> None:
         graph.replay()
 
-    replay.kept = kept  # outputs live in the graph's memory
+    replay.kept = run, kept  # the graph holds addresses alone
     return replay
+
+
+def clean(device: torch.device) -> None:
+    """Gives the memory of what is no longer used back to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

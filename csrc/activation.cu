@@ -2,13 +2,14 @@
 // row as the joint gate/up product leaves them. Bound by memory traffic: every element is read or written
 // once, in 16-byte vectors where addresses and sizes allow it.
 #include "activation.h"
-#include "launch.cuh"
+#include "common.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr char kOp[] = "swiglu";
 constexpr int kThreads = 256;
+constexpr int kVecs = 2;  // of gate and of up that a thread has in flight
 constexpr int64_t kMaxGridY = 65535;
 
 // For gate -> -inf the quotient goes to -0 without overflow in between.
@@ -30,10 +31,8 @@ __device__ __forceinline__ float silu_mul<float>(float gate, float up) {
 
 // Rows of whole, aligned vectors. blockIdx.x is the token; blockIdx.y and the threads walk along its row,
 // kVecs vectors of gate and of up at a time, all asked for before the first is used.
-template <typename T, int kVecs>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams params) {
-  prefetch_to_l2(params.prefetch);
-  wait_for_predecessors();
   const int64_t token = blockIdx.x;
   const int64_t num_vecs = params.intermediate_size / Vec<T>::kSize;
   const auto* gate = reinterpret_cast<const Vec<T>*>(static_cast<const T*>(params.gate_up) +
@@ -68,8 +67,6 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams params) {
 // against `gate`.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) swiglu_any_kernel(SwigluParams params) {
-  prefetch_to_l2(params.prefetch);
-  wait_for_predecessors();
   const int64_t token = blockIdx.x;
   const T* gate = static_cast<const T*>(params.gate_up) + token * params.gate_up_row_stride;
   const T* up = gate + params.intermediate_size;
@@ -96,32 +93,27 @@ dim3 grid_of(const SwigluParams& params, int64_t block_elements) {
               static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY));
 }
 
-template <typename T, int kVecs>
-void launch_swiglu(const SwigluParams& params, bool programmatic, const Launch& launch) {
+template <typename T>
+void launch_swiglu(const SwigluParams& params, const Launch& launch) {
   if (is_vectorized<T>(params)) {
     const dim3 grid = grid_of(params, kThreads * kVecs * Vec<T>::kSize);
-    return launch_kernel<swiglu_kernel<T, kVecs>>(grid, kThreads, launch, programmatic, kOp, params);
+    swiglu_kernel<T><<<grid, kThreads, 0, launch.stream>>>(params);
+    return;
   }
-  launch_kernel<swiglu_any_kernel<T>>(grid_of(params, kThreads), kThreads, launch, programmatic, kOp, params);
+  swiglu_any_kernel<T><<<grid_of(params, kThreads), kThreads, 0, launch.stream>>>(params);
 }
 
 }  // namespace
 
-void swiglu(const SwigluParams& params, int vecs_per_thread, bool programmatic, const Launch& launch) {
+void swiglu(const SwigluParams& params, const Launch& launch) {
   check_at_least(kOp, "num_tokens", params.num_tokens, 0);
   check_at_least(kOp, "intermediate_size", params.intermediate_size, 0);
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     using T = decltype(zero);
     if (params.num_tokens == 0 || params.intermediate_size == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
-    switch (vecs_per_thread) {
-      case 1:
-        return launch_swiglu<T, 1>(params, programmatic, launch);
-      case 2:
-        return launch_swiglu<T, 2>(params, programmatic, launch);
-      default:
-        return launch_swiglu<T, 3>(params, programmatic, launch);
-    }
+    launch_swiglu<T>(params, launch);
+    check_launch(kOp);
   });
 }
 

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "params.h"
-#include "prefetch.h"
 
 namespace bbk {
 
@@ -14,9 +13,8 @@ struct SwigluParams {
   int64_t gate_up_row_stride;  // from a token's first element to the next token's
   int64_t out_row_stride;
   DType dtype;  // of both tensors
-  Prefetch prefetch;
 };
 
-void swiglu(const SwigluParams& params, int vecs_per_thread, bool programmatic, const Launch& launch);
+void swiglu(const SwigluParams& params, const Launch& launch);
 
 }  // namespace bbk

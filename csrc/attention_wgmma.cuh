@@ -54,6 +54,17 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
+// Warpgroups trade registers: all of its warps call one of these.
+template <int kNumber>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kNumber));
+}
+
+template <int kNumber>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kNumber));
+}
+
 // Between registers written by ordinary instructions and products that use them.
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 

@@ -8,8 +8,8 @@ namespace {
 
 void launch_lm_head_reduce(uintptr_t logits, uintptr_t probe_tokens, uintptr_t partials, int64_t num_rows,
                            int64_t num_tokens, int64_t row_stride, int64_t first_token,
-                           int64_t suppress_token, int64_t num_pieces, int dtype, bool programmatic,
-                           int device, uintptr_t stream) {
+                           int64_t suppress_token, int64_t num_pieces, int dtype, int device,
+                           uintptr_t stream) {
   const LmHeadReduceParams params{reinterpret_cast<const void*>(logits),
                                   reinterpret_cast<const int32_t*>(probe_tokens),
                                   reinterpret_cast<LmHeadPartial*>(partials),
@@ -20,13 +20,12 @@ void launch_lm_head_reduce(uintptr_t logits, uintptr_t probe_tokens, uintptr_t p
                                   suppress_token,
                                   num_pieces,
                                   static_cast<DType>(dtype)};
-  lm_head_reduce(params, programmatic, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+  lm_head_reduce(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 void launch_lm_head_finish(uintptr_t partials, uintptr_t probe_tokens, uintptr_t top_token,
                            uintptr_t confidence, uintptr_t probe_probability, int64_t num_rows,
-                           int64_t num_pieces, int64_t vocab_size, bool programmatic, int device,
-                           uintptr_t stream) {
+                           int64_t num_pieces, int64_t vocab_size, int device, uintptr_t stream) {
   const LmHeadFinishParams params{reinterpret_cast<const LmHeadPartial*>(partials),
                                   reinterpret_cast<const int32_t*>(probe_tokens),
                                   reinterpret_cast<int32_t*>(top_token),
@@ -35,7 +34,7 @@ void launch_lm_head_finish(uintptr_t partials, uintptr_t probe_tokens, uintptr_t
                                   num_rows,
                                   num_pieces,
                                   vocab_size};
-  lm_head_finish(params, programmatic, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+  lm_head_finish(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -45,11 +44,10 @@ void bind_lm_head(py::module_& module) {
   module.def("lm_head_reduce", &launch_lm_head_reduce, py::arg("logits"), py::arg("probe_tokens"),
              py::arg("partials"), py::arg("num_rows"), py::arg("num_tokens"), py::arg("row_stride"),
              py::arg("first_token"), py::arg("suppress_token"), py::arg("num_pieces"), py::arg("dtype"),
-             py::arg("programmatic"), py::arg("device"), py::arg("stream"));
+             py::arg("device"), py::arg("stream"));
   module.def("lm_head_finish", &launch_lm_head_finish, py::arg("partials"), py::arg("probe_tokens"),
              py::arg("top_token"), py::arg("confidence"), py::arg("probe_probability"), py::arg("num_rows"),
-             py::arg("num_pieces"), py::arg("vocab_size"), py::arg("programmatic"), py::arg("device"),
-             py::arg("stream"));
+             py::arg("num_pieces"), py::arg("vocab_size"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace bbk

@@ -8,9 +8,10 @@ namespace py = pybind11;
 namespace bbk {
 namespace {
 
-using Heads = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
-using Cache =
-    std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, page stride, token stride, head stride
+using Heads = std::tuple<uintptr_t, int64_t,
+                         int64_t>;  // address, token stride, head stride
+using Cache = std::tuple<uintptr_t, int64_t, int64_t,
+                         int64_t>;  // address, page stride, token stride, head stride
 
 HeadsView heads_view(const Heads& heads) {
   return HeadsView{reinterpret_cast<void*>(std::get<0>(heads)), std::get<1>(heads), std::get<2>(heads)};
@@ -25,9 +26,7 @@ void launch_rope_kv_write(const Heads& q, const Heads& k, const Heads& v, const 
                           const Cache& v_cache, uintptr_t positions, uintptr_t slots, uintptr_t cos,
                           uintptr_t sin, int64_t cos_row_stride, int64_t sin_row_stride, int64_t num_tokens,
                           int64_t num_positions, int64_t num_pages, int64_t page_size, int num_heads,
-                          int num_kv_heads, int head_dim, int dtype, int heads_per_thread, int programmatic,
-                          uintptr_t prefetch, int64_t prefetch_rows, int64_t prefetch_row_stride,
-                          int64_t prefetch_row_bytes, int device, uintptr_t stream) {
+                          int num_kv_heads, int head_dim, int dtype, int device, uintptr_t stream) {
   const RopeKvWriteParams params{heads_view(q),
                                  heads_view(k),
                                  heads_view(v),
@@ -46,11 +45,8 @@ void launch_rope_kv_write(const Heads& q, const Heads& k, const Heads& v, const 
                                  num_heads,
                                  num_kv_heads,
                                  head_dim,
-                                 static_cast<DType>(dtype),
-                                 Prefetch{reinterpret_cast<const void*>(prefetch), prefetch_rows,
-                                          prefetch_row_stride, prefetch_row_bytes, programmatic == 2}};
-  rope_kv_write(params, heads_per_thread, programmatic > 0,
-                Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+                                 static_cast<DType>(dtype)};
+  rope_kv_write(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -60,9 +56,7 @@ void bind_rope(py::module_& module) {
              py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("cos"),
              py::arg("sin"), py::arg("cos_row_stride"), py::arg("sin_row_stride"), py::arg("num_tokens"),
              py::arg("num_positions"), py::arg("num_pages"), py::arg("page_size"), py::arg("num_heads"),
-             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("heads_per_thread"),
-             py::arg("programmatic"), py::arg("prefetch"), py::arg("prefetch_rows"),
-             py::arg("prefetch_row_stride"), py::arg("prefetch_row_bytes"), py::arg("device"),
+             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("device"),
              py::arg("stream"));
 }
 

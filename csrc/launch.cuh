@@ -6,25 +6,8 @@
 #include <atomic>
 
 #include "common.cuh"
-#include "prefetch.h"
 
 namespace bbk {
-
-// Called by all threads; the blocks of the grid share the bytes.
-__device__ __forceinline__ void prefetch_to_l2(const Prefetch& prefetch) {
-#if __CUDA_ARCH__ >= 900
-  if (prefetch.trigger) asm volatile("griddepcontrol.launch_dependents;");
-  if (threadIdx.x >= 32) return;
-  const int64_t num_blocks = static_cast<int64_t>(gridDim.x) * gridDim.y;
-  const int64_t block = blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x;
-  for (int64_t row = threadIdx.x * num_blocks + block; row < prefetch.rows; row += 32 * num_blocks) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(
-                     static_cast<const char*>(prefetch.data) + row * prefetch.row_stride)),
-                 "r"(static_cast<uint32_t>(prefetch.row_bytes))
-                 : "memory");
-  }
-#endif
-}
 
 // Every thread of a kernel launched by `launch` calls this before it touches memory or returns: a grid that
 // ends without having waited would let its own successor start before its predecessor is done.

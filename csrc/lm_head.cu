@@ -5,7 +5,7 @@
 // A NaN counts as the highest logit, as torch's argmax has it; the row's probabilities are then NaN.
 #include <climits>
 
-#include "launch.cuh"
+#include "common.cuh"
 #include "lm_head.h"
 
 namespace bbk {
@@ -101,7 +101,6 @@ __device__ __forceinline__ float sum_of(const float (&values)[kSize]) {
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduceParams params) {
-  wait_for_predecessors();
   using Reader = PieceReader<T, kAligned>;
   const int64_t pieces = (params.num_tokens + kLmHeadPieceTokens - 1) / kLmHeadPieceTokens;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -193,7 +192,6 @@ __device__ __forceinline__ void merge(LmHeadPartial& into, float highest, float 
 }
 
 __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinishParams params) {
-  wait_for_predecessors();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= params.num_rows) return;
   const LmHeadPartial* partials = params.partials + row * params.num_pieces;
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinis
 
 }  // namespace
 
-void lm_head_reduce(const LmHeadReduceParams& params, bool programmatic, const Launch& launch) {
+void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch) {
   check_at_least(kReduceOp, "num_rows", params.num_rows, 0);
   check_at_least(kReduceOp, "num_tokens", params.num_tokens, 0);
   check_at_least(kReduceOp, "num_pieces", params.num_pieces,
@@ -243,23 +241,22 @@ void lm_head_reduce(const LmHeadReduceParams& params, bool programmatic, const L
     const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % sizeof(Vec<T>) == 0 &&
                          params.row_stride % Vec<T>::kSize == 0;
     if (aligned) {
-      launch_kernel<lm_head_reduce_kernel<T, true>>(grid, kWarps * 32, launch, programmatic, kReduceOp,
-                                                    params);
+      lm_head_reduce_kernel<T, true><<<grid, kWarps * 32, 0, launch.stream>>>(params);
     } else {
-      launch_kernel<lm_head_reduce_kernel<T, false>>(grid, kWarps * 32, launch, programmatic, kReduceOp,
-                                                     params);
+      lm_head_reduce_kernel<T, false><<<grid, kWarps * 32, 0, launch.stream>>>(params);
     }
+    check_launch(kReduceOp);
   });
 }
 
-void lm_head_finish(const LmHeadFinishParams& params, bool programmatic, const Launch& launch) {
+void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch) {
   check_at_least(kFinishOp, "num_rows", params.num_rows, 0);
   check_at_least(kFinishOp, "num_pieces", params.num_pieces, 1);
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kFinishOp);
-  launch_kernel<lm_head_finish_kernel>(
-      dim3(static_cast<unsigned>(ceil_div<int64_t>(params.num_rows, kWarps))), kWarps * 32, launch,
-      programmatic, kFinishOp, params);
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(params.num_rows, kWarps)));
+  lm_head_finish_kernel<<<grid, kWarps * 32, 0, launch.stream>>>(params);
+  check_launch(kFinishOp);
 }
 
 }  // namespace bbk

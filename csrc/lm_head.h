@@ -32,7 +32,8 @@ struct LmHeadReduceParams {
 
 struct LmHeadFinishParams {
   const LmHeadPartial* partials;  // [num_rows, num_pieces]
-  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary: probability NaN
+  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary:
+                                  // probability NaN
   int32_t* top_token;             // [num_rows], written
   float* confidence;              // [num_rows], written
   float* probe_probability;       // [num_rows] or null, written
@@ -41,7 +42,7 @@ struct LmHeadFinishParams {
   int64_t vocab_size;
 };
 
-void lm_head_reduce(const LmHeadReduceParams& params, bool programmatic, const Launch& launch);
-void lm_head_finish(const LmHeadFinishParams& params, bool programmatic, const Launch& launch);
+void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch);
+void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch);
 
 }  // namespace bbk

@@ -1,12 +1,11 @@
 #pragma once
 
 #include "params.h"
-#include "prefetch.h"
 
 namespace bbk {
 
-// residual[t] += x[t] (if given; rounded to the dtype), then
-// out[t] = weight * round(x[t] / sqrt(mean(x[t]^2) + eps)) of the sum, statistics in fp32.
+// residual[t] += x[t] (if given; rounded to the dtype), then out[t] = weight * round(x[t] / sqrt(mean(x[t]^2)
+// + eps)) of the sum, statistics in fp32.
 struct RmsNormParams {
   const void* x;       // [num_tokens, dim]
   const void* weight;  // [dim], contiguous
@@ -19,10 +18,8 @@ struct RmsNormParams {
   int64_t out_row_stride;
   float eps;
   DType dtype;  // of all tensors
-  Prefetch prefetch;
 };
 
-// max_threads: how many threads share a row while each keeps 1, 2, 4 or 8 vectors of 16 bytes.
-void rms_norm(const RmsNormParams& params, int max_threads, bool programmatic, const Launch& launch);
+void rms_norm(const RmsNormParams& params, const Launch& launch);
 
 }  // namespace bbk

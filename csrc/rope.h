@@ -1,7 +1,6 @@
 #pragma once
 
 #include "params.h"
-#include "prefetch.h"
 
 namespace bbk {
 
@@ -20,8 +19,7 @@ struct CacheView {
   int64_t head_stride;
 };
 
-// Rotates q in place and k on its way into the cache, both at their tokens' positions, and stores v beside
-// it.
+// Rotates q in place and k on its way into the cache, at their tokens' positions, and stores v beside it.
 struct RopeKvWriteParams {
   HeadsView q;               // num_heads, written
   HeadsView k;               // num_kv_heads
@@ -42,11 +40,8 @@ struct RopeKvWriteParams {
   int num_kv_heads;
   int head_dim;  // even
   DType dtype;   // of q, k, v and the caches
-  Prefetch prefetch;
 };
 
-// heads_per_thread: 1, 2 or 3 heads share a thread's cosines and sines.
-void rope_kv_write(const RopeKvWriteParams& params, int heads_per_thread, bool programmatic,
-                   const Launch& launch);
+void rope_kv_write(const RopeKvWriteParams& params, const Launch& launch);
 
 }  // namespace bbk

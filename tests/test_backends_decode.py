@@ -34,11 +34,9 @@ def decoded(result):
     return {"canvas": result.canvas, "nfe": [nfe.init, nfe.block, nfe.refresh]}
 
 
-@pytest.mark.parametrize("method", blockbatch.METHODS)
+@pytest.mark.parametrize("method", sorted({record["method"] for record in RECORDS}))
 def test_conformance_records(conformance_model, method):
     records = {index: record for index, record in enumerate(RECORDS) if record["method"] == method}
-    if not records:
-        pytest.skip(f"there is no record of {method}")
     wrong = {}
     for index, record in records.items():
         options = {name: record[name] for name in OPTIONS if name in record}

@@ -34,7 +34,12 @@ def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):
 def strided(values, padding, offset):
     """`values` as a view of a larger storage of NaN, and the mask of what lies beside it there."""
     rows, columns = values.shape
-    storage = torch.full((offset + rows * (columns + padding),), math.nan, dtype=values.dtype, device="cuda")
+    storage = torch.full(
+        (offset + rows * (columns + padding),),
+        math.nan,
+        dtype=values.dtype,
+        device="cuda",
+    )
     view = storage[offset:].view(rows, columns + padding)[:, :columns]
     view.copy_(values)
     beside = torch.ones_like(storage, dtype=torch.bool)
@@ -76,7 +81,10 @@ def test_rms_norm_of_extremes_and_of_nothing():
     got = bbk.rms_norm(rows, weight, eps=1e-6, backend="cuda")
     torch.testing.assert_close(got, bbk.rms_norm(rows, weight, eps=1e-6, backend="reference"))
     assert bbk.rms_norm(rows[:0], weight, eps=1e-6, backend="cuda").shape == (0, 4096)
-    assert bbk.rms_norm(rows[:, :0], weight[:0], eps=1e-6, backend="cuda").shape == (3, 0)
+    assert bbk.rms_norm(rows[:, :0], weight[:0], eps=1e-6, backend="cuda").shape == (
+        3,
+        0,
+    )
     columns = draw(4096, 5).t()  # elements of a row are not neighbours
     torch.testing.assert_close(
         bbk.rms_norm(columns, weight, eps=1e-6, backend="cuda"),
@@ -90,13 +98,29 @@ def test_rms_norm_of_extremes_and_of_nothing():
     torch.testing.assert_close(got, bbk.rms_norm(residual, weight, eps=1e-6, backend="reference"))
 
 
-def rope_inputs(dtype, heads, kv_heads, head_dim, *, tokens=37, padding=0, offset=0, pages=9, page_size=7):
+def rope_inputs(
+    dtype,
+    heads,
+    kv_heads,
+    head_dim,
+    *,
+    tokens=37,
+    padding=0,
+    offset=0,
+    pages=9,
+    page_size=7,
+):
     """Parts of one QKV product, and caches that are views of one tensor for all layers."""
     angle = torch.outer(torch.arange(64.0), 100.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).cuda()
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     qkv, _, _ = strided(draw(tokens, sum(sizes), dtype=dtype, scale=2.0), padding, offset)
     q, k, v = (part.unflatten(1, (-1, head_dim)) for part in qkv.split(sizes, dim=1))
-    kv = torch.full((3, 2, pages, page_size, kv_heads, head_dim), math.nan, dtype=dtype, device="cuda")
+    kv = torch.full(
+        (3, 2, pages, page_size, kv_heads, head_dim),
+        math.nan,
+        dtype=dtype,
+        device="cuda",
+    )
     generator = torch.Generator().manual_seed(tokens)
     slots = torch.randperm(pages * page_size, generator=generator)[:tokens]
     slots[::5] = -1
@@ -126,11 +150,9 @@ def rotated(x, inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (28, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("head_dim", [2, 10, 64, 96, 128, 256])
-def test_rope_kv_write(monkeypatch, dtype, heads, kv_heads, head_dim):
-    for heads_per_thread in (1, 2, 3):
-        monkeypatch.setattr(tuning, "ROPE_HEADS_PER_THREAD", heads_per_thread)
-        for padding, offset in LAYOUTS:
-            compare_rope_kv_write(dtype, heads, kv_heads, head_dim, padding, offset)
+def test_rope_kv_write(dtype, heads, kv_heads, head_dim):
+    for padding, offset in LAYOUTS:
+        compare_rope_kv_write(dtype, heads, kv_heads, head_dim, padding, offset)
 
 
 def compare_rope_kv_write(dtype, heads, kv_heads, head_dim, padding, offset):
@@ -157,7 +179,10 @@ def test_rope_kv_write_with_a_permuted_cache_and_what_lies_outside():
     inputs, _ = rope_inputs(torch.bfloat16, 8, 8, 128)
     kv = torch.full((9, 8, 7, 128), math.nan, dtype=torch.bfloat16, device="cuda")
     # Pages hold one head after the other; cosines and sines lie side by side.
-    inputs |= dict(k_cache=kv.transpose(1, 2), v_cache=torch.full_like(kv, math.nan).transpose(1, 2))
+    inputs |= dict(
+        k_cache=kv.transpose(1, 2),
+        v_cache=torch.full_like(kv, math.nan).transpose(1, 2),
+    )
     inputs["cos"], inputs["sin"] = torch.stack((inputs["cos"], inputs["sin"]), -1).unbind(-1)
     # torch indexes a flat view, which a permuted cache has not.
     torchs = {name: value.contiguous().clone() for name, value in inputs.items()}
@@ -218,7 +243,11 @@ def test_lm_head_confidence(poisoned, dtype, vocab_size, scale):
             (None,) if vocab_size == 1 else (None, vocab_size - 1, int(logits[0].float().argmax()))
         ):
             top, confidence, probe = bbk.lm_head_confidence(
-                hidden, weight, probe_tokens=probes, suppress_token=suppress, backend="cuda"
+                hidden,
+                weight,
+                probe_tokens=probes,
+                suppress_token=suppress,
+                backend="cuda",
             )
             check_lm_head(logits, probes, suppress, top=top, confidence=confidence, probe=probe)
         top, confidence, probe = bbk.lm_head_confidence(hidden, weight, backend="cuda")
@@ -285,8 +314,8 @@ def test_lm_head_of_nothing_and_probes_outside():
 
 
 @pytest.mark.gpu
-def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
-    """Kernels that start before their predecessors are done must still read what those wrote."""
+def test_chain_in_a_graph_equals_the_same_with_waits():
+    """Every kernel is captured on the current stream and reads what the one before it wrote."""
     dim, heads, tokens, layers = 1024, 8, 96, 12
     shapes = dict(qkv=(3 * dim, dim), out=(dim, dim), gate_up=(4 * dim, dim), down=(dim, 2 * dim))
     weights = {
@@ -296,7 +325,10 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
     norm = torch.ones(dim, dtype=torch.bfloat16, device="cuda")
     rope, _ = rope_inputs(torch.bfloat16, heads, heads, dim // heads, tokens=tokens, pages=8, page_size=16)
     tables = {name: rope[name] for name in ("positions", "slot_mapping", "cos", "sin", "k_cache", "v_cache")}
-    x, vocabulary = draw(tokens, dim, dtype=torch.bfloat16), draw(9000, dim, dtype=torch.bfloat16, seed=9)
+    x, vocabulary = (
+        draw(tokens, dim, dtype=torch.bfloat16),
+        draw(9000, dim, dtype=torch.bfloat16, seed=9),
+    )
 
     def forward(wait=lambda: None):
         residual, results = x.clone(), []
@@ -309,7 +341,11 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
             bbk.rope_kv_write(q, k, v, **tables, backend="cuda")
             wait()
             # No product between the kernels here: k as stored joins q at once.
-            mixed = bbk.rms_norm(q.flatten(1) + tables["k_cache"].flatten()[0].nan_to_num(), norm, eps=1e-5)
+            mixed = bbk.rms_norm(
+                q.flatten(1) + tables["k_cache"].flatten()[0].nan_to_num(),
+                norm,
+                eps=1e-5,
+            )
             wait()
             out = F.linear(mixed, weights["out"][layer])
             normed = bbk.rms_norm(out, norm, eps=1e-5, residual=residual, backend="cuda")
@@ -324,7 +360,6 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
         return [residual, normed, *results]
 
     expected = [result.clone() for result in forward(torch.cuda.synchronize)]
-    monkeypatch.setattr(tuning, "ROW_KERNELS_PROGRAMMATIC", 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = forward()
@@ -333,25 +368,6 @@ def test_chain_in_a_graph_equals_the_same_with_waits(monkeypatch):
     for got, wanted in zip(results, expected, strict=True):
         assert torch.equal(got, wanted)
         assert not got.isnan().any()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [0, 8, 1000, 1 << 20, 100 << 20])
-def test_prefetching_changes_no_result(monkeypatch, size):
-    weight = torch.empty(size, dtype=torch.uint8, device="cuda")
-    monkeypatch.setattr(tuning, "PREFETCH_BYTES", 8 << 20)
-    weight = weight.view(8, -1)
-    for next_weight in (None, weight, weight[:, 1:], weight[:, ::2]):
-        x, norm = draw(5, 64), draw(64, seed=1)
-        got = cuda.rms_norm(x, norm, eps=1e-5, prefetch_weight=next_weight)
-        assert torch.equal(got, cuda.rms_norm(x, norm, eps=1e-5))
-        assert torch.equal(cuda.swiglu(x, prefetch_weight=next_weight), cuda.swiglu(x))
-        inputs, _ = rope_inputs(torch.float32, 2, 2, 64)
-        expected = inputs["q"].clone()
-        cuda.rope_kv_write(**{**inputs, "q": expected})
-        cuda.rope_kv_write(**inputs, prefetch_weight=next_weight)
-        assert torch.equal(inputs["q"], expected)
-    torch.cuda.synchronize()
 
 
 def rope_arguments():
@@ -376,12 +392,6 @@ def rope_arguments():
         num_kv_heads=8,
         head_dim=8,
         dtype=0,
-        heads_per_thread=1,
-        programmatic=False,
-        prefetch=0,
-        prefetch_rows=0,
-        prefetch_row_stride=0,
-        prefetch_row_bytes=0,
         device=0,
         stream=0,
     )
@@ -393,8 +403,11 @@ def rope_arguments():
         ("num_tokens", -1, "rope_kv_write: num_tokens: expected at least 0, got -1"),
         ("page_size", 0, "rope_kv_write: page_size: expected at least 1, got 0"),
         ("head_dim", 7, "rope_kv_write: head_dim: expected an even size, got 7"),
-        ("num_pages", 2**29, "k_cache: expected fewer than 2\\^31 slots, got 536870912 pages of 8"),
-        ("heads_per_thread", 4, "heads_per_thread: expected 1, 2 or 3, got 4"),
+        (
+            "num_pages",
+            2**29,
+            "k_cache: expected fewer than 2\\^31 slots, got 536870912 pages of 8",
+        ),
         ("dtype", 3, "rope_kv_write: dtype: expected code 0, 1 or 2, got 3"),
     ],
 )
@@ -408,7 +421,7 @@ def test_wrong_chunks_of_the_vocabulary_raise():
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
     sizes = dict(num_rows=2, num_tokens=8, row_stride=8, num_pieces=2, dtype=0)
     others = dict(logits=0, probe_tokens=0, partials=0, suppress_token=-1)
-    launch = dict(programmatic=False, device=0, stream=0)
+    launch = dict(device=0, stream=0)
     with pytest.raises(ValueError, match="first_token: expected a multiple of 4096, got 8"):
         extension.lm_head_reduce(**sizes, **others, **launch, first_token=8)
     with pytest.raises(ValueError, match="num_pieces: expected at least 3, got 2"):

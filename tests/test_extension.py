@@ -28,12 +28,6 @@ def swiglu_arguments():
         gate_up_row_stride=16,
         out_row_stride=8,
         dtype=0,
-        vecs_per_thread=1,
-        programmatic=False,
-        prefetch=0,
-        prefetch_rows=0,
-        prefetch_row_stride=0,
-        prefetch_row_bytes=0,
         device=0,
         stream=0,
     )
@@ -57,7 +51,11 @@ def test_links_no_torch_and_no_shared_cuda_runtime(extension):
     ("argument", "value", "message"),
     [
         ("num_tokens", -1, "swiglu: num_tokens: expected at least 0, got -1"),
-        ("intermediate_size", -8, "swiglu: intermediate_size: expected at least 0, got -8"),
+        (
+            "intermediate_size",
+            -8,
+            "swiglu: intermediate_size: expected at least 0, got -8",
+        ),
         ("dtype", 7, "swiglu: dtype: expected code 0, 1 or 2, got 7"),
     ],
 )
@@ -108,7 +106,11 @@ class TestWhyUnavailable:
             self.archs, self.driver = archs, driver
 
         def build_info(self):
-            return {"cuda_archs": list(self.archs), "cuda_version": "13.0", "compiler": "gcc"}
+            return {
+                "cuda_archs": list(self.archs),
+                "cuda_version": "13.0",
+                "compiler": "gcc",
+            }
 
         def driver_version(self):
             return self.driver
@@ -138,11 +140,23 @@ class TestWhyUnavailable:
         ("description", "reason"),
         [
             (dict(extension=ModuleNotFoundError("no _C")), "not installed"),
-            (dict(extension=ImportError("undefined symbol: x")), "cannot be loaded: undefined symbol: x"),
+            (
+                dict(extension=ImportError("undefined symbol: x")),
+                "cannot be loaded: undefined symbol: x",
+            ),
             (dict(extension=Extension(), gpu=False), "torch sees no CUDA GPU"),
-            (dict(extension=Extension(driver="12.8")), "built with CUDA 13.0, the driver serves up to 12.8"),
-            (dict(extension=Extension(), capability=(7, 5)), "80, 90a, the GPU is sm_75"),
-            (dict(extension=Extension(archs=("90a",)), capability=(8, 0)), "BBK_CUDA_ARCHS=80"),
+            (
+                dict(extension=Extension(driver="12.8")),
+                "built with CUDA 13.0, the driver serves up to 12.8",
+            ),
+            (
+                dict(extension=Extension(), capability=(7, 5)),
+                "80, 90a, the GPU is sm_75",
+            ),
+            (
+                dict(extension=Extension(archs=("90a",)), capability=(8, 0)),
+                "BBK_CUDA_ARCHS=80",
+            ),
         ],
     )
     def test_reasons(self, machine, description, reason):

@@ -2,19 +2,15 @@
 
 import torch
 
-from blockbatch_kernels import tuning
-from blockbatch_kernels.cuda import extension, prefetch
+from blockbatch_kernels.cuda import extension
 
 
-def swiglu(
-    gate_up: torch.Tensor, out: torch.Tensor | None = None, *, prefetch_weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`out[t, i] = silu(gate_up[t, i]) * gate_up[t, I + i]`, computed in fp32, on the current stream.
 
     `gate_up` [num_tokens, 2 I] and `out` [num_tokens, I] (*written*; allocated if None) are CUDA tensors of
     one dtype (fp32, fp16 or bf16) and one device, with any row stride. The last stride of `out` is 1; a
-    `gate_up` with another is copied first. The beginning of `prefetch_weight`, which the next product reads,
-    is brought into L2. Returns `out`.
+    `gate_up` with another is copied first. Returns `out`.
     """
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
@@ -29,9 +25,6 @@ def swiglu(
         gate_up_row_stride=gate_up.stride(0),
         out_row_stride=out.stride(0),
         dtype=extension.DTYPE_CODES[gate_up.dtype],
-        vecs_per_thread=tuning.SWIGLU_VECS_PER_THREAD,
-        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
-        **prefetch.arguments(prefetch_weight),
         device=gate_up.device.index,
         stream=extension.stream_of(gate_up),
     )

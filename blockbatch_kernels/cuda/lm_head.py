@@ -41,11 +41,7 @@ def lm_head_confidence(
         raise ValueError("weight: expected at least one row, got none")
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
-    launch = dict(
-        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
-        device=hidden.device.index,
-        stream=extension.stream_of(hidden),
-    )
+    launch = dict(device=hidden.device.index, stream=extension.stream_of(hidden))
 
     num_pieces = -(-vocab_size // piece_tokens)
     slice_rows = min(num_rows, _SLICE_ROWS)

@@ -2,8 +2,7 @@
 
 import torch
 
-from blockbatch_kernels import tuning
-from blockbatch_kernels.cuda import extension, prefetch
+from blockbatch_kernels.cuda import extension
 
 
 def rms_norm(
@@ -13,14 +12,13 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    prefetch_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`residual += x`, then the norm of the sum, or of `x` without a residual, on the current stream.
 
     `x` [num_tokens, dim], `weight` [dim], `residual` and `out` [num_tokens, dim] (both *written*; `out` is
     allocated if None) are CUDA tensors of one dtype (fp32, fp16 or bf16) and one device. Rows may have any
-    stride and alignment; whole 16-byte vectors of up to 16384 elements a row are fastest. The
-    beginning of `prefetch_weight`, which the next product reads, is brought into L2. Returns `out`.
+    stride and alignment; whole 16-byte vectors of up to 16384 elements a row are fastest.
+    Returns `out`.
 
     Raises ValueError where `residual`'s elements are not next to each other or its rows overlap.
     """
@@ -45,9 +43,6 @@ def rms_norm(
         out_row_stride=out.stride(0),
         eps=eps,
         dtype=extension.DTYPE_CODES[x.dtype],
-        max_threads=tuning.RMS_NORM_MAX_THREADS,
-        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
-        **prefetch.arguments(prefetch_weight),
         device=x.device.index,
         stream=extension.stream_of(x),
     )

@@ -2,8 +2,7 @@
 
 import torch
 
-from blockbatch_kernels import tuning
-from blockbatch_kernels.cuda import extension, prefetch
+from blockbatch_kernels.cuda import extension
 
 
 def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,8 +27,6 @@ def rope_kv_write(
     sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    *,
-    prefetch_weight: torch.Tensor | None = None,
 ) -> None:
     """Rotates `q` in place and `k` on its way into the cache, on the current stream.
 
@@ -37,8 +34,7 @@ def rope_kv_write(
     the caches [num_pages, page_size, num_kv_heads, head_dim] (*written*) may be views with any strides but
     the last, which is 1 for what is written. Accesses move 16 bytes where all addresses and strides allow it
     and half a head is whole such vectors. A position without a row in `cos` and `sin` gives NaN, a slot
-    outside of the cache is not stored: neither can be reported without waiting for the device. The
-    beginning of `prefetch_weight`, which the next product reads, is brought into L2.
+    outside of the cache is not stored: neither can be reported without waiting for the device.
 
     Raises ValueError for an odd head_dim, a `q` or cache whose last stride is not 1, or 2^31 slots and more.
     """
@@ -70,9 +66,6 @@ def rope_kv_write(
         num_kv_heads=k.shape[1],
         head_dim=head_dim,
         dtype=extension.DTYPE_CODES[q.dtype],
-        heads_per_thread=tuning.ROPE_HEADS_PER_THREAD,
-        programmatic=tuning.ROW_KERNELS_PROGRAMMATIC,
-        **prefetch.arguments(prefetch_weight),
         device=q.device.index,
         stream=extension.stream_of(q),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 
@@ -28,6 +29,9 @@ _OPERATORS = {
     "varlen_attention": "attention",
 }
 
+# The kernels take named tuples and launch attributes that older versions lack.
+_OLDEST = (3, 6)
+
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter."""
@@ -39,10 +43,20 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_unavailable(device: torch.device | int | None = None) -> str | None:
-    """Why this backend cannot run on `device` (default: the current GPU), or None if it can."""
+@functools.cache
+def _why_unusable() -> str | None:
     if not _installed():
         return "the package triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"triton {_OLDEST[0]}.{_OLDEST[1]} or newer is needed, {version} is installed"
+    return None
+
+
+def why_unavailable(device: torch.device | int | None = None) -> str | None:
+    """Why this backend cannot run on `device` (default: the current GPU), or None if it can."""
+    if (reason := _why_unusable()) is not None:
+        return reason
     on_cpu = isinstance(device, torch.device) and device.type == "cpu"
     if interpreted():
         return None

@@ -44,6 +44,16 @@ class Batch:
         self._finished = torch.zeros(num_requests, dtype=torch.bool, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
 
+    def most_tokens(self) -> int:
+        """Packed tokens of the largest block step that can come up."""
+        max_prompt, gen_length = self.state.prompt_tokens.shape[1], self.state.gen_length
+        each = {
+            "window": sum(min(size, gen_length) for size in self.method.block_sizes),
+            "suffix": len(self.method.block_sizes) * (gen_length + self.method.params.prediction_offset),
+            "canvas": len(self.method.block_sizes) * (max_prompt + gen_length),
+        }
+        return self.state.num_requests * each[self.method.params.query_span]
+
     def start(self, prompts: list[list[int]]) -> None:
         """Puts new prompts, no longer than the longest that fits, in front of empty generation regions."""
         tokens, lengths = branches.pad_prompts(prompts)
