@@ -1,8 +1,8 @@
 """How far decodes of the built-in model on a GPU agree with others: fp32 with the CPU, bf16 with plain torch.
 
-fp32 on the GPU is compared with fp32 on the CPU token for token and forward for forward, by every method. bf16 is
-compared with the reference backend in bf16 on the same GPU, whose canvases need not be equal (matrix products of
-another size may round differently), and by how many answers are right.
+fp32 on the GPU is compared with fp32 on the CPU token for token and forward for forward, by every method.
+bf16 is compared with the reference backend in bf16 on the same GPU, whose canvases need not be equal (matrix
+products of another size may round differently), and by how many answers are right.
 """
 
 import argparse

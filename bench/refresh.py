@@ -27,6 +27,7 @@ from products import products_ms
 from random_models import DTYPES, product_bytes, random_model, random_prompt, step_flops, with_backend
 from timing import (
     ceilings,
+    clean,
     device_of,
     event_ms,
     parser,

@@ -16,6 +16,7 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_pieces_kernel(const __grid_constant__ AttentionParams params) {
   wait_for_predecessors();
+  allow_successors();
   const int token = blockIdx.x;
   const int row = params.token_row[token];
   if (row < 0 || single_piece(params, token)) return;

@@ -70,14 +70,14 @@ __device__ __forceinline__ bool single_piece(const AttentionParams& params, int 
   return params.counts[1] == 1 || params.pieces[2] >= params.seqlens_k[params.token_row[token]];
 }
 
-// Tokens that belong to no row, or to one without keys.
+// Tokens that belong to no row, or to one without keys. Run by num_threads threads of every CTA.
 template <typename T>
-__device__ __forceinline__ void zero_padding(const AttentionParams& params) {
+__device__ __forceinline__ void zero_padding(const AttentionParams& params, int thread, int num_threads) {
   const int64_t size = static_cast<int64_t>(params.num_heads) * params.head_dim;
   for (int token = blockIdx.x; token < params.num_tokens; token += gridDim.x) {
     if (params.token_row[token] >= 0) continue;
     T* out = static_cast<T*>(params.out) + token * size;
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) out[i] = from_float<T>(0.0f);
+    for (int64_t i = thread; i < size; i += num_threads) out[i] = from_float<T>(0.0f);
   }
 }
 

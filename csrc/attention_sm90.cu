@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads,
     if (item.num_rows == 0) continue;
     attend<T, kHeadDim>(params, item, shared_memory, ring, loaded);
   }
-  zero_padding<T>(p);
+  zero_padding<T>(p, threadIdx.x, blockDim.x);
 #endif
 }
 

@@ -1,6 +1,7 @@
 // The Python module blockbatch_kernels._C. Tensors arrive as addresses with sizes and strides in elements,
-// streams as the integer of torch.cuda.Stream.cuda_stream; the package blockbatch_kernels/cuda is the only caller
-// and passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+// streams as the integer of torch.cuda.Stream.cuda_stream; the package blockbatch_kernels/cuda is the only
+// caller and passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error
+// RuntimeError.
 #include "bindings.h"
 
 #include <cuda_runtime_api.h>
@@ -17,11 +18,16 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Raised with every change to what the functions of this module take; `API` in
+// blockbatch_kernels/cuda/extension.py is the same number.
+constexpr int kApi = 1;
+
 py::dict build_info() {
   py::list archs;
   std::istringstream list(BBK_CUDA_ARCHS);
   for (std::string arch; std::getline(list, arch, ',');) archs.append(arch);
   py::dict info;
+  info["api"] = kApi;
   info["cuda_archs"] = archs;
   info["cuda_version"] = version_text(CUDART_VERSION);
 #if defined(__clang__)
@@ -48,7 +54,7 @@ std::string driver_version() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operators of blockbatch_kernels; call them through blockbatch_kernels.ops.";
   module.def("build_info", &bbk::build_info,
-             "What the extension was built for and with: cuda_archs, cuda_version, compiler.");
+             "What the extension was built for and with: api, cuda_archs, cuda_version, compiler.");
   module.def("driver_version", &bbk::driver_version,
              "The newest CUDA version that the installed driver serves; '0.0' without a driver.");
   bbk::bind_activation(module);

@@ -187,6 +187,7 @@ class TestWithoutACompiledBackend:
 
             monkeypatch.setattr(loader, "load", load)
             monkeypatch.setattr(triton, "_installed", lambda: triton_installed)
+            monkeypatch.setattr(triton, "_version", lambda: "3.6.0")
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
             loader._why_unavailable.cache_clear()
@@ -197,7 +198,12 @@ class TestWithoutACompiledBackend:
 
     class Built:
         def __init__(self, *archs):
-            self.build_info = lambda: {"cuda_archs": list(archs), "cuda_version": "13.0", "compiler": "gcc"}
+            self.build_info = lambda: {
+                "api": loader.API,
+                "cuda_archs": list(archs),
+                "cuda_version": "13.0",
+                "compiler": "gcc",
+            }
             self.driver_version = lambda: "13.0"
 
     @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def swiglu_arguments():
 
 def test_build_info(extension):
     info = cuda.build_info()
-    assert set(info) == {"cuda_archs", "cuda_version", "compiler"}
+    assert info["api"] == loader.API
+    assert set(info) == {"api", "cuda_archs", "cuda_version", "compiler"}
     assert info["cuda_archs"] and all(arch[:2].isdigit() for arch in info["cuda_archs"])
     assert int(info["cuda_version"].split(".")[0]) >= 12
     assert info["compiler"].startswith(("gcc", "clang"))
@@ -102,11 +103,12 @@ class TestWhyUnavailable:
     """The reasons in turn, each against an extension and a GPU that are described rather than there."""
 
     class Extension:
-        def __init__(self, archs=("80", "90a"), driver="13.0"):
-            self.archs, self.driver = archs, driver
+        def __init__(self, archs=("80", "90a"), driver="13.0", api=loader.API):
+            self.archs, self.driver, self.api = archs, driver, api
 
         def build_info(self):
             return {
+                "api": self.api,
                 "cuda_archs": list(self.archs),
                 "cuda_version": "13.0",
                 "compiler": "gcc",
@@ -145,6 +147,7 @@ class TestWhyUnavailable:
                 "cannot be loaded: undefined symbol: x",
             ),
             (dict(extension=Extension(), gpu=False), "torch sees no CUDA GPU"),
+            (dict(extension=Extension(api=None)), "built from another version of the source"),
             (
                 dict(extension=Extension(driver="12.8")),
                 "built with CUDA 13.0, the driver serves up to 12.8",

@@ -8,6 +8,7 @@ import importlib
 
 import torch
 
+API = 1  # kApi in csrc/bindings.cpp
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
 
 
@@ -47,6 +48,8 @@ def _why_unavailable(device_index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     info = extension.build_info()
+    if info.get("api") != API:
+        return "the extension was built from another version of the source: install the package again"
     driver = extension.driver_version()
     if _major(driver) < _major(info["cuda_version"]):
         return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
@@ -76,7 +79,7 @@ def is_available(device: torch.device | int | None = None) -> bool:
 
 
 def build_info() -> dict:
-    """What the extension was built for and with: `cuda_archs` (list), `cuda_version`, `compiler`.
+    """What the extension was built for and with: `api`, `cuda_archs` (list), `cuda_version`, `compiler`.
 
     Raises ImportError where the extension is not installed.
     """

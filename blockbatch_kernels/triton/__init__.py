@@ -44,19 +44,20 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _why_unusable() -> str | None:
-    if not _installed():
-        return "the package triton is not installed"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        return f"triton {_OLDEST[0]}.{_OLDEST[1]} or newer is needed, {version} is installed"
-    return None
+def _version() -> str:
+    return importlib.metadata.version("triton")
+
+
+def _too_old(version: str) -> bool:
+    return tuple(int(part) for part in version.split(".")[:2]) < _OLDEST
 
 
 def why_unavailable(device: torch.device | int | None = None) -> str | None:
     """Why this backend cannot run on `device` (default: the current GPU), or None if it can."""
-    if (reason := _why_unusable()) is not None:
-        return reason
+    if not _installed():
+        return "the package triton is not installed"
+    if _too_old(_version()):
+        return f"triton {_OLDEST[0]}.{_OLDEST[1]} or newer is needed, {_version()} is installed"
     on_cpu = isinstance(device, torch.device) and device.type == "cpu"
     if interpreted():
         return None
