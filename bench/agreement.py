@@ -22,7 +22,7 @@ from blockbatch.tiny import tasks
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 FAMILIES = ("arithmetic", "code", "symbolic")
-GEN_LENGTH = 256
+GEN_LENGTH = 128
 
 
 def problems(count):

@@ -18,6 +18,7 @@ A line is measured after its step passed the checks of verify.py; one that fails
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,8 @@ TOKENS = tuple(count for count in BLOCK_SIZES if count != 12)
 LENGTHS = (512, 1280, 2304, 4096)
 # Every number of tokens is measured at this length, these numbers at every length.
 MAIN_LENGTH, MAIN_TOKENS = 1280, (32, 252, 1024)
+# Steps of several rows that are also measured on shared pages.
+BOTH_PAGES = (12, 192, 252)
 QUICK = ((252, 1280), (32, 1280))
 
 
@@ -83,20 +86,23 @@ def grid(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def host_ms(case: StepCase, steps: int) -> float | None:
-    """Clock time of a step in a decode beyond the same step's time on the device; None without graphs."""
+    """Median clock time of a step in a decode beyond its time on the device; None without graphs."""
     if case.graphs is None:
         return None
     case.restore()
     case.session.step()
     synchronize(case.model.device)
     case.graphs.spans = []
-    begun = time.perf_counter()
+    clock = [time.perf_counter()]
     for _ in range(steps):
         case.session.step()
-    elapsed = 1e3 * (time.perf_counter() - begun)
+        clock.append(time.perf_counter())
     spans, case.graphs.spans = case.graphs.spans, None
     case.restore()
-    return (elapsed - sum(start.elapsed_time(end) for start, end in spans)) / steps
+    return statistics.median(
+        1e3 * (end - begin) - span[0].elapsed_time(span[1])
+        for begin, end, span in zip(clock, clock[1:], spans, strict=False)
+    )
 
 
 def eager_ms(case: StepCase) -> float:
@@ -225,8 +231,7 @@ def main() -> None:
             repeats = options.repeats if tokens <= 512 else 3
             if tokens not in alone:
                 alone[tokens] = products.products(model, tokens, tokens)
-            one_row = len(BLOCK_SIZES[tokens]) == 1
-            for pages in ("separate",) if one_row else ("shared", "separate"):
+            for pages in ("shared", "separate") if tokens in BOTH_PAGES else ("separate",):
                 line = measure(
                     model,
                     tokens,

@@ -97,7 +97,7 @@ __device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
   prefetch(params.tiles, 16 * static_cast<int64_t>(params.max_tiles));
   prefetch(params.pieces, 8 * params.max_pieces);
   prefetch(params.seqlens_k, 4 * params.num_rows);
-  prefetch(params.page_table, 4 * params.num_rows * params.page_table_stride);
+  prefetch(params.page_table, 4 * ((params.num_rows - 1) * params.page_table_stride + params.pages_per_row));
   prefetch(params.query_order, 4 * static_cast<int64_t>(params.num_tokens));  // of the first piece
   prefetch(params.token_row, 4 * params.num_tokens);
 }

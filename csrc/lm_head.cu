@@ -1,6 +1,5 @@
-// Top token and its softmax probability from logits that come in chunks of the vocabulary, each reduced while
-// it lies in L2. A warp reduces one row over one piece of the vocabulary, then a warp per row merges its
-// pieces.
+// Top token and its softmax probability from logits that come in chunks of the vocabulary. A warp reduces one
+// row over one piece of the vocabulary, then a warp per row merges its pieces.
 //
 // A NaN counts as the highest logit, as torch's argmax has it; the row's probabilities are then NaN.
 #include <climits>
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
 
   typename Reader::Batch values;
   float highest = -INFINITY;
-  float sum = 0.0f;
+  double sum = 0.0;  // a few operations a batch, which keep the error at that of one rounding
   int best_batch = 0;
   for (int batch = 0; batch < Reader::kBatches; ++batch) {
     if (batch * Reader::kBatchTokens >= reader.num_tokens) break;
@@ -169,7 +168,8 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
   best_place = __reduce_min_sync(~0u, best_place);
 
   if (threadIdx.x % 32 == 0) {
-    LmHeadPartial partial{piece_highest, sum, static_cast<int32_t>(first_token + best_place), -INFINITY};
+    LmHeadPartial partial{piece_highest, static_cast<float>(sum),
+                          static_cast<int32_t>(first_token + best_place), -INFINITY};
     if (params.probe_tokens != nullptr) {
       const int64_t probe = params.probe_tokens[row] - first_token;
       if (probe >= 0 && probe < reader.num_tokens && probe != reader.suppress) {
@@ -180,8 +180,15 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
   }
 }
 
-// Takes `other` in; of equal logits the lowest token stays.
-__device__ __forceinline__ void merge(LmHeadPartial& into, float highest, float sum, int32_t token) {
+// A row's reduction so far.
+struct Total {
+  float highest;
+  double sum;
+  int32_t token;
+};
+
+// Of equal logits the lowest token stays.
+__device__ __forceinline__ void merge(Total& into, float highest, double sum, int32_t token) {
   const float merged = max_or_nan(into.highest, highest);
   const float reference = reference_of(merged);
   if (is_higher(highest, into.highest) || (!is_higher(into.highest, highest) && token < into.token)) {
@@ -195,28 +202,28 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinis
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= params.num_rows) return;
   const LmHeadPartial* partials = params.partials + row * params.num_pieces;
-  LmHeadPartial total{-INFINITY, 0.0f, INT_MAX, 0.0f};
+  Total total{-INFINITY, 0.0, INT_MAX};
   for (int64_t piece = threadIdx.x % 32; piece < params.num_pieces; piece += 32) {
     merge(total, partials[piece].highest, partials[piece].sum, partials[piece].token);
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) {
     const float highest = __shfl_xor_sync(~0u, total.highest, mask);
-    const float sum = __shfl_xor_sync(~0u, total.sum, mask);
+    const double sum = __shfl_xor_sync(~0u, total.sum, mask);
     const int32_t token = __shfl_xor_sync(~0u, total.token, mask);
     merge(total, highest, sum, token);
   }
   if (threadIdx.x % 32 != 0) return;
   // Nothing but minus infinity has no softmax.
   const float none = __int_as_float(0x7fffffff);
-  const float sum = total.highest == -INFINITY ? none : total.sum;
+  const double sum = total.highest == -INFINITY ? none : total.sum;
   params.top_token[row] = total.token;
-  params.confidence[row] = 1.0f / sum;
+  params.confidence[row] = static_cast<float>(1.0 / sum);
   if (params.probe_probability != nullptr) {
     const int64_t probe = params.probe_tokens[row];
     const bool known = probe >= 0 && probe < params.vocab_size;
     const float logit = known ? partials[probe / kLmHeadPieceTokens].probe : none;
-    params.probe_probability[row] = expf(logit - total.highest) / sum;
+    params.probe_probability[row] = static_cast<float>(expf(logit - total.highest) / sum);
   }
 }
 

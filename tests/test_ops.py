@@ -222,3 +222,24 @@ def test_bad_arguments(change, error, message):
 def test_cuda_backend_refuses_cpu_tensors():
     with pytest.raises(RuntimeError, match="backend: cuda cannot run swiglu: the tensors are not on a GPU"):
         bbk.swiglu(torch.zeros(2, 4), backend="cuda")
+
+
+def test_rope_kv_write_into_a_cache_that_is_a_view():
+    """Heads may lie before positions in memory: the writes must reach the storage, not a copy of it."""
+    memory = torch.full((3, 2, 4, 8), float("nan"))  # [pages, kv_heads, page_size, head_dim]
+    cache = memory.transpose(1, 2)
+    values = torch.randn(2, 2, 8)
+    bbk.rope_kv_write(
+        torch.zeros(2, 2, 8),
+        values.clone(),
+        values,
+        torch.zeros(2, dtype=torch.int32),
+        torch.tensor([5, 10]),
+        torch.ones(1, 4),
+        torch.zeros(1, 4),
+        cache,
+        other := torch.full((3, 2, 4, 8), float("nan")).transpose(1, 2),
+    )
+    for view in (cache, other):
+        assert view[1, 1].equal(values[0]) and view[2, 2].equal(values[1])
+        assert int(view.isnan().sum()) == view.numel() - values.numel()

@@ -18,7 +18,7 @@ def lm_head_confidence(
     probe_tokens: torch.Tensor | None = None,
     suppress_token: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The product in chunks of the vocabulary, each reduced while its logits are in L2; current stream.
+    """The product in chunks of the vocabulary, each reduced at once, on the current stream.
 
     `hidden` [predictions, dim] and `weight` [vocabulary, dim] (it may be a view of more rows) are CUDA
     tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. Returns top_token

@@ -31,8 +31,11 @@ def rope_kv_write(
     stored = slot_mapping >= 0
     if not stored.all():
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
-    k_cache.flatten(0, 1)[slot_mapping] = k
-    v_cache.flatten(0, 1)[slot_mapping] = v
+    # By page and offset: the cache may be a view that cannot be flattened without a copy.
+    page_size = k_cache.shape[1]
+    place = slot_mapping // page_size, slot_mapping % page_size
+    k_cache[place] = k
+    v_cache[place] = v
 
 
 def varlen_attention(

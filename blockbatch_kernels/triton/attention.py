@@ -21,6 +21,26 @@ from blockbatch_kernels.triton.launch import on_device_of_first, programmatic_la
 _LOG2_E = math.log2(math.e)
 
 
+@triton.jit
+def _halves(x):
+    """[n, d] as two of [n, d / 2]."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _scores(q, k):
+    """[m, n]: each query by each key; q is [m, d], k [n, d]."""
+    if q.dtype == tl.float32:
+        # In two sums, which round less than one; fma, since a plain sum would be made one again.
+        q_first, q_second = _halves(q)
+        k_first, k_second = _halves(k)
+        first = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
+        second = tl.dot(q_second, tl.trans(k_second), input_precision="ieee")
+        return tl.math.fma(first, tl.full(first.shape, 1.0, tl.float32), second)
+    else:
+        return tl.dot(q, tl.trans(k))
+
+
 # The number of tokens is no reason to compile another version.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attention_kernel(
@@ -110,7 +130,7 @@ def _attention_kernel(
             key = tl.minimum((first_key + BLOCK_N + index).to(tl.uint32), last)
             page = tl.load(table + key // PAGE_SIZE * table_strides[1])
 
-            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+            scores = _scores(q_tile, k)
             if first_key + BLOCK_N > end:
                 scores = tl.where((first_key + index < end)[None, :], scores, float("-inf"))
             before = highest
@@ -236,7 +256,7 @@ def varlen_attention(
     )
     partial_lse = torch.empty(partial_pieces, num_tokens, num_heads, dtype=torch.float32, device=q.device)
 
-    group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
+    group, block_d = num_heads // num_kv_heads, max(32, triton.next_power_of_2(head_dim))
     tile_rows = plan.tile_tokens * group
     config = tuning.triton_attention(tile_rows, block_d, q.element_size(), shared_bytes(q.device))
     subtiles = triton.cdiv(tile_rows, config.block_m)
