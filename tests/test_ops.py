@@ -209,8 +209,8 @@ GOOD_ATTENTION = dict(
             ValueError,
             "backend: expected None or one of reference, triton, cuda, got 'fastest'",
         ),
-        ({"backend": "triton"}, RuntimeError, "backend: varlen_attention has no triton version"),
-        ({"backend": "cuda"}, RuntimeError, "backend: varlen_attention has no cuda version"),
+        ({"backend": "triton"}, RuntimeError, "backend: triton cannot run varlen_attention: "),
+        ({"backend": "cuda"}, RuntimeError, "backend: cuda cannot run varlen_attention: the tensors are not on a GPU"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -30,15 +30,15 @@ def _halves(x):
 @triton.jit
 def _scores(q, k):
     """[m, n]: each query by each key; q is [m, d], k [n, d]."""
-    if q.dtype == tl.float32:
-        # In two sums, which round less than one; fma, since a plain sum would be made one again.
+    if q.dtype == tl.float32 and q.shape[1] > 128:
+        # In two sums, since a single one rounds too often; fma, since a plain sum would be made one again.
         q_first, q_second = _halves(q)
         k_first, k_second = _halves(k)
         first = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
         second = tl.dot(q_second, tl.trans(k_second), input_precision="ieee")
         return tl.math.fma(first, tl.full(first.shape, 1.0, tl.float32), second)
     else:
-        return tl.dot(q, tl.trans(k))
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
 # The number of tokens is no reason to compile another version.
@@ -256,7 +256,7 @@ def varlen_attention(
     )
     partial_lse = torch.empty(partial_pieces, num_tokens, num_heads, dtype=torch.float32, device=q.device)
 
-    group, block_d = num_heads // num_kv_heads, max(32, triton.next_power_of_2(head_dim))
+    group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
     tile_rows = plan.tile_tokens * group
     config = tuning.triton_attention(tile_rows, block_d, q.element_size(), shared_bytes(q.device))
     subtiles = triton.cdiv(tile_rows, config.block_m)
