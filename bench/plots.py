@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 _LENGTH = 1280  # the canvas length at which every number of tokens is measured
@@ -58,7 +58,10 @@ def _curves(axis, lines: list[dict], model: str, device: str) -> None:
     )
     ticks = sorted({line["tokens"] for line in at_length})
     axis.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
@@ -72,12 +75,13 @@ def _bars(axis, lines: list[dict]) -> None:
         values = [line["parts_ms"][part] for line in chosen]
         axis.bar(names, values, bottom=bottom, label=part.replace("_", " "))
         bottom = [low + value for low, value in zip(bottom, values)]
-    axis.plot(names, [line["products_ms"] for line in chosen], "k_", ms=24, label="cuBLAS alone")
+    axis.plot(names, [line["products_ms"] for line in chosen], "k_", ms=40, label="products by cuBLAS alone")
     axis.set(
         xlabel="positions of the canvas, pages", ylabel="ms", title=f"parts of a step of {tokens} tokens"
     )
+    axis.set_ylim(0, 1.4 * max(bottom, default=1.0))
     if chosen:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=3, loc="upper center", markerscale=0.3)
 
 
 def refresh(report: dict, path: Path) -> None:
@@ -97,9 +101,10 @@ def refresh(report: dict, path: Path) -> None:
         axis.set(
             xlabel="rows that differ, of six",
             ylabel="ms",
-            title=f"refresh, {model}, {lines[0]['length']} positions, {report['device']}",
             ylim=(0, None),
         )
+        title = f"refresh, {model}, {lines[0]['length']} positions, {report['device']}"
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

@@ -131,8 +131,12 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 def write_report(options: argparse.Namespace, device: torch.device, **results: Any) -> None:
     """The JSON file of a benchmark: how it was run, on what, and what came out."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:  # where a run put its file says nothing about the run
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
     report = {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "dtype": options.dtype,
         "backend": options.backend or "fastest of each operator",

@@ -117,6 +117,31 @@ def _swiglu(function: Callable) -> Callable:
     return _register("swiglu", "(Tensor gate_up, *, str? backend=None) -> Tensor", run, fake)
 
 
+def _linear(function: Callable) -> Callable:
+    def run(x, weight, bias=None, *, static_weight=False, backend=None):
+        return function(x, weight, bias, static_weight=static_weight, backend=backend).contiguous()
+
+    def fake(x, weight, bias=None, *, static_weight=False, backend=None):
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    schema = (
+        "(Tensor x, Tensor weight, Tensor? bias=None, *, bool static_weight=False, "
+        "str? backend=None) -> Tensor"
+    )
+    return _register("linear", schema, run, fake)
+
+
+def _linear_swiglu(function: Callable) -> Callable:
+    def run(x, weight, *, static_weight=False, backend=None):
+        return function(x, weight, static_weight=static_weight, backend=backend).contiguous()
+
+    def fake(x, weight, *, static_weight=False, backend=None):
+        return x.new_empty(x.shape[0], weight.shape[0] // 2)
+
+    schema = "(Tensor x, Tensor weight, *, bool static_weight=False, str? backend=None) -> Tensor"
+    return _register("linear_swiglu", schema, run, fake)
+
+
 def _rope_kv_write(function: Callable) -> Callable:
     schema = (
         "(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, Tensor cos, Tensor sin, "
@@ -423,6 +448,8 @@ def _decode_policy(function: Callable) -> Callable:
 _TRACED: dict[str, Callable[[Callable], Callable]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
+    "linear": _linear,
+    "linear_swiglu": _linear_swiglu,
     "rope_kv_write": _rope_kv_write,
     "attention_plan": _attention_plan,
     "varlen_attention": _varlen_attention,

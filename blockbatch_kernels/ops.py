@@ -107,6 +107,69 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 @traceable
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    static_weight: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` with sums in fp32, rounded once: torch's product, but for packs of few tokens.
+
+    On compute capability 9.0 up to 128 tokens in bf16 or fp16 run on a kernel of our own where it is faster
+    (`tuning.linear_tile` says for which sizes; rows of the weight must be aligned to 16 bytes); all else goes
+    to torch. Which of the two computes depends on sizes and alignment alone.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [out, in], same dtype.
+        bias: [out], same dtype.
+        static_weight: a promise that no work which may still be running writes `weight`: it is then read
+            ahead of the end of the kernels in front.
+
+    Returns:
+        [tokens, out], same dtype.
+    """
+    _check_product(x, weight, static_weight)
+    if bias is not None:
+        _check("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
+    module = _backend(backend, "linear", x)
+    return module.linear(x, weight, bias, static_weight=static_weight)
+
+
+@traceable
+def linear_swiglu(
+    x: Tensor, weight: Tensor, *, static_weight: bool = False, backend: str | None = None
+) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`: the product and `swiglu` in one where that is faster.
+
+    Where the kernel of our own serves the sizes (see `linear`; up to 192 tokens and more), the product is not
+    rounded before the activation; elsewhere it is, as by `swiglu(linear(x, weight))`.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [2 * intermediate, in], gate rows first, same dtype.
+        static_weight: see `linear`.
+
+    Returns:
+        [tokens, intermediate], same dtype.
+    """
+    _check_product(x, weight, static_weight)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
+    module = _backend(backend, "linear_swiglu", x)
+    return module.linear_swiglu(x, weight, static_weight=static_weight)
+
+
+def _check_product(x: Tensor, weight: Tensor, static_weight: bool) -> None:
+    _check("x", x, (None, None), _FLOATS)
+    _check("weight", weight, (None, x.shape[1]), (x.dtype,), x.device)
+    if not isinstance(static_weight, bool):
+        raise TypeError(f"static_weight: expected True or False, got {static_weight!r}")
+
+
+@traceable
 def rope_kv_write(
     q: Tensor,
     k: Tensor,

@@ -116,7 +116,7 @@ TRITON_COMBINE = TritonCombine(block_pieces=2, block=2048, num_warps=4)
 
 
 def triton_row_warps(block: int) -> int:
-    """Warps of a program that reduces a row of `block` elements: 8 to 16 elements a thread."""
+    """Warps of a program that reduces a row of `block` elements: 16 elements a thread, at most 16 warps."""
     return min(16, max(1, block // 512))
 
 
@@ -133,10 +133,10 @@ def triton_attention(tile_rows: int, block_d: int, element_size: int, shared_byt
     """
     block_m = min(128, max(16, 1 << (tile_rows - 1).bit_length()))
     if element_size == 4:
-        # Products without tensor cores: more rows or a deeper pipeline spill registers.
+        # Products without tensor cores: larger blocks spill registers.
         config = TritonAttention(min(block_m, 64), 32, num_warps=8, num_stages=2)
         if block_d > 128:
-            config = TritonAttention(16, 32, num_warps=4, num_stages=1)
+            config = TritonAttention(16, 16, num_warps=8, num_stages=1)
     elif block_d > 128:
         config = TritonAttention(block_m, 32, num_warps=8 if block_m == 128 else 4, num_stages=2)
     elif block_m == 128:
@@ -161,3 +161,61 @@ PROGRAMMATIC_LAUNCH = True
 # rows take 772, and 849 in 4. The weights that stream through L2 evict a chunk that would fit before it is
 # reduced, and narrow products are slower (433 us in one, 451 in 8).
 LM_HEAD_LOGITS_BYTES = 128 << 20
+
+
+class LinearTile(NamedTuple):
+    """How the extension's product with a weight is cut; csrc/gemm.cu compiles these."""
+
+    tokens: int  # room for tokens in a tile
+    rows: int  # of the weight in a tile
+    splits: int = 1  # processors that share the sum of a tile
+
+
+# Microseconds of the product with a weight read from memory, on an H100 (launched early in a graph), beside
+# cuBLAS: LLaDA-8B's qkv / out / down with 16 tokens 34.9 / 12.8 / 36.1 (36.8 / 16.8 / 40.5), with 64 tokens
+# 36.3 / 13.2 / 35.5 (38.5 / 15.0 / 42.4), with 128 tokens 36.8 / 14.4 / 37.3 (39.8 / 15.2 / 40.0). With 192
+# and more cuBLAS is as fast or faster once the GPU is warm.
+LINEAR_TILES = (
+    LinearTile(16, 64),
+    LinearTile(64, 64),
+    LinearTile(64, 64, splits=2),
+    LinearTile(128, 64),
+    LinearTile(128, 64, splits=2),
+    LinearTile(128, 128),
+)
+# With the activation in the same kernel, against cuBLAS without it: 16 tokens 66.6 (73.8), 64 tokens 68.1
+# (75.6), 128 tokens 69.8 (78.2), 192 tokens 75.3 (81.8), 252 tokens 80.1 (83.8). 32 layers, one after another
+# on a warm GPU, with cuBLAS for the rest (for everything): 64 tokens 5.37 ms (5.55), 128 tokens 5.49 (5.63),
+# 192 tokens 6.00 (6.07), 252 tokens 6.63 (6.63). All products here: 64 tokens 4.91 ms, 128 tokens 5.25.
+GATED_TILES = (
+    LinearTile(16, 192),
+    LinearTile(64, 192),
+    LinearTile(128, 192),
+    LinearTile(192, 192),
+    LinearTile(256, 192),
+)
+# Of an H100 or H200; a constant, so that the same shape is computed in the same way everywhere.
+_LINEAR_PROCESSORS = 132
+_MIN_LINEAR_ROWS = 2048
+
+
+@functools.cache
+def linear_tile(num_tokens: int, out_features: int, in_features: int, *, gated: bool) -> LinearTile | None:
+    """The tile for a product; None: cuBLAS is at least as fast, or the kernel does not take the shape."""
+    rows = 2 * out_features if gated else out_features
+    tiles = GATED_TILES if gated else LINEAR_TILES
+    largest = max(tile.tokens for tile in tiles)
+    if not 1 <= num_tokens <= largest or rows < _MIN_LINEAR_ROWS or out_features % 8 or in_features % 8:
+        return None
+    tokens = min(tile.tokens for tile in tiles if tile.tokens >= num_tokens)
+    if gated:
+        tile = LinearTile(tokens, 192)
+        ctas = -(-rows // tile.rows)
+        room = -(-ctas // _LINEAR_PROCESSORS) * _LINEAR_PROCESSORS
+        # Up to 128 tokens memory decides; beyond, a last wave that leaves processors idle costs its share.
+        return tile if tokens <= 128 or ctas >= 0.9 * room else None
+    if tokens == 16:
+        return LinearTile(tokens, 64)
+    if -(-rows // 64) * 2 <= _LINEAR_PROCESSORS and in_features >= 1024:
+        return LinearTile(tokens, 64, splits=2)
+    return LinearTile(tokens, 64 if tokens == 64 or rows <= 8192 else 128)

@@ -22,11 +22,10 @@ struct AttentionItem {
   int key_end;
 };
 
-// CTAs walk over the items to and fro, so that one with a long item early gets a late and so a short one.
-// -1: none in this round.
-__device__ __forceinline__ int item_of_round(int round, int num_items) {
-  const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int item = round * gridDim.x + place;
+// The places where items are worked on, CTAs or parts of them, walk over the items to and fro, so that one
+// with a long item early gets a late and so a short one. -1: none in this round.
+__device__ __forceinline__ int item_of_round(int round, int num_items, int place, int num_places) {
+  const int item = round * num_places + (round % 2 ? num_places - 1 - place : place);
   return item < num_items ? item : -1;
 }
 

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   zero_padding<T>(params, threadIdx.x, blockDim.x);
   const int num_items = params.counts[0] * parts_of_tile(params, kItemRows) * params.num_kv_heads;
   for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
-    const int index = item_of_round(round, num_items);
+    const int index = item_of_round(round, num_items, blockIdx.x, gridDim.x);
     if (index < 0) continue;
     const AttentionItem item = read_item(params, index, kItemRows);
     if (item.num_rows == 0) continue;

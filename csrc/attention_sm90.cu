@@ -18,14 +18,16 @@ constexpr int kSliceBytes = kStageKeys * kSwizzledRowBytes;  // 64 elements of a
 template <int kHeadDim, int kWarpgroups>
 struct Shape {
   static constexpr int kRows = 64 * kWarpgroups;
-  static constexpr int kThreads = 128 * kWarpgroups;
+  // With one warpgroup of products, two independent halves share a CTA, so that one's softmax runs under the
+  // other's products. As two CTAs they could not be kept from meeting on one processor while others idle.
+  static constexpr int kHalves = kWarpgroups == 1 ? 2 : 1;
+  static constexpr int kHalfThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kThreads = kHalves * kHalfThreads;
   static constexpr int kSlices = kHeadDim / 64;
   static constexpr int kTileBytes = kSlices * kSliceBytes;  // K or V of a stage
   static constexpr int kStageBytes = 2 * kTileBytes;
-  // One warpgroup: two CTAs share a processor, so that one's softmax runs under the other's products.
-  static constexpr int kResident = kWarpgroups == 1 ? 2 : 1;
-  static constexpr int kStages = 6 / kResident * (128 / kHeadDim);
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16);
+  static constexpr int kStages = 6 / kHalves * (128 / kHeadDim);
+  static constexpr int kSharedBytes = kHalves * kStages * (kStageBytes + 32);
 };
 
 struct Sm90Params {
@@ -37,65 +39,97 @@ struct Sm90Params {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A place in the ring of stages. A stage is `full` once its bytes have arrived and `empty` once every warp of
-// products is through with it.
+// A ring of tiles of keys or values in shared memory, and a place in it. A tile is `full` once its bytes have
+// arrived and `empty` once every warp of products is through with it.
 template <class S>
 struct Ring {
-  uint32_t shared;
-  int stage = 0;
+  uint32_t tiles;
+  uint32_t barriers;
+  int place = 0;
   int phase = 0;
 
-  __device__ __forceinline__ uint32_t keys() const { return shared + stage * S::kStageBytes; }
-  __device__ __forceinline__ uint32_t values() const { return keys() + S::kTileBytes; }
-  __device__ __forceinline__ uint32_t full() const {
-    return shared + S::kStages * S::kStageBytes + 16 * stage;
-  }
+  __device__ __forceinline__ uint32_t tile() const { return tiles + place * S::kTileBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + 16 * place; }
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
   __device__ __forceinline__ void advance() {
-    if (++stage == S::kStages) {
-      stage = 0;
+    if (++place == S::kStages) {
+      place = 0;
       phase ^= 1;
     }
   }
 };
 
-// Starts the copy of the stage of keys from first_key on, once its place is free. Run by one warp: each lane
-// copies boxes of its own.
+// Fills the rings, run by a warpgroup of its own. Each copy moves the keys of one page and 64 elements, and
+// takes its warp a while to start, so that the copies of a tile are spread over the warps, one a thread.
 template <class S>
-__device__ __forceinline__ void load_stage(const Sm90Params& params, const AttentionItem& item, int first_key,
-                                           Ring<S>& ring) {
-  if (first_key >= item.key_end) return;
-  const AttentionParams& p = params.attention;
-  const int lane = threadIdx.x % 32;
-  const int32_t* pages = p.page_table + item.row * p.page_table_stride;
-  const int box_bytes = params.box_keys * kSwizzledRowBytes;
-  const int num_boxes = (min(kStageKeys, item.key_end - first_key) + params.box_keys - 1) / params.box_keys;
-  const int num_copies = num_boxes * S::kSlices * 2;
-  for (int copy = lane; copy < num_copies || copy == lane; copy += 32) {
-    const int box = copy / (2 * S::kSlices), slice = copy / 2 % S::kSlices;
-    const int key = first_key + box * params.box_keys;
-    const int page = copy < num_copies ? pages[key / p.page_size] : 0;  // looked up before the wait
-    if (copy == lane) {
-      barrier_wait(ring.empty(), ring.phase ^ 1);
-      if (lane == 0) barrier_arrive_expecting(ring.full(), num_copies * box_bytes);
-      __syncwarp();
-    }
-    if (copy >= num_copies) break;
-    const uint32_t target = (copy % 2 ? ring.values() : ring.keys()) + slice * kSliceBytes + box * box_bytes;
-    copy_box(target, copy % 2 ? &params.v_map : &params.k_map, ring.full(), 64 * slice, key % p.page_size,
-             item.kv_head, page);
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(const Sm90Params& params, const AttentionItem& item)
+      : params_(params), item_(item), first_key_(item.key_start) {
+    const int copy = static_cast<int>(threadIdx.x) % 32 * 4 + static_cast<int>(threadIdx.x) / 32 % 4;
+    const int box = copy / S::kSlices;
+    slice_ = copy % S::kSlices;
+    key_ = box * params.box_keys;
+    target_ = slice_ * kSliceBytes + key_ * kSwizzledRowBytes;
+    pages_ = params.attention.page_table + item.row * params.attention.page_table_stride;
+    now_ = look_up(first_key_);
+    next_ = look_up(first_key_ + kStageKeys);
   }
-  __syncwarp();
-  ring.advance();
-}
+
+  // Every tile of keys ahead of the values before it, which are used later.
+  __device__ __forceinline__ void run(Ring<S>& keys, Ring<S>& values) {
+    copy(&params_.k_map, first_key_, now_, keys);
+    while (first_key_ < item_.key_end) {
+      copy(&params_.k_map, first_key_ + kStageKeys, next_, keys);
+      copy(&params_.v_map, first_key_, now_, values);
+      first_key_ += kStageKeys;
+      now_ = next_;
+      next_ = look_up(first_key_ + kStageKeys);  // early, so that no copy waits for its page
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool takes_part(int first_key) const {
+    return key_ < kStageKeys && first_key + key_ < item_.key_end;
+  }
+
+  // Page of this thread's box in a tile, and the key in it.
+  __device__ __forceinline__ int2 look_up(int first_key) const {
+    if (!takes_part(first_key)) return make_int2(0, 0);
+    const int key = first_key + key_, page_size = params_.attention.page_size;
+    return make_int2(pages_[key / page_size], key % page_size);
+  }
+
+  __device__ __forceinline__ void copy(const CUtensorMap* map, int first_key, int2 source,
+                                       Ring<S>& ring) const {
+    if (first_key >= item_.key_end) return;
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    if (threadIdx.x % 128 == 0) {
+      const int num_keys = min(kStageKeys, item_.key_end - first_key);
+      const int num_boxes = (num_keys + params_.box_keys - 1) / params_.box_keys;
+      barrier_arrive_expecting(ring.full(), num_boxes * params_.box_keys * kSwizzledRowBytes * S::kSlices);
+    }
+    if (takes_part(first_key)) {
+      copy_box(ring.tile() + target_, map, ring.full(), 64 * slice_, source.y, item_.kv_head, source.x);
+    }
+    ring.advance();
+  }
+
+  const Sm90Params& params_;
+  const AttentionItem& item_;
+  const int32_t* pages_;
+  int first_key_;
+  int slice_;
+  int key_;
+  uint32_t target_;
+  int2 now_;
+  int2 next_;
+};
 
 // Values behind the last key get the weight 0, but NaN there would survive it.
 template <class S>
-__device__ __forceinline__ void clear_values(unsigned char* shared_memory, const Ring<S>& ring,
-                                             int num_keys) {
-  const int thread = threadIdx.x % 128;
-  unsigned char* values = shared_memory + (ring.values() - ring.shared);
-  for (int chunk = num_keys * 8 + thread; chunk < kStageKeys * 8; chunk += 128) {
+__device__ __forceinline__ void clear_values(unsigned char* values, int num_keys) {
+  for (int chunk = num_keys * 8 + threadIdx.x % 128; chunk < kStageKeys * 8; chunk += 128) {
 #pragma unroll
     for (int slice = 0; slice < S::kSlices; ++slice) {
       *reinterpret_cast<uint4*>(values + slice * kSliceBytes + 16 * chunk) = make_uint4(0, 0, 0, 0);
@@ -104,70 +138,101 @@ __device__ __forceinline__ void clear_values(unsigned char* shared_memory, const
   publish_stores();
   if (threadIdx.x < 128) {
     asm volatile("bar.sync 1, 128;\n" ::: "memory");
-  } else {
+  } else if (threadIdx.x < 256) {
     asm volatile("bar.sync 2, 128;\n" ::: "memory");
+  } else {
+    asm volatile("bar.sync 3, 128;\n" ::: "memory");
   }
 }
 
-// Works through an item, 64 rows a warpgroup. The first warp also keeps the ring filled, up to `loaded`.
-template <typename T, int kHeadDim, class S>
-__device__ __forceinline__ void attend(const Sm90Params& all, const AttentionItem& item,
-                                       unsigned char* shared_memory, Ring<S>& ring, Ring<S>& loaded) {
-  // Stages that are loaded ahead. The place of the next is free once all are through with the stage before,
-  // or, so that a warpgroup does not wait for the other, with the one before that.
-  constexpr int kAhead = S::kStages - S::kRows / 64;
-  const AttentionParams& params = all.attention;
-  const bool loads = threadIdx.x < 32;
-  if (loads) {
-    for (int stage = 0; stage < kAhead; ++stage) {
-      load_stage(all, item, item.key_start + stage * kStageKeys, loaded);
-    }
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void start_scores(float (&score)[kStageKeys / 8][4],
+                                             const QueryRows<T, kHeadDim>& rows, uint32_t keys) {
+  start_products();
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    multiply_warpgroup<T, false>(score, rows.values[k],
+                                 matrix_descriptor(keys + k / 4 * kSliceBytes + k % 4 * 32, 16), k > 0);
   }
-  const int row0 = static_cast<int>(threadIdx.x) / 32 * 16;
+  commit_products();
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void start_weighing(RowState<T, kHeadDim>& state,
+                                               const uint32_t (&weights)[kStageKeys / 16][4],
+                                               uint32_t values) {
+  keep_in_registers(state.out);
+  start_products();
+#pragma unroll
+  for (int k = 0; k < kStageKeys / 16; ++k) {
+    multiply_warpgroup<T, true>(state.out, weights[k],
+                                matrix_descriptor(values + k * 16 * kSwizzledRowBytes, kSliceBytes), true);
+  }
+  commit_products();
+}
+
+template <class S>
+__device__ __forceinline__ void release(Ring<S>& ring) {
+  if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty());
+  ring.advance();
+}
+
+// Works through an item, 64 rows a warpgroup. The products of the next keys run under the softmax of these.
+template <typename T, int kHeadDim, class S>
+__device__ __forceinline__ void attend(const AttentionParams& params, const AttentionItem& item,
+                                       unsigned char* shared_memory, Ring<S>& keys, Ring<S>& values) {
+  const int row0 = static_cast<int>(threadIdx.x) % S::kHalfThreads / 32 * 16;
   const bool has_rows = row0 < item.num_rows;  // of this warp
   const float scale = params.softmax_scale * kLog2e;
   QueryRows<T, kHeadDim> rows;
   rows.load(params, item, row0);
   RowState<T, kHeadDim> state;
   state.clear();
+  float score[kStageKeys / 8][4];
+  float correction[2];
+  uint32_t weights[kStageKeys / 16][4];
 
-  for (int first_key = item.key_start; first_key < item.key_end; first_key += kStageKeys) {
-    barrier_wait(ring.full(), ring.phase);
-    float score[kStageKeys / 8][4];
-    start_products();
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      const uint32_t keys = ring.keys() + k / 4 * kSliceBytes + k % 4 * 32;
-      multiply_warpgroup<T, false>(score, rows.values[k], matrix_descriptor(keys, 16), k > 0);
-    }
-    commit_products();
-    if (loads) load_stage(all, item, first_key + kAhead * kStageKeys, loaded);
-    const bool last = first_key + kStageKeys > item.key_end;
-    if (last) clear_values(shared_memory, ring, item.key_end - first_key);
-    wait_for_products<0>();
+  barrier_wait(keys.full(), keys.phase);
+  start_scores(score, rows, keys.tile());
+  wait_for_products<0>();
+  keep_in_registers(score);
+  release(keys);
+  int first_key = item.key_start;
+  if (has_rows) {
+    if (first_key + kStageKeys > item.key_end) mask_scores(score, first_key, item.key_end);
+    state.weigh(score, scale, correction);
+    pack_weights<T>(score, weights);
+  }
+  for (; first_key + kStageKeys < item.key_end; first_key += kStageKeys) {
+    barrier_wait(keys.full(), keys.phase);
+    start_scores(score, rows, keys.tile());
+    barrier_wait(values.full(), values.phase);
+    start_weighing(state, weights, values.tile());
+    wait_for_products<1>();
     keep_in_registers(score);
-
-    uint32_t weights[kStageKeys / 16][4];
+    release(keys);
+    const int next_key = first_key + kStageKeys;
     if (has_rows) {
-      if (last) mask_scores(score, first_key, item.key_end);
-      float correction[2];
+      if (next_key + kStageKeys > item.key_end) mask_scores(score, next_key, item.key_end);
       state.weigh(score, scale, correction);
+    }
+    wait_for_products<0>();
+    keep_in_registers(state.out);
+    release(values);
+    if (has_rows) {
       pack_weights<T>(score, weights);
       state.shrink(correction);
     }
-    keep_in_registers(state.out);
-    start_products();
-#pragma unroll
-    for (int k = 0; k < kStageKeys / 16; ++k) {
-      const uint32_t values = ring.values() + k * 16 * kSwizzledRowBytes;
-      multiply_warpgroup<T, true>(state.out, weights[k], matrix_descriptor(values, kSliceBytes), true);
-    }
-    commit_products();
-    wait_for_products<0>();
-    keep_in_registers(state.out);
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty());
-    ring.advance();
   }
+  barrier_wait(values.full(), values.phase);
+  if (first_key + kStageKeys > item.key_end) {
+    clear_values<S>(shared_memory + (values.tile() - shared_address(shared_memory)),
+                    item.key_end - first_key);
+  }
+  start_weighing(state, weights, values.tile());
+  wait_for_products<0>();
+  keep_in_registers(state.out);
+  release(values);
   state.finish();
   state.store(params, item, rows, scale);
 }
@@ -175,22 +240,27 @@ __device__ __forceinline__ void attend(const Sm90Params& all, const AttentionIte
 #endif
 
 template <typename T, int kHeadDim, int kWarpgroups>
-__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads,
-                                  Shape<kHeadDim, kWarpgroups>::kResident)
+__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ Sm90Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Shape<kHeadDim, kWarpgroups>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const AttentionParams& p = params.attention;
-  Ring<S> ring{shared_address(shared_memory)};
-  Ring<S> loaded = ring;
+  const uint32_t shared = shared_address(shared_memory);
+  const int half = static_cast<int>(threadIdx.x) / S::kHalfThreads;
+  const int thread = static_cast<int>(threadIdx.x) % S::kHalfThreads;
+  const uint32_t tiles = shared + half * S::kStages * S::kStageBytes;
+  const uint32_t all_barriers = shared + S::kHalves * S::kStages * S::kStageBytes;
+  const uint32_t barriers = all_barriers + half * S::kStages * 32;
+  Ring<S> keys{tiles, barriers};
+  Ring<S> values{tiles + S::kStages * S::kTileBytes, barriers + 16 * S::kStages};
   prefetch_plan(p);
   if (threadIdx.x == 0) {
     prefetch_map(&params.k_map);
     prefetch_map(&params.v_map);
-    for (Ring<S> place = ring; place.phase == 0; place.advance()) {
-      barrier_init(place.full(), 1);
-      barrier_init(place.empty(), 4 * kWarpgroups);
+    for (int i = 0; i < 2 * S::kStages * S::kHalves; ++i) {
+      barrier_init(all_barriers + 16 * i, 1);
+      barrier_init(all_barriers + 16 * i + 8, 4 * kWarpgroups);
     }
     publish_barriers();
   }
@@ -199,14 +269,28 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads,
   allow_successors();
 
   const int num_items = p.counts[0] * parts_of_tile(p, S::kRows) * p.num_kv_heads;
-  for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
-    const int index = item_of_round(round, num_items);
-    if (index < 0) continue;
-    const AttentionItem item = read_item(p, index, S::kRows);
-    if (item.num_rows == 0) continue;
-    attend<T, kHeadDim>(params, item, shared_memory, ring, loaded);
+  const auto for_each_item = [&](auto work) {
+    const int num_places = S::kHalves * gridDim.x;
+    for (int round = 0; round * num_places < num_items; ++round) {
+      const int index = item_of_round(round, num_items, half * gridDim.x + blockIdx.x, num_places);
+      if (index < 0) continue;
+      const AttentionItem item = read_item(p, index, S::kRows);
+      if (item.num_rows > 0) work(item);
+    }
+  };
+  // Registers a thread: copies need few, and give theirs to the products. In all no more than at the launch,
+  // which are 128 or 168 a thread.
+  constexpr int kLoaderRegisters = kWarpgroups == 1 ? 48 : 56;
+  constexpr int kProductRegisters = kWarpgroups == 1 ? 208 : 224;
+  if (thread >= 128 * kWarpgroups) {
+    give_registers<kLoaderRegisters>();
+    for_each_item([&](const AttentionItem& item) { Loader<S>(params, item).run(keys, values); });
+    zero_padding<T>(p, half * 128 + thread % 128, S::kHalves * 128);
+  } else {
+    take_registers<kProductRegisters>();
+    for_each_item(
+        [&](const AttentionItem& item) { attend<T, kHeadDim>(p, item, shared_memory, keys, values); });
   }
-  zero_padding<T>(p, threadIdx.x, blockDim.x);
 #endif
 }
 

@@ -20,7 +20,7 @@ std::string version_text(int version) {
 
 // Raised with every change to what the functions of this module take; `API` in
 // blockbatch_kernels/cuda/extension.py is the same number.
-constexpr int kApi = 1;
+constexpr int kApi = 2;
 
 py::dict build_info() {
   py::list archs;
@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, module) {
              "The newest CUDA version that the installed driver serves; '0.0' without a driver.");
   bbk::bind_activation(module);
   bbk::bind_attention(module);
+  bbk::bind_gemm(module);
   bbk::bind_lm_head(module);
   bbk::bind_norm(module);
   bbk::bind_pack(module);

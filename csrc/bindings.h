@@ -7,6 +7,7 @@ namespace bbk {
 
 void bind_activation(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
+void bind_gemm(pybind11::module_& module);
 void bind_lm_head(pybind11::module_& module);
 void bind_norm(pybind11::module_& module);
 void bind_pack(pybind11::module_& module);

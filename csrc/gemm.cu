@@ -60,7 +60,7 @@ template <class S>
 void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cudaStream_t stream) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
   const CUtensorMap x_map = tensor_map<2>("x", p.x, p.dtype, {p.in_features, p.num_tokens}, {p.x_row_stride},
-                                          {S::kBlockK, S::kTokens / S::kClusterN});
+                                          {S::kBlockK, S::kTokens});
   CUtensorMap weight_map;
   if constexpr (S::kGated) {
     // Eight gates, eight ups, the next eight gates, ...: a thread's two rows are a gate and its up.
@@ -85,14 +85,14 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
       cudaFuncSetAttribute(gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
       kOp);
   cudaLaunchConfig_t config = {};
-  const auto clusters = ceil_div<int64_t>(weight_rows, S::kRows * S::kClusterN);
-  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kClusterN), S::kSplits);
+  const auto tiles = ceil_div<int64_t>(weight_rows, S::kRows);
+  config.gridDim = dim3(static_cast<unsigned>(tiles), S::kSplits);
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kSharedBytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = S::kClusterN;
+  attributes[0].val.clusterDim.x = 1;
   attributes[0].val.clusterDim.y = S::kSplits;
   attributes[0].val.clusterDim.z = 1;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -102,37 +102,31 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<S>, x_map, weight_map, args), kOp);
 }
 
-// tokens, warpgroups, pipeline stages, cluster along N, splits, gated
-#define BBK_GEMM_SHAPES(V)  \
-  V(16, 1, 20, 1, 1, false) \
-  V(64, 1, 13, 1, 1, false) \
-  V(64, 3, 7, 1, 1, false)  \
-  V(128, 1, 9, 1, 1, false) \
-  V(128, 2, 6, 1, 1, false) \
-  V(128, 3, 5, 1, 1, false) \
-  V(192, 2, 5, 1, 1, false) \
-  V(192, 3, 4, 1, 1, false) \
-  V(256, 2, 4, 1, 1, false) \
-  V(256, 3, 4, 1, 1, false) \
-  V(16, 2, 12, 1, 1, true)  \
-  V(64, 3, 7, 1, 1, true)   \
-  V(128, 3, 5, 1, 1, true)  \
-  V(192, 3, 4, 1, 1, true)  \
-  V(256, 3, 4, 1, 1, true)
+// tokens, warpgroups, pipeline stages, splits, gated
+#define BBK_GEMM_SHAPES(V) \
+  V(16, 1, 20, 1, false)   \
+  V(64, 1, 13, 1, false)   \
+  V(64, 1, 13, 2, false)   \
+  V(128, 1, 9, 1, false)   \
+  V(128, 1, 9, 2, false)   \
+  V(128, 2, 6, 1, false)   \
+  V(16, 3, 8, 1, true)     \
+  V(64, 3, 7, 1, true)     \
+  V(128, 3, 5, 1, true)    \
+  V(192, 3, 4, 1, true)    \
+  V(256, 3, 4, 1, true)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, CLUSTER_N, SPLITS, GATED)                       \
-  if (tile.tokens == TOKENS && tile.rows == GROUPS * 64 && tile.cluster_n == CLUSTER_N && \
-      tile.splits == SPLITS && gated == GATED) {                                          \
-    return use(GemmShape<T, TOKENS, GROUPS, 1, STAGES, CLUSTER_N, SPLITS, GATED>());      \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLITS, GATED)                                              \
+  if (tile.tokens == TOKENS && tile.rows == GROUPS * 64 && tile.splits == SPLITS && gated == GATED) { \
+    return use(GemmShape<T, TOKENS, GROUPS, STAGES, SPLITS, GATED>());                                \
   }
   BBK_GEMM_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE
   refuse("tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
-         std::to_string(tile.rows) + ", cluster_n " + std::to_string(tile.cluster_n) + ", splits " +
-         std::to_string(tile.splits) + (gated ? ", gated" : ""));
+         std::to_string(tile.rows) + ", splits " + std::to_string(tile.splits) + (gated ? ", gated" : ""));
 }
 
 template <typename Use>
@@ -165,8 +159,7 @@ bool gemm_is_available(int device) {
   if (major != 9 || minor != 0) return false;
   // Code that the driver compiled from the PTX of sm_80 runs too, but is empty.
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, gemm_kernel<GemmShape<__half, 256, 3, 1, 4, 1, 1, true>>),
-             kOp);
+  check_cuda(cudaFuncGetAttributes(&attributes, gemm_kernel<GemmShape<__half, 256, 3, 4, 1, true>>), kOp);
   return attributes.ptxVersion >= 90;
 }
 
@@ -190,13 +183,19 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
   check_aligned("weight", params.weight, params.weight_row_stride);
   check_aligned("out", params.out, params.out_row_stride);
   dispatch_tile(tile, params.gated, params.dtype, [&](auto shape) {
+    using S = decltype(shape);
+    // Every split must have something to add up.
+    if (params.in_features <= (S::kSplits - 1) * S::kBlockK) {
+      refuse("in_features: expected more than " + std::to_string((S::kSplits - 1) * S::kBlockK) + " with " +
+             std::to_string(S::kSplits) + " splits, got " + std::to_string(params.in_features));
+    }
     if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
     if (!gemm_is_available(launch.device)) {
       throw std::runtime_error(
           "blockbatch_kernels.linear: expected a GPU of sm_90 and an extension built for 90a");
     }
-    launch_gemm<decltype(shape)>(params, static_weight, programmatic, launch.stream);
+    launch_gemm<S>(params, static_weight, programmatic, launch.stream);
   });
 }
 

@@ -23,10 +23,9 @@ struct GemmParams {
 
 // How the product is cut; gemm.cu lists what is compiled.
 struct GemmTile {
-  int tokens;     // room for tokens in a tile
-  int rows;       // of the weight in a tile
-  int cluster_n;  // neighbouring tiles that share their reads of x
-  int splits;     // CTAs that share the sum of a tile, each over a stretch of K
+  int tokens;  // room for tokens in a tile
+  int rows;    // of the weight in a tile
+  int splits;  // CTAs that share the sum of a tile, each over a stretch of K
 };
 
 // Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;

@@ -9,23 +9,19 @@
 namespace bbk {
 
 // What a CTA computes. kTokens: columns of the tile, at least the tokens. kGroups: consumer warpgroups, each
-// with kTiles times 64 rows of the weight. kClusterN: CTAs side by side along the weight's rows that share
-// one read of x. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kGated:
-// the rows are gates and ups in turns of 8.
-template <typename Element, int kTokens_, int kGroups_, int kTiles_, int kStages_, int kClusterN_,
-          int kSplits_, bool kGated_>
+// with 64 rows of the weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of
+// K. kGated: the rows are gates and ups in turns of 8.
+template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, bool kGated_>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;
-  static constexpr int kTiles = kTiles_;
   static constexpr int kStages = kStages_;
-  static constexpr int kClusterN = kClusterN_;
   static constexpr int kSplits = kSplits_;
   static constexpr bool kGated = kGated_;
 
   static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
-  static constexpr int kRows = 64 * kTiles * kGroups;
+  static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kWeightBytes = kRows * kBlockK * 2;
   static constexpr int kXBytes = kTokens * kBlockK * 2;
@@ -37,16 +33,16 @@ struct GemmShape {
   template <int kPart>
   static constexpr int kPartBegin = kPart * (kTokens / 16) / kSplits;
   static constexpr int kMaxPairs = (kTokens / 16 + kSplits - 1) / kSplits;
-  static constexpr int kPartBytes = kMaxPairs * 2 * kTiles * kGroups * 128 * 16;
+  static constexpr int kPartBytes = kMaxPairs * 2 * kGroups * 128 * 16;
   static constexpr int kPartsBytes = (kSplits - 1) * kPartBytes;
 
-  static constexpr int kOutColumns = kGated ? 32 * kTiles : 64 * kTiles;  // of a warpgroup
-  static constexpr int kStagingPitch = kOutColumns + 8;                   // elements; keeps banks apart
+  static constexpr int kOutColumns = kGated ? 32 : 64;   // of a warpgroup
+  static constexpr int kStagingPitch = kOutColumns + 8;  // elements; keeps banks apart
   static constexpr int kStagingBytes = 16 * kMaxPairs * kStagingPitch * 2;
   static_assert(kPartsBytes + kGroups * kStagingBytes <= kPipelineBytes,
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
-  static_assert(kTokens % 16 == 0 && kXBytes / kClusterN % 1024 == 0, "whole matrices and swizzle groups");
+  static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
 
   // Columns of one instruction: 512 threads start with 128 registers each, too few to name 128 sums at once.
   static constexpr int kColumns = kGroups == 3 && kTokens == 256 ? 128 : kTokens;
@@ -83,9 +79,8 @@ __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.
 // Rounds the sums of a part of the tokens and writes them to `out`, through shared memory so that a token's
 // neighbouring features leave together.
 template <class S, int kPart>
-__device__ __forceinline__ void write_out(const float (&sums)[S::kTiles][S::kTokens / 2],
-                                          unsigned char* staging, const GemmArgs& args, int first_row,
-                                          int group) {
+__device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], unsigned char* staging,
+                                          const GemmArgs& args, int first_row, int group) {
   using T = typename S::T;
   constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
   constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
@@ -95,33 +90,30 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTiles][S::kTok
   const int matrix = lane / 8;
   const T* bias = static_cast<const T*>(args.bias);
 
+  float bias_low = 0.0f, bias_high = 0.0f;
+  if (!S::kGated && bias != nullptr) {
+    const int row = first_row + group * 64 + warp * 16 + lane / 4;
+    if (row < args.out_features) bias_low = to_float(bias[row]);
+    if (row + 8 < args.out_features) bias_high = to_float(bias[row + 8]);
+  }
 #pragma unroll
-  for (int tile = 0; tile < S::kTiles; ++tile) {
-    float bias_low = 0.0f, bias_high = 0.0f;
-    if (!S::kGated && bias != nullptr) {
-      const int row = first_row + (group * S::kTiles + tile) * 64 + warp * 16 + lane / 4;
-      if (row < args.out_features) bias_low = to_float(bias[row]);
-      if (row + 8 < args.out_features) bias_high = to_float(bias[row + 8]);
-    }
-#pragma unroll
-    for (int j = 0; j < kCount; j += 2) {
-      const float* d = &sums[tile][4 * (kFirst + j)];
-      const int token = 8 * j + lane % 8;
-      if constexpr (S::kGated) {
-        const int column = tile * 32 + warp * 8;
-        const uint32_t address =
-            sm90::shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
-        sm90::store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
-                                            pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
-      } else {
-        const int column = tile * 64 + warp * 16 + 8 * (matrix % 2);
-        const uint32_t address =
-            sm90::shared_address(staging) + ((token + 8 * (matrix / 2)) * S::kStagingPitch + column) * 2;
-        sm90::store_four_matrices_transposed(address, pack_pair<T>(d[0] + bias_low, d[1] + bias_low),
-                                             pack_pair<T>(d[2] + bias_high, d[3] + bias_high),
-                                             pack_pair<T>(d[4] + bias_low, d[5] + bias_low),
-                                             pack_pair<T>(d[6] + bias_high, d[7] + bias_high));
-      }
+  for (int j = 0; j < kCount; j += 2) {
+    const float* d = &sums[4 * (kFirst + j)];
+    const int token = 8 * j + lane % 8;
+    if constexpr (S::kGated) {
+      const int column = warp * 8;
+      const uint32_t address =
+          sm90::shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
+      sm90::store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
+                                          pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
+    } else {
+      const int column = warp * 16 + 8 * (matrix % 2);
+      const uint32_t address =
+          sm90::shared_address(staging) + ((token + 8 * (matrix / 2)) * S::kStagingPitch + column) * 2;
+      sm90::store_four_matrices_transposed(address, pack_pair<T>(d[0] + bias_low, d[1] + bias_low),
+                                           pack_pair<T>(d[2] + bias_high, d[3] + bias_high),
+                                           pack_pair<T>(d[4] + bias_low, d[5] + bias_low),
+                                           pack_pair<T>(d[6] + bias_high, d[7] + bias_high));
     }
   }
   sm90::named_barrier(2 + group, 128);
@@ -141,59 +133,53 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTiles][S::kTok
 
 // Index of a warpgroup's vector of four sums in what one split sends to another.
 template <class S>
-__device__ __forceinline__ int part_index(int group, int tile, int vector) {
-  return ((group * S::kTiles + tile) * 2 * S::kMaxPairs + vector) * 128 + threadIdx.x % 128;
+__device__ __forceinline__ int part_index(int group, int vector) {
+  return (group * 2 * S::kMaxPairs + vector) * 128 + threadIdx.x % 128;
 }
 
 // Sends the sums over this CTA's stretch of K to the CTAs that finish their tokens.
 template <class S, int kPart = 0>
-__device__ __forceinline__ void send_parts(const float (&sums)[S::kTiles][S::kTokens / 2], uint32_t parts,
-                                           int split, int rank, int group) {
+__device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], uint32_t parts, int split,
+                                           int group) {
   if constexpr (kPart < S::kSplits) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t remote = sm90::remote_address(parts, rank + kPart * S::kClusterN) + slot * S::kPartBytes;
+      const uint32_t remote = sm90::remote_address(parts, kPart) + slot * S::kPartBytes;
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
-      for (int tile = 0; tile < S::kTiles; ++tile) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          sm90::store_remote(remote + part_index<S>(group, tile, j) * 16, &sums[tile][4 * (kFirst + j)]);
-        }
+      for (int j = 0; j < kCount; ++j) {
+        sm90::store_remote(remote + part_index<S>(group, j) * 16, &sums[4 * (kFirst + j)]);
       }
     }
-    send_parts<S, kPart + 1>(sums, parts, split, rank, group);
+    send_parts<S, kPart + 1>(sums, parts, split, group);
   }
 }
 
 // Adds what the other CTAs sent, in the order of K, and writes the result.
 template <class S, int kPart = 0>
-__device__ __forceinline__ void finish_part(float (&sums)[S::kTiles][S::kTokens / 2],
-                                            const unsigned char* parts, unsigned char* staging,
-                                            const GemmArgs& args, int split, int first_row, int group) {
+__device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const unsigned char* parts,
+                                            unsigned char* staging, const GemmArgs& args, int split,
+                                            int first_row, int group) {
   if constexpr (kPart < S::kSplits) {
     if (kPart == split) {
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
-      for (int tile = 0; tile < S::kTiles; ++tile) {
+      for (int j = 0; j < kCount; ++j) {
+        float* d = &sums[4 * (kFirst + j)];
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          float* d = &sums[tile][4 * (kFirst + j)];
-          float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-          for (int other = 0; other < S::kSplits; ++other) {
-            float4 part = make_float4(d[0], d[1], d[2], d[3]);
-            if (other != kPart) {
-              const int slot = other < kPart ? other : other - 1;
-              part = *reinterpret_cast<const float4*>(parts + slot * S::kPartBytes +
-                                                      part_index<S>(group, tile, j) * 16);
-            }
-            total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+        for (int other = 0; other < S::kSplits; ++other) {
+          float4 part = make_float4(d[0], d[1], d[2], d[3]);
+          if (other != kPart) {
+            const int slot = other < kPart ? other : other - 1;
+            part =
+                *reinterpret_cast<const float4*>(parts + slot * S::kPartBytes + part_index<S>(group, j) * 16);
           }
-          d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
+          total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
         }
+        d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
       }
       write_out<S, kPart>(sums, staging, args, first_row, group);
     }
@@ -201,7 +187,7 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTiles][S::kTokens 
   }
 }
 
-// Grid: (tiles of kRows along the weight's rows, kSplits); clusters of (kClusterN, kSplits).
+// Grid: (tiles of kRows along the weight's rows, kSplits); clusters of (1, kSplits).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
@@ -212,7 +198,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const int rank = S::kClusterN > 1 ? blockIdx.x % S::kClusterN : 0;
   const int split = S::kSplits > 1 ? blockIdx.y : 0;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplits;
@@ -223,13 +208,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     sm90::prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       sm90::barrier_init(full + 8 * stage, 1);
-      // One arrival of every consumer warp of every CTA that gets the same x.
-      sm90::barrier_init(empty + 8 * stage, S::kClusterN * S::kGroups * 4);
+      sm90::barrier_init(empty + 8 * stage, S::kGroups * 4);
     }
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (S::kClusterN * S::kSplits > 1) sm90::cluster_barrier();
+  if constexpr (S::kSplits > 1) sm90::cluster_barrier();
   sm90::allow_next_kernel();
 
   if (warpgroup == S::kGroups) {
@@ -251,16 +235,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       };
       const auto load_x = [&](int i) {
         const int stage = i % S::kStages;
-        constexpr int kRowsEach = S::kTokens / S::kClusterN;
-        const uint32_t target =
-            stages + stage * S::kStageBytes + S::kWeightBytes + rank * kRowsEach * S::kBlockK * 2;
-        const int k = (k_begin + i) * S::kBlockK;
-        if constexpr (S::kClusterN > 1) {
-          const uint16_t mask = ((1u << S::kClusterN) - 1) << (split * S::kClusterN);
-          sm90::load_tile_multicast(target, &x_map, k, rank * kRowsEach, full + 8 * stage, mask, keep);
-        } else {
-          sm90::load_tile(target, &x_map, k, 0, full + 8 * stage, keep);
-        }
+        sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
+                        0, full + 8 * stage, keep);
       };
       // A weight that nobody writes comes while the kernel before still runs.
       if (!args.static_weight) sm90::wait_for_previous_kernel();
@@ -273,12 +249,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         load_weight(i);
         load_x(i);
       }
-      if constexpr (S::kClusterN > 1 && S::kSplits == 1) {
-        // The barriers stay until the other CTAs' last arrivals.
-        for (int i = count - ahead; i < count; ++i) {
-          sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
-        }
-      }
     }
     __syncwarp();
     if constexpr (S::kSplits > 1) {
@@ -290,31 +260,23 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     using Product = sm90::Wgmma<typename S::T, S::kColumns>;
     const int lane = threadIdx.x % 32;
     const auto release = [&](int i) {
-      const uint32_t barrier = empty + 8 * (i % S::kStages);
-      if constexpr (S::kClusterN > 1) {
-        if (lane < S::kClusterN) sm90::barrier_arrive_remote(barrier, lane + split * S::kClusterN);
-      } else {
-        if (lane == 0) sm90::barrier_arrive(barrier);
-      }
+      if (lane == 0) sm90::barrier_arrive(empty + 8 * (i % S::kStages));
     };
-    float sums[S::kTiles][S::kTokens / 2];
+    float sums[S::kTokens / 2];
     for (int i = 0; i < count; ++i) {
       const int stage = i % S::kStages;
       sm90::barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
-      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * S::kTiles * 64 * S::kBlockK * 2;
+      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * S::kBlockK * 2;
       const uint64_t b = sm90::operand_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
       sm90::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < S::kBlockK / 16; ++k) {
+        const uint64_t a = sm90::operand_descriptor(weight);
 #pragma unroll
-        for (int tile = 0; tile < S::kTiles; ++tile) {
-          const uint64_t a = sm90::operand_descriptor(weight + tile * 64 * S::kBlockK * 2);
-#pragma unroll
-          for (int part = 0; part < S::kTokens / S::kColumns; ++part) {
-            // Descriptors count in 16 bytes: 16 elements of K are 2, a row of x is 8.
-            Product::run(*reinterpret_cast<float (*)[S::kColumns / 2]>(&sums[tile][part * S::kColumns / 2]),
-                         a + 2 * k, b + 2 * k + part * S::kColumns * 8, i > 0 || k > 0);
-          }
+        for (int part = 0; part < S::kTokens / S::kColumns; ++part) {
+          // Descriptors count in 16 bytes: 16 elements of K are 2, a row of x is 8.
+          Product::run(*reinterpret_cast<float (*)[S::kColumns / 2]>(&sums[part * S::kColumns / 2]),
+                       a + 2 * k, b + 2 * k + part * S::kColumns * 8, i > 0 || k > 0);
         }
       }
       sm90::wgmma_commit();
@@ -323,13 +285,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       if (i > 0) release(i - 1);
     }
     sm90::wgmma_wait<0>();
-    release(count - 1);
     sm90::wait_for_previous_kernel();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplits > 1) {
       __syncwarp();
       sm90::cluster_barrier();  // nobody reads a pipeline any more
-      send_parts<S>(sums, stages, split, rank, warpgroup);
+      send_parts<S>(sums, stages, split, warpgroup);
       sm90::cluster_barrier_with_writes();
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
     } else {

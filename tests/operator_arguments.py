@@ -59,6 +59,8 @@ def policy(device):
 OPERATORS = (
     "rms_norm",
     "swiglu",
+    "linear",
+    "linear_swiglu",
     "rope_kv_write",
     "attention_plan",
     "varlen_attention",
@@ -82,6 +84,10 @@ def arguments_of(operator, device="cpu", dtype=torch.float32):
         return dict(x=rand(5, 64), weight=rand(64), residual=rand(5, 64), eps=1e-5)
     if operator == "swiglu":
         return dict(gate_up=rand(5, 64))
+    if operator == "linear":
+        return dict(x=rand(5, 64), weight=rand(32, 64), bias=rand(32))
+    if operator == "linear_swiglu":
+        return dict(x=rand(5, 64), weight=rand(32, 64))
     if operator == "rope_kv_write":
         return rope(device, dtype)
     if operator in ("attention_plan", "varlen_attention"):

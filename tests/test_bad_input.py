@@ -99,6 +99,9 @@ def test_every_tensor_on_the_same_device(operator):
 
 
 WRONG_VALUES = [
+    ("linear", dict(weight=torch.zeros(32, 63)), r"weight: expected shape \[\*, 64\], got \[32, 63\]"),
+    ("linear", dict(bias=torch.zeros(31)), r"bias: expected shape \[32\], got \[31\]"),
+    ("linear_swiglu", dict(weight=torch.zeros(33, 64)), "weight: expected an even number of rows"),
     ("swiglu", dict(gate_up=torch.zeros(2, 5)), "gate_up: expected an even last dimension"),
     ("rms_norm", dict(weight=torch.ones(63)), r"weight: expected shape \[64\], got \[63\]"),
     ("rope_kv_write", dict(q=torch.zeros(9, 4, 63)), r"k: expected shape \[9, \*, 63\], got \[9, 2, 64\]"),

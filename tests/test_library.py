@@ -119,6 +119,11 @@ def cases(device):
         "rms_norm rows apart": lambda: bbk.rms_norm(x[:, :16], weight[:16], eps=EPS),
         "rms_norm transposed": lambda: bbk.rms_norm(x[:, :6].t(), weight[:6], eps=EPS),
         "swiglu": lambda: bbk.swiglu(x),
+        "linear": lambda: bbk.linear(x, torch.ones(3, x.shape[1], device=device)),
+        "linear bias": lambda: bbk.linear(
+            x, torch.ones(3, x.shape[1], device=device), torch.ones(3, device=device), static_weight=True
+        ),
+        "linear_swiglu": lambda: bbk.linear_swiglu(x, torch.ones(6, x.shape[1], device=device)),
         "rope_kv_write": lambda: written(bbk.rope_kv_write, *rope_inputs(device)),
         "attention_plan": lambda: bbk.attention_plan(*attention[3:], **plan_options(tokens)),
         "varlen_attention": lambda: bbk.varlen_attention(*attention),

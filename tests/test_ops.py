@@ -210,7 +210,11 @@ GOOD_ATTENTION = dict(
             "backend: expected None or one of reference, triton, cuda, got 'fastest'",
         ),
         ({"backend": "triton"}, RuntimeError, "backend: triton cannot run varlen_attention: "),
-        ({"backend": "cuda"}, RuntimeError, "backend: cuda cannot run varlen_attention: the tensors are not on a GPU"),
+        (
+            {"backend": "cuda"},
+            RuntimeError,
+            "backend: cuda cannot run varlen_attention: the tensors are not on a GPU",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

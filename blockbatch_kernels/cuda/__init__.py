@@ -7,6 +7,7 @@ only unpacked into addresses, sizes and strides.
 from blockbatch_kernels.cuda.activation import swiglu
 from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
+from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence
 from blockbatch_kernels.cuda.norm import rms_norm
 from blockbatch_kernels.cuda.pack import pack_windows
@@ -21,6 +22,8 @@ __all__ = [
     "decode_policy",
     "initial_plan",
     "is_available",
+    "linear",
+    "linear_swiglu",
     "lm_head_confidence",
     "pack_windows",
     "rms_norm",

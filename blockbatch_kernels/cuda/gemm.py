@@ -45,7 +45,12 @@ def _kernel_exists(device_index: int) -> bool:
 
 def _tile(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuning.LinearTile | None:
     tile = tuning.linear_tile(x.shape[0], out_features, x.shape[1], gated=gated)
-    if tile is None or x.dtype == torch.float32 or not _is_aligned(weight) or not _kernel_exists(x.device.index):
+    if (
+        tile is None
+        or x.dtype == torch.float32
+        or not _is_aligned(weight)
+        or not _kernel_exists(x.device.index)
+    ):
         return None
     return tile
 
@@ -53,13 +58,17 @@ def _tile(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tunin
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether the copy engine can read the rows where they are."""
     row = tensor.stride(0)
-    return (
-        tensor.stride(1) == 1 and row >= tensor.shape[1] and row % 8 == 0 and tensor.data_ptr() % 16 == 0
-    )
+    return tensor.stride(1) == 1 and row >= tensor.shape[1] and row % 8 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _gemm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile, *, gated: bool, static_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: tuning.LinearTile,
+    *,
+    gated: bool,
+    static_weight: bool,
 ) -> Tensor:
     if not _is_aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -80,7 +89,6 @@ def _gemm(
         dtype=extension.DTYPE_CODES[x.dtype],
         tile_tokens=tile.tokens,
         tile_rows=tile.rows,
-        cluster_n=tile.cluster_n,
         splits=tile.splits,
         static_weight=static_weight,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,

@@ -2,6 +2,7 @@
 
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
 from blockbatch_kernels.reference.attention_plan import attention_plan
+from blockbatch_kernels.reference.gemm import linear, linear_swiglu
 from blockbatch_kernels.reference.lm_head import lm_head_confidence
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
@@ -14,6 +15,8 @@ __all__ = [
     "copy_pages",
     "decode_policy",
     "initial_plan",
+    "linear",
+    "linear_swiglu",
     "lm_head_confidence",
     "pack_windows",
     "rms_norm",

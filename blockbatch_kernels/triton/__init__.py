@@ -20,6 +20,8 @@ _OPERATORS = {
     "copy_pages": "pages",
     "decode_policy": "policy",
     "initial_plan": "plan",
+    "linear": "gemm",
+    "linear_swiglu": "gemm",
     "lm_head_confidence": "lm_head",
     "pack_windows": "pack",
     "rms_norm": "norm",

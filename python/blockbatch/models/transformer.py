@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,11 +73,13 @@ def forward(
             num_kv_heads=spec.num_kv_heads,
             backend=backend,
         )
+    # Nothing writes the weights once they are loaded.
+    linear = functools.partial(bbk.linear, static_weight=True, backend=backend)
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
-        qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias)
+        qkv = linear(normed, layer.qkv_weight, layer.qkv_bias)
         q, k, v = (
             part.unflatten(1, (-1, spec.head_dim))
             for part in qkv.split((query_size, kv_size, kv_size), dim=1)
@@ -93,12 +97,12 @@ def forward(
             plan=plan,
             backend=backend,
         )
-        projected = F.linear(attended.flatten(1), layer.out_weight)
+        projected = linear(attended.flatten(1), layer.out_weight)
         normed = bbk.rms_norm(
             projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
         )
-        activated = bbk.swiglu(F.linear(normed, layer.gate_up_weight), backend=backend)
-        down = F.linear(activated, layer.down_weight)
+        activated = bbk.linear_swiglu(normed, layer.gate_up_weight, static_weight=True, backend=backend)
+        down = linear(activated, layer.down_weight)
         last = index + 1 == len(weights.layers)
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
