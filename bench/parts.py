@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 PARTS = ("products", "attention", "norm_rope_swiglu", "lm_head", "around_the_model")
 _ELEMENTWISE = ("rms_norm", "rope", "swiglu", "embedding")
-_AROUND = ("policy", "plan_kernel", "pages", "pack", "_share_kernel", "_choose_kernel", "_copy_kernel")
+_AROUND = ("policy", "plan_kernel", "pages", "pack")
+# Names that are these and nothing more, since torch has others that hold them.
+_AROUND_EXACTLY = ("_share_kernel", "_choose_kernel", "_copy_kernel", "_count_kernel", "_scatter_kernel")
 
 
 class Kernel(NamedTuple):
@@ -53,7 +55,7 @@ def split(kernels: list[Kernel], num_layers: int) -> dict[str, float]:
             place, norms = "layers", norms + 1
             if norms == 2 * num_layers + 1:
                 place, norms = "head", 0
-        around = any(word in name for word in _AROUND)
+        around = any(word in name for word in _AROUND) or name in _AROUND_EXACTLY
         if "attention" in name or "combine" in name:
             part = "attention"
         elif any(word in name for word in _ELEMENTWISE):
@@ -61,8 +63,10 @@ def split(kernels: list[Kernel], num_layers: int) -> dict[str, float]:
         elif around or place == "front":
             # The embedding is a plain gather by torch.
             part = "norm_rope_swiglu" if "gather" in name or "indexselect" in name else "around_the_model"
+        elif place == "layers":
+            part = "norm_rope_swiglu" if "elementwise" in name else "products"
         else:
-            part = "products" if place == "layers" else "lm_head"
+            part = "lm_head"
         if place == "head" and (around or "attention_plan" in name):
             place = "front"
         gaps += max(0.0, kernel.start_us - reached) / 1e3

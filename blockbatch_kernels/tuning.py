@@ -10,8 +10,8 @@ import torch
 # Which backend serves an operator by default, the first that can run it; operators not named here: CUDA C++,
 # then Triton.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    # H100, a layer of LLaDA-8B, 252 queries, 1280 keys: shared pages 22 us against 38, a shared prompt with
-    # private windows 33 against 49, separate pages 51 against 53.
+    # H100, a layer of LLaDA-8B, 252 queries, 1280 keys: a shared prompt with private windows, which is what
+    # decoding has, 34 us against 42; all pages shared 23 against 24, separate 52 against 53.
     "varlen_attention": ("triton", "cuda"),
 }
 
@@ -61,8 +61,9 @@ def attention_shape(
         max_pieces=max_pieces,
         # Every group may end with a tile that is not full: `attention_plan` adds the rows.
         max_tiles=max_pieces * -(-num_tokens // tile_tokens),
-        # Fewer than this leave processors idle; more only add partial results.
-        target_tiles=-(-3 * processors // (4 * num_kv_heads)),
+        # With fewer, some processors get one tile and others two: 252 queries on shared pages take 30 us in
+        # 128 products of the whole length, 23 in twice as many of half. More only add partial results.
+        target_tiles=processors // num_kv_heads + 1,
         min_segments=max(1, _MIN_PIECE_KEYS // (segment_pages * page_size)),
     )
 

@@ -171,7 +171,7 @@ def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
     cases = [
         (tile.tokens, 1536, 1024),
         (tile.tokens - 4, 3600, 4096),
-        (1, 16, 8),
+        (1, 16, 8 if tile.splits == 1 else 72),  # a sum of one block of K cannot be shared
         (min(7, tile.tokens), 1040, 1224),
         (tile.tokens - 9, 2064, 72),
     ]

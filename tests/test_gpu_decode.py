@@ -90,7 +90,7 @@ def test_a_failed_decode_leaves_the_engine_usable(model, monkeypatch):
 def test_a_failure_inside_a_capture(model, monkeypatch):
     fresh = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     prompt = max(prompts(9), key=lambda prompt: decode(model, prompt).nfe.block)
-    original, calls = bbk.swiglu, []
+    original, calls = bbk.linear_swiglu, []
 
     def fails_while_capturing(*args, **options):
         calls.append(1)
@@ -99,7 +99,7 @@ def test_a_failure_inside_a_capture(model, monkeypatch):
         return original(*args, **options)
 
     with monkeypatch.context() as broken:
-        broken.setattr(bbk, "swiglu", fails_while_capturing)
+        broken.setattr(bbk, "linear_swiglu", fails_while_capturing)
         with pytest.raises(ZeroDivisionError):
             decode(fresh, prompt)
     assert calls
