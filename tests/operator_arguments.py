@@ -84,10 +84,15 @@ def arguments_of(operator, device="cpu", dtype=torch.float32):
         return dict(x=rand(5, 64), weight=rand(64), residual=rand(5, 64), eps=1e-5)
     if operator == "swiglu":
         return dict(gate_up=rand(5, 64))
+
+    def whole_numbers(*shape):
+        # Their sums are exact, in whatever order a matrix library adds them.
+        return torch.randint(-2, 3, shape).to(device, dtype)
+
     if operator == "linear":
-        return dict(x=rand(5, 64), weight=rand(32, 64), bias=rand(32))
+        return dict(x=whole_numbers(5, 64), weight=whole_numbers(32, 64), bias=whole_numbers(32))
     if operator == "linear_swiglu":
-        return dict(x=rand(5, 64), weight=rand(32, 64))
+        return dict(x=whole_numbers(5, 64) / 16, weight=whole_numbers(32, 64))
     if operator == "rope_kv_write":
         return rope(device, dtype)
     if operator in ("attention_plan", "varlen_attention"):

@@ -16,6 +16,13 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
+def _packed(x: Tensor) -> Tensor:
+    """`x` contiguous and aligned to 16 bytes."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def attention_plan(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -107,6 +114,8 @@ def varlen_attention(
         plan = attention_plan(
             page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
         )
+    tiles = _packed(plan.tiles)
+    query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[1:5])
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     max_pieces = plan.pieces.shape[0]
     num_partials = max_pieces * num_tokens * num_heads if max_pieces > 1 else 0
@@ -120,11 +129,11 @@ def varlen_attention(
         partial_lse=partials[num_partials * head_dim :].data_ptr(),
         page_table=page_table.data_ptr(),
         seqlens_k=seqlens_k.data_ptr(),
-        tiles=plan.tiles.data_ptr(),
-        query_order=plan.query_order.data_ptr(),
-        pieces=plan.pieces.data_ptr(),
-        token_row=plan.token_row.data_ptr(),
-        counts=plan.counts.data_ptr(),
+        tiles=tiles.data_ptr(),
+        query_order=query_order.data_ptr(),
+        pieces=pieces.data_ptr(),
+        token_row=token_row.data_ptr(),
+        counts=counts.data_ptr(),
         page_table_stride=page_table.stride(0),
         q_strides=q.stride()[:2],
         k_strides=k_cache.stride()[:3],
