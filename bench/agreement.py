@@ -1,8 +1,10 @@
 """How far decodes of the built-in model on a GPU agree with others: fp32 with the CPU, bf16 with plain torch.
 
 fp32 on the GPU is compared with fp32 on the CPU token for token and forward for forward, by every method.
-bf16 is compared with the reference backend in bf16 on the same GPU, whose canvases need not be equal (matrix
-products of another size may round differently), and by how many answers are right.
+bf16 is compared with the reference backend in bf16 on the same GPU, whose canvases need not be equal (sums in
+another order round differently), and by how many answers are right. Two more columns say what such a number is
+worth: how many canvases of either are those of fp32, and how many the reference backend repeats when it decodes
+the same prompts several at a time.
 """
 
 import argparse
@@ -30,9 +32,12 @@ def problems(count):
     return [problem for trio in zip(*by_family, strict=True) for problem in trio][:count]
 
 
-def decode(model, chosen, method):
+def decode(model, chosen, method, together=1):
+    """What each problem's decode gives, with `together` prompts in a call."""
     config = blockbatch.DecodeConfig(method=method, gen_length=GEN_LENGTH)
-    return [summary(blockbatch.generate(model, problem.prompt, config)) for problem in chosen]
+    prompts = [problem.prompt for problem in chosen]
+    parts = [prompts[first : first + together] for first in range(0, len(prompts), together)]
+    return [summary(result) for part in parts for result in blockbatch.generate(model, part, config)]
 
 
 def summary(result):
@@ -93,16 +98,21 @@ def main():
             print(lines[-1], flush=True)
 
     chosen = problems(options.bf16_count)
+    exact = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     model = blockbatch.load_model("tiny", device="cuda", dtype="bfloat16")
     plain = blockbatch.load_model("tiny", device="cuda", dtype="bfloat16", backend="reference")
     for method in options.bf16_methods:
         ours, reference = decode(model, chosen, method), decode(plain, chosen, method)
+        in_fp32, repeated = decode(exact, chosen, method), decode(plain, chosen, method, together=4)
         lines.append(
             {
                 "dtype": "bfloat16",
                 "method": method,
                 "problems": len(chosen),
                 "equal_to_the_reference": equal(ours, reference, "canvas"),
+                "reference_equal_to_itself_in_fours": equal(reference, repeated, "canvas"),
+                "equal_to_fp32": equal(ours, in_fp32, "canvas"),
+                "reference_equal_to_fp32": equal(reference, in_fp32, "canvas"),
                 "right": right(chosen, ours),
                 "right_by_the_reference": right(chosen, reference),
             }

@@ -35,6 +35,7 @@ def initial_plan(state: BranchState, params: PolicyParams, out: StepPlan | None 
     if out is None:
         out = StepPlan.allocate(state.num_rows, state.gen_length, state.tokens.device)
     else:
+        check_contiguous("out", out)
         out.flags.zero_()
     write_plan(state, params, out, wants_refresh=None)
     return out
@@ -49,7 +50,6 @@ def write_plan(
         plan: *written*; its flags are zero but for the phase.
         wants_refresh: [Q] int32, whether a running branch of the request needs a refresh; None: init.
     """
-    check_contiguous("plan", plan)
     with device_of(state.tokens):
         _plan_kernel[(state.num_requests,)](
             state_tensors(state),

@@ -53,7 +53,8 @@ def decode_policy(
             PolicyEvents.allocate(num_rows, gen_length, device),
         )
     next_plan, events = out
-    for name, record in (("predictions", predictions), ("plan", plan), ("events", events)):
+    named = (("predictions", predictions), ("plan", plan), ("out[0]", next_plan), ("out[1]", events))
+    for name, record in named:
         check_contiguous(name, record)
     # Only the window exit asks for the probability of a token that stood there before.
     probe = torch.zeros_like(state.confidence) if params.eos_exit == "window" else None
