@@ -2,9 +2,9 @@
 
 fp32 on the GPU is compared with fp32 on the CPU token for token and forward for forward, by every method.
 bf16 is compared with the reference backend in bf16 on the same GPU, whose canvases need not be equal (sums in
-another order round differently), and by how many answers are right. Two more columns say what such a number is
-worth: how many canvases of either are those of fp32, and how many the reference backend repeats when it decodes
-the same prompts several at a time.
+another order round differently), and by how many answers are right. More columns say what such a number is
+worth: how many canvases of either are those of fp32, and how many the reference backend repeats when it
+decodes the same prompts four at a time.
 """
 
 import argparse

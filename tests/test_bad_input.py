@@ -283,7 +283,9 @@ def assert_right_or_refused(operator, arguments, backend, path, dtype, expected)
 @pytest.mark.parametrize("operator, path", PATHS, ids=[f"{operator}-{path}" for operator, path in PATHS])
 def test_layouts_give_the_same_or_are_refused(operator, path, backend):
     """Each tensor in turn off its alignment, or with a last stride of 2; the rest stays as it is."""
-    for dtype in FLOATS[:1] if operator in INTEGER_OPERATORS else FLOATS:
+    # Triton compiles anew for every alignment, in the same way for every dtype; CUDA C++ reads other vectors.
+    one_is_enough = operator in INTEGER_OPERATORS or backend == "triton"
+    for dtype in FLOATS[:1] if one_is_enough else FLOATS:
         expected = outcome(operator, arguments_of(operator, "cuda", dtype), backend)
         for layout in (misaligned, spread):
             arguments = with_change(arguments_of(operator, "cuda", dtype), path, layout)
