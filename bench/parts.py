@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from random_models import DTYPES, random_model
+from timing import clean
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from blockbatch.models import Model
 
 PARTS = ("products", "attention", "norm_rope_swiglu", "lm_head", "around_the_model")
 _ELEMENTWISE = ("rms_norm", "rope", "swiglu", "embedding")
@@ -84,3 +89,26 @@ def by_name(kernels: list[Kernel], count: int = 40) -> dict[str, list[float]]:
         entry[1] += 1
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
     return {name: [round(value[0], 4), value[1]] for name, value in ordered[:count]}
+
+
+def add_to_lines(
+    options: argparse.Namespace,
+    device: torch.device,
+    lines: list[dict],
+    add: Callable[[Model, dict], None],
+    name_of: Callable[[dict], str],
+) -> None:
+    """Adds `parts_ms` to every line by `add(model, line)` and prints them; does nothing on a CPU.
+
+    Times are to be measured before: once the profiler has run, launches take longer.
+    """
+    for name in options.shapes if device.type == "cuda" else ():
+        clean(device)
+        model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
+        for line in lines:
+            if line["model"] == name:
+                add(model, line)
+                times = ", ".join(f"{part} {value:.3f}" for part, value in line["parts_ms"].items())
+                print(f"{name_of(line)} {times}", flush=True)
+                clean(device)
+        del model

@@ -222,7 +222,6 @@ def main() -> None:
     limits = ceilings(device, DTYPES[options.dtype])
     print(limits, flush=True)
     begun, lines = time.perf_counter(), []
-    # Times first: once the profiler has run, launches take longer.
     for name in options.shapes:
         model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
         alone: dict[int, Callable[[], Any]] = {}
@@ -247,16 +246,7 @@ def main() -> None:
                 print(show(line), flush=True)
                 clean(device)
         del model, alone
-    for name in options.shapes if device.type == "cuda" else ():
-        clean(device)
-        model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
-        for line in lines:
-            if line["model"] == name:
-                add_parts(model, line)
-                times = ", ".join(f"{part} {value:.3f}" for part, value in line["parts_ms"].items())
-                print(f"{name_of(line)} {times}", flush=True)
-                clean(device)
-        del model
+    parts.add_to_lines(options, device, lines, add_parts, name_of)
     write_report(
         options,
         device,

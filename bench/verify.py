@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from random_models import with_backend
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.batch import Batch
 from blockbatch.models import Model, transformer
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 
@@ -23,6 +24,15 @@ from blockbatch.models.weights import LayerWeights, TransformerWeights
 _ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 # In fp32 a step of more tokens takes seconds: where the reference's error is known, that serves instead.
 MAX_TRUTH_TOKENS = 256
+
+
+class Case(Protocol):
+    """A batch at a forward that can be checked: of `tokens` packed queries, which make `predictions`."""
+
+    model: Model
+    batch: Batch
+    tokens: int
+    predictions: int
 
 
 class Wrong(SystemExit):
@@ -75,7 +85,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.float() - truth.float()).norm() / truth.float().norm())
 
 
-def _forward(model: Model, case: StepCase, packed: bbk.PackedQueries) -> Tensor:
+def _forward(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
     rope = transformer.rope_table(model.spec, model.device)
     batch = case.batch
     return transformer.forward(
@@ -90,7 +100,7 @@ def _forward(model: Model, case: StepCase, packed: bbk.PackedQueries) -> Tensor:
     )[: case.tokens]
 
 
-def _truth(model: Model, case: StepCase, packed: bbk.PackedQueries) -> Tensor:
+def _truth(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
     weights = model.weights
     upcast = TransformerWeights(
         weights.embedding.float(), _UpcastLayers(weights.layers), weights.final_norm.float(), weights.lm_head
@@ -108,9 +118,8 @@ def _truth(model: Model, case: StepCase, packed: bbk.PackedQueries) -> Tensor:
     )
 
 
-def hidden_states(case: StepCase, *, with_truth: bool = True) -> Hidden:
-    """The forward of the case's step by two or three ways, from its restored state."""
-    case.restore()
+def hidden_states(case: Case, *, with_truth: bool = True) -> Hidden:
+    """The forward that the case's batch is at, all of its queries in one pack, by two or three ways."""
     batch, model = case.batch, case.model
     packed = bbk.pack_windows(
         batch.state,
@@ -152,11 +161,11 @@ def check_hidden(hidden: Hidden, dtype: torch.dtype, reference_error: float | No
     return {"hidden_error": ours, "reference_hidden_error": theirs}
 
 
-def check_predictions(case: StepCase, hidden: Hidden, top_token: Tensor, confidence: Tensor) -> dict:
-    """Whether the timed step's top tokens and confidences are those of fp32 arithmetic within rounding.
+def check_predictions(case: Case, hidden: Hidden, top_token: Tensor, confidence: Tensor) -> dict:
+    """Whether the timed forward's top tokens and confidences are those of fp32 arithmetic within rounding.
 
     Args:
-        top_token, confidence: of the timed step at `hidden.predict_target`.
+        top_token, confidence: of the timed forward at `hidden.predict_target`.
     """
     spec, weight = case.model.spec, case.model.weights.lm_head
     logits = F.linear(hidden.truth[hidden.predict_index], weight.float())
@@ -222,6 +231,7 @@ def check_step(case: StepCase, reference_error: float | None = None) -> dict[str
     Raises:
         Wrong: one of them failed.
     """
+    case.restore()
     hidden = hidden_states(case, with_truth=reference_error is None or case.tokens <= MAX_TRUTH_TOKENS)
     found = check_hidden(hidden, case.model.dtype, reference_error)
     top_token, confidence, committed = check_policy(case, hidden.predict_target)
