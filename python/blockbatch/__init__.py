@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from blockbatch.config import METHODS, DecodeConfig
     from blockbatch.generation import Result, generate, stream
     from blockbatch.models import CheckpointError, Model, load_model
-    from blockbatch.trace import save_trace
+    from blockbatch.trace import load_trace, save_trace
     from blockbatch_kernels import __version__
 
 # Where each name lives. They are imported when they are first asked for: torch takes seconds to import, which
@@ -33,6 +33,7 @@ _HOMES = {
     "__version__": "blockbatch_kernels",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
+    "load_trace": "blockbatch.trace",
     "save_trace": "blockbatch.trace",
     "stream": "blockbatch.generation",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "generate",
     "load_model",
+    "load_trace",
     "save_trace",
     "stream",
 ]

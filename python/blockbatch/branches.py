@@ -93,3 +93,27 @@ def read_outcome(state: bbk.BranchState, request: int) -> RequestOutcome:
         stop_reason=bbk.STOP_REASONS[int(state.stop_reason[request])],
         branches=branches,
     )
+
+
+def final_prefixes(state: bbk.BranchState, mask_token_id: int) -> list[list[int]]:
+    """For each request the longest prefix of its generation region on which all its branches agree.
+
+    It is final: merges and commits only write where nothing stands, and a sync copies one branch's canvas
+    over another's.
+    """
+    tokens = state.tokens.view(state.num_requests, state.num_branches, -1)
+    agreed = (tokens == tokens[:, :1]).all(1) & (tokens[:, 0] != mask_token_id)  # [Q, G]
+    # The host waits once, for both.
+    length = agreed.int().cumprod(1).sum(1, keepdim=True, dtype=torch.int32)
+    rows = torch.cat((length, tokens[:, 0]), dim=1).tolist()
+    return [row[1 : 1 + row[0]] for row in rows]
+
+
+def end_requests(state: bbk.BranchState, requests: list[int]) -> None:
+    """Ends running requests where they stand, the most advanced branch (the first on a tie) as the winner."""
+    index = torch.tensor(requests, device=state.finished.device)
+    progress = state.progress.view(state.num_requests, state.num_branches)[index]
+    order = torch.arange(state.num_branches, device=index.device)
+    # No two branches have the same score: argmax does not say which of two equal ones it takes.
+    state.winner[index] = (progress * state.num_branches - order).argmax(1).int()
+    state.finished[index] = True

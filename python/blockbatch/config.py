@@ -40,7 +40,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "local_leap": {**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
 }
 METHODS = tuple(METHOD_OPTIONS)
-_COMMON = ("method", "gen_length", "eos_token_ids", "trace")
+_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class DecodeConfig:
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
         eos_token_ids: ids that end a text; None: those of the model.
+        stop: texts; a request ends once its text, as far as it is final, holds one, and is cut before it.
         trace: record every forward in `Result.trace`.
+        trace_kv: with `trace`: also record where each branch's K/V cache goes (see `blockbatch.kv_trace`).
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -87,7 +89,9 @@ class DecodeConfig:
     leap_radius: int | None = DEFAULT
     leap_threshold: float | None = DEFAULT
     eos_token_ids: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
     trace: bool = False
+    trace_kv: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_OPTIONS:
@@ -103,8 +107,13 @@ class DecodeConfig:
             for token in ids:
                 _check_int("eos_token_ids", token, 0)
             object.__setattr__(self, "eos_token_ids", ids)
+        object.__setattr__(self, "stop", _as_texts("stop", self.stop))
         if not isinstance(self.trace, bool):
             raise TypeError(f"trace: expected True or False, got {self.trace!r}")
+        if not isinstance(self.trace_kv, bool):
+            raise TypeError(f"trace_kv: expected True or False, got {self.trace_kv!r}")
+        if self.trace_kv and not self.trace:
+            raise ValueError("trace_kv: expected only together with trace, got trace_kv without it")
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -195,3 +204,15 @@ def _as_tuple(name: str, value: Any) -> tuple:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
     return tuple(value)
+
+
+def _as_texts(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
+    texts = tuple(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: expected texts, got {text!r}")
+        if not text:
+            raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
+    return texts

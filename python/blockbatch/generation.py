@@ -11,8 +11,8 @@ from blockbatch import branches, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
 from blockbatch.models.model import Model
-from blockbatch.models.tokenizer import IncrementalDecoder
-from blockbatch.trace import Record, TraceRecorder
+from blockbatch.stops import PrefixReader, StopSequences, cut
+from blockbatch.trace import Record, open_recorder
 
 Prompt = str | Sequence[int]
 
@@ -22,11 +22,13 @@ class Result:
     """One decoded request.
 
     Attributes:
-        text: `tokens` as text; None if the model has no tokenizer.
-        tokens: the winner's ids before the first EOS.
+        text: `tokens` as text, up to the first of the config's stop sequences; None if the model has no
+            tokenizer.
+        tokens: the winner's ids before the first EOS. A stop sequence ends them too; the last of them may
+            then run into it.
         canvas: all gen_length ids of the winner; MASK where it stopped early.
         nfe: model forwards: init, block, refresh, total.
-        stop_reason: "eos" or "length".
+        stop_reason: "eos", "length" or "stop" (a stop sequence ended the text).
         block_size: of the winning branch.
         branches: what each branch did.
         seconds: from the start of the batch to the end of this request.
@@ -68,10 +70,11 @@ def generate(
     prompts, single = _prompts(model, prompt)
     for index, ids in enumerate(prompts):
         check_prompt(model, ids, config, "prompt" if single else f"prompt[{index}]")
+    _check_stop(model, config)
     results: list[Result] = []
     for batch in memory.batches(model, prompts, config):
         session = _session(model, batch, config)
-        recorder = TraceRecorder(session.state) if config.trace else None
+        recorder = open_recorder(session, config)
         while (step := session.step()) is not None:
             if recorder:
                 recorder.add(step)
@@ -85,8 +88,7 @@ def generate(
 def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:
     """Yields the text of one prompt piece by piece, as its prefix becomes final.
 
-    A position is final once every branch holds the same token there: merges and commits only write where
-    nothing stands, and a sync copies one branch's canvas over another's. The pieces together are
+    A position is final once every branch holds the same token there. The pieces together are
     `generate(...).text`.
     """
     config = DecodeConfig() if config is None else config
@@ -96,30 +98,23 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     if not single:
         raise ValueError(f"prompt: expected one prompt, got a list of {len(prompts)}")
     # A generator function would put the checks off until the first piece is asked for.
-    return _stream(model, open_session(model, prompts[0], config))
+    return _stream(model, open_session(model, prompts[0], config), config)
 
 
-def _stream(model: Model, session: Session) -> Iterator[str]:
-    eos_token_ids = session.params.eos_token_ids
-    decoder = IncrementalDecoder(model.tokenizer)
-    emitted = 0
+def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[str]:
+    reader = PrefixReader(model.tokenizer, config.stop, session.params.eos_token_ids)
+    length = 0
     while session.step() is not None:
-        prefix = _before_eos(final_prefix(session), eos_token_ids)
-        if piece := decoder.push(prefix[emitted:]):
+        if piece := reader.push(final_prefix(session)):
+            length += len(piece)
             yield piece
-        emitted = max(emitted, len(prefix))
-    tokens = _before_eos(branches.read_outcome(session.state, 0).canvas, eos_token_ids)
-    if piece := decoder.push(tokens[emitted:]) + decoder.finish():
-        yield piece
+    if rest := build_result(model, session, 0).text[length:]:
+        yield rest
 
 
 def final_prefix(session: Session, request: int = 0) -> list[int]:
     """The longest prefix of a request's generation region on which all its branches agree."""
-    state = session.state
-    tokens = state.tokens.view(state.num_requests, state.num_branches, -1)[request]
-    agreed = (tokens == tokens[0]).all(0) & (tokens[0] != session.params.mask_token_id)
-    length = int(agreed.int().cumprod(0).sum())
-    return tokens[0, :length].tolist()
+    return branches.final_prefixes(session.state, session.params.mask_token_id)[request]
 
 
 def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
@@ -128,14 +123,19 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
     Raises what `generate` raises.
     """
     check_prompt(model, ids, config, "prompt")
+    _check_stop(model, config)
     (batch,) = memory.batches(model, [ids], config)
     return _session(model, batch, config)
 
 
 def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
-    method = METHOD_BUILDERS[config.method](config, model.spec, _eos_token_ids(model, config))
+    eos_token_ids = _eos_token_ids(model, config)
+    method = METHOD_BUILDERS[config.method](config, model.spec, eos_token_ids)
+    stops = None
+    if config.stop:
+        stops = StopSequences(model.tokenizer, config.stop, eos_token_ids, len(prompts))
     if model.device.type == "cpu":
-        return Session(model, prompts, method, config.gen_length, observed=config.trace)
+        return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
     if model.runners is None:
         model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
@@ -144,8 +144,18 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
         needed = sum(memory.needs(model, config, len(prompts), longest))
         model.runners.make_room(needed, memory.free_bytes(model) - model.runners.idle_bytes())
     return model.runners.open_session(
-        model, prompts, method, config.gen_length, max_prompt, observed=config.trace
+        model, prompts, method, config.gen_length, max_prompt, observed=config.trace, stops=stops
     )
+
+
+def _check_stop(model: Model, config: DecodeConfig) -> None:
+    if not config.stop:
+        return
+    if model.tokenizer is None:
+        raise ValueError("stop: expected a model with a tokenizer to find texts, got one without")
+    for text in config.stop:
+        if model.tokenizer.token_to_id(text) == model.spec.mask_token_id:
+            raise ValueError(f"stop: expected texts that can be decoded, got the MASK token {text!r}")
 
 
 def _eos_token_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
@@ -219,13 +229,21 @@ def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
 def build_result(model: Model, session: Session, request: int, trace: list[Record] | None = None) -> Result:
     """The result of a finished request of a session."""
     outcome = branches.read_outcome(session.state, request)
-    tokens = _before_eos(outcome.canvas, session.params.eos_token_ids)
+    tokens, stop_reason = outcome.canvas, outcome.stop_reason
+    if session.stops is not None:
+        tokens, text, stopped = cut(
+            model.tokenizer, tokens, session.stops.texts, session.params.eos_token_ids
+        )
+        stop_reason = "stop" if stopped else stop_reason
+    else:
+        tokens = _before_eos(tokens, session.params.eos_token_ids)
+        text = model.tokenizer.decode(tokens) if model.tokenizer else None
     return Result(
-        text=model.tokenizer.decode(tokens) if model.tokenizer else None,
+        text=text,
         tokens=tokens,
         canvas=outcome.canvas,
         nfe=outcome.nfe,
-        stop_reason=outcome.stop_reason,
+        stop_reason=stop_reason,
         block_size=outcome.branches[outcome.winner].block_size,
         branches=outcome.branches,
         seconds=session.seconds[request],

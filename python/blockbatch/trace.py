@@ -11,26 +11,62 @@ A trace is a list with one record for each forward of the request::
 `rows` are the branches that the forward served (init and refresh compute equal ones once: `distinct_rows`),
 `windows` their windows during it, in positions of the generation region. Within a record commits come first,
 then merges, then syncs.
+
+With K/V (`DecodeConfig(trace_kv=True)`) a record also says where the caches of the branches that it changed
+came to: ``"kv": [{"branches": [0, 2], "state": [...]}]``, branches with the same cache together, the states as
+`blockbatch.kv_trace` writes them. Of several states of a branch in one record the last holds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import blockbatch_kernels as bbk
-from blockbatch.decoding.session import Step
+from blockbatch.trace_file import load_trace
+
+if TYPE_CHECKING:
+    import blockbatch_kernels as bbk
+    from blockbatch.config import DecodeConfig
+    from blockbatch.decoding.session import Session, Step
+    from blockbatch.generation import Result
+    from blockbatch.kv_cache import KVCache
+    from blockbatch.models import Model
+    from blockbatch.models.tokenizer import Tokenizer
+
+__all__ = [
+    "Record",
+    "TraceRecorder",
+    "decode_settings",
+    "load_trace",
+    "open_recorder",
+    "replay",
+    "save_trace",
+    "trace_header",
+]
 
 Record = dict[str, Any]
 
 
 class TraceRecorder:
-    """Collects the trace of each request of a session."""
+    """Collects the trace of each request of a session.
 
-    def __init__(self, state: bbk.BranchState) -> None:
+    Args:
+        state: of the session.
+        cache: of the session, to record where K and V go; None: they are left out.
+    """
+
+    def __init__(self, state: bbk.BranchState, cache: KVCache | None = None) -> None:
         self._state = state
+        lengths = (state.prompt_length + state.gen_length).tolist()
+        self._sketcher = None
+        if cache is not None:
+            from blockbatch.kv_trace import KVSketcher  # it needs torch, which reading a trace does not
+
+            self._sketcher = KVSketcher(cache, lengths)
         self.traces: list[list[Record]] = [[] for _ in range(state.num_requests)]
 
     def add(self, step: Step) -> None:
@@ -67,6 +103,14 @@ class TraceRecorder:
                     record["merges"].append({"branch": row - first, **merges[row]})
                 if sync_source[row] != row:
                     record["syncs"].append({"branch": row - first, "leader": sync_source[row] - first})
+            if self._sketcher is not None:
+                synced = (row for row in range(first, first + count) if sync_source[row] != row)
+                self._add_states(record, sorted({*rows, *synced}), first)
+
+    def _add_states(self, record: Record, rows: list[int], first: int) -> None:
+        states = record.setdefault("kv", [])
+        for group, state in self._sketcher.states(rows):
+            states.append({"branches": [row - first for row in group], "state": state})
 
     def _changes(self, changed, with_confidence: bool = False) -> dict[int, Record]:
         changes: dict[int, Record] = {}
@@ -82,6 +126,13 @@ class TraceRecorder:
         return changes
 
 
+def open_recorder(session: Session, config: DecodeConfig) -> TraceRecorder | None:
+    """What records a session as its settings ask for; None if they ask for no trace."""
+    if not config.trace:
+        return None
+    return TraceRecorder(session.state, session.cache if config.trace_kv else None)
+
+
 def replay(trace: list[Record], num_branches: int, gen_length: int, mask_token_id: int) -> list[list[int]]:
     """The canvas of every branch after the last record: [num_branches][gen_length] token ids."""
     canvases = [[mask_token_id] * gen_length for _ in range(num_branches)]
@@ -89,10 +140,55 @@ def replay(trace: list[Record], num_branches: int, gen_length: int, mask_token_i
         for change in record["commits"] + record["merges"]:
             for position, token in zip(change["positions"], change["tokens"], strict=True):
                 canvases[change["branch"]][position] = token
-        synced = {sync["branch"]: list(canvases[sync["leader"]]) for sync in record["syncs"]}
-        for branch, canvas in synced.items():
-            canvases[branch] = canvas
+        for sync in record["syncs"]:
+            canvases[sync["branch"]] = list(canvases[sync["leader"]])
     return canvases
+
+
+def trace_header(model: Model, prompt_ids: Sequence[int], config: DecodeConfig, result: Result) -> Record:
+    """What pictures need besides the records of a decode, and where the records come from.
+
+    Returns:
+        the header of a trace file: model, method, settings, gen_length, block_sizes (of the branches, in
+        their order), winner_block_size, prompt (text; None without a tokenizer), prompt_tokens,
+        mask_token_id, eos_token_ids, canvas (of the winner), text, pieces (the text of every token id that
+        occurs, the ids as decimal strings; empty without a tokenizer), nfe, seconds, stop_reason.
+    """
+    tokenizer = model.tokenizer
+    eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    changes = [change for record in result.trace or () for change in record["commits"] + record["merges"]]
+    ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
+    ids.update(token for change in changes for token in change["tokens"])
+    return {
+        "model": model.name,
+        "method": config.method,
+        "settings": decode_settings(config),
+        "gen_length": config.gen_length,
+        "block_sizes": [branch.block_size for branch in result.branches],
+        "winner_block_size": result.block_size,
+        "prompt": None if tokenizer is None else tokenizer.decode(list(prompt_ids), skip_special=False),
+        "prompt_tokens": list(prompt_ids),
+        "mask_token_id": model.spec.mask_token_id,
+        "eos_token_ids": list(eos_token_ids),
+        "canvas": result.canvas,
+        "text": result.text,
+        "pieces": {} if tokenizer is None else _pieces(tokenizer, ids),
+        "nfe": {**asdict(result.nfe), "total": result.nfe.total},
+        "seconds": result.seconds,
+        "stop_reason": result.stop_reason,
+    }
+
+
+def decode_settings(config: DecodeConfig) -> Record:
+    """The options that the method has, as they were used."""
+    from blockbatch.config import METHOD_OPTIONS
+
+    names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids", "stop")
+    return {name: getattr(config, name) for name in names}
+
+
+def _pieces(tokenizer: Tokenizer, ids: set[int]) -> dict[str, str]:
+    return {str(token): tokenizer.decode([token], skip_special=False) for token in sorted(ids)}
 
 
 def save_trace(path: str | os.PathLike, trace: list[Record], **header: Any) -> None:

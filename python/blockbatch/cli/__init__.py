@@ -1,4 +1,4 @@
-"""The command `blockbatch`: decode one prompt (`generate`), or the same prompts by every method (`compare`).
+"""The command `blockbatch`; its first argument says what to do.
 
 Exit status: 0; 2 for bad input, said in one line; 130 after Ctrl-C; 141 when nobody reads the output.
 Nothing here imports torch before the arguments are read.
@@ -7,6 +7,7 @@ Nothing here imports torch before the arguments are read.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = build_parser().parse_args(arguments)
+        # For the reports that say what made them.
+        given = sys.argv[1:] if arguments is None else arguments
+        options.command_line = shlex.join(["blockbatch", *given])
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -8,25 +8,23 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from blockbatch import generation, memory
+from blockbatch import generation
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.options import chat_prompt, load
-from blockbatch.cli.problems import Task, read_tasks
+from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import comparison_table, family_table
 from blockbatch.cli.terminal import escape
-from blockbatch.config import METHODS, DecodeConfig
+from blockbatch.config import DecodeConfig
 from blockbatch.environment import describe
+from blockbatch.evaluation.problems import Problem
+from blockbatch.evaluation.runner import warm_up
+from blockbatch.evaluation.settings import TABLE_METHODS, table_settings
 from blockbatch.generation import Result
 from blockbatch.models import Model
-
-# The yardstick first, BlockBatch last.
-DEFAULT_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
-# The first decodes of a process pay for memory and threads that later ones find ready; a short one is enough.
-_WARM_UP_TOKENS = 32
 
 
 @dataclass
@@ -57,76 +55,39 @@ class Row:
 
 def run(options: argparse.Namespace) -> None:
     """Compares and prints as the options say."""
-    rows = plan_rows(options.methods if options.methods is not None else DEFAULT_METHODS, options.gen_length)
+    methods = TABLE_METHODS if options.methods is None else options.methods
+    rows = [Row(setting.label, setting.config) for setting in table_settings(methods, options.gen_length)]
     if options.json not in (None, "-"):
         check_output(options.json, "--json")
-    tasks = read_tasks(options)
+    problems = read_problems(options)
     model = load(options)
-    prompts = _encode(model, tasks, options.chat)
+    prompts = _encode(model, problems, options.chat)
     # All prompts are checked before the first is decoded; a canvas has the same limit by every method.
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
     with _progress() as show:
-        _warm_up(model, prompts, rows, show)
+        warm_up(model, ((row.config, [ids]) for row in rows for ids in prompts), show)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.
-        for index, (task, ids) in enumerate(zip(tasks, prompts, strict=True), 1):
+        for index, (problem, ids) in enumerate(zip(problems, prompts, strict=True), 1):
             for row in rows:
-                show(f"problem {index} of {len(tasks)}: {row.label}")
+                show(f"problem {index} of {len(problems)}: {row.label}")
                 result = generation.generate(model, ids, row.config)
                 row.results.append(result)
-                row.right.append(None if task.is_right is None else task.is_right(result.text))
-    report = _report(model, tasks, rows, options.gen_length)
+                row.right.append(None if problem.is_right is None else problem.is_right(result.text))
+    report = _report(model, problems, rows, options.gen_length)
     if options.json == "-":
         print(json.dumps(report, indent=1))
         return
     if options.json is not None:
         write_json(options.json, report)
-    _print(model, tasks, rows, options)
+    _print(model, problems, rows, options)
 
 
-def plan_rows(methods: Sequence[str], gen_length: int) -> list[Row]:
-    """The rows of the comparison: methods as published first, then all that stop at the end of the text.
-
-    Raises:
-        ValueError: an unknown method, none, or a generation length that a method cannot take.
-    """
-    if not methods:
-        raise ValueError("--methods: expected at least one method, got none")
-    methods = tuple(dict.fromkeys(methods))
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"--methods: expected some of {', '.join(DEFAULT_METHODS)}, got {method!r}")
-    baselines = [method for method in methods if method != "blockbatch"]
-    rows = [Row(method, DecodeConfig(method=method, gen_length=gen_length)) for method in baselines]
-    for method in methods:
-        label = method if method == "blockbatch" else f"{method} +eos"
-        rows.append(Row(label, DecodeConfig(method=method, gen_length=gen_length, eos_exit="prefix")))
-    return rows
-
-
-def _encode(model: Model, tasks: list[Task], chat: bool) -> list[list[int]]:
+def _encode(model: Model, problems: list[Problem], chat: bool) -> list[list[int]]:
     if model.tokenizer is None:
         raise ValueError("--model: expected a model with a tokenizer, got one without")
-    texts = [chat_prompt(model, task.prompt) if chat else task.prompt for task in tasks]
+    texts = [chat_prompt(model, problem.prompt) if chat else problem.prompt for problem in problems]
     return [model.tokenizer.encode(text) for text in texts]
-
-
-def _warm_up(model: Model, prompts: list[list[int]], rows: list[Row], show) -> None:
-    # A GPU captures its steps once for each length of canvas that it has buffers for, and needs all of it.
-    on_gpu = model.device.type == "cuda"
-    by_room = {memory.longest_prompt(model.device, len(ids)): ids for ids in prompts}
-    for row in rows:
-        config = row.config
-        if not on_gpu and config.eos_exit != "prefix":
-            continue
-        show(f"warming up: {config.method}")
-        if on_gpu:
-            for ids in by_room.values():
-                generation.generate(model, ids, config)
-        else:
-            gen_length = min(_WARM_UP_TOKENS, config.gen_length)
-            config = DecodeConfig(method=config.method, gen_length=gen_length)
-            generation.generate(model, prompts[0], config)
 
 
 @contextmanager
@@ -150,35 +111,35 @@ def _progress() -> Iterator:
             sys.stderr.flush()
 
 
-def _print(model: Model, tasks: list[Task], rows: list[Row], options: argparse.Namespace) -> None:
-    families = Counter(task.family for task in tasks)
+def _print(model: Model, problems: list[Problem], rows: list[Row], options: argparse.Namespace) -> None:
+    families = Counter(problem.task for problem in problems)
     parts = ", ".join(f"{count} {family}" for family, count in families.items())
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{escape(model.name)} on {model.device} in {dtype}, {len(tasks)} problems ({parts})")
+    print(f"{escape(model.name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})")
     print()
     print("\n".join(comparison_table(rows)))
     # With two problems of a family a count of right ones says nothing about it.
-    if len(families) > 1 and len(tasks) > 3 * len(families):
+    if len(families) > 1 and len(problems) > 3 * len(families):
         print()
-        print("\n".join(family_table(rows, [task.family for task in tasks])))
+        print("\n".join(family_table(rows, [problem.task for problem in problems])))
     if options.show:
-        _print_texts(tasks[0], rows)
+        _print_texts(problems[0], rows)
     elif sys.stdout.isatty():
-        _print_hints(tasks, options)
+        _print_hints(problems, options)
 
 
-def _print_texts(task: Task, rows: list[Row]) -> None:
+def _print_texts(problem: Problem, rows: list[Row]) -> None:
     verdict = {True: ", right", False: ", wrong", None: ""}
-    print(f"\nPrompt\n{_indented(task.prompt)}")
+    print(f"\nPrompt\n{_indented(problem.prompt)}")
     for row in rows:
         print(f"\n{row.label} ({row.results[0].nfe.total} forwards{verdict[row.right[0]]})")
         print(_indented(row.results[0].text))
 
 
-def _print_hints(tasks: list[Task], options: argparse.Namespace) -> None:
+def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
     command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
     named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
-    prompt = escape(shlex.quote(min((task.prompt for task in tasks), key=len)))
+    prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
     chat = " --chat" if options.chat else ""
     print(f"\nthe texts:        {command} compare{named} --show")
     given = f"{named}{chat} --gen-length {options.gen_length}"
@@ -189,7 +150,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"  {line}".rstrip() for line in escape(text).splitlines())
 
 
-def _report(model: Model, tasks: list[Task], rows: list[Row], gen_length: int) -> dict:
+def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: int) -> dict:
     return {
         "model": model.name,
         **describe(model.device),
@@ -207,15 +168,15 @@ def _report(model: Model, tasks: list[Task], rows: list[Row], gen_length: int) -
                 "tokens_per_second": row.tokens_per_second,
                 "problems": [
                     {
-                        "family": task.family,
-                        "prompt": task.prompt,
+                        "family": problem.task,
+                        "prompt": problem.prompt,
                         "text": result.text,
                         "right": right,
                         "tokens": len(result.tokens),
                         "nfe": result.nfe.total,
                         "seconds": result.seconds,
                     }
-                    for task, result, right in zip(tasks, row.results, row.right, strict=True)
+                    for problem, result, right in zip(problems, row.results, row.right, strict=True)
                 ],
             }
             for row in rows

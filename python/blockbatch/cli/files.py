@@ -29,12 +29,17 @@ def check_output(path: str, name: str) -> None:
         raise PermissionError(f"{name}: expected a folder that may be written to, got {path}")
 
 
-def write_json(path: str, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes JSON; the file appears whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text; the file appears whole or not at all."""
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

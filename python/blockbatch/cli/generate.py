@@ -14,10 +14,10 @@ from blockbatch.cli import canvas
 from blockbatch.cli.files import check_output, read_text
 from blockbatch.cli.options import chat_prompt, decode_config, load
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
-from blockbatch.config import METHOD_OPTIONS, DecodeConfig
+from blockbatch.config import DecodeConfig
 from blockbatch.generation import Result
 from blockbatch.models import Model
-from blockbatch.trace import TraceRecorder, save_trace
+from blockbatch.trace import decode_settings, open_recorder, save_trace, trace_header
 
 # Seconds between two frames: often enough to look alive, seldom enough to cost little.
 _FRAME_INTERVAL = 0.05
@@ -25,7 +25,9 @@ _FRAME_INTERVAL = 0.05
 
 def run(options: argparse.Namespace) -> None:
     """Decodes and writes as the options say."""
-    config = decode_config(options, trace=options.trace is not None)
+    if options.trace_kv and options.trace is None:
+        raise ValueError("--trace-kv: expected only together with --trace, got it alone")
+    config = decode_config(options, trace=options.trace is not None, trace_kv=options.trace_kv)
     if options.trace is not None:
         check_output(options.trace, "--trace")
     text = _prompt_text(options)
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     live = wants_live(sys.stdout) and not options.json and not options.no_live
     result = _decode_live(model, ids, config) if live else generation.generate(model, ids, config)
     if options.trace is not None:
-        save_trace(options.trace, result.trace, **_trace_header(model, ids, config, result))
+        save_trace(options.trace, result.trace, **trace_header(model, ids, config, result))
     if options.json:
         print(json.dumps(_report(config, result)))
         return
@@ -77,7 +79,7 @@ def _encode(model: Model, text: str, chat: bool) -> list[int]:
 def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:
     """Decodes with the canvas drawn on standard output, and takes the drawing away again."""
     session = generation.open_session(model, ids, config)
-    recorder = TraceRecorder(session.state) if config.trace else None
+    recorder = open_recorder(session, config)
     pieces, glyphs = canvas.token_pieces(model.tokenizer), _glyphs()
     title = f"{config.method}{glyphs.dot}{escape(model.name)}"
     started, drawn = time.perf_counter(), float("-inf")
@@ -124,12 +126,6 @@ def _summary(config: DecodeConfig, result: Result) -> str:
     return dot.join(parts)
 
 
-def _settings(config: DecodeConfig) -> dict[str, Any]:
-    """The options that the method has, as they were used."""
-    names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids")
-    return {name: getattr(config, name) for name in names}
-
-
 def _report(config: DecodeConfig, result: Result) -> dict[str, Any]:
     return {
         "text": result.text,
@@ -141,24 +137,5 @@ def _report(config: DecodeConfig, result: Result) -> dict[str, Any]:
         "seconds": result.seconds,
         "tokens_per_second": len(result.tokens) / result.seconds,
         "method": config.method,
-        "settings": _settings(config),
-    }
-
-
-def _trace_header(model: Model, ids: list[int], config: DecodeConfig, result: Result) -> dict[str, Any]:
-    """What a replay needs besides the records, and where they come from."""
-    return {
-        "model": model.name,
-        "method": config.method,
-        "settings": _settings(config),
-        "gen_length": config.gen_length,
-        "block_sizes": [branch.block_size for branch in result.branches],
-        "winner_block_size": result.block_size,
-        "prompt_tokens": ids,
-        "mask_token_id": model.spec.mask_token_id,
-        "eos_token_ids": list(model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids),
-        "canvas": result.canvas,
-        "text": result.text,
-        "nfe": {**asdict(result.nfe), "total": result.nfe.total},
-        "stop_reason": result.stop_reason,
+        "settings": decode_settings(config),
     }

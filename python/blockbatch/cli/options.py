@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from blockbatch.cli import ablate, evaluate, pictures
+
 if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
     from blockbatch.models import Model
@@ -26,6 +28,7 @@ DECODE_OPTIONS = (
     "leap_radius",
     "leap_threshold",
     "eos_token_ids",
+    "stop",
 )
 COMPARE_GEN_LENGTH = 128
 
@@ -62,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_compare(commands)
+    evaluate.add_parser(commands)
+    ablate.add_parser(commands)
+    pictures.add_parser(commands)
     return parser
 
 
@@ -103,11 +109,14 @@ def _add_generate(commands: Any) -> None:
         help="file with the prompt (-: standard input); its last newline is left out",
     )
     group.add_argument("--prompt-ids", type=int_list, metavar="1,2,3", help="the prompt as token ids")
-    _add_model(parser)
+    add_model(parser)
     _add_decoding(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of the text")
     output.add_argument("--trace", metavar="FILE", help="save what every forward did, as JSON")
+    output.add_argument(
+        "--trace-kv", action="store_true", help="the trace also holds where the K/V cache of each branch goes"
+    )
     output.add_argument("--no-live", action="store_true", help="a terminal, too, gets the text alone")
 
 
@@ -132,6 +141,13 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     )
     add("--eos-exit", str, "MODE", "prefix or window: stop with the text; none: fill the canvas")
     add("--eos-token-ids", int_list, "1,2", "ids that end the text (the model's)")
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the text before this text; repeatable",
+        default=argparse.SUPPRESS,
+    )
     add(
         "--steps", integer, "N", "vanilla, and the caches with --threshold none: forwards in all (gen-length)"
     )
@@ -148,7 +164,7 @@ def _add_compare(commands: Any) -> None:
         "published (the canvas is filled) and, marked +eos, with the same end as blockbatch.",
     )
     parser.set_defaults(run=_run_compare)
-    _add_model(parser)
+    add_model(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--family",
@@ -165,7 +181,7 @@ def _add_compare(commands: Any) -> None:
         "is right if the answer stands in it on its own, not inside a longer word or number",
     )
     decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--methods", type=_names, metavar="A,B", help="methods to run (all)")
+    decoding.add_argument("--methods", type=names, metavar="A,B", help="methods to run (all)")
     gen_length = COMPARE_GEN_LENGTH
     decoding.add_argument(
         "--gen-length", type=int, default=gen_length, metavar="N", help=f"tokens to generate ({gen_length})"
@@ -179,7 +195,8 @@ def _add_compare(commands: Any) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model runs where, and how it is prompted."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="tiny", help="tiny (built in, default), a HuggingFace folder or a hub id"
@@ -214,7 +231,8 @@ def int_list(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected integers such as 4,8,16, got {text!r}") from None
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 

@@ -46,6 +46,14 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
     _apply_policy(batch, _concatenate(parts))
 
 
+def replan(batch: Batch) -> None:
+    """Plans the next forward anew, after requests were ended from outside; changes nothing else."""
+    # A refresh only commits, and one that no row took part in not even that.
+    batch.plan.source_row.fill_(-1)
+    batch.plan.flags[1] = bbk.PHASES.index("refresh")
+    _apply_policy(batch, _no_predictions(batch.device))
+
+
 def _chunks(lengths: list[int], max_tokens: int) -> list[slice]:
     """Consecutive rows whose lengths add up to at most `max_tokens`, or single rows."""
     chunks: list[slice] = []

@@ -6,7 +6,7 @@ import weakref
 from typing import NamedTuple
 
 from blockbatch.decoding.method import Method
-from blockbatch.decoding.session import Runner, Session, new_runner
+from blockbatch.decoding.session import Runner, Session, Stops, new_runner
 
 
 class _Shape(NamedTuple):
@@ -32,13 +32,14 @@ class RunnerPool:
         max_prompt: int,
         *,
         observed: bool = False,
+        stops: Stops | None = None,
     ) -> Session:
         """A session on a runner with room for `max_prompt` tokens, kept from earlier or new."""
         shape = _Shape(len(prompts), method, gen_length, max_prompt)
         runner = self._idle.pop(shape, None)
         if runner is None:
             runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
-        session = Session(model, prompts, method, gen_length, runner=runner, observed=observed)
+        session = Session(model, prompts, method, gen_length, runner=runner, observed=observed, stops=stops)
         weakref.finalize(session, _put_back, weakref.ref(self), shape, runner)
         return session
 

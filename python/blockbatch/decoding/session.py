@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch import branches
 from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch, HostPlan
 from blockbatch.decoding.graphs import StepGraphs
@@ -17,6 +19,13 @@ from blockbatch.decoding.method import Method
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
 # small beside the cache; a CPU gains by fewer, larger products.
 ROW_TOKENS = {"cuda": 2048, "cpu": 8192}
+
+
+class Stops(Protocol):
+    """What ends requests before the policy does."""
+
+    def ended(self, prefixes: Sequence[Sequence[int]]) -> list[int]:
+        """The requests that end now; `prefixes` holds the final prefix of every request."""
 
 
 class Step(NamedTuple):
@@ -63,6 +72,8 @@ class Session:
         runner: of this very model, method, number of prompts and gen_length, with room for the prompts; it
             serves one session at a time. None makes one.
         observed: whether steps tell their windows.
+        stops: asked before every forward, which costs a wait for the device; None: the policy alone ends
+            requests.
     """
 
     def __init__(
@@ -74,8 +85,9 @@ class Session:
         *,
         runner: Runner | None = None,
         observed: bool = False,
+        stops: Stops | None = None,
     ) -> None:
-        self.model, self.params, self.observed = model, method.params, observed
+        self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
         if runner is None:
             runner = new_runner(
                 model, len(prompts), method, gen_length, max(len(prompt) for prompt in prompts)
@@ -97,6 +109,8 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> Step | None:
+        if self.stops is not None and self._plan.running:
+            self._end(self.stops.ended(branches.final_prefixes(self.state, self.params.mask_token_id)))
         plan = self._plan
         if not plan.running:
             return None
@@ -126,6 +140,17 @@ class Session:
     def run(self) -> None:
         while self.step() is not None:
             pass
+
+    def _end(self, requests: list[int]) -> None:
+        """Ends those of `requests` that still run; the next forward is made for the others."""
+        requests = [request for request in requests if self.seconds[request] is None]
+        if not requests:
+            return
+        branches.end_requests(self.state, requests)
+        forward.replan(self._batch)
+        self._plan = self._batch.host_plan()
+        for request in requests:
+            self.seconds[request] = time.perf_counter() - self._started
 
     def _windows(self) -> list[tuple[int, int]]:
         return list(zip(self.state.window_start.tolist(), self.state.window_end.tolist(), strict=True))

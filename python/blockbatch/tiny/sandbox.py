@@ -1,24 +1,17 @@
-"""Run a model's Python function in a limited subprocess.
-
-This keeps a small model's mistakes (endless loops, huge lists, stray calls) from doing harm. It is no defence
-against a skilled attacker: do not feed it code from people you do not trust. POSIX only.
-"""
+"""Call a model's Python function in `blockbatch.evaluation.sandbox`, with a few harmless modules."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-# Limits are set inside the child, before the text runs. The audit hook cannot be removed again; it refuses
-# what resource limits cannot, which also covers users whom RLIMIT_NPROC does not bind.
-_CHILD = r"""
-import json, resource, sys
+from blockbatch.evaluation.sandbox import run_python
+
+# The audit hook cannot be removed again. It refuses files, processes and sockets on every system, also where
+# the sandbox has no walls for them.
+_DRIVER = r"""
+import json, sys
 job = json.load(sys.stdin)
 out = sys.stdout
 sys.stdout = sys.stderr = None
@@ -34,22 +27,17 @@ def refuse(event, arguments):
         raise PermissionError("not allowed here: " + event)
 for name in job["imports"]:
     __import__(name)
-for limit, value in ((resource.RLIMIT_CPU, job["seconds"]), (resource.RLIMIT_AS, job["bytes"]),
-                     (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)):
-    resource.setrlimit(limit, (value, value))
-for name in ("os", "posix", "resource", "subprocess", "signal", "_signal", "socket", "ctypes"):
+for name in ("os", "posix", "resource", "ctypes", "_ctypes"):
     sys.modules.pop(name, None)
-del resource
 sys.addaudithook(refuse)
 space = {"__name__": "answer"}
 exec(compile(job["text"], "answer", "exec"), space)
 function = space[job["function"]]
 values = [function(argument) for argument in job["arguments"]]
+sys.stdout = out
 out.write(json.dumps(values))
-out.flush()
 """
 _IMPORTS = ("math", "re", "string", "itertools", "functools", "collections")
-_OUTPUT_LIMIT = 1 << 20
 
 
 def call_function(
@@ -62,40 +50,17 @@ def call_function(
 ) -> list[Any] | None:
     """Run `text` and return `[function(argument) for argument in arguments]`, or None if anything went wrong.
 
-    Arguments and results travel as JSON. The child is a fresh interpreter (`-I -S`) in an empty folder of its
-    own, with `seconds` of wall time, `memory` bytes of address space, no file access, no child processes, no
-    network, and only a few harmless modules of the standard library.
+    Arguments and results travel as JSON. The function has `seconds` of wall time, `memory` bytes of address
+    space, no file access, no child processes, no network, and only a few harmless modules of the standard
+    library. Where the system has no walls to keep it from the rest (see `run_python`), the interpreter alone
+    refuses those: enough for a small model's mistakes, none against a skilled attacker.
     """
-    job = {
-        "text": text,
-        "function": function,
-        "arguments": list(arguments),
-        "imports": _IMPORTS,
-        "seconds": max(1, round(seconds + 0.5)),
-        "bytes": memory,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
-        try:
-            output, _ = child.communicate(json.dumps(job).encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.communicate()
-    if child.returncode != 0 or len(output) > _OUTPUT_LIMIT:
-        return None
+    job = {"text": text, "function": function, "arguments": list(arguments), "imports": _IMPORTS}
+    outcome = run_python(
+        _DRIVER, seconds=seconds, memory_bytes=memory, stdin=json.dumps(job), accept_weaker=True
+    )
     try:
-        values = json.loads(output)
+        values = json.loads(outcome.stdout) if outcome.ok else None
     except ValueError:
         return None
     return values if isinstance(values, list) else None

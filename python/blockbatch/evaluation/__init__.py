@@ -1,0 +1,1 @@
+"""Measuring decoding methods: problems, judged answers, statistics, reports."""

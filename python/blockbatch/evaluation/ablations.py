@@ -1,0 +1,302 @@
+"""The ablations of the paper (arXiv 2605.29233): one knob of BlockBatch turned, all else at its default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from blockbatch.config import DecodeConfig
+from blockbatch.evaluation import statistics
+from blockbatch.evaluation.records import Record, Run
+from blockbatch.evaluation.settings import Setting
+
+if TYPE_CHECKING:
+    import os
+
+_EVERYTHING = "all"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One knob.
+
+    Attributes:
+        title: what is turned, with its unit.
+        variants: options of `DecodeConfig` by label, in the order of a table; one of them is the default.
+        ordered: whether a line from one to the next means something.
+    """
+
+    title: str
+    variants: dict[str, dict[str, Any]]
+    ordered: bool = True
+
+
+def _values(option: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    return {"off" if value is None else str(value): {option: value} for value in values}
+
+
+def _block_sizes(*sets: Sequence[int]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else str(sizes[0]): {"block_sizes": tuple(sizes)}
+        for sizes in sets
+    }
+
+
+_SIZES = (4, 8, 16, 32, 64, 128)
+ABLATIONS: dict[str, Ablation] = {
+    # The set grown from below, shrunk from below, and the block size of the dual cache alone.
+    "block-sizes": Ablation(
+        "block sizes, tokens (powers of two)",
+        _block_sizes(
+            *(_SIZES[:end] for end in range(2, 7)), *(_SIZES[start:] for start in range(1, 5)), (32,)
+        ),
+    ),
+    "threshold": Ablation("commit threshold", _values("threshold", (0.7, 0.8, 0.9, 0.95, 0.97, 0.99))),
+    "merge-threshold": Ablation(
+        "merge threshold", _values("merge_threshold", (0.5, 0.6, 0.7, 0.8, 0.9, None))
+    ),
+    "sync-threshold": Ablation("sync threshold, tokens", _values("sync_threshold", (4, 8, 16, 32, 64, None))),
+    "refresh-interval": Ablation(
+        "refresh interval, tokens", _values("refresh_interval", (4, 8, 16, 32, 64, 128, None))
+    ),
+    "components": Ablation(
+        "what is switched off",
+        {
+            "nothing": {},
+            "merge": {"merge_threshold": None},
+            "sync": {"sync_threshold": None},
+            "refresh": {"refresh_interval": None},
+            "merge and sync": {"merge_threshold": None, "sync_threshold": None},
+            "all three": {"merge_threshold": None, "sync_threshold": None, "refresh_interval": None},
+        },
+        ordered=False,
+    ),
+    "commit": Ablation("commit rule", _values("commit", ("threshold", "local_leap")), ordered=False),
+    "eos-exit": Ablation("end of decoding", _values("eos_exit", ("prefix", "window", "none")), ordered=False),
+}
+KINDS = tuple(ABLATIONS)
+
+
+def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
+    """The settings of an ablation, and the label of the default among them.
+
+    Args:
+        kind: one of `KINDS`.
+        gen_length: tokens to generate. Sets with block sizes that do not divide it are left out.
+
+    Raises:
+        ValueError: an unknown kind, or a gen_length at which nothing is left to compare.
+    """
+    if kind not in ABLATIONS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    default = DecodeConfig(gen_length=gen_length)
+    settings, default_label = [], None
+    for label, options in ABLATIONS[kind].variants.items():
+        if any(gen_length % size for size in options.get("block_sizes", ())):
+            continue
+        setting = Setting(label, DecodeConfig(gen_length=gen_length, **options))
+        settings.append(setting)
+        if setting.config == default:
+            default_label = label
+    if default_label is None:
+        raise ValueError(f"gen_length: expected a multiple of {max(_SIZES)} for {kind}, got {gen_length}")
+    return settings, default_label
+
+
+def ablation_report(kind: str, run: Run, default: str, *, seed: int = 0) -> dict[str, Any]:
+    """What each setting made of the problems, and how it compares with the default.
+
+    Args:
+        kind: one of `KINDS`.
+        run: of the settings that `ablation_settings` gives.
+        default: the label of the default among them.
+        seed: draws the resamples of the intervals.
+
+    Returns:
+        plain data for JSON: `kind`, `title`, `default`, `tasks`, `rows` and the run's `header`. A row has its
+        `setting`, `options`, `summary` (by task, and over "all") and `against_default` (None for itself).
+    """
+    tasks = list(dict.fromkeys(record.task for record in run.records))
+    by_task = {task: [record for record in run.records if record.task == task] for task in tasks}
+    summaries = {_EVERYTHING: statistics.summarize(run.records, seed=seed)}
+    summaries |= {task: statistics.summarize(records, seed=seed) for task, records in by_task.items()}
+    rows = []
+    for label in summaries[_EVERYTHING]:
+        rows.append(
+            {
+                "setting": label,
+                "options": ABLATIONS[kind].variants[label],
+                "summary": {name: asdict(found[label]) for name, found in summaries.items()},
+                "against_default": None
+                if label == default
+                else _comparison(run.records, label, default, seed),
+            }
+        )
+    return {
+        "kind": kind,
+        "title": ABLATIONS[kind].title,
+        "default": default,
+        "tasks": tasks,
+        "rows": rows,
+        "header": run.header,
+    }
+
+
+def _comparison(records: Sequence[Record], label: str, default: str, seed: int) -> dict[str, Any] | None:
+    found = statistics.compare(records, label, default, seed=seed)
+    if found is None:
+        return None
+    return {
+        **asdict(found),
+        "accuracy_verdict": statistics.accuracy_verdict(found),
+        "nfe_verdict": statistics.change_verdict(found.nfe, "fewer", "more"),
+    }
+
+
+_COLUMNS = (
+    "right, %",
+    "95%",
+    "NFE",
+    "init + block + refresh",
+    "s",
+    "points against default",
+    "NFE against default",
+)
+
+
+def ablation_table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table over all tasks, and one of right answers and NFE by task."""
+    header = [report["title"], *_COLUMNS]
+    lines = [_line(header), _line(["---", *["---:"] * 5, "---", "---"])]
+    lines += [_line(_cells(row, report["default"])) for row in report["rows"]]
+    if len(report["tasks"]) > 1:
+        lines += ["", _line([report["title"], *report["tasks"]])]
+        lines.append(_line(["---", *["---:"] * len(report["tasks"])]))
+        for row in report["rows"]:
+            parts = [_accuracy_and_nfe(row["summary"][task]) for task in report["tasks"]]
+            lines.append(_line([_name(row, report["default"]), *parts]))
+        lines += ["", "By task: right, %; mean NFE."]
+    summary = report["rows"][0]["summary"][_EVERYTHING]
+    notes = [f"{summary['count']} problems, {summary['judged']} of them judged; seconds for an answer, mean."]
+    if summary["judged"]:
+        notes.append(
+            "Intervals: Wilson's for right answers, else paired bootstrap over problems. Points of accuracy "
+            "against the default on the same problems, with McNemar's exact test."
+        )
+    return "\n".join([*lines, "", " ".join(notes)]) + "\n"
+
+
+def _cells(row: dict[str, Any], default: str) -> list[str]:
+    summary, against = row["summary"][_EVERYTHING], row["against_default"]
+    nfe = summary["nfe"]
+    interval = "-"
+    if summary["interval_95"] is not None:
+        interval = "{:.1f}-{:.1f}".format(*(100 * bound for bound in summary["interval_95"]))
+    return [
+        _name(row, default),
+        _percent(summary["accuracy"]),
+        interval,
+        f"{nfe['total']:.2f}",
+        f"{nfe['init']:.2f} + {nfe['block']:.2f} + {nfe['refresh']:.2f}",
+        f"{summary['seconds']:.3f}",
+        _accuracy_change(against) if against else "-",
+        _nfe_change(against) if against else "-",
+    ]
+
+
+def _accuracy_change(against: dict[str, Any]) -> str:
+    if against["p_value"] is None:
+        return "not judged"
+    low, high = (100 * bound for bound in against["accuracy_change_95"])
+    p_value = statistics.p_text(against["p_value"])
+    return f"{100 * against['accuracy_change']:+.1f} [{low:+.1f}, {high:+.1f}], p {p_value}"
+
+
+def _nfe_change(against: dict[str, Any]) -> str:
+    low, high = (100 * (bound - 1) for bound in against["nfe"]["interval_95"])
+    return f"{100 * (against['nfe']['ratio'] - 1):+.1f}% [{low:+.1f}, {high:+.1f}]"
+
+
+def _name(row: dict[str, Any], default: str) -> str:
+    return f"{row['setting']} (default)" if row["setting"] == default else row["setting"]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _accuracy_and_nfe(summary: dict[str, Any]) -> str:
+    return f"{_percent(summary['accuracy'])}; {summary['nfe']['total']:.2f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw_ablation(report: dict[str, Any], path: str | os.PathLike) -> None:
+    """Accuracy and NFE over the knob, with 95% intervals, as a PNG.
+
+    Raises RuntimeError without matplotlib, ValueError for a path that does not end in .png, OSError.
+    """
+    from blockbatch.pictures import style
+
+    rows, tasks = report["rows"], report["tasks"]
+    ordered = ABLATIONS[report["kind"]].ordered
+    series = [*tasks, _EVERYTHING] if len(tasks) > 1 else tasks
+    with style.figure(height=2.9) as figure:
+        accuracy, nfe = figure.subplots(1, 2)
+        for index, name in enumerate(series):
+            # Side by side, so that no interval hides another.
+            places = [place + (index - (len(series) - 1) / 2) * 0.09 for place in range(len(rows))]
+            summaries = [row["summary"][name] for row in rows]
+            look = _look(name, index) | ({} if ordered else {"linestyle": "none"})
+            _draw_accuracy(accuracy, places, summaries, label=_series_name(name), **look)
+            bounds = [(summary["nfe"]["total"], summary["nfe_95"]) for summary in summaries]
+            _draw_series(nfe, places, bounds, label=_series_name(name), **look)
+        accuracy.set_ylabel("right answers, %")
+        nfe.set_ylabel("model forwards (NFE)")
+        nfe.set_ylim(bottom=0)
+        for axis in (accuracy, nfe):
+            labels = [row["setting"] + ("*" if row["setting"] == report["default"] else "") for row in rows]
+            crowded = sum(map(len, labels)) > 34
+            axis.set_xticks(
+                range(len(rows)), labels, rotation=35 if crowded else 0, ha="right" if crowded else "center"
+            )
+            axis.grid(axis="x", visible=False)
+        figure.supxlabel(
+            f"{report['title']}   (* the default; bars: 95% intervals)", fontsize=style.FONT_SIZE
+        )
+        handles, names = nfe.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(series), frameon=False)
+        style.save_png(figure, path)
+
+
+def _look(name: str, index: int) -> dict[str, Any]:
+    from blockbatch.pictures import style
+
+    if name == _EVERYTHING:
+        return {"color": style.BLACK, "marker": "o", "linewidth": 1.8}
+    return {"color": style.PALETTE[index % 6], "marker": "sD^vPX"[index % 6], "linewidth": 1.0}
+
+
+def _series_name(name: str) -> str:
+    return "all tasks" if name == _EVERYTHING else name
+
+
+def _draw_accuracy(axis: Any, places: list[float], summaries: list[dict], **look: Any) -> None:
+    judged = [(place, summary) for place, summary in zip(places, summaries) if summary["judged"]]
+    values = [
+        (100 * summary["accuracy"], tuple(100 * bound for bound in summary["interval_95"]))
+        for _, summary in judged
+    ]
+    _draw_series(axis, [place for place, _ in judged], values, **look)
+
+
+def _draw_series(axis: Any, places: list[float], values: list[tuple[float, Any]], **look: Any) -> None:
+    if not values:
+        return
+    middle = [value for value, _ in values]
+    below = [value - bounds[0] for value, bounds in values]
+    above = [bounds[1] - value for value, bounds in values]
+    axis.errorbar(places, middle, yerr=[below, above], markersize=4, elinewidth=0.9, capsize=1.8, **look)

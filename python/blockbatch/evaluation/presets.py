@@ -1,0 +1,136 @@
+"""The settings of the BlockBatch paper (arXiv 2605.29233) by name.
+
+A preset is a benchmark with its number of solved examples in the prompt and its generation length; the
+settings of each method are the same for all. `python -m blockbatch.evaluation.presets gsm8k` prints
+the command that runs one with lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockbatch.config import DecodeConfig
+
+# Written out although most are the defaults of `DecodeConfig`: a default may change, what was published not.
+# The baselines run as their authors published them and fill the canvas; with `eos_exit="prefix"` they stop as
+# BlockBatch does.
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "blockbatch": {
+        "block_sizes": (4, 8, 16, 32, 64, 128),
+        "threshold": 0.9,
+        "merge_threshold": 0.5,
+        "sync_threshold": 8,
+        "refresh_interval": 32,
+        "eos_exit": "prefix",
+    },
+    "vanilla": {"block_size": 32, "eos_exit": "none"},
+    "prefix_cache": {"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
+    "dual_cache": {"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
+    "local_leap": {"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
+}
+PAPER_MODELS = ("GSAI-ML/LLaDA-1.5", "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Base-7B")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One benchmark of the paper.
+
+    Attributes:
+        name: what `get_preset` and `preset=` call it.
+        task: the name of lm-evaluation-harness.
+        num_fewshot: solved examples in front of each problem.
+        gen_length: tokens to generate.
+        runs_code: whether grading executes what the model wrote, which lm-evaluation-harness wants confirmed.
+        extra: of the package lm_eval that the task needs; None: none.
+    """
+
+    name: str
+    task: str
+    num_fewshot: int
+    gen_length: int = 256
+    runs_code: bool = False
+    extra: str | None = None
+
+    def options(self, method: str = "blockbatch") -> dict[str, Any]:
+        """The arguments of `DecodeConfig` for a method.
+
+        Raises:
+            ValueError: no such method.
+        """
+        if method not in METHOD_SETTINGS:
+            raise ValueError(f"method: expected one of {', '.join(METHOD_SETTINGS)}, got {method!r}")
+        return {"method": method, "gen_length": self.gen_length, **METHOD_SETTINGS[method]}
+
+    def config(self, method: str = "blockbatch", **changes: Any) -> DecodeConfig:
+        """The settings of a method, with some of them changed.
+
+        Raises:
+            ValueError, TypeError: as `DecodeConfig`.
+        """
+        from blockbatch.config import DecodeConfig
+
+        return DecodeConfig(**{**self.options(method), **changes})
+
+    def command(self, model: str = "GSAI-ML/LLaDA-8B-Instruct", method: str = "blockbatch") -> str:
+        """The shell command that runs this benchmark with lm-evaluation-harness."""
+        self.options(method)
+        parts = ["lm_eval", "--model", "blockbatch"]
+        parts += ["--model_args", f"pretrained={model},method={method},preset={self.name}"]
+        parts += ["--tasks", self.task, "--num_fewshot", str(self.num_fewshot), "--batch_size", "1"]
+        if self.runs_code:
+            parts.append("--confirm_run_unsafe_code")
+        command = shlex.join(parts)
+        # Without it the metric refuses to execute anything.
+        return f"HF_ALLOW_CODE_EVAL=1 {command}" if self.runs_code else command
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("gsm8k", "gsm8k", num_fewshot=5),
+        Preset("math", "minerva_math", num_fewshot=4, extra="math"),
+        Preset("humaneval", "humaneval", num_fewshot=0, runs_code=True),
+        Preset("mbpp", "mbpp", num_fewshot=3, runs_code=True),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the commands of the named presets, of all where none is named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m blockbatch.evaluation.presets",
+        description="Print the lm_eval command of the paper's benchmarks.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PRESETS)} (all)")
+    parser.add_argument(
+        "--model", default=PAPER_MODELS[1], help=f"a folder or hub id; the paper's: {', '.join(PAPER_MODELS)}"
+    )
+    parser.add_argument("--method", default="blockbatch", help=", ".join(METHOD_SETTINGS))
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.names or PRESETS:
+            preset = get_preset(name)
+            if preset.extra is not None:
+                print(f"# needs pip install 'lm_eval[{preset.extra}]'")
+            print(preset.command(options.model, options.method))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

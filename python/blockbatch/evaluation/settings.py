@@ -1,0 +1,132 @@
+"""What a decode is done with, by name: the rows of a table, and settings read from a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from blockbatch.config import METHOD_OPTIONS, METHODS, DecodeConfig
+
+# The yardstick first, BlockBatch last.
+TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
+# What other settings are compared with: as published, and with BlockBatch's end.
+REFERENCES = ("vanilla", "dual_cache")
+EOS_SUFFIX = " +eos"
+
+_TYPES = {field.name: field.type for field in fields(DecodeConfig)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to decode.
+
+    Attributes:
+        label: its name in records and tables.
+        config: the options.
+        limit: decode only the first so many problems of each task; None: all.
+    """
+
+    label: str
+    config: DecodeConfig
+    limit: int | None = None
+
+
+def table_settings(
+    methods: Sequence[str],
+    gen_length: int,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    vanilla_limit: int | None = None,
+) -> list[Setting]:
+    """The rows of a comparison: baselines as published first, then all methods that stop with the text.
+
+    Args:
+        methods: some of `METHODS`; the same one counts once.
+        gen_length: tokens to generate.
+        options: of each method, arguments of `DecodeConfig`; `eos_exit` and `gen_length` among them do not
+            count.
+        vanilla_limit: problems of each task for vanilla as published, the slowest row by far.
+
+    Raises:
+        ValueError: an unknown method, none, or options that a method cannot take.
+    """
+    if not methods:
+        raise ValueError("--methods: expected at least one method, got none")
+    methods = tuple(dict.fromkeys(methods))
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods: expected some of {', '.join(TABLE_METHODS)}, got {method!r}")
+
+    def config(method: str, eos_exit: str) -> DecodeConfig:
+        given = dict((options or {}).get(method, {}))
+        return DecodeConfig(**{**given, "method": method, "gen_length": gen_length, "eos_exit": eos_exit})
+
+    rows = [
+        Setting(method, config(method, "none"), vanilla_limit if method == "vanilla" else None)
+        for method in methods
+        if method != "blockbatch"
+    ]
+    for method in methods:
+        label = method if method == "blockbatch" else method + EOS_SUFFIX
+        rows.append(Setting(label, config(method, "prefix")))
+    return rows
+
+
+def parse_setting(text: str, gen_length: int) -> Setting:
+    """A setting of "LABEL:name=value,name=value,...", such as "careful:threshold=0.95,block_sizes=4/8/16".
+
+    Names are those of `DecodeConfig`; "/" stands between the members of a list, "none" switches a rule off.
+    Without a method it is BlockBatch's.
+
+    Raises:
+        ValueError: it is not written like this, or not a setting of the method.
+    """
+    label, colon, rest = text.partition(":")
+    label = label.strip()
+    if not colon or not label or not label.isprintable():
+        raise ValueError(f"--set: expected LABEL:name=value,..., got {text!r}")
+    options: dict[str, Any] = {"gen_length": gen_length}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name = name.replace("-", "_")
+        if not equals:
+            raise ValueError(f"--set: {label}: expected name=value, got {part!r}")
+        options[name] = _parse_value(label, name, value)
+    method = options.get("method", "blockbatch")
+    # A setting of one's own is compared with the rows that stop with the text, unless it says otherwise.
+    if "eos_exit" in METHOD_OPTIONS.get(method, {}):
+        options.setdefault("eos_exit", "prefix")
+    try:
+        return Setting(label, DecodeConfig(**options))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--set: {label}: {error}") from None
+
+
+def _parse_value(label: str, name: str, value: str) -> Any:
+    known = ("method", "gen_length", *dict.fromkeys(sum(map(list, METHOD_OPTIONS.values()), [])))
+    if name not in known:
+        raise ValueError(f"--set: {label}: expected options among {', '.join(known)}, got {name!r}")
+    if value.lower() == "none":
+        return value.lower() if name == "eos_exit" else None
+    kind = _TYPES[name]  # as it is written in the class
+    convert = float if "float" in kind else int if "int" in kind else str
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[value.lower()]
+        if "tuple" in kind:
+            return tuple(convert(member) for member in value.split("/"))
+        return convert(value)
+    except (ValueError, KeyError):
+        expected = "true or false" if kind == "bool" else "integers" if convert is int else "numbers"
+        raise ValueError(f"--set: {label}: {name}: expected {expected}, got {value!r}") from None
+
+
+def settings_header(settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
+    """The options of each setting by label, for the header of a file."""
+    from blockbatch.trace import decode_settings
+
+    return {
+        setting.label: {"method": setting.config.method, **decode_settings(setting.config)}
+        for setting in settings
+    }

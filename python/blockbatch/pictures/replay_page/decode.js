@@ -1,0 +1,123 @@
+"use strict";
+// The decode: for every branch and position its changes in order, for every step its figures, tokens as text.
+// The page counts forwards done: 0 is the empty canvas, k the state after record k - 1 of the trace.
+const decode = JSON.parse(document.getElementById("decode").textContent);
+const { records, blockSizes, genLength, mask, threshold } = decode;
+const steps = records.length,
+  branches = blockSizes.length;
+const ends = new Set(decode.eos),
+  pieces = new Map(Object.entries(decode.pieces).map(([id, text]) => [Number(id), text]));
+const byId = (id) => document.getElementById(id);
+const make = (tag, className = "", text = "") => {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== "") element.textContent = text;
+  return element;
+};
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+// [branch][position]: changes {step, token, how, confidence, from}, of which the latest up to a step holds.
+const changeLog = blockSizes.map(() => Array.from({ length: genLength }, () => []));
+const figures = [
+  {
+    decoded: blockSizes.map(() => 0),
+    windows: blockSizes.map(() => null),
+    active: new Set(),
+    leader: -1,
+    nfe: { init: 0, block: 0, refresh: 0 },
+    written: { commit: 0, merge: 0, sync: 0 },
+    syncs: new Map(),
+  },
+];
+
+const latest = (changes, step) => {
+  let low = 0,
+    high = changes.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (changes[middle].step <= step) low = middle + 1;
+    else high = middle;
+  }
+  return low ? changes[low - 1] : null;
+};
+const now = (branch, position) => changeLog[branch][position].at(-1) ?? null;
+const held = (change) => (change ? change.token : mask);
+
+records.forEach((record, index) => {
+  const step = index + 1,
+    before = figures[index];
+  const figure = {
+    decoded: [...before.decoded],
+    windows: [...before.windows],
+    active: new Set(record.rows),
+    leader: 0,
+    nfe: { ...before.nfe, [record.kind]: before.nfe[record.kind] + 1 },
+    written: { commit: 0, merge: 0, sync: 0 },
+    syncs: new Map(),
+  };
+  record.rows.forEach((branch, row) => {
+    figure.windows[branch] = record.windows[row];
+  });
+  for (const [how, changes] of [
+    ["commit", record.commits],
+    ["merge", record.merges],
+  ]) {
+    for (const [branch, positions, tokens, confidence] of changes) {
+      positions.forEach((position, i) => {
+        changeLog[branch][position].push({
+          step,
+          token: tokens[i],
+          how,
+          confidence: confidence ? confidence[i] : null,
+        });
+      });
+      figure.written[how] += positions.length;
+      if (how === "commit") figure.decoded[branch] += positions.length;
+    }
+  }
+  // Before the syncs: afterwards those that took over its state have decoded as much.
+  figure.leader = figure.decoded.indexOf(Math.max(...figure.decoded));
+  for (const [branch, leader] of record.syncs) {
+    for (let position = 0; position < genLength; position++) {
+      const own = now(branch, position),
+        theirs = now(leader, position);
+      if (held(own) === held(theirs)) continue;
+      changeLog[branch][position].push({
+        step,
+        token: held(theirs),
+        how: "sync",
+        confidence: theirs?.confidence ?? null,
+        from: leader,
+      });
+      if (held(theirs) !== mask) figure.written.sync++;
+    }
+    figure.decoded[branch] = figure.decoded[leader];
+    figure.syncs.set(branch, leader);
+  }
+  figures.push(figure);
+});
+
+// Whitespace has to be seen, and nothing in a text may change how its neighbours look.
+const NAMED = new Map([
+  ["\n", "↵"],
+  ["\t", "⇥"],
+  ["\r", "␍"],
+  [" ", "␣"],
+]);
+const shown = (token) => {
+  if (ends.has(token)) return "∎";
+  const piece = pieces.get(token);
+  if (piece === undefined) return `#${token}`;
+  if (piece === "") return "∅";
+  return piece.replace(
+    /[\s\p{C}]/gu,
+    (c) =>
+      NAMED.get(c) ??
+      (c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : `⟨${c.codePointAt(0).toString(16)}⟩`),
+  );
+};
+const blank = new Set([...pieces].filter(([, piece]) => /^\s+$/.test(piece)).map(([token]) => token));
+const EAST_ASIAN =
+  "\\u1100-\\u115f\\u2e80-\\ua4cf\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff00-\\uff60\\uffe0-\\uffe6";
+const WIDE = new RegExp(`[${EAST_ASIAN}]|\\p{Emoji_Presentation}`, "u");
+const columns = (text) => Array.from(text).reduce((sum, c) => sum + (WIDE.test(c) ? 2 : 1), 0);
