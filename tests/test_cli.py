@@ -231,7 +231,7 @@ def test_only_given_options_reach_the_config(model_folder, capsys):
     assert report["tokens"] == result.tokens and report["nfe"]["total"] == result.nfe.total == 32
     assert report["settings"] == {
         "gen_length": 64, "block_size": 16, "eos_exit": "none", "threshold": None, "steps": 32,
-        "eos_token_ids": None,
+        "eos_token_ids": None, "stop": [],
     }  # fmt: skip
 
 

@@ -130,6 +130,15 @@ def test_presets_give_every_row_its_settings():
     ]  # fmt: skip
 
 
+def test_fixed_blocks_are_rows_of_their_own():
+    options = argparse.Namespace(methods=("blockbatch", "fixed-blocks"), set=["own:"], vanilla_limit=4)
+    rows = evaluate.plan_settings(options, 64, None)
+    blocks = [f"block {size}" for size in (4, 8, 16, 32, 64)]
+    assert [row.label for row in rows] == ["blockbatch", *blocks, "own"]
+    options = argparse.Namespace(methods=("fixed-blocks",), set=[], vanilla_limit=4)
+    assert [row.label for row in evaluate.plan_settings(options, 64, None)] == blocks
+
+
 def test_vanilla_as_published_is_limited_alone():
     options = argparse.Namespace(methods=None, set=["own:"], vanilla_limit=4)
     rows = evaluate.plan_settings(options, 64, None)

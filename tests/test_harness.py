@@ -235,6 +235,18 @@ def test_bad_arguments(make, options, error, message):
         make(**options)
 
 
+def test_model_args_count_more_than_the_command_line(make):
+    from blockbatch.evaluation.harness import BlockBatchLM
+
+    command_line = {"device": "cuda:7", "batch_size": 2, "max_batch_size": None}
+    lm = BlockBatchLM.create_from_arg_string(
+        "pretrained=tiny,device=cpu,block_sizes=4:8,eos_exit=none", command_line
+    )
+    assert (lm.device.type, lm.batch_size) == ("cpu", 2)
+    decoding = lm.get_model_info()["decoding"]
+    assert (decoding["block_sizes"], decoding["eos_exit"]) == ((4, 8), "none")
+
+
 def test_a_model_without_a_tokenizer(make, tmp_path):
     write_llada(tmp_path)
     with pytest.raises(ValueError, match="pretrained: expected a model with a tokenizer"):
@@ -247,21 +259,12 @@ def test_the_command(lm_eval, offline, expected, tmp_path):
     installed = any(hook.name == "blockbatch_lm_eval" for hook in hooks)
     module = "lm_eval" if installed else "blockbatch.evaluation.registration"
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
-    arguments = ["--model_args", "pretrained=tiny,gen_length=64,block_sizes=[4,16,64]"]
-    arguments += [
-        "--tasks",
-        "local_arithmetic",
-        "--include_path",
-        ".",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "3",
-    ]
+    command = [sys.executable, "-m", module, "--model", "blockbatch", "--batch_size", "3", "--log_samples"]
+    command += ["--model_args", "pretrained=tiny,gen_length=64,block_sizes=[4,16,64]"]
+    command += ["--tasks", "local_arithmetic", "--include_path", ".", "--output_path", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", module, "--model", "blockbatch", *arguments]
-        + ["--output_path", str(tmp_path), "--log_samples"],
-        env={**os.environ, **offline, "PYTHONPATH": paths},
+        command,
+        env={**os.environ, **offline, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
         cwd=FOLDER,
         capture_output=True,
         text=True,

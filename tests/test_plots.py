@@ -12,7 +12,7 @@ import blockbatch
 from blockbatch.cli import main
 from blockbatch.decoding.session import Step
 from blockbatch.evaluation.records import Record, Run
-from blockbatch.evaluation.settings import settings_header
+from blockbatch.evaluation.settings import Setting, fixed_block_settings, settings_header
 from blockbatch.evaluation.statistics import wilson
 from blockbatch.generation import open_session
 from blockbatch.kv_cache import KVCache
@@ -193,7 +193,8 @@ def decoded(problem, setting, right, nfe, size, task="sums"):
 
 def sized_run(rows, **more):
     """A run of {setting: [(right, nfe) of each problem]} with the settings of the picture."""
-    settings = [one for one in frontier.fixed_block_settings(16) if one.label in rows]
+    every = [*fixed_block_settings(16), Setting("blockbatch", blockbatch.DecodeConfig(gen_length=16))]
+    settings = [one for one in every if one.label in rows]
     sizes = {one.label: one.config.block_size or 8 for one in settings}
     records = [
         decoded(problem, label, right, nfe, sizes[label])
@@ -204,12 +205,11 @@ def sized_run(rows, **more):
 
 
 def test_fixed_block_settings():
-    settings = frontier.fixed_block_settings(256)
-    assert [one.label for one in settings] == [*(f"block {2**n}" for n in range(2, 8)), "blockbatch"]
-    assert [one.config.block_size for one in settings[:-1]] == [4, 8, 16, 32, 64, 128]
-    assert {(one.config.method, one.config.eos_exit) for one in settings[:-1]} == {("dual_cache", "prefix")}
-    assert settings[-1].config == blockbatch.DecodeConfig(gen_length=256)
-    assert [one.config.block_size for one in frontier.fixed_block_settings(24)[:-1]] == [4, 8]
+    settings = fixed_block_settings(256)
+    assert [one.label for one in settings] == [f"block {2**n}" for n in range(2, 8)]
+    assert [one.config.block_size for one in settings] == [4, 8, 16, 32, 64, 128]
+    assert {(one.config.method, one.config.eos_exit) for one in settings} == {("dual_cache", "prefix")}
+    assert [one.config.block_size for one in fixed_block_settings(24)] == [4, 8]
 
 
 def test_oracle_takes_the_cheapest_right_answer_else_the_cheapest():

@@ -24,8 +24,8 @@ class KVSketcher:
 
     Number d of a sketch is the sum over layers l, sides s (K, V), positions p and features f of
     ``signs[l, s, p, d] * mix[f, d] * kv[l, s, p, f] / sqrt(SKETCH_SIZE)`` with random signs and normal `mix`.
-    Two small tables are affordable where one Gaussian matrix over a whole row is not: for an 8B model it would
-    have 10^10 entries.
+    Two small tables are affordable where one Gaussian matrix over a whole row is not: an 8B model's has
+    10^10 entries.
 
     Args:
         cache: of the session; read, never written.

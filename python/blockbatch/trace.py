@@ -12,9 +12,9 @@ A trace is a list with one record for each forward of the request::
 `windows` their windows during it, in positions of the generation region. Within a record commits come first,
 then merges, then syncs.
 
-With K/V (`DecodeConfig(trace_kv=True)`) a record also says where the caches of the branches that it changed
-came to: ``"kv": [{"branches": [0, 2], "state": [...]}]``, branches with the same cache together, the states as
-`blockbatch.kv_trace` writes them. Of several states of a branch in one record the last holds.
+With K/V (`DecodeConfig(trace_kv=True)`) a record also holds the cache states of the branches that it changed:
+``"kv": [{"branches": [0, 2], "state": [...]}]``, branches with the same cache together, the states as
+`blockbatch.kv_trace` makes them. Of several states of a branch in one record the last holds.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    from blockbatch.evaluation.ablations import ablation_table, draw_ablation
+    from blockbatch.evaluation.ablation_chart import draw_ablation
+    from blockbatch.evaluation.ablations import ablation_table
 
     picture = folder / "report.png"
     try:

@@ -40,7 +40,12 @@ def add_parser(commands: Any) -> None:
     add_model(parser)
     add_problems(parser)
     group = parser.add_argument_group("settings")
-    group.add_argument("--methods", type=names, metavar="A,B", help="methods to run (all)")
+    group.add_argument(
+        "--methods",
+        type=names,
+        metavar="A,B",
+        help="methods to run (all); fixed-blocks: the dual cache with every block size",
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -169,11 +174,20 @@ def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset |
         ValueError: naming the option.
     """
     from blockbatch.evaluation.presets import METHOD_SETTINGS
-    from blockbatch.evaluation.settings import TABLE_METHODS, parse_setting, table_settings
+    from blockbatch.evaluation.settings import (
+        FIXED_BLOCKS,
+        TABLE_METHODS,
+        fixed_block_settings,
+        parse_setting,
+        table_settings,
+    )
 
-    methods = TABLE_METHODS if options.methods is None else options.methods
+    named = TABLE_METHODS if options.methods is None else options.methods
+    methods = [method for method in named if method != FIXED_BLOCKS]
     given = None if preset is None else METHOD_SETTINGS
     own = [parse_setting(text, gen_length) for text in options.set]
+    if FIXED_BLOCKS in named:
+        own = [*fixed_block_settings(gen_length), *own]
     rows = (
         []
         if not methods and own

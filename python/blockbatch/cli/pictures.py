@@ -54,9 +54,7 @@ def _add_consensus(kinds: Any) -> None:
         "A heat map over positions and forwards: how many branches hold the same token, and where two hold "
         "different ones. PNG. Several traces, or a folder of them, become a picture each.",
     )
-    parser.add_argument(
-        "--whole", action="store_true", help="all positions, also those behind the end of the text"
-    )
+    parser.add_argument("--whole", action="store_true", help="all positions, also those behind all text")
     parser.set_defaults(run=_run_consensus)
 
 
@@ -66,7 +64,7 @@ def _add_frontier(kinds: Any) -> None:
         help="accuracy against forwards",
         description="Accuracy against forwards of fixed block sizes, of BlockBatch, and of an oracle that "
         "picks the best fixed size for each problem, with 95%% intervals. PNG, from the results of "
-        "`blockbatch eval --methods fixed-blocks`.",
+        "`blockbatch eval --methods blockbatch,fixed-blocks`.",
     )
     parser.add_argument("results", metavar="RESULTS", help="results.jsonl of an evaluation")
     parser.add_argument("--out", metavar="FILE", help="PNG to write (left out: frontier.png beside RESULTS)")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockbatch.config import DecodeConfig
 from blockbatch.evaluation import statistics
 from blockbatch.evaluation.records import Record, Run
 from blockbatch.evaluation.settings import Setting
 
-if TYPE_CHECKING:
-    import os
-
-_EVERYTHING = "all"
+EVERYTHING = "all"  # the name of all tasks together
 
 
 @dataclass(frozen=True)
@@ -119,10 +116,10 @@ def ablation_report(kind: str, run: Run, default: str, *, seed: int = 0) -> dict
     """
     tasks = list(dict.fromkeys(record.task for record in run.records))
     by_task = {task: [record for record in run.records if record.task == task] for task in tasks}
-    summaries = {_EVERYTHING: statistics.summarize(run.records, seed=seed)}
+    summaries = {EVERYTHING: statistics.summarize(run.records, seed=seed)}
     summaries |= {task: statistics.summarize(records, seed=seed) for task, records in by_task.items()}
     rows = []
-    for label in summaries[_EVERYTHING]:
+    for label in summaries[EVERYTHING]:
         rows.append(
             {
                 "setting": label,
@@ -177,7 +174,7 @@ def ablation_table(report: dict[str, Any]) -> str:
             parts = [_accuracy_and_nfe(row["summary"][task]) for task in report["tasks"]]
             lines.append(_line([_name(row, report["default"]), *parts]))
         lines += ["", "By task: right, %; mean NFE."]
-    summary = report["rows"][0]["summary"][_EVERYTHING]
+    summary = report["rows"][0]["summary"][EVERYTHING]
     notes = [f"{summary['count']} problems, {summary['judged']} of them judged; seconds for an answer, mean."]
     if summary["judged"]:
         notes.append(
@@ -188,7 +185,7 @@ def ablation_table(report: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any], default: str) -> list[str]:
-    summary, against = row["summary"][_EVERYTHING], row["against_default"]
+    summary, against = row["summary"][EVERYTHING], row["against_default"]
     nfe = summary["nfe"]
     interval = "-"
     if summary["interval_95"] is not None:
@@ -232,71 +229,3 @@ def _accuracy_and_nfe(summary: dict[str, Any]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def draw_ablation(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """Accuracy and NFE over the knob, with 95% intervals, as a PNG.
-
-    Raises RuntimeError without matplotlib, ValueError for a path that does not end in .png, OSError.
-    """
-    from blockbatch.pictures import style
-
-    rows, tasks = report["rows"], report["tasks"]
-    ordered = ABLATIONS[report["kind"]].ordered
-    series = [*tasks, _EVERYTHING] if len(tasks) > 1 else tasks
-    with style.figure(height=2.9) as figure:
-        accuracy, nfe = figure.subplots(1, 2)
-        for index, name in enumerate(series):
-            # Side by side, so that no interval hides another.
-            places = [place + (index - (len(series) - 1) / 2) * 0.09 for place in range(len(rows))]
-            summaries = [row["summary"][name] for row in rows]
-            look = _look(name, index) | ({} if ordered else {"linestyle": "none"})
-            _draw_accuracy(accuracy, places, summaries, label=_series_name(name), **look)
-            bounds = [(summary["nfe"]["total"], summary["nfe_95"]) for summary in summaries]
-            _draw_series(nfe, places, bounds, label=_series_name(name), **look)
-        accuracy.set_ylabel("right answers, %")
-        nfe.set_ylabel("model forwards (NFE)")
-        nfe.set_ylim(bottom=0)
-        for axis in (accuracy, nfe):
-            labels = [row["setting"] + ("*" if row["setting"] == report["default"] else "") for row in rows]
-            crowded = sum(map(len, labels)) > 34
-            axis.set_xticks(
-                range(len(rows)), labels, rotation=35 if crowded else 0, ha="right" if crowded else "center"
-            )
-            axis.grid(axis="x", visible=False)
-        figure.supxlabel(
-            f"{report['title']}   (* the default; bars: 95% intervals)", fontsize=style.FONT_SIZE
-        )
-        handles, names = nfe.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(series), frameon=False)
-        style.save_png(figure, path)
-
-
-def _look(name: str, index: int) -> dict[str, Any]:
-    from blockbatch.pictures import style
-
-    if name == _EVERYTHING:
-        return {"color": style.BLACK, "marker": "o", "linewidth": 1.8}
-    return {"color": style.PALETTE[index % 6], "marker": "sD^vPX"[index % 6], "linewidth": 1.0}
-
-
-def _series_name(name: str) -> str:
-    return "all tasks" if name == _EVERYTHING else name
-
-
-def _draw_accuracy(axis: Any, places: list[float], summaries: list[dict], **look: Any) -> None:
-    judged = [(place, summary) for place, summary in zip(places, summaries) if summary["judged"]]
-    values = [
-        (100 * summary["accuracy"], tuple(100 * bound for bound in summary["interval_95"]))
-        for _, summary in judged
-    ]
-    _draw_series(axis, [place for place, _ in judged], values, **look)
-
-
-def _draw_series(axis: Any, places: list[float], values: list[tuple[float, Any]], **look: Any) -> None:
-    if not values:
-        return
-    middle = [value for value, _ in values]
-    below = [value - bounds[0] for value, bounds in values]
-    above = [bounds[1] - value for value, bounds in values]
-    axis.errorbar(places, middle, yerr=[below, above], markersize=4, elinewidth=0.9, capsize=1.8, **look)

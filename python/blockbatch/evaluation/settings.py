@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch.config import METHOD_OPTIONS, METHODS, DecodeConfig
+from blockbatch.config import METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES, DecodeConfig
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
 # What other settings are compared with: as published, and with BlockBatch's end.
 REFERENCES = ("vanilla", "dual_cache")
 EOS_SUFFIX = " +eos"
+# Among methods: the dual cache with every block size.
+FIXED_BLOCKS = "fixed-blocks"
 
 _TYPES = {field.name: field.type for field in fields(DecodeConfig)}
 
@@ -71,6 +73,18 @@ def table_settings(
         label = method if method == "blockbatch" else method + EOS_SUFFIX
         rows.append(Setting(label, config(method, "prefix")))
     return rows
+
+
+def fixed_block_settings(gen_length: int) -> list[Setting]:
+    """The dual cache with each of the paper's block sizes that divides `gen_length`: "block 4", "block 8"."""
+    sizes = [size for size in PAPER_BLOCK_SIZES if gen_length % size == 0] or [gen_length]
+    return [
+        Setting(
+            f"block {size}",
+            DecodeConfig(method="dual_cache", gen_length=gen_length, block_size=size, eos_exit="prefix"),
+        )
+        for size in sizes
+    ]
 
 
 def parse_setting(text: str, gen_length: int) -> Setting:

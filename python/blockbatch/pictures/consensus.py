@@ -32,7 +32,7 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
     Args:
         trace: from `blockbatch.trace.load_trace`.
         path: of the file to write.
-        whole: show all gen_length positions, not only those up to the end of the text.
+        whole: show all gen_length positions, also those where no branch ever held text.
 
     Raises:
         ValueError: the trace has a single branch.
@@ -64,17 +64,21 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
             lowest = place(_LEFT, _BOTTOM, _MAP_WIDTH, strip_height, sharex=heat)
             _draw_tokens(lowest, labels)
         left_out = states.gen_length - end
-        behind = f"; {left_out} more lie behind the end of the text" if left_out else ""
+        behind = f"; {left_out} more hold no text" if left_out else ""
         lowest.set_xlabel(f"position in the generation region{behind}")
         _draw_key(place(_LEFT, height - _TOP + 0.08, _MAP_WIDTH + _LANE, _KEY_HEIGHT), states.num_branches)
         return style.save_png(figure, path)
 
 
 def shown_positions(trace: dict[str, Any], states: States) -> int:
-    """Positions up to a little behind the end of the text; all where it has none."""
-    canvas, ends = trace["canvas"] or [], set(trace["eos_token_ids"])
-    first = next((position for position, token in enumerate(canvas) if token in ends), states.gen_length)
-    return min(states.gen_length, first + 1 + _MARGIN)
+    """Positions up to a little behind the last one at which a branch ever held text or the result ends."""
+    ends = trace["eos_token_ids"]
+    if not ends:
+        return states.gen_length
+    held = ~np.isin(states.tokens, [states.mask_token_id, *ends])
+    last = max(np.flatnonzero(held.any((0, 1))), default=-1)
+    first_end = next((at for at, token in enumerate(trace["canvas"] or []) if token in ends), -1)
+    return min(states.gen_length, max(int(last), first_end) + 1 + _MARGIN)
 
 
 def _draw_map(axis: Any, states: States, found: Agreement, end: int) -> None:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blockbatch.config import PAPER_BLOCK_SIZES, DecodeConfig
 from blockbatch.evaluation.records import Record, Run
-from blockbatch.evaluation.settings import Setting
 from blockbatch.evaluation.statistics import Interval, bootstrap_mean, wilson
 from blockbatch.pictures import style
 
@@ -46,21 +44,6 @@ class Point(NamedTuple):
     accuracy_95: Interval
     nfe: float
     nfe_95: Interval
-
-
-def fixed_block_settings(gen_length: int, *, eos_exit: str = "prefix") -> list[Setting]:
-    """The settings that the picture needs: the dual cache with each block size of the paper that divides
-    `gen_length` ("block 4", "block 8", ...), then BlockBatch with all of them.
-    """
-    sizes = [size for size in PAPER_BLOCK_SIZES if gen_length % size == 0] or [gen_length]
-    fixed = [
-        Setting(
-            f"block {size}",
-            DecodeConfig(method="dual_cache", gen_length=gen_length, block_size=size, eos_exit=eos_exit),
-        )
-        for size in sizes
-    ]
-    return [*fixed, Setting("blockbatch", DecodeConfig(gen_length=gen_length, eos_exit=eos_exit))]
 
 
 def oracle(records: Sequence[Record]) -> list[Record]:
@@ -128,7 +111,7 @@ def _drawn_settings(run: Run) -> tuple[dict[str, int], list[str]]:
     if len(group) < 2:
         raise ValueError(
             "results: expected settings that differ in block_size alone, got none; "
-            "`blockbatch eval --methods fixed-blocks` makes them"
+            "`blockbatch eval --methods blockbatch,fixed-blocks` makes them"
         )
     return dict(sorted(group.items(), key=lambda item: item[1])), several
 

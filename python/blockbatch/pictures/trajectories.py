@@ -176,6 +176,7 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
                 _draw_path(along, one, one.forwards, everything.axial[part])
             plane.plot(0, 0, marker="*", color=style.BLACK, markersize=11, linestyle="none", zorder=5)
             style.title(plane, name)
+            style.title(along, "displacement along the anchor")
         _label(axes, everything)
         _legend(figure, sorted({one.block_size for one in paths}), paths)
         return style.save_png(figure, path)
@@ -246,7 +247,7 @@ def _label(axes: np.ndarray, everything: Coordinates) -> None:
     first, second = everything.shares
     for plane, along in axes:
         plane.set_ylabel(f"tangent axis 2 / |anchor|  ({second:.0%})")
-        along.set_ylabel("along the anchor / |anchor|")
+        along.set_ylabel("z / |anchor|")
     axes[-1][0].set_xlabel(f"tangent axis 1 / |anchor|  ({first:.0%} of variance)")
     axes[-1][1].set_xlabel("forward")
     axes[-1][1].xaxis.get_major_locator().set_params(integer=True)

@@ -1,5 +1,7 @@
 // What is built once: the head of the page, a panel for each branch, the timeline.
 
+// What only several branches have is left out for one.
+document.body.classList.toggle("single", branches === 1);
 const winner = blockSizes.indexOf(decode.winnerBlockSize);
 byId("title").textContent = decode.method ? `Replay of a ${decode.method} decode` : "Replay of a decode";
 const ending = {
@@ -44,10 +46,25 @@ const widths = Array.from({ length: genLength }, (_, position) =>
     ),
   ),
 );
-const textEnd = (() => {
-  const end = finalCanvas.findIndex((token) => ends.has(token));
-  return end < 0 ? genLength : end + 1;
+const isText = (token) => token !== undefined && token !== mask && !ends.has(token);
+const resultEnd = (() => {
+  const end = finalCanvas.findIndex((token) => !isText(token));
+  return end < 0 ? finalCanvas.length : end + 1;
 })();
+// Behind the last position at which a branch ever held text, ends of text alone: small cells will do.
+const textEnd = widths.reduce(
+  (end, _, position) =>
+    changeLog.some((tokens) => tokens[position].some(({ token }) => isText(token))) ? position + 1 : end,
+  resultEnd,
+);
+// Lines are those of the result; behind it, of whatever branch goes on.
+const breaksLine = (position) => {
+  const tokens =
+    position < resultEnd
+      ? [finalCanvas[position]]
+      : changeLog.map((changes) => held(changes[position].at(-1)));
+  return tokens.some((token) => isText(token) && pieces.get(token)?.includes("\n"));
+};
 
 const panels = blockSizes.map((size, branch) => {
   const panel = make("section", "branch");
@@ -64,7 +81,7 @@ const panels = blockSizes.map((size, branch) => {
     leader: badge("leader", "leads"),
     winner: badge("winner", "winner"),
     synced: badge("synced", ""),
-    rest: badge("rest", "not in this forward"),
+    rest: badge("rest", "sat out"),
   };
   const tally = head.appendChild(make("span", "tally"));
   const number = (label, sign) => {
@@ -91,9 +108,7 @@ const panels = blockSizes.map((size, branch) => {
     cell.dataset.branch = branch;
     cell.dataset.position = position;
     cell.dataset.token = mask;
-    const piece = position < textEnd ? pieces.get(finalCanvas[position]) : undefined;
-    if (piece?.includes("\n") && !ends.has(finalCanvas[position]))
-      row = tokens.appendChild(make("div", "row"));
+    if (position < textEnd && breaksLine(position)) row = tokens.appendChild(make("div", "row"));
     return cell;
   });
   // What the page shows at the moment: reading it back from the document would be slow.
@@ -108,7 +123,6 @@ const panels = blockSizes.map((size, branch) => {
 const slider = byId("slider"),
   timeline = byId("timeline");
 slider.max = steps;
-byId("leader-box").hidden = branches === 1;
 const share = (step) => `${(100 * step) / steps}%`;
 const most = Math.max(
   1,
