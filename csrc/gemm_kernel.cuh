@@ -8,21 +8,28 @@
 
 namespace bbk {
 
-// What a CTA computes. kTokens: columns of the tile, at least the tokens. kGroups: consumer warpgroups, each
-// with 64 rows of the weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of
-// K. kGated: the rows are gates and ups in turns of 8.
-template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, bool kGated_>
+// What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
+// weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kShares: CTAs of
+// a cluster that share one read of the weight, each with its own kTokens tokens. kGated: the rows are gates
+// and ups in turns of 8.
+template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, int kShares_,
+          bool kGated_>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kStages = kStages_;
   static constexpr int kSplits = kSplits_;
+  static constexpr int kShares = kShares_;
   static constexpr bool kGated = kGated_;
 
   static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kThreads = 128 * (kGroups + 1);
+  // A warpgroup beside the consumers fetches the tiles, except where its registers are needed: an instruction
+  // over 256 tokens names 128 sums, as many registers as each of 512 threads starts with. There a thread of
+  // the first consumer fetches between two blocks.
+  static constexpr bool kProducer = kGroups < 3 || kTokens < 256;
+  static constexpr int kThreads = 128 * (kProducer ? kGroups + 1 : kGroups);
   static constexpr int kWeightBytes = kRows * kBlockK * 2;
   static constexpr int kXBytes = kTokens * kBlockK * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
@@ -43,9 +50,8 @@ struct GemmShape {
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
-
-  // Columns of one instruction: 512 threads start with 128 registers each, too few to name 128 sums at once.
-  static constexpr int kColumns = kGroups == 3 && kTokens == 256 ? 128 : kTokens;
+  static_assert(kSplits == 1 || kShares == 1, "a cluster has one reason");
+  static_assert(kShares == 1 || !kGated, "the map of gates and ups is made for whole tiles");
 
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
@@ -74,7 +80,9 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second)
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+__device__ __forceinline__ float gated(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
 
 // Rounds the sums of a part of the tokens and writes them to `out`, through shared memory so that a token's
 // neighbouring features leave together.
@@ -119,11 +127,13 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   sm90::named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
+  const int first_token = (S::kShares > 1 ? blockIdx.z * S::kTokens : 0) + 8 * kFirst;
   T* out = static_cast<T*>(args.out);
+#pragma unroll 4
   for (int i = thread; i < 8 * kCount * kVectors; i += 128) {
     const int token = i / kVectors;
     const int column = i % kVectors * 8;
-    const int out_token = 8 * kFirst + token;
+    const int out_token = first_token + token;
     if (out_token < args.num_tokens && first_column + column < args.out_features) {
       *reinterpret_cast<uint4*>(out + out_token * args.out_row_stride + first_column + column) =
           *reinterpret_cast<const uint4*>(staging + (token * S::kStagingPitch + column) * 2);
@@ -187,7 +197,7 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
   }
 }
 
-// Grid: (tiles of kRows along the weight's rows, kSplits); clusters of (1, kSplits).
+// Grid: (tiles of kRows along the weight's rows, kSplits, kShares); clusters of (1, kSplits, kShares).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
@@ -199,6 +209,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
   const int split = S::kSplits > 1 ? blockIdx.y : 0;
+  const int share = S::kShares > 1 ? blockIdx.z : 0;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplits;
   const int count = (split + 1) * args.num_k_blocks / S::kSplits - k_begin;
@@ -208,46 +219,66 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     sm90::prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       sm90::barrier_init(full + 8 * stage, 1);
-      sm90::barrier_init(empty + 8 * stage, S::kGroups * 4);
+      sm90::barrier_init(empty + 8 * stage, S::kShares * S::kGroups * 4);
     }
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (S::kSplits > 1) sm90::cluster_barrier();
+  if constexpr (S::kSplits * S::kShares > 1) sm90::cluster_barrier();
   sm90::allow_next_kernel();
+
+  const uint64_t read_once = sm90::evict_first_policy();
+  const uint64_t keep = sm90::evict_last_policy();
+  const auto fetch_weight = [&](int i) {
+    const int stage = i % S::kStages;
+    const uint32_t barrier = full + 8 * stage;
+    sm90::barrier_arrive_expect(barrier, S::kStageBytes);
+    const uint32_t target = stages + stage * S::kStageBytes;
+    const int k = (k_begin + i) * S::kBlockK;
+    if constexpr (S::kGated) {
+      sm90::load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
+    } else if constexpr (S::kShares > 1) {
+      // A part of the tile into all CTAs of the cluster.
+      constexpr int kRowsEach = S::kRows / S::kShares;
+      sm90::load_tile_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map, k,
+                                first_row + share * kRowsEach, barrier, (1 << S::kShares) - 1, read_once);
+    } else {
+      sm90::load_tile(target, &weight_map, k, first_row, barrier, read_once);
+    }
+  };
+  const auto fetch_x = [&](int i) {
+    const int stage = i % S::kStages;
+    sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
+                    share * S::kTokens, full + 8 * stage, keep);
+  };
+  const auto fetch_first = [&] {
+    // A weight that nobody writes comes while the kernel before still runs.
+    if (!args.static_weight) sm90::wait_for_previous_kernel();
+    const int ahead = count < S::kStages ? count : S::kStages;
+#pragma unroll 1
+    for (int i = 0; i < ahead; ++i) fetch_weight(i);
+    sm90::wait_for_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < ahead; ++i) fetch_x(i);
+  };
+  // Waits until all that compute with it are done with what block i replaces.
+  const auto fetch = [&](int i) {
+    sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
+    fetch_weight(i);
+    fetch_x(i);
+  };
 
   if (warpgroup == S::kGroups) {
     sm90::give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kGroups * 128) {
-      const uint64_t read_once = sm90::evict_first_policy();
-      const uint64_t keep = sm90::evict_last_policy();
-      const auto load_weight = [&](int i) {
-        const int stage = i % S::kStages;
-        const uint32_t barrier = full + 8 * stage;
-        sm90::barrier_arrive_expect(barrier, S::kStageBytes);
-        const uint32_t target = stages + stage * S::kStageBytes;
-        const int k = (k_begin + i) * S::kBlockK;
-        if constexpr (S::kGated) {
-          sm90::load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
-        } else {
-          sm90::load_tile(target, &weight_map, k, first_row, barrier, read_once);
+      fetch_first();
+#pragma unroll 1
+      for (int i = S::kStages; i < count; ++i) fetch(i);
+      if constexpr (S::kShares > 1) {
+        // The other CTA arrives at these barriers for the last time: they must still be there.
+        for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
+          sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
         }
-      };
-      const auto load_x = [&](int i) {
-        const int stage = i % S::kStages;
-        sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
-                        0, full + 8 * stage, keep);
-      };
-      // A weight that nobody writes comes while the kernel before still runs.
-      if (!args.static_weight) sm90::wait_for_previous_kernel();
-      const int ahead = count < S::kStages ? count : S::kStages;
-      for (int i = 0; i < ahead; ++i) load_weight(i);
-      sm90::wait_for_previous_kernel();
-      for (int i = 0; i < ahead; ++i) load_x(i);
-      for (int i = S::kStages; i < count; ++i) {
-        sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
-        load_weight(i);
-        load_x(i);
       }
     }
     __syncwarp();
@@ -256,35 +287,49 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       sm90::cluster_barrier_with_writes();
     }
   } else {
-    sm90::take_registers<S::kConsumerRegisters>();
-    using Product = sm90::Wgmma<typename S::T, S::kColumns>;
+    if constexpr (S::kProducer) {
+      sm90::take_registers<S::kConsumerRegisters>();
+    } else {
+      if (threadIdx.x == 0) fetch_first();
+      __syncwarp();
+    }
+    using Product = sm90::Wgmma<typename S::T, S::kTokens>;
     const int lane = threadIdx.x % 32;
     const auto release = [&](int i) {
-      if (lane == 0) sm90::barrier_arrive(empty + 8 * (i % S::kStages));
+      const uint32_t barrier = empty + 8 * (i % S::kStages);
+      if constexpr (S::kShares > 1) {
+        if (lane < S::kShares) sm90::barrier_arrive_remote(sm90::remote_address(barrier, lane));
+      } else {
+        if (lane == 0) sm90::barrier_arrive(barrier);
+      }
     };
     float sums[S::kTokens / 2];
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int stage = i % S::kStages;
       sm90::barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
       const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * S::kBlockK * 2;
+      const uint64_t a = sm90::operand_descriptor(weight);
       const uint64_t b = sm90::operand_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
       sm90::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < S::kBlockK / 16; ++k) {
-        const uint64_t a = sm90::operand_descriptor(weight);
-#pragma unroll
-        for (int part = 0; part < S::kTokens / S::kColumns; ++part) {
-          // Descriptors count in 16 bytes: 16 elements of K are 2, a row of x is 8.
-          Product::run(*reinterpret_cast<float (*)[S::kColumns / 2]>(&sums[part * S::kColumns / 2]),
-                       a + 2 * k, b + 2 * k + part * S::kColumns * 8, i > 0 || k > 0);
-        }
+        // Descriptors count in 16 bytes: 16 elements of K are 2.
+        Product::run(sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
       }
       sm90::wgmma_commit();
       // Products of the block before are done: its stage may be filled again.
       sm90::wgmma_wait<1>();
-      if (i > 0) release(i - 1);
+      if (i > 0) {
+        release(i - 1);
+        if constexpr (!S::kProducer) {
+          if (threadIdx.x == 0 && i - 1 + S::kStages < count) fetch(i - 1 + S::kStages);
+          __syncwarp();
+        }
+      }
     }
     sm90::wgmma_wait<0>();
+    if constexpr (S::kShares > 1) release(count - 1);
     sm90::wait_for_previous_kernel();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplits > 1) {
