@@ -292,8 +292,8 @@ _WRITTEN = tuple(field.name for field in fields(BranchState) if field.name not i
 _SETTINGS = tuple(field.name for field in fields(PolicyParams))
 _SETTINGS_SCHEMA = (
     "int mask_token_id, int[] eos_token_ids, float? threshold, int? steps_per_block, int leap_radius, "
-    "float leap_threshold, float merge_threshold, int sync_threshold, int? refresh_interval, str eos_exit, "
-    "str query_span, int prediction_offset"
+    "float leap_threshold, float? tail_threshold, float merge_threshold, int sync_threshold, "
+    "int? refresh_interval, str eos_exit, str query_span, int prediction_offset"
 )
 
 

@@ -37,11 +37,18 @@ BACKENDS = tuple(_MODULES)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
-    """The module that runs `op` on tensors like `example`; see `tuning.PREFERENCE` for the order."""
+def _backend(
+    name: str | None, op: str, example: Tensor, *, excluded: tuple[str, ...] = (), **sizes: int
+) -> ModuleType:
+    """The module that runs `op` on tensors like `example`; `tuning.preference` has the order.
+
+    excluded: backends that refuse the call for another reason than the sizes, passed over by default.
+    """
     if name is None:
-        for module in tuning.PREFERENCE.get(op, ("cuda", "triton")) if example.is_cuda else ():
-            if hasattr(_MODULES[module], op) and _MODULES[module].why_unavailable(example.device) is None:
+        for module in tuning.preference(op, **sizes) if example.is_cuda else ():
+            if module in excluded or not hasattr(_MODULES[module], op):
+                continue
+            if _MODULES[module].why_unavailable(example.device) is None:
                 return _MODULES[module]
         return reference
     if name not in BACKENDS:
@@ -59,9 +66,15 @@ def _backend(name: str | None, op: str, example: Tensor) -> ModuleType:
     return module
 
 
-def backend_of(op: str, device: torch.device, backend: str | None = None) -> str:
-    """Name of the backend that runs the operator `op` on tensors of `device`; raises as `op` would."""
-    module = _backend(backend, op, torch.empty(0, device=device))
+def backend_of(op: str, device: torch.device, backend: str | None = None, **sizes: int) -> str:
+    """Name of the backend that runs the operator `op` on tensors of `device`; raises as `op` would.
+
+    Args:
+        sizes: what the default choice of some operators depends on, as far as it is known: num_tokens,
+            num_keys, head_dim and element_size of `varlen_attention`; num_branches of `copy_pages`, and with
+            num_eos_tokens of `initial_plan` and `decode_policy`.
+    """
+    module = _backend(backend, op, torch.empty(0, device=device), **sizes)
     return next(name for name, candidate in _MODULES.items() if candidate is module)
 
 
@@ -297,16 +310,44 @@ def varlen_attention(
             "plan.query_order", plan.query_order, (plan.pieces.shape[0], q.shape[0]), (torch.int32,), q.device
         )
         _check("plan.counts", plan.counts, (2,), (torch.int32,), q.device)
-    return _backend(backend, "varlen_attention", q).varlen_attention(
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    module = _backend(
+        backend,
+        "varlen_attention",
+        q,
+        excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
+        num_tokens=q.shape[0],
+        num_keys=page_table.shape[1] * k_cache.shape[1],
+        head_dim=head_dim,
+        element_size=q.element_size(),
+    )
+    if plan is None and module is not reference:
+        plan = attention_plan(
+            page_table,
+            cu_seqlens_q,
+            seqlens_k,
+            page_size=k_cache.shape[1],
+            num_tokens=q.shape[0],
+            num_heads=q.shape[1],
+            num_kv_heads=k_cache.shape[2],
+            backend=backend,
+        )
+    return module.varlen_attention(
         q,
         k_cache,
         v_cache,
         page_table,
         cu_seqlens_q,
         seqlens_k,
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=softmax_scale,
         plan=plan,
     )
+
+
+def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:
+    """What only the CUDA attention refuses."""
+    return k_cache.stride(-1) == 1 and v_cache.stride(-1) == 1 and 0 < softmax_scale < float("inf")
 
 
 @traceable
@@ -432,7 +473,7 @@ def copy_pages(
         raise ValueError(f"num_branches: expected a divisor of the {rows} rows, got {num_branches}")
     if kv_cache.shape[2] < page_table.numel():
         raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
-    module = _backend(backend, "copy_pages", page_table)
+    module = _backend(backend, "copy_pages", page_table, num_branches=num_branches)
     module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
 
 
@@ -447,7 +488,8 @@ def initial_plan(
     _check_policy(state, params)
     if out is not None:
         check_plan("out", out, state)
-    return _backend(backend, "initial_plan", state.tokens).initial_plan(state, params, out=out)
+    module = _backend(backend, "initial_plan", state.tokens, **_policy_sizes(state, params))
+    return module.initial_plan(state, params, out=out)
 
 
 @traceable
@@ -485,8 +527,18 @@ def decode_policy(
     check_predictions(predictions, state.tokens.device)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
-    module = _backend(backend, "decode_policy", state.tokens)
+    if params.tail_threshold is not None:
+        if backend not in (None, "reference"):
+            raise RuntimeError(
+                f"backend: {backend} cannot run decode_policy: only the reference knows tail_threshold"
+            )
+        backend = "reference"
+    module = _backend(backend, "decode_policy", state.tokens, **_policy_sizes(state, params))
     return module.decode_policy(state, predictions, plan, params, out=out)
+
+
+def _policy_sizes(state: BranchState, params: PolicyParams) -> dict[str, int]:
+    return dict(num_branches=state.num_branches, num_eos_tokens=len(params.eos_token_ids))
 
 
 def _check_policy(state: BranchState, params: PolicyParams) -> None:
@@ -502,3 +554,13 @@ def _check_policy(state: BranchState, params: PolicyParams) -> None:
         raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {params.merge_threshold}")
     if (params.threshold is None) == (params.steps_per_block is None):
         raise ValueError("threshold: expected either threshold or steps_per_block, got both or neither")
+    if params.tail_threshold is not None:
+        if params.threshold is None:
+            raise ValueError(
+                f"tail_threshold: expected None without a threshold, got {params.tail_threshold}"
+            )
+        if not params.tail_threshold >= params.threshold:
+            raise ValueError(
+                f"tail_threshold: expected at least threshold = {params.threshold}, got "
+                f"{params.tail_threshold}"
+            )

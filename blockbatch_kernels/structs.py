@@ -145,9 +145,12 @@ class PolicyParams:
             instead.
         steps_per_block: with `threshold=None`, forwards that a block of s tokens takes: s // steps_per_block
             tokens a step, one more in its first s % steps_per_block steps.
-        leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK at `threshold` or
-            above in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
+        leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK that reaches
+            its threshold in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
         leap_threshold: see `leap_radius`.
+        tail_threshold: takes the place of `threshold` behind the first MASK of the window that is below
+            `threshold`: what may depend on an undecided token has to be surer. None: `threshold` holds there.
+            Only the reference knows it, which then runs by default.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
         sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
             state.
@@ -165,6 +168,7 @@ class PolicyParams:
     steps_per_block: int | None = None
     leap_radius: int = 0
     leap_threshold: float = 0.75
+    tail_threshold: float | None = None
     merge_threshold: float = 0.5
     sync_threshold: int = 8
     refresh_interval: int | None = 32

@@ -7,13 +7,43 @@ from typing import NamedTuple
 
 import torch
 
-# Which backend serves an operator by default, the first that can run it; operators not named here: CUDA C++,
-# then Triton.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    # H100, a layer of LLaDA-8B, 252 queries, 1280 keys: a shared prompt with private windows, which is what
-    # decoding has, 34 us against 42; all pages shared 23 against 24, separate 52 against 53.
-    "varlen_attention": ("triton", "cuda"),
+# Sizes beyond which a compiled backend refuses an operator.
+_POLICY_LIMITS = {"cuda": {"num_branches": 32, "num_eos_tokens": 32}}
+_LIMITS: dict[str, dict[str, dict[str, int]]] = {
+    "varlen_attention": {"cuda": {"head_dim": 256}, "triton": {"head_dim": 256}},
+    "initial_plan": _POLICY_LIMITS,
+    "decode_policy": _POLICY_LIMITS,
+    "copy_pages": {"cuda": {"num_branches": 32}},
 }
+
+
+def preference(op: str, **sizes: int) -> tuple[str, ...]:
+    """The compiled backends that take `op` in these sizes, fastest first. A size not given is no obstacle."""
+    order = ("cuda", "triton")
+    if op == "varlen_attention" and not _cuda_attention_is_faster(**sizes):
+        order = ("triton", "cuda")
+    limits = _LIMITS.get(op, {})
+    return tuple(
+        name
+        for name in order
+        if all(sizes.get(size, 0) <= most for size, most in limits.get(name, {}).items())
+    )
+
+
+def _cuda_attention_is_faster(
+    *, num_tokens: int = 0, num_keys: int = 0, head_dim: int = 0, element_size: int = 2
+) -> bool:
+    """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
+
+    Microseconds a layer on an H100 in bf16, CUDA C++ (Triton); 32 heads of 128 elements, or Dream-7B's 28
+    with 4 kv heads. Whole rows: one of 1280 84 (90), six of them 404 (450), one of Dream-7B 84 (96). 252
+    tokens in six rows, a shared prompt with private windows: 38 (33) over 1280 keys, 33 (26) over 512, 81
+    (93) over 4352; 30 (29) for Dream-7B. The same rows with all pages shared 31 (23), with none 52 (52).
+    8 tokens 20 (16), 32 tokens over 4096 keys 40 (35).
+    """
+    if element_size != 2 or head_dim not in (64, 128):
+        return False  # not on the tensor cores
+    return num_tokens > 1024 or (num_tokens > 128 and num_keys >= 4096)
 
 
 class AttentionShape(NamedTuple):
@@ -170,13 +200,15 @@ class LinearTile(NamedTuple):
     tokens: int  # room for tokens in a tile
     rows: int  # of the weight in a tile
     splits: int = 1  # processors that share the sum of a tile
-    shares: int = 1  # processors that share one read of the weight, each for a part of the tokens
 
 
 # Microseconds of the product with a weight read from memory, on an H100 (launched early in a graph), beside
 # cuBLAS: LLaDA-8B's qkv / out / down with 16 tokens 34.9 / 12.8 / 36.1 (36.8 / 16.8 / 40.5), with 64 tokens
-# 36.3 / 13.2 / 35.5 (38.5 / 15.0 / 42.4), with 128 tokens 36.8 / 14.4 / 37.3 (39.8 / 15.2 / 40.0). With 192
-# and more cuBLAS is as fast or faster once the GPU is warm.
+# 36.3 / 13.2 / 35.5 (38.5 / 15.0 / 42.4), with 128 tokens 36.8 / 14.4 / 37.3 (39.8 / 15.2 / 40.0), with 192
+# tokens 38.4 / 15.3 / 40.7 (41.0 / 16.0 / 44.3). A whole step of 192 tokens takes 7.77 ms instead of 8.03,
+# and 50 in a row, where the power limit slows the GPU down, 7.86 each instead of 8.12. With more tokens power
+# decides: tiles of 256 that took 41.0 / 15.6 / 46.3 alone (42.9 / 19.6 / 53.8) made a step of 252 tokens
+# 8.29 ms instead of 8.26, and 8.58 instead of 8.49 in a row.
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
@@ -186,13 +218,12 @@ LINEAR_TILES = (
     LinearTile(128, 128),
     LinearTile(192, 64, splits=2),
     LinearTile(192, 128),
-    LinearTile(256, 64, shares=2),
-    LinearTile(256, 192, shares=2),
 )
 # With the activation in the same kernel, against cuBLAS without it: 16 tokens 66.6 (73.8), 64 tokens 68.1
-# (75.6), 128 tokens 69.8 (78.2), 192 tokens 75.3 (81.8), 252 tokens 80.1 (83.8). 32 layers, one after another
+# (75.6), 128 tokens 69.8 (78.2), 192 tokens 71.7 (80.1), 252 tokens 75.9 (82.6). 32 layers, one after another
 # on a warm GPU, with cuBLAS for the rest (for everything): 64 tokens 5.37 ms (5.55), 128 tokens 5.49 (5.63),
-# 192 tokens 6.00 (6.07), 252 tokens 6.63 (6.63). All products here: 64 tokens 4.91 ms, 128 tokens 5.25.
+# 192 tokens 6.02 (6.17), 252 tokens 6.21 (6.52). All products here: 64 tokens 4.91 ms, 128 tokens 5.25, 192
+# tokens 5.86.
 GATED_TILES = (
     LinearTile(16, 192),
     LinearTile(64, 192),
@@ -203,14 +234,12 @@ GATED_TILES = (
 # Of an H100 or H200; a constant, so that the same shape is computed in the same way everywhere.
 _LINEAR_PROCESSORS = 132
 _MIN_LINEAR_ROWS = 2048
-_MIN_WIDE_IN_FEATURES = 1024
-# Beyond 128 tokens, by processors that work on one tile: alone, 96 of 132 are still faster than cuBLAS.
-_MIN_FILL = {1: 0.7, 2: 0.9}
+_MIN_SPLIT_IN_FEATURES = 1024
 
 
 def _fill(tile: LinearTile, rows: int) -> float:
     """The share of the processors that compute, over all waves: what a last wave leaves idle is lost."""
-    ctas = -(-rows // tile.rows) * tile.splits * tile.shares
+    ctas = -(-rows // tile.rows) * tile.splits
     return ctas / (-(-ctas // _LINEAR_PROCESSORS) * _LINEAR_PROCESSORS)
 
 
@@ -227,13 +256,15 @@ def linear_tile(num_tokens: int, out_features: int, in_features: int, *, gated: 
         tile = LinearTile(tokens, 192)
         # Up to 128 tokens memory decides.
         return tile if tokens <= 128 or _fill(tile, rows) >= 0.9 else None
+    split = LinearTile(tokens, 64, splits=2)
     if tokens > 128:
-        # Beyond, arithmetic counts as well: the largest tile that leaves few processors idle.
-        wide = sorted((tile for tile in tiles if tile.tokens == tokens), key=lambda tile: -tile.rows)
-        filled = (tile for tile in wide if _fill(tile, rows) >= _MIN_FILL[tile.splits * tile.shares])
-        return next(filled, None) if in_features >= _MIN_WIDE_IN_FEATURES else None
+        # Beyond, arithmetic counts as well. 73% of the processors, each with a tile of its own (12,288 rows),
+        # are still faster than cuBLAS.
+        if _fill(LinearTile(tokens, 128), rows) >= 0.7:
+            return LinearTile(tokens, 128)
+        return split if _fill(split, rows) >= 0.9 and in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:
         return LinearTile(tokens, 64)
-    if -(-rows // 64) * 2 <= _LINEAR_PROCESSORS and in_features >= 1024:
-        return LinearTile(tokens, 64, splits=2)
+    if -(-rows // 64) * 2 <= _LINEAR_PROCESSORS and in_features >= _MIN_SPLIT_IN_FEATURES:
+        return split
     return LinearTile(tokens, 64 if tokens == 64 or rows <= 8192 else 128)

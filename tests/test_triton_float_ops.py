@@ -160,8 +160,8 @@ def attention_inputs(num_queries, num_keys, padding, heads, kv_heads, head_dim, 
     )
 
 
-def compare_plan(inputs, shape):
-    """The plan of that shape (None: the default), which must be the reference's bit for bit."""
+def plan_arguments(inputs, shape=None):
+    """What `attention_plan` takes for these inputs; without a shape the default one."""
     q, k_cache, page_table = inputs["q"], inputs["k_cache"], inputs["page_table"]
     page_size = k_cache.shape[1]
     if shape is None:
@@ -169,7 +169,19 @@ def compare_plan(inputs, shape):
         heads = q.shape[1], k_cache.shape[2]
         shape = tuning.attention_shape(q.shape[0], *heads, page_size, page_table.shape[1], processors)
     arguments = (page_table, inputs["cu_seqlens_q"], inputs["seqlens_k"])
-    options = dict(page_size=page_size, num_tokens=q.shape[0], shape=shape)
+    return arguments, dict(page_size=page_size, num_tokens=q.shape[0], shape=shape)
+
+
+def attend(inputs, scale, plan=None):
+    if plan is None:
+        arguments, options = plan_arguments(inputs)
+        plan = triton.attention_plan(*arguments, **options)
+    return triton.varlen_attention(**inputs, softmax_scale=scale, plan=plan)
+
+
+def compare_plan(inputs, shape):
+    """The plan of that shape (None: the default), which must be the reference's bit for bit."""
+    arguments, options = plan_arguments(inputs, shape)
     with poisoned():
         plan = triton.attention_plan(*arguments, **options)
     expected = reference.attention_plan(*arguments, **options)
@@ -182,7 +194,7 @@ def compare_attention(inputs, plan, scale=None):
     q, head_dim = inputs["q"], inputs["q"].shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     with poisoned():
-        got = triton.varlen_attention(**inputs, softmax_scale=scale, plan=plan)
+        got = attend(inputs, scale, plan)
     in_dtype = reference.varlen_attention(**inputs, softmax_scale=scale)
     exact = {name: inputs[name].double() for name in ("q", "k_cache", "v_cache")}
     truth = reference.varlen_attention(**{**inputs, **exact}, softmax_scale=scale)
@@ -282,9 +294,8 @@ def test_attention_without_any_query(rows):
     k_cache, sequences = rand(2, 4, 1, 16), (zeros(rows, 2), zeros(rows + 1), zeros(rows))
     for tokens in (0, 3):
         with poisoned():
-            got = triton.varlen_attention(
-                rand(tokens, 2, 16), k_cache, k_cache, *sequences, softmax_scale=1.0
-            )
+            inputs = dict(q=rand(tokens, 2, 16), k_cache=k_cache, v_cache=k_cache)
+            got = attend(inputs | dict(zip(("page_table", "cu_seqlens_q", "seqlens_k"), sequences)), 1.0)
         assert torch.equal(got, torch.zeros(tokens, 2, 16))
 
 
@@ -294,7 +305,7 @@ def test_attention_refuses_a_head_dim_beyond_its_limit():
     )
     with pytest.raises(ValueError, match="q: expected a head_dim of at most 256, got 264"):
         triton.varlen_attention(
-            **inputs, page_table=None, cu_seqlens_q=None, seqlens_k=None, softmax_scale=1.0
+            **inputs, page_table=None, cu_seqlens_q=None, seqlens_k=None, softmax_scale=1.0, plan=None
         )
 
 
@@ -398,7 +409,7 @@ def test_attention_on_a_gpu(dtype, heads, kv_heads, head_dim):
         )
         first = compare_attention(inputs, compare_plan(inputs, None))
         with poisoned():
-            again = triton.varlen_attention(**inputs, softmax_scale=head_dim**-0.5)
+            again = attend(inputs, head_dim**-0.5)
         assert torch.equal(first, again)
 
 
@@ -429,10 +440,10 @@ def test_attention_on_a_gpu_takes_any_layout():
 @pytest.mark.gpu
 def test_attention_in_a_graph_follows_its_inputs():
     inputs = attention_inputs([4, 8, 16], [300, 300, 280], 4, 4, 4, 128, torch.bfloat16, 16)
-    triton.varlen_attention(**inputs, softmax_scale=0.1)
+    attend(inputs, 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = triton.varlen_attention(**inputs, softmax_scale=0.1)
+        got = attend(inputs, 0.1)
     inputs["seqlens_k"].copy_(torch.tensor([120, 300, 0]))
     inputs["cu_seqlens_q"].copy_(torch.tensor([0, 10, 11, 28]))
     graph.replay()

@@ -92,7 +92,7 @@ def varlen_attention(
     seqlens_k: Tensor,
     *,
     softmax_scale: float,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan,
 ) -> Tensor:
     """Attention on the current stream; the caches may have any strides but the last, which must be 1.
 
@@ -105,15 +105,6 @@ def varlen_attention(
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
     q, page_table, seqlens_k = _dense(q), _dense(page_table), _dense(seqlens_k)
-    if plan is None:
-        processors = tuning.num_processors(q.device)
-        pages_per_row = page_table.shape[1]
-        shape = tuning.attention_shape(
-            num_tokens, num_heads, num_kv_heads, page_size, pages_per_row, processors
-        )
-        plan = attention_plan(
-            page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
-        )
     tiles = _packed(plan.tiles)
     query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[1:5])
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)

@@ -124,7 +124,10 @@ def _commit(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
         chosen = _scheduled(state, confidence, params)
     else:
         position = torch.arange(state.gen_length, device=confidence.device)
-        chosen = confidence >= params.threshold
+        chosen = candidates & (confidence >= params.threshold)
+        if params.tail_threshold is not None:
+            behind = (candidates & ~chosen).int().cumsum(-1) > 0
+            chosen = chosen & (~behind | (confidence >= params.tail_threshold))
         if params.leap_radius > 0:
             anchors = chosen.float().unsqueeze(1)
             near = (

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import AttentionPlan
-from blockbatch_kernels.triton.attention_work import attention_plan
 from blockbatch_kernels.triton.launch import on_device_of_first, programmatic_launch, shared_bytes
 
 _LOG2_E = math.log2(math.e)
@@ -223,7 +222,7 @@ def varlen_attention(
     seqlens_k: Tensor,
     *,
     softmax_scale: float,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
@@ -232,18 +231,6 @@ def varlen_attention(
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    if plan is None:
-        shape = tuning.attention_shape(
-            num_tokens,
-            num_heads,
-            num_kv_heads,
-            page_size,
-            page_table.shape[1],
-            tuning.num_processors(q.device),
-        )
-        plan = attention_plan(
-            page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
-        )
     if softmax_scale <= 0:  # the kernel scales what it took the maximum of, and minus infinity
         q, softmax_scale = q * (-1 if softmax_scale < 0 else 0), -softmax_scale or 1.0
     seqlens_k = seqlens_k.contiguous()

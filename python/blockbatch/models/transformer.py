@@ -62,7 +62,7 @@ def forward(
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     cos, sin = rope
     plan = None  # the reference has no use for one
-    if bbk.backend_of("varlen_attention", kv.device, backend) != "reference":
+    if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
         plan = bbk.attention_plan(
             page_table,
             packed.cu_seqlens_q,

@@ -1,0 +1,193 @@
+"""The products of a transformer's layers, ours against cuBLAS, by tokens.
+
+    python bench/gemm.py [--shapes llada-8b] [--tokens 64 128 192 252]
+
+For each product: microseconds a call and the share of the floor, which is the larger of the bytes (weight,
+tokens, result) over the measured copy rate and the FLOP over the measured rate of a product. A call goes
+through all layers' weights, so that none is found in the L2 cache. The lines "layers" are all products of all
+layers one after another, which is what a forward has and what decides: kernels that win alone can lose there,
+where the GPU is warm. Both sides take turns on the clock.
+
+`gate_up` holds the activation on our side and does not on cuBLAS's; in "layers" cuBLAS's side has it too, as
+a kernel of its own. Each product is compared with fp32 before it is timed: more than twice torch's error ends
+the run with status 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from random_models import DTYPES, random_model
+from timing import as_graph, ceilings, clean, device_of, event_ms, parser, rounded, write_report
+from torch import Tensor
+from verify import Wrong, relative_error
+
+import blockbatch_kernels as bbk
+from blockbatch_kernels import tuning
+
+_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+_TURNS = 5
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def weights_of(model) -> dict[str, list[Tensor]]:
+    """[out, in] of each layer, by product."""
+    layers = model.weights.layers
+    return {
+        name: [getattr(layer, f"{name}_weight") for layer in layers]
+        for name in ("qkv", "out", "gate_up", "down")
+    }
+
+
+def ours_of(name: str, backend: str | None) -> Product:
+    product = bbk.linear_swiglu if name == "gate_up" else bbk.linear
+    return partial(product, static_weight=True, backend=backend)
+
+
+def check(name: str, x: Tensor, weight: Tensor, ours: Product) -> dict[str, float]:
+    """Raises `Wrong` where ours errs by more than twice what torch does in the same dtype."""
+
+    def with_torch(x: Tensor, weight: Tensor) -> Tensor:
+        product = F.linear(x, weight)
+        if name != "gate_up":
+            return product
+        gate, up = product.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    truth = with_torch(x.float(), weight.float())
+    error, torchs = relative_error(ours(x, weight), truth), relative_error(with_torch(x, weight), truth)
+    allowed = 2 * torchs + _ROUNDING[x.dtype]
+    if not error <= allowed:
+        raise Wrong(f"{name}, {len(x)} tokens: expected an error of at most {allowed:.2e}, got {error:.2e}")
+    return {"error": error, "torch_error": torchs}
+
+
+def through(product: Product, x: Tensor, weights: list[Tensor]) -> Callable[[], None]:
+    """The product with each weight; results are let go at once and take turns on the same memory."""
+
+    def run() -> None:
+        for weight in weights:
+            product(x, weight)
+
+    return run
+
+
+def by_turns(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(_TURNS):
+        for name, run in runs.items():
+            taken[name].append(event_ms(run, device, repeats))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def measure(
+    model, tokens: int, device: torch.device, dtype: torch.dtype, limits: dict, options
+) -> list[dict[str, Any]]:
+    """A line a product, and one for all of them."""
+    weights = weights_of(model)
+    inputs = {
+        name: torch.randn(tokens, every[0].shape[1], device=device).to(dtype)
+        for name, every in weights.items()
+    }
+    ours = {name: ours_of(name, options.backend) for name in weights}
+    lines, floors = [], 0.0
+    for name, every in weights.items():
+        rows, columns = every[0].shape
+        x, count = inputs[name], len(every)
+        checks = check(name, x, every[0], ours[name])
+        sides = {"cublas": F.linear, "ours": ours[name]}
+        taken = by_turns(
+            {side: as_graph(through(product, x, every), device) for side, product in sides.items()},
+            device,
+            options.repeats,
+        )
+        moved = dtype.itemsize * (rows * columns + tokens * (columns + rows))
+        floor = 1e6 * max(
+            moved / limits["copy_gb_per_s"] / 1e9,
+            2 * tokens * rows * columns / limits["matmul_tflops"] / 1e12,
+        )
+        floors += floor * count / 1e3
+        gated = name == "gate_up"
+        tile = tuning.linear_tile(tokens, rows // 2 if gated else rows, columns, gated=gated)
+        lines.append(
+            {
+                "product": name,
+                "tokens": tokens,
+                "rows": rows,
+                "columns": columns,
+                "tile": None if tile is None else tile._asdict(),
+                "floor_us": floor,
+                **{f"{side}_us": 1e3 * value / count for side, value in taken.items()},
+                **{f"{side}_percent_of_floor": 0.1 * floor * count / value for side, value in taken.items()},
+                **checks,
+            }
+        )
+
+    def cublas_layers() -> None:
+        for qkv, out, gate_up, down in zip(*weights.values(), strict=True):
+            F.linear(inputs["qkv"], qkv)
+            F.linear(inputs["out"], out)
+            F.linear(bbk.swiglu(F.linear(inputs["gate_up"], gate_up), backend=options.backend), down)
+
+    def our_layers() -> None:
+        for qkv, out, gate_up, down in zip(*weights.values(), strict=True):
+            ours["qkv"](inputs["qkv"], qkv)
+            ours["out"](inputs["out"], out)
+            ours["down"](ours["gate_up"](inputs["gate_up"], gate_up), down)
+
+    taken = by_turns(
+        {"cublas": as_graph(cublas_layers, device), "ours": as_graph(our_layers, device)},
+        device,
+        options.repeats,
+    )
+    lines.append(
+        {
+            "product": "layers",
+            "tokens": tokens,
+            "floor_ms": floors,
+            **{f"{side}_ms": value for side, value in taken.items()},
+            **{f"{side}_percent_of_floor": 100 * floors / value for side, value in taken.items()},
+        }
+    )
+    return lines
+
+
+def show(line: dict[str, Any]) -> str:
+    unit = "ms" if line["product"] == "layers" else "us"
+    times = ", ".join(
+        f"{side} {line[f'{side}_{unit}']:.2f} ({line[f'{side}_percent_of_floor']:.0f}%)"
+        for side in ("cublas", "ours")
+    )
+    return f"{line['tokens']:4} tokens, {line['product']:8} floor {line[f'floor_{unit}']:.2f} {unit}: {times}"
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = parser(__doc__, "gemm", ["llada-8b", "dream-7b"])
+    arguments.add_argument("--tokens", nargs="*", type=int, default=[8, 16, 32, 64, 128, 160, 192, 224, 252])
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
+    device, dtype = device_of(options), DTYPES[options.dtype]
+    limits = ceilings(device, dtype)
+    models = {}
+    for name in options.shapes:
+        model = random_model(name, device, dtype)
+        models[name] = []
+        for tokens in [64, 252] if options.quick else options.tokens:
+            for line in measure(model, tokens, device, dtype, limits, options):
+                models[name].append(rounded(line))
+                print(f"{name} {show(line)}", flush=True)
+        del model
+        clean(device)
+    write_report(options, device, ceilings=limits, models=models)
+
+
+if __name__ == "__main__":
+    main()
