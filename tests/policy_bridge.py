@@ -13,6 +13,7 @@ def params_of(config, state, **options):
         mask_token_id=state["mask_token_id"],
         eos_token_ids=tuple(sorted(state["eos_token_ids"])),
         threshold=None if config.commit == "fixed" else config.threshold,
+        tail_threshold=None if config.commit == "fixed" else config.tail_threshold,
         steps_per_block=steps,
         leap_radius=config.leap_radius if config.commit == "local_leap" else 0,
         leap_threshold=config.leap_threshold,

@@ -66,6 +66,8 @@ BAD = [
     ({"refresh_interval": 0}, ValueError, "refresh_interval: expected at least 1, got 0"),
     ({"eos_exit": "soon"}, ValueError, "eos_exit: expected one of prefix, window, none, got 'soon'"),
     ({"commit": "all"}, ValueError, "commit: expected one of threshold, local_leap, got 'all'"),
+    ({"tail_threshold": 0.8}, ValueError, "tail_threshold: expected a value from 0.9 to 1, got 0.8"),
+    ({"method": "dual_cache", "tail_threshold": 0.95}, ValueError, "tail_threshold: not an option"),
     ({"leap_radius": 0}, ValueError, "leap_radius: expected at least 1, got 0"),
     ({"leap_threshold": 0}, ValueError, "leap_threshold: expected a value above 0 and at most 1, got 0"),
     ({"eos_token_ids": 5}, TypeError, "eos_token_ids: expected a sequence of integers, got 5"),

@@ -157,6 +157,26 @@ def test_commit_takes_the_sure_ones_and_always_the_best():
     assert state["branches"][0]["decoded"] == 1 + 3
 
 
+def test_behind_the_first_unsure_mask_the_tail_threshold_decides():
+    confidences = [0.95, 0.5, 0.98, 0.99]
+    for tail, tokens in ((None, [1, 9, 3, 4]), (0.99, [1, 9, 9, 4]), (1.0, [1, 9, 9, 4])):
+        config = config_of(tail_threshold=tail)
+        state = make_state(config, [[9, 9, 9, 9]])
+        policy.block_phase(state, config, {0: forward(2, [1, 2, 3, 4], confidences)})
+        assert state["branches"][0]["tokens"][2:] == tokens, tail
+    # The unsure mask is decided now: what stands behind it is no tail any more.
+    policy.block_phase(state, config, {0: forward(2, [1, 2, 3, 4], [0.9] * 4)})
+    assert state["branches"][0]["tokens"][2:] == [1, 2, 3, 4]
+
+
+def test_a_mask_of_the_tail_is_no_anchor_of_local_leap():
+    for tail, tokens in ((None, [9, 2, 3, 9]), (0.95, [9, 9, 3, 9])):
+        config = config_of(commit="local_leap", leap_radius=1, tail_threshold=tail)
+        state = make_state(config, [[9, 9, 9, 9]])
+        policy.block_phase(state, config, {0: forward(2, [1, 2, 3, 4], [0.5, 0.8, 0.92, 0.7])})
+        assert state["branches"][0]["tokens"][2:] == tokens, tail
+
+
 def test_local_leap_commits_near_an_anchor():
     config = config_of(commit="local_leap", leap_radius=1)
     state = make_state(config, [[9, 9, 9, 9]])

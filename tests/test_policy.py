@@ -1,6 +1,7 @@
 """`decode_policy` against the naive oracle, one phase at a time on random states."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,35 @@ def test_random_states(first):
                 assert_plan(state, config, next_plan)
             except AssertionError as error:
                 raise AssertionError(f"{name}, seed {seed}, {phase}, {config}: {error}") from error
+
+
+def test_random_states_with_a_tail_threshold():
+    differ = 0
+    for seed in range(1500):
+        phase, config, state, forwards = random_case(seed)
+        if phase == "refresh" and not forwards:
+            continue
+        config = replace(config, tail_threshold=max(config.threshold, (0.9375, 1.0)[seed % 2]))
+        params = params_of(config, state)
+        tensors, usual = (to_tensors([state], params) for _ in range(2))
+        plan, predictions = step_inputs([state], [forwards], phase)
+        PHASE_FUNCTIONS[phase](state, config, forwards)
+        next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
+        assert_same([state], [config], tensors, next_plan, events)
+        assert_plan(state, config, next_plan)
+        bbk.decode_policy(usual, predictions, plan, replace(params, tail_threshold=None))
+        differ += not torch.equal(usual.committed, tensors.committed)
+    assert differ > 100
+
+
+def test_compiled_backends_refuse_a_tail_threshold():
+    phase, config, state, forwards = random_case(3)
+    params = params_of(replace(config, tail_threshold=1.0), state)
+    tensors = to_tensors([state], params)
+    plan, predictions = step_inputs([state], [forwards], phase)
+    for backend in ("cuda", "triton"):
+        with pytest.raises(RuntimeError, match=f"backend: {backend} cannot run .* tail_threshold"):
+            bbk.decode_policy(tensors, predictions, plan, params, backend=backend)
 
 
 def test_random_states_exercise_every_event():
@@ -104,6 +134,8 @@ def test_equal_rows_of_a_full_forward_take_the_first_ones_predictions():
         ({"eos_exit": "never"}, "eos_exit: expected one of prefix, window, none, got 'never'"),
         ({"query_span": "all"}, "query_span: expected one of window, suffix, canvas, got 'all'"),
         ({"steps_per_block": 3}, "threshold: expected either"),
+        ({"threshold": 0.9, "tail_threshold": 0.8}, "tail_threshold: expected at least threshold = 0.9"),
+        ({"threshold": None, "steps_per_block": 3, "tail_threshold": 0.9}, "tail_threshold: expected None"),
         ({"prediction_offset": 2}, "prediction_offset: expected 0 or 1, got 2"),
     ],
 )

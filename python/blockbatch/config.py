@@ -26,6 +26,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "blockbatch": {
         "block_sizes": PAPER_BLOCK_SIZES,
         "threshold": 0.9,
+        "tail_threshold": None,
         "merge_threshold": 0.5,
         "sync_threshold": 8,
         "refresh_interval": 32,
@@ -56,6 +57,8 @@ class DecodeConfig:
         block_size: baselines: size of the one block.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
             None: a fixed number of tokens each step, as vanilla.
+        tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
+            `threshold`, from `threshold` to 1; None: the same. Not in the paper.
         steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
             every block. Left out: one token a step.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
@@ -80,6 +83,7 @@ class DecodeConfig:
     block_sizes: tuple[int, ...] | None = DEFAULT
     block_size: int | None = DEFAULT
     threshold: float | None = DEFAULT
+    tail_threshold: float | None = DEFAULT
     steps: int | None = DEFAULT
     merge_threshold: float | None = DEFAULT
     sync_threshold: int | None = DEFAULT
@@ -167,6 +171,8 @@ class DecodeConfig:
         options = METHOD_OPTIONS[self.method]
         if "threshold" in options and not (self.threshold is None and "steps" in options):
             _check_probability("threshold", self.threshold, above=0.0)
+        if self.tail_threshold is not None:
+            _check_probability("tail_threshold", self.tail_threshold, least=self.threshold)
         if self.merge_threshold is not None:
             # Below one half two different tokens could pass at the same position.
             _check_probability("merge_threshold", self.merge_threshold, least=0.5)

@@ -11,6 +11,7 @@ class OracleConfig:
 
     eos_exit None means the method's default: "prefix" for blockbatch, "none" for the baselines.
     steps None means gen_length. `block_size`, `steps` serve the baselines, `block_sizes` blockbatch alone.
+    tail_threshold: of masks behind the window's first mask below threshold; None: the threshold.
     threshold None (baselines only) commits a fixed number of tokens per step.
     commit: "threshold" or "local_leap"; the method local_leap always uses the latter.
     """
@@ -19,6 +20,7 @@ class OracleConfig:
     gen_length: int = 256
     block_sizes: tuple = (4, 8, 16, 32, 64, 128)
     threshold: float | None = 0.9
+    tail_threshold: float | None = None
     merge_threshold: float = 0.5
     sync_threshold: int = 8
     refresh_interval: int | None = 32

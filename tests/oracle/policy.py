@@ -198,9 +198,9 @@ def commit(state, config, branch):
     # Highest confidence first; the sort is stable, so the first position leads a tie.
     ranked = sorted(masks, key=lambda p: -np.float32(confidence[p]))
     if config.commit == "threshold":
-        chosen = [p for p in masks if at_least(confidence[p], config.threshold)]
+        chosen = sure_masks(config, masks, confidence)
     elif config.commit == "local_leap":
-        anchors = [p for p in masks if at_least(confidence[p], config.threshold)]
+        anchors = sure_masks(config, masks, confidence)
         chosen = list(anchors)
         for p in masks:
             near = any(abs(p - anchor) <= config.leap_radius for anchor in anchors)
@@ -215,6 +215,17 @@ def commit(state, config, branch):
     branch["decoded"] += len(chosen)
     branch["committed"] += len(chosen)
     branch["steps"] += 1
+
+
+def sure_masks(config, masks, confidence):
+    """The masks that reach their threshold: the tail's behind the first that misses the usual one."""
+    sure, threshold = [], config.threshold
+    for p in sorted(masks):
+        if at_least(confidence[p], threshold):
+            sure.append(p)
+        elif config.tail_threshold is not None:
+            threshold = config.tail_threshold
+    return sure
 
 
 def fixed_count(config, branch, masks):

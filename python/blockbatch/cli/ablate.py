@@ -20,9 +20,10 @@ def add_parser(commands: Any) -> None:
         "ablate",
         help="turn one knob of blockbatch: accuracy, forwards, time",
         description="Decode the problems of some tasks by blockbatch with one option at several values: "
-        "block-sizes, threshold, merge-threshold, sync-threshold, refresh-interval, components (merge, sync "
-        "and refresh switched off), commit or eos-exit. Every value is compared with the default on the same "
-        "problems. An ablation that was interrupted goes on when it is started again.",
+        "block-sizes, threshold, tail-threshold, merge-threshold, sync-threshold, refresh-interval, "
+        "components (merge, sync and refresh switched off), commit or eos-exit. Every value is compared "
+        "with the default on the same problems. An ablation that was interrupted goes on when it is started "
+        "again.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("kind", metavar="KIND", help="what to vary, of the list above")

@@ -19,6 +19,7 @@ DECODE_OPTIONS = (
     "block_sizes",
     "block_size",
     "threshold",
+    "tail_threshold",
     "steps",
     "merge_threshold",
     "sync_threshold",
@@ -134,6 +135,12 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--block-sizes", int_list, "4,8,16", "blockbatch: a branch for each (4 to 128)")
     add("--block-size", int, "N", "other methods: the one block size (32)")
     add("--threshold", number, "P", "confidence that commits a token (0.9)")
+    add(
+        "--tail-threshold",
+        number,
+        "P",
+        "blockbatch: the same behind a window's first unsure token (as threshold)",
+    )
     add("--merge-threshold", number, "P", "blockbatch: confidence to take another branch's token (0.5)")
     add("--sync-threshold", integer, "N", "blockbatch: a branch this far behind the leader follows it (8)")
     add(

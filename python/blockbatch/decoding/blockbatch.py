@@ -20,6 +20,7 @@ def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]
         mask_token_id=spec.mask_token_id,
         eos_token_ids=eos_token_ids,
         threshold=config.threshold,
+        tail_threshold=config.tail_threshold,
         leap_radius=config.leap_radius if config.commit == "local_leap" else 0,
         leap_threshold=leap_threshold,
         # A confidence never exceeds 1, so this threshold lets nothing pass.

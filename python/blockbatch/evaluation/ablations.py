@@ -1,4 +1,7 @@
-"""The ablations of the paper (arXiv 2605.29233): one knob of BlockBatch turned, all else at its default."""
+"""Ablations: one knob of BlockBatch turned, all else at its default.
+
+Those of the paper (arXiv 2605.29233), and of the options that this package adds to it.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,9 @@ ABLATIONS: dict[str, Ablation] = {
         ),
     ),
     "threshold": Ablation("commit threshold", _values("threshold", (0.7, 0.8, 0.9, 0.95, 0.97, 0.99))),
+    "tail-threshold": Ablation(
+        "tail threshold", _values("tail_threshold", (None, 0.95, 0.97, 0.98, 0.99, 0.995))
+    ),
     "merge-threshold": Ablation(
         "merge threshold", _values("merge_threshold", (0.5, 0.6, 0.7, 0.8, 0.9, None))
     ),
