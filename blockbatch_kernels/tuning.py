@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+# Of attention, by either compiled backend.
+MAX_HEAD_DIM = 256
 # Sizes beyond which a compiled backend refuses an operator.
 _POLICY_LIMITS = {"cuda": {"num_branches": 32, "num_eos_tokens": 32}}
 _LIMITS: dict[str, dict[str, dict[str, int]]] = {
-    "varlen_attention": {"cuda": {"head_dim": 256}, "triton": {"head_dim": 256}},
+    "varlen_attention": {"cuda": {"head_dim": MAX_HEAD_DIM}, "triton": {"head_dim": MAX_HEAD_DIM}},
     "initial_plan": _POLICY_LIMITS,
     "decode_policy": _POLICY_LIMITS,
     "copy_pages": {"cuda": {"num_branches": 32}},
@@ -141,7 +143,6 @@ TRITON_LM_HEAD = TritonLmHead(part_bytes=64 << 20, block=4096, num_warps=8)
 TRITON_ELEMENTWISE = TritonBlock(block=1024, num_warps=4)
 # 512 to 2048 elements take the same 4 us at 256 tokens of 3 x 32 heads.
 TRITON_ROPE = TritonBlock(block=512, num_warps=4)
-TRITON_MAX_HEAD_DIM = 256
 # 3.1 us for 252 queries x 32 heads in two pieces, 1.7 where there is one; blocks of 512 take 3.5 and 3.7.
 TRITON_COMBINE = TritonCombine(block_pieces=2, block=2048, num_warps=4)
 

@@ -47,7 +47,7 @@ def test_limits_are_those_of_the_sources():
     assert tuning.preference("copy_pages", num_branches=pages + 1) == ("triton",)
     head_dim = constant("attention.cu", "kMaxHeadDim")
     assert len(tuning.preference("varlen_attention", head_dim=head_dim)) == 2
-    assert tuning.TRITON_MAX_HEAD_DIM == head_dim
+    assert tuning.MAX_HEAD_DIM == head_dim
     assert tuning.preference("varlen_attention", head_dim=head_dim + 1) == ()
 
 

@@ -103,6 +103,8 @@ def varlen_attention(
         if cache.stride(-1) != 1:
             raise ValueError(f"{name}: expected a last stride of 1, got {cache.stride(-1)}")
     num_tokens, num_heads, head_dim = q.shape
+    if head_dim > tuning.MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head_dim of at most {tuning.MAX_HEAD_DIM}, got {head_dim}")
     page_size, num_kv_heads = k_cache.shape[1:3]
     q, page_table, seqlens_k = _dense(q), _dense(page_table), _dense(seqlens_k)
     tiles = _packed(plan.tiles)

@@ -226,8 +226,8 @@ def varlen_attention(
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
-    if head_dim > tuning.TRITON_MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head_dim of at most {tuning.TRITON_MAX_HEAD_DIM}, got {head_dim}")
+    if head_dim > tuning.MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head_dim of at most {tuning.MAX_HEAD_DIM}, got {head_dim}")
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
