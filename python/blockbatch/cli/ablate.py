@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
 def _write(report: dict[str, Any], folder: Path) -> None:
     from blockbatch.evaluation.ablation_chart import draw_ablation
     from blockbatch.evaluation.ablations import ablation_table
+    from blockbatch.evaluation.markdown import facts
 
     picture = folder / "report.png"
     try:
@@ -102,10 +103,10 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         picture.unlink(missing_ok=True)
         print(f"blockbatch: no picture: {error}", file=sys.stderr)
     header = report["header"]
-    lines = [f"# {header['model']}: {report['title']}", "", "```", header["command"], "```", ""]
+    lines = [f"# {header['model']}: {report['title']}", "", *facts(header), ""]
     if picture.exists():
         lines += [f"![Accuracy and NFE: {report['title']}]({picture.name})", ""]
-    write_text(folder / "report.md", "\n".join(lines) + ablation_table(report))
+    write_text(folder / "report.md", "\n".join([*lines, ablation_table(report)]))
     write_json(str(folder / "summary.json"), report)
 
 

@@ -27,7 +27,7 @@ may be."""
 
 def markdown(report: Report, *, picture: str | None = None) -> str:
     """The report as Markdown; `picture` is the name of a file to show in it."""
-    lines = [f"# {heading(report)}", "", *_facts(report.header), "", *_cautions(report)]
+    lines = [f"# {heading(report)}", "", *facts(report.header), "", *_cautions(report)]
     if picture:
         lines += ["", f"![Accuracy against NFE and against seconds]({picture})"]
     lines += ["", "## All tasks" if len(report.by_task) > 1 else "## Results", "", *main_part(report)]
@@ -55,7 +55,8 @@ def heading(report: Report) -> str:
     return f"{_cell(str(report.header['model']))}: {total} problems ({parts})"
 
 
-def _facts(header: dict[str, Any]) -> list[str]:
+def facts(header: dict[str, Any]) -> list[str]:
+    """What the run was taken on and how, from the header of its file."""
     versions = ", ".join(f"{name} {header[name]}" for name in _VERSIONS if header.get(name))
     lines = [
         f"- model: {_cell(str(header['model']))}, {header['dtype']}, operators: "
@@ -64,7 +65,7 @@ def _facts(header: dict[str, Any]) -> list[str]:
         f"- problems decoded at once: {header['batch_size']}; chat format: {_yes(header['chat'])}; traces "
         f"recorded: {_yes(header['traced'])}",
     ]
-    names = ("gen_length", "preset", "split", "seed", "run_code")
+    names = ("kind", "gen_length", "preset", "split", "seed", "run_code")
     named = [name for name in names if header.get(name) is not None]
     if named:
         lines.append("- " + "; ".join(f"{name}: {_cell(str(header[name]))}" for name in named))
