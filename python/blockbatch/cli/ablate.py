@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blockbatch.cli.evaluate import BUILT_IN_LENGTH, DEFAULT_LENGTH, add_problems, read_problems
+from blockbatch.cli.evaluate import (
+    add_decoding,
+    add_output,
+    add_problems,
+    decode_recorded,
+    default_length,
+    output_folder,
+)
 from blockbatch.cli.files import write_json, write_text
 
 
@@ -29,63 +36,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("kind", metavar="KIND", help="what to vary, of the list above")
     add_model(parser)
     add_problems(parser)
-    group = parser.add_argument_group("settings")
-    group.add_argument(
-        "--gen-length",
-        type=int,
-        metavar="N",
-        help=f"tokens to generate ({BUILT_IN_LENGTH} for built-in tasks, {DEFAULT_LENGTH} otherwise)",
-    )
-    group.add_argument("--batch-size", type=int, default=1, metavar="N", help="problems decoded at once (1)")
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out",
-        metavar="FOLDER",
-        help="for results.jsonl, report.md, report.png and summary.json (blockbatch-ablate-KIND)",
-    )
-    group.add_argument("--fresh", action="store_true", help="drop the results that are there")
-    group.add_argument("--traces", metavar="FOLDER", help="save the trace of every decode there")
+    add_decoding(parser.add_argument_group("settings"))
+    add_output(parser, "blockbatch-ablate-KIND")
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the ablation, or goes on with it, and reports."""
-    from blockbatch.cli.options import load
-    from blockbatch.evaluation import ablations, runner
+    from blockbatch.evaluation import ablations
     from blockbatch.evaluation.problems import FAMILIES
-    from blockbatch.evaluation.progress import progress_bar
 
     tasks = tuple(dict.fromkeys(options.tasks or FAMILIES))
-    gen_length = options.gen_length
-    if gen_length is None:
-        gen_length = BUILT_IN_LENGTH if set(tasks) <= set(FAMILIES) else DEFAULT_LENGTH
+    gen_length = default_length(tasks) if options.gen_length is None else options.gen_length
     settings, default = ablations.ablation_settings(options.kind, gen_length)
-    problems = read_problems(options, tasks)
-    folder = Path(options.out or f"blockbatch-ablate-{options.kind}")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out: expected a folder, got the file {folder}")
-    model = load(options)
-    header = {
-        "kind": options.kind,
-        "split": options.split,
-        "seed": options.seed,
-        "run_code": options.run_code,
-        "gen_length": gen_length,
-        "command": options.command_line,
-    }
     begun = time.perf_counter()
-    with progress_bar(sys.stderr, "ablate") as show:
-        result = runner.run(
-            model,
-            problems,
-            settings,
-            folder / "results.jsonl",
-            batch_size=options.batch_size,
-            chat=options.chat,
-            traces=options.traces,
-            progress=show,
-            fresh=options.fresh,
-            header=header,
-        )
+    folder = output_folder(options, f"blockbatch-ablate-{options.kind}")
+    header = {"kind": options.kind, "gen_length": gen_length}
+    result = decode_recorded(options, tasks, settings, folder, header, "ablate")
     report = ablations.ablation_report(options.kind, result, default, seed=options.seed)
     _write(report, folder)
     _print(report, folder, time.perf_counter() - begun)

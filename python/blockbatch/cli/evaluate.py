@@ -15,6 +15,7 @@ from blockbatch.cli.files import write_json, write_text
 if TYPE_CHECKING:
     from blockbatch.evaluation.presets import Preset
     from blockbatch.evaluation.problems import Problem
+    from blockbatch.evaluation.records import Run
     from blockbatch.evaluation.report import Report
     from blockbatch.evaluation.settings import Setting
 
@@ -54,12 +55,7 @@ def add_parser(commands: Any) -> None:
         help="also run a setting of your own, such as careful:threshold=0.95,block_sizes=4/8/16; repeatable",
     )
     group.add_argument("--preset", metavar="NAME", help="settings of the paper: gsm8k, math, humaneval, mbpp")
-    group.add_argument(
-        "--gen-length",
-        type=int,
-        metavar="N",
-        help=f"tokens to generate ({BUILT_IN_LENGTH} for built-in tasks, {DEFAULT_LENGTH} otherwise)",
-    )
+    add_decoding(group)
     group.add_argument(
         "--vanilla-limit",
         type=_count_or_all,
@@ -67,13 +63,27 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help=f"problems of each task, or all, for vanilla as published, the slowest ({VANILLA_LIMIT})",
     )
+    add_output(parser, DEFAULT_OUT)
+
+
+def add_decoding(group: Any) -> None:
+    """The options of any recorded run about how it decodes."""
+    group.add_argument(
+        "--gen-length",
+        type=int,
+        metavar="N",
+        help=f"tokens to generate ({BUILT_IN_LENGTH} for built-in tasks, {DEFAULT_LENGTH} otherwise)",
+    )
     group.add_argument("--batch-size", type=int, default=1, metavar="N", help="problems decoded at once (1)")
+
+
+def add_output(parser: argparse.ArgumentParser, folder: str) -> None:
+    """The options of any recorded run about what it writes; `folder` is the default, which help shows."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out",
-        default=DEFAULT_OUT,
         metavar="FOLDER",
-        help=f"for results.jsonl, report.md, report.png and summary.json ({DEFAULT_OUT})",
+        help=f"for results.jsonl, report.md, report.png and summary.json ({folder})",
     )
     group.add_argument("--fresh", action="store_true", help="drop the results that are there")
     group.add_argument("--traces", metavar="FOLDER", help="save the trace of every decode there")
@@ -115,37 +125,57 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates, or goes on with it, and reports as the options say."""
-    from blockbatch.cli.options import load
-    from blockbatch.evaluation import runner
-    from blockbatch.evaluation.problems import FAMILIES
-    from blockbatch.evaluation.progress import progress_bar
     from blockbatch.evaluation.report import build_report
 
     preset = _preset(options)
     tasks = tuple(dict.fromkeys(options.tasks or _default_tasks(preset)))
     gen_length = options.gen_length
     if gen_length is None:
-        own = BUILT_IN_LENGTH if set(tasks) <= set(FAMILIES) else DEFAULT_LENGTH
-        gen_length = own if preset is None else preset.gen_length
+        gen_length = preset.gen_length if preset else default_length(tasks)
     settings = plan_settings(options, gen_length, preset)
-    problems = read_problems(options, tasks)
-    folder = Path(options.out)
+    begun = time.perf_counter()
+    folder = output_folder(options, DEFAULT_OUT)
+    header = {"preset": options.preset, "gen_length": gen_length}
+    result = decode_recorded(options, tasks, settings, folder, header)
+    report = build_report(result, seed=options.seed)
+    _write(report, {setting.label: setting.config.method for setting in settings}, folder)
+    _print(report, folder, time.perf_counter() - begun)
+
+
+def default_length(tasks: Sequence[str]) -> int:
+    """Tokens to generate for these tasks where nothing else says it."""
+    from blockbatch.evaluation.problems import FAMILIES
+
+    return BUILT_IN_LENGTH if set(tasks) <= set(FAMILIES) else DEFAULT_LENGTH
+
+
+def output_folder(options: argparse.Namespace, default: str) -> Path:
+    """Where the run writes; raises NotADirectoryError if a file is in its place."""
+    folder = Path(options.out or default)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out: expected a folder, got the file {folder}")
+    return folder
+
+
+def decode_recorded(
+    options: argparse.Namespace,
+    tasks: Sequence[str],
+    settings: Sequence[Setting],
+    folder: Path,
+    header: dict[str, Any],
+    name: str = "eval",
+) -> Run:
+    """Decodes the problems of `tasks` by all settings into the folder's results.jsonl, or goes on with it."""
+    from blockbatch.cli.options import load
+    from blockbatch.evaluation import runner
+    from blockbatch.evaluation.progress import progress_bar
+
+    problems = read_problems(options, tasks)
     model = load(options)
-    header = {
-        "split": options.split,
-        "seed": options.seed,
-        "run_code": options.run_code,
-        "preset": options.preset,
-        "gen_length": gen_length,
-        "command": options.command_line,
-    }
-    begun = time.perf_counter()
     path = folder / "results.jsonl"
     try:
-        with progress_bar(sys.stderr) as show:
-            result = runner.run(
+        with progress_bar(sys.stderr, name) as show:
+            return runner.run(
                 model,
                 problems,
                 settings,
@@ -155,16 +185,19 @@ def run(options: argparse.Namespace) -> None:
                 traces=options.traces,
                 progress=show,
                 fresh=options.fresh,
-                header=header,
+                header={
+                    "split": options.split,
+                    "seed": options.seed,
+                    "run_code": options.run_code,
+                    "command": options.command_line,
+                    **header,
+                },
             )
     except KeyboardInterrupt:
         if path.exists():
             again = "the same command without --fresh" if options.fresh else "the same command"
             print(f"blockbatch: what is done is in {path}; {again} goes on with it", file=sys.stderr)
         raise
-    report = build_report(result, seed=options.seed)
-    _write(report, {setting.label: setting.config.method for setting in settings}, folder)
-    _print(report, folder, time.perf_counter() - begun)
 
 
 def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset | None) -> list[Setting]:
