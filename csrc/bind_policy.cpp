@@ -62,6 +62,8 @@ PolicySettings settings_from(const py::dict& settings) {
     result.steps_per_block = settings["steps_per_block"].cast<int32_t>();
   } else {
     result.threshold = settings["threshold"].cast<float>();
+    result.has_tail = !settings["tail_threshold"].is_none();
+    if (result.has_tail) result.tail_threshold = settings["tail_threshold"].cast<float>();
   }
   result.leap_radius = settings["leap_radius"].cast<int32_t>();
   result.leap_threshold = settings["leap_threshold"].cast<float>();

@@ -47,6 +47,8 @@ struct PolicySettings {
   bool scheduled;  // steps_per_block decides instead of threshold
   int32_t steps_per_block;
   float threshold;
+  bool has_tail;
+  float tail_threshold;  // behind the first candidate below `threshold`
   int32_t leap_radius;
   float leap_threshold;
   float merge_threshold;

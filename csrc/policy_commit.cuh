@@ -15,12 +15,20 @@ struct Candidates {
   BBK_HD bool holds(int position) const { return tokens[position] == mask_token_id; }
 };
 
-// Whether a candidate is within `radius` of one whose confidence reaches `threshold`.
-BBK_HD bool near_anchor(const Candidates& candidates, int position, int64_t radius, float threshold) {
+// Whether a confidence suffices at a position by itself.
+BBK_HD bool is_sure(const PolicySettings& settings, const BranchRow& row, float confidence, int position) {
+  const bool in_tail = settings.has_tail && position > row.first_unsure;
+  return confidence >= (in_tail ? settings.tail_threshold : settings.threshold);
+}
+
+// Whether a candidate is within LocalLeap's radius of one that is sure.
+BBK_HD bool near_anchor(const PolicySettings& settings, const BranchRow& row, const Candidates& candidates,
+                        int position) {
+  const int64_t radius = settings.leap_radius;
   const int first = static_cast<int>(larger<int64_t>(candidates.start, position - radius));
   const int behind = static_cast<int>(smaller<int64_t>(candidates.end, position + radius + 1));
   for (int p = first; p < behind; ++p) {
-    if (candidates.holds(p) && candidates.confidence[p] >= threshold) return true;
+    if (candidates.holds(p) && is_sure(settings, row, candidates.confidence[p], p)) return true;
   }
   return false;
 }
@@ -64,12 +72,12 @@ BBK_HD bool is_chosen(const PolicySettings& settings, const BranchRow& row, cons
                       int position) {
   if (settings.scheduled) return rank_of(candidates, position) < scheduled_number(settings, row);
   const float confidence = candidates.confidence[position];
-  return position == best_position(row.best) || confidence >= settings.threshold ||
+  return position == best_position(row.best) || is_sure(settings, row, confidence, position) ||
          (settings.leap_radius > 0 && confidence >= settings.leap_threshold &&
-          near_anchor(candidates, position, settings.leap_radius, settings.threshold));
+          near_anchor(settings, row, candidates, position));
 }
 
-// Teams: take over the source row's predictions, find each row's highest candidate.
+// Teams: take over the source row's predictions, find each row's highest candidate and its first unsure one.
 BBK_HD void find_best(const Group& group, const PolicyParams& params, const Request& request,
                       const int32_t* tokens, BranchRow* rows) {
   const int64_t gen_length = params.gen_length, num_rows = params.num_requests * params.num_branches;
@@ -86,11 +94,13 @@ BBK_HD void find_best(const Group& group, const PolicyParams& params, const Requ
     const Candidates candidates = candidates_of(params, rows[n], tokens + n * gen_length, confidence);
     if (params.settings.scheduled || candidates.start >= behind || candidates.end <= first) return;
     uint32_t highest = 0;
-    int position = params.gen_length;
+    int position = params.gen_length, unsure = params.gen_length;
     for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
       if (p < candidates.start || p >= candidates.end) continue;
+      if (!candidates.holds(p)) continue;
+      if (!(confidence[p] >= params.settings.threshold)) unsure = smaller(unsure, p);
       const uint32_t key = order_key(confidence[p]);
-      if (!candidates.holds(p) || key <= highest) continue;
+      if (key <= highest) continue;
       highest = key;
       position = p;
     }
@@ -98,6 +108,9 @@ BBK_HD void find_best(const Group& group, const PolicyParams& params, const Requ
     if (of_team == 0) return;
     position = group.team_min(highest == of_team ? position : params.gen_length);
     if (group.lane() == 0) group.raise_to(&rows[n].best, best_key(of_team, position));
+    if (!params.settings.has_tail) return;
+    unsure = group.team_min(unsure);
+    if (group.lane() == 0) group.lower_to(&rows[n].first_unsure, unsure);
   });
 }
 

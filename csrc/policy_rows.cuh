@@ -42,6 +42,7 @@ struct BranchRow {
   int32_t committed_now;
   int32_t merged_now;
   unsigned long long best;  // order_key and the position of the highest candidate, see best_key; 0: none
+  int32_t first_unsure;     // first candidate below the threshold; gen_length: none, or nobody asks
   uint32_t allowed;         // branches that stand behind this one in the order of the merge
   uint32_t differing;       // of them (or of the earlier ones, at a refresh), those that hold other tokens
 };
@@ -162,6 +163,7 @@ BBK_HD void load_row(const PolicyParams& params, int64_t r, BranchRow* row) {
   row->can_finish = 0;
   row->committed_now = row->merged_now = 0;
   row->best = 0;
+  row->first_unsure = params.gen_length;
   row->allowed = row->differing = 0;
 }
 

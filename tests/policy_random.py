@@ -26,10 +26,12 @@ def random_batch(seed, max_requests=4, max_branches=8, max_length=96):
 
 def random_params(rng):
     scheduled = rng.random() < 0.25
+    threshold = None if scheduled else rng.choice((0.5, 0.9, 1.0))
     return bbk.PolicyParams(
         mask_token_id=MASK,
         eos_token_ids=rng.choice((EOS, EOS[:1], ())),
-        threshold=None if scheduled else rng.choice((0.5, 0.9, 1.0)),
+        threshold=threshold,
+        tail_threshold=None if scheduled else rng.choice((None, max(threshold, 0.9), 1.0)),
         steps_per_block=rng.randint(1, 40) if scheduled else None,
         leap_radius=rng.choice((0, 0, 1, 4, 100)),
         leap_threshold=rng.choice((0.25, 0.6)),

@@ -126,7 +126,7 @@ def test_bad_tensors_raise(place):
         place.decode_policy(dataclasses.replace(state, confidence=wide), predictions, plan, params)
     with pytest.raises(ValueError, match="eos_token_ids: expected at most 32 ids, got 33"):
         place.initial_plan(state, dataclasses.replace(params, eos_token_ids=tuple(range(33))))
-    scheduled = dataclasses.replace(params, threshold=None, steps_per_block=0)
+    scheduled = dataclasses.replace(params, threshold=None, tail_threshold=None, steps_per_block=0)
     with pytest.raises(ValueError, match="steps_per_block: expected at least 1, got 0"):
         place.initial_plan(state, scheduled)
     many = bbk.BranchState.create(

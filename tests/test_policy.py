@@ -67,16 +67,6 @@ def test_random_states_with_a_tail_threshold():
     assert differ > 100
 
 
-def test_compiled_backends_refuse_a_tail_threshold():
-    phase, config, state, forwards = random_case(3)
-    params = params_of(replace(config, tail_threshold=1.0), state)
-    tensors = to_tensors([state], params)
-    plan, predictions = step_inputs([state], [forwards], phase)
-    for backend in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"backend: {backend} cannot run .* tail_threshold"):
-            bbk.decode_policy(tensors, predictions, plan, params, backend=backend)
-
-
 def test_random_states_exercise_every_event():
     seen = dict.fromkeys(("merged", "synced", "done", "needs_refresh", "eos", "length"), 0)
     for seed in range(1000):

@@ -25,9 +25,13 @@ FIXED = {"threshold": None, "refresh_interval": 16}
 # (block sizes, generated length, settings): every commit rule, EOS exit and span, one branch and many.
 POLICY_CASES = [
     ((4, 8, 16, 32), 64, {}),
-    ((2, 4, 8, 16, 32), 64, {"sync_threshold": 1, "refresh_interval": 8, "prediction_offset": 1}),
+    (
+        (2, 4, 8, 16, 32),
+        64,
+        {"sync_threshold": 1, "tail_threshold": 0.95, "refresh_interval": 8, "prediction_offset": 1},
+    ),
     ((4, 8, 16), 48, {"eos_exit": "none", "merge_threshold": 0.75, "threshold": 1.0}),
-    ((4, 8, 16, 32), 64, {"eos_exit": "window", "sync_threshold": 4, **LEAP}),
+    ((4, 8, 16, 32), 64, {"eos_exit": "window", "sync_threshold": 4, "tail_threshold": 0.9, **LEAP}),
     ((3, 9), 27, {"eos_exit": "window", "prediction_offset": 1, "refresh_interval": None}),
     ((8, 16), 32, {**LEAP, "leap_radius": 1, "query_span": "suffix"}),
     ((16,), 64, {**FIXED, "steps_per_block": 5, "eos_exit": "none", "query_span": "canvas"}),

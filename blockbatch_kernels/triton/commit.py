@@ -15,9 +15,19 @@ def _best(key, candidate, column, gen_length):
 
 
 @triton.jit
-def sure(confidence, candidate, column, threshold, gen_length):
-    """Candidates at the threshold or above it, and the best one in any case."""
-    return (candidate & (confidence >= threshold)) | _best(as_key(confidence), candidate, column, gen_length)
+def sure(confidence, candidate, column, threshold, tail_threshold, gen_length):
+    """Candidates at the threshold or above it; behind the first that is below, at the tail threshold."""
+    chosen = candidate & (confidence >= threshold)
+    if tail_threshold is not None:
+        first_unsure = first_true(candidate & ~chosen, column, gen_length)[:, None]
+        chosen &= (column < first_unsure) | (confidence >= tail_threshold)
+    return chosen
+
+
+@triton.jit
+def best(confidence, candidate, column, gen_length):
+    """The candidate of highest confidence in every row."""
+    return _best(as_key(confidence), candidate, column, gen_length)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from blockbatch_kernels.structs import (
     Predictions,
     StepPlan,
 )
-from blockbatch_kernels.triton.commit import near_anchors, scheduled, sure
+from blockbatch_kernels.triton.commit import best, near_anchors, scheduled, sure
 from blockbatch_kernels.triton.plan import BLOCK, INIT, REFRESH, write_plan
 from blockbatch_kernels.triton.rows import (
     any_of,
@@ -79,6 +79,7 @@ def decode_policy(
             next_plan.flags,
             wants_refresh,
             params.threshold,
+            params.tail_threshold,
             params.steps_per_block,
             params.leap_radius,
             params.leap_threshold,
@@ -117,6 +118,7 @@ def _policy_kernel(
     next_flags,
     wants_refresh,
     threshold,
+    tail_threshold,
     steps_per_block,
     leap_radius,
     leap_threshold,
@@ -172,11 +174,11 @@ def _policy_kernel(
     if steps_per_block is not None:
         chosen = scheduled(confidence, candidate, column, size, steps, steps_per_block, gen_length)
     else:
-        chosen = sure(confidence, candidate, column, threshold, gen_length)
+        chosen = sure(confidence, candidate, column, threshold, tail_threshold, gen_length)
         if LEAPS:
-            anchors = candidate & (confidence >= threshold)
-            near = near_anchors(anchors, leap_radius, events.committed, at, inside, column, gen_length)
+            near = near_anchors(chosen, leap_radius, events.committed, at, inside, column, gen_length)
             chosen |= candidate & near & (confidence >= leap_threshold)
+        chosen |= best(confidence, candidate, column, gen_length)
     tl.store(events.committed + at, chosen, mask=inside)
     tokens = tl.where(chosen, top, tokens)
     count = tl.sum(chosen.to(tl.int32), 1)

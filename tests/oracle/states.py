@@ -33,6 +33,7 @@ def random_case(seed):
         commit=rng.choice(("threshold", "threshold", "local_leap")),
         leap_radius=rng.choice((1, 4)),
         leap_threshold=0.6,
+        tail_threshold=rng.choice((None, None, 1.0)),
     ).resolve()
     prompt = [rng.randrange(MASK) for _ in range(rng.randint(1, 9))]
     state = policy.new_state(prompt, config, MASK, EOS)

@@ -57,9 +57,8 @@ class Runner(NamedTuple):
 def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
     batch = Batch(model, num_requests, method, gen_length, max_prompt)
     # Runners are kept on the model: a strong reference back would keep both alive.
-    # Only the reference of the policy knows the tail threshold, and a reference is not captured.
-    captured = method.params.tail_threshold is None and StepGraphs.possible(model)
-    return Runner(batch, StepGraphs(weakref.proxy(model), batch) if captured else None)
+    graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+    return Runner(batch, graphs)
 
 
 class Session:
