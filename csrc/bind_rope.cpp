@@ -26,7 +26,8 @@ void launch_rope_kv_write(const Heads& q, const Heads& k, const Heads& v, const 
                           const Cache& v_cache, uintptr_t positions, uintptr_t slots, uintptr_t cos,
                           uintptr_t sin, int64_t cos_row_stride, int64_t sin_row_stride, int64_t num_tokens,
                           int64_t num_positions, int64_t num_pages, int64_t page_size, int num_heads,
-                          int num_kv_heads, int head_dim, int dtype, int device, uintptr_t stream) {
+                          int num_kv_heads, int head_dim, int dtype, bool programmatic, int device,
+                          uintptr_t stream) {
   const RopeKvWriteParams params{heads_view(q),
                                  heads_view(k),
                                  heads_view(v),
@@ -46,7 +47,7 @@ void launch_rope_kv_write(const Heads& q, const Heads& k, const Heads& v, const 
                                  num_kv_heads,
                                  head_dim,
                                  static_cast<DType>(dtype)};
-  rope_kv_write(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+  rope_kv_write(params, programmatic, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace
@@ -56,8 +57,8 @@ void bind_rope(py::module_& module) {
              py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("cos"),
              py::arg("sin"), py::arg("cos_row_stride"), py::arg("sin_row_stride"), py::arg("num_tokens"),
              py::arg("num_positions"), py::arg("num_pages"), py::arg("page_size"), py::arg("num_heads"),
-             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("device"),
-             py::arg("stream"));
+             py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype"), py::arg("programmatic"),
+             py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace bbk

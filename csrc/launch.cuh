@@ -17,6 +17,16 @@ __device__ __forceinline__ void wait_for_predecessors() {
 #endif
 }
 
+// The same for a kernel of a few microseconds, whose successor takes its place as it ends: the successor is
+// launched now and what it does before its own wait comes for free. Where a successor's blocks find room
+// beside a long kernel's they would only take it away.
+__device__ __forceinline__ void wait_and_let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  wait_for_predecessors();
+}
+
 // Whether the kernel's machine code on the current device holds the wait: code for sm_80, or compiled by the
 // driver from the PTX of sm_80, does not, and must not be launched early.
 template <auto kKernel>

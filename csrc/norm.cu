@@ -1,6 +1,7 @@
 // RMSNorm with the residual add in front of it. For the few hundred tokens of a decoding step the inputs lie
 // in L2 and latency decides: one block a row, the row in registers between its only load and its only store.
 #include "common.cuh"
+#include "launch.cuh"
 #include "norm.h"
 
 namespace bbk {
@@ -44,6 +45,7 @@ __device__ __forceinline__ T rounded_sum(T a, T b) {
 // Rows of whole, aligned vectors, at most kVecs a thread.
 template <typename T, int kVecs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams params) {
+  wait_and_let_next_start();
   const int64_t token = blockIdx.x;
   const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
   const auto* x =
@@ -113,6 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams par
 // Rows of any length and alignment, element by element; the second pass reads the row again.
 template <typename T>
 __global__ void __launch_bounds__(kAnyThreads) rms_norm_any_kernel(RmsNormParams params) {
+  wait_and_let_next_start();
   const int64_t token = blockIdx.x;
   const T* x = static_cast<const T*>(params.x) + token * params.x_row_stride;
   const T* weight = static_cast<const T*>(params.weight);
@@ -146,10 +149,10 @@ bool is_vectorized(const RmsNormParams& params) {
 }
 
 template <typename T>
-void launch_rms_norm(const RmsNormParams& params, const Launch& launch) {
+void launch_rms_norm(const RmsNormParams& params, bool programmatic, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(params.num_tokens));
   if (!is_vectorized<T>(params)) {
-    rms_norm_any_kernel<T><<<grid, kAnyThreads, 0, launch.stream>>>(params);
+    launch_kernel<rms_norm_any_kernel<T>>(grid, kAnyThreads, launch, programmatic, kOp, params);
     return;
   }
   const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
@@ -158,26 +161,25 @@ void launch_rms_norm(const RmsNormParams& params, const Launch& launch) {
   const int threads = ceil_div(ceil_div(num_vecs, vecs), 32) * 32;
   switch (vecs) {
     case 1:
-      return rms_norm_kernel<T, 1><<<grid, threads, 0, launch.stream>>>(params);
+      return launch_kernel<rms_norm_kernel<T, 1>>(grid, threads, launch, programmatic, kOp, params);
     case 2:
-      return rms_norm_kernel<T, 2><<<grid, threads, 0, launch.stream>>>(params);
+      return launch_kernel<rms_norm_kernel<T, 2>>(grid, threads, launch, programmatic, kOp, params);
     case 4:
-      return rms_norm_kernel<T, 4><<<grid, threads, 0, launch.stream>>>(params);
+      return launch_kernel<rms_norm_kernel<T, 4>>(grid, threads, launch, programmatic, kOp, params);
     default:
-      return rms_norm_kernel<T, 8><<<grid, threads, 0, launch.stream>>>(params);
+      return launch_kernel<rms_norm_kernel<T, 8>>(grid, threads, launch, programmatic, kOp, params);
   }
 }
 
 }  // namespace
 
-void rms_norm(const RmsNormParams& params, const Launch& launch) {
+void rms_norm(const RmsNormParams& params, bool programmatic, const Launch& launch) {
   check_at_least(kOp, "num_tokens", params.num_tokens, 0);
   check_at_least(kOp, "dim", params.dim, 0);
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     if (params.num_tokens == 0 || params.dim == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
-    launch_rms_norm<decltype(zero)>(params, launch);
-    check_launch(kOp);
+    launch_rms_norm<decltype(zero)>(params, programmatic, launch);
   });
 }
 

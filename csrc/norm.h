@@ -20,6 +20,7 @@ struct RmsNormParams {
   DType dtype;  // of all tensors
 };
 
-void rms_norm(const RmsNormParams& params, const Launch& launch);
+// `programmatic`: the kernel may be launched while its predecessor in the stream still drains.
+void rms_norm(const RmsNormParams& params, bool programmatic, const Launch& launch);
 
 }  // namespace bbk

@@ -2,6 +2,7 @@
 // one QKV product. A thread holds the same place of both halves of a head, the two that rotate into each
 // other, in 16-byte vectors where everything is aligned.
 #include "common.cuh"
+#include "launch.cuh"
 #include "rope.h"
 
 namespace bbk {
@@ -35,6 +36,7 @@ __device__ __forceinline__ void load_angles(float (&angles)[kWidth], const float
 // kUnits: places of half a head, 0: known at run time.
 template <typename T, int kWidth, int kUnits>
 __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWriteParams params) {
+  wait_and_let_next_start();
   const int half = params.head_dim / 2;
   const int units = kUnits > 0 ? kUnits : half / kWidth;
   const int64_t token = blockIdx.x;
@@ -87,12 +89,12 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWritePara
 }
 
 template <typename T, int kWidth, int kUnits>
-void launch_units(const RopeKvWriteParams& params, const Launch& launch) {
+void launch_units(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   const int64_t heads = params.num_heads + 2 * params.num_kv_heads;
   const int64_t threads = heads * (params.head_dim / 2 / kWidth);
   const dim3 grid(static_cast<unsigned>(params.num_tokens),
                   static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads)));
-  rope_kv_write_kernel<T, kWidth, kUnits><<<grid, kThreads, 0, launch.stream>>>(params);
+  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits>>(grid, kThreads, launch, programmatic, kOp, params);
 }
 
 template <typename T>
@@ -113,16 +115,16 @@ bool is_vectorized(const RopeKvWriteParams& params) {
 }
 
 template <typename T>
-void launch_rope_kv_write(const RopeKvWriteParams& params, const Launch& launch) {
+void launch_rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   constexpr int kSize = Vec<T>::kSize;
-  if (!is_vectorized<T>(params)) return launch_units<T, 1, 0>(params, launch);
+  if (!is_vectorized<T>(params)) return launch_units<T, 1, 0>(params, programmatic, launch);
   switch (params.head_dim) {
     case 64:
-      return launch_units<T, kSize, 32 / kSize>(params, launch);
+      return launch_units<T, kSize, 32 / kSize>(params, programmatic, launch);
     case 128:
-      return launch_units<T, kSize, 64 / kSize>(params, launch);
+      return launch_units<T, kSize, 64 / kSize>(params, programmatic, launch);
     default:
-      return launch_units<T, kSize, 0>(params, launch);
+      return launch_units<T, kSize, 0>(params, programmatic, launch);
   }
 }
 
@@ -145,13 +147,12 @@ void check(const RopeKvWriteParams& params) {
 
 }  // namespace
 
-void rope_kv_write(const RopeKvWriteParams& params, const Launch& launch) {
+void rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   check(params);
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     if (params.num_tokens == 0 || params.num_heads + params.num_kv_heads == 0) return;
     const DeviceGuard guard(launch.device, kOp);
-    launch_rope_kv_write<decltype(zero)>(params, launch);
-    check_launch(kOp);
+    launch_rope_kv_write<decltype(zero)>(params, programmatic, launch);
   });
 }
 

@@ -42,6 +42,7 @@ struct RopeKvWriteParams {
   DType dtype;   // of q, k, v and the caches
 };
 
-void rope_kv_write(const RopeKvWriteParams& params, const Launch& launch);
+// `programmatic`: the kernel may be launched while its predecessor in the stream still drains.
+void rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch);
 
 }  // namespace bbk

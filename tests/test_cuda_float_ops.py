@@ -392,6 +392,7 @@ def rope_arguments():
         num_kv_heads=8,
         head_dim=8,
         dtype=0,
+        programmatic=False,
         device=0,
         stream=0,
     )

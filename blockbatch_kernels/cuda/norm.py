@@ -2,6 +2,7 @@
 
 import torch
 
+from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 
 
@@ -43,6 +44,7 @@ def rms_norm(
         out_row_stride=out.stride(0),
         eps=eps,
         dtype=extension.DTYPE_CODES[x.dtype],
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
         device=x.device.index,
         stream=extension.stream_of(x),
     )

@@ -2,6 +2,7 @@
 
 import torch
 
+from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 
 
@@ -66,6 +67,7 @@ def rope_kv_write(
         num_kv_heads=k.shape[1],
         head_dim=head_dim,
         dtype=extension.DTYPE_CODES[q.dtype],
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
         device=q.device.index,
         stream=extension.stream_of(q),
     )
