@@ -88,6 +88,7 @@ class StepCase:
         if separate_pages:
             canvas = self.batch.seqlens_k
             self.batch.cache.make_private(torch.zeros_like(canvas), canvas)
+            self.batch.note_sources(list(range(self.batch.state.num_rows)))
         self.batch.cache.make_private(self.batch.plan.query_start, self.batch.plan.query_end)
         self.snapshot = Snapshot(self.batch)
 

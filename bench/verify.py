@@ -96,6 +96,7 @@ def _forward(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
         batch.cache.kv,
         batch.cache.page_table,
         batch.seqlens_k,
+        distinct_rows=batch.cache.distinct_rows,
         backend=model.backend,
     )[: case.tokens]
 

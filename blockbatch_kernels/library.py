@@ -163,10 +163,15 @@ _num_processors = tuning.num_processors.__wrapped__
 
 
 def _attention_plan(function: Callable) -> Callable:
-    def shape_of(page_table, *, page_size, num_tokens, num_heads, num_kv_heads):
-        processors = _num_processors(page_table.device)
+    def shape_of(
+        page_table, *, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows=None, compiled=False
+    ):
+        heads, (rows, pages_per_row) = (num_heads, num_kv_heads), page_table.shape
+        rows = rows if distinct_rows is None else distinct_rows
+        device = page_table.device
+        units = compiled and tuning.plans_units(*heads, page_size, pages_per_row, rows, device)
         return _attention_shape(
-            num_tokens, num_heads, num_kv_heads, page_size, page_table.shape[1], processors
+            num_tokens, *heads, page_size, pages_per_row, _num_processors(device), units=units
         )
 
     def run(*tensors, **options):
@@ -174,18 +179,25 @@ def _attention_plan(function: Callable) -> Callable:
         return _separate(plan)
 
     def fake(page_table, cu_seqlens_q, seqlens_k, *, backend=None, **sizes):
-        shape, num_tokens = shape_of(page_table, **sizes), sizes["num_tokens"]
+        from blockbatch_kernels import ops  # which imports this module first
+
+        compiled = ops.backend_of("attention_plan", page_table.device, backend) == "cuda"
+        shape = shape_of(page_table, compiled=compiled, **sizes)
+        rows, num_tokens, page_size = page_table.shape[0], sizes["num_tokens"], sizes["page_size"]
         return (
-            page_table.new_empty(shape.max_tiles + shape.max_pieces * page_table.shape[0], 4),  # tiles
+            page_table.new_empty(shape.max_tiles + shape.max_pieces * rows, 4),  # tiles
             page_table.new_empty(shape.max_pieces, num_tokens),  # query_order
             page_table.new_empty(shape.max_pieces, 2),  # pieces
             page_table.new_empty(num_tokens),  # token_row
             page_table.new_empty(2),  # counts
+            page_table.new_empty(shape.max_units(num_tokens, rows, page_size), tuning.UNIT_INTEGERS),
+            page_table.new_empty(2 * shape.processors),  # arrivals
         )
 
     schema = (
         "(Tensor page_table, Tensor cu_seqlens_q, Tensor seqlens_k, *, SymInt page_size, SymInt num_tokens, "
-        "int num_heads, int num_kv_heads, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "int num_heads, int num_kv_heads, SymInt? distinct_rows=None, str? backend=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     op = _register("attention_plan", schema, run, fake)
 

@@ -231,6 +231,7 @@ def attention_plan(
     num_tokens: int,
     num_heads: int,
     num_kv_heads: int,
+    distinct_rows: int | None = None,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
@@ -245,20 +246,32 @@ def attention_plan(
         page_size: keys a page.
         num_tokens: packed queries including padding.
         num_heads, num_kv_heads: of the attention; they decide the size of a tile.
+        distinct_rows: how many rows with queries are expected to read pages of their own, where those that
+            share most of theirs count once; None: all rows. The result of the attention does not depend on
+            it, its speed does.
     """
     _check("page_table", page_table, (None, None), (torch.int32,))
     rows, device = page_table.shape[0], page_table.device
     _check("cu_seqlens_q", cu_seqlens_q, (rows + 1,), (torch.int32,), device)
     _check("seqlens_k", seqlens_k, (rows,), (torch.int32,), device)
-    for name, value, least in (("page_size", page_size, 1), ("num_tokens", num_tokens, 0)):
+    if distinct_rows is None:
+        distinct_rows = rows
+    sizes = (("page_size", page_size, 1), ("num_tokens", num_tokens, 0), ("distinct_rows", distinct_rows, 0))
+    for name, value, least in sizes:
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
-    shape = tuning.attention_shape(
-        num_tokens, num_heads, num_kv_heads, page_size, page_table.shape[1], tuning.num_processors(device)
-    )
     module = _backend(backend, "attention_plan", page_table)
+    heads, pages_per_row = (num_heads, num_kv_heads), page_table.shape[1]
+    shape = tuning.attention_shape(
+        num_tokens,
+        *heads,
+        page_size,
+        pages_per_row,
+        tuning.num_processors(device),
+        units=module is cuda and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+    )
     return module.attention_plan(
         page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
     )
@@ -310,13 +323,22 @@ def varlen_attention(
             "plan.query_order", plan.query_order, (plan.pieces.shape[0], q.shape[0]), (torch.int32,), q.device
         )
         _check("plan.counts", plan.counts, (2,), (torch.int32,), q.device)
+        _check("plan.units", plan.units, (None, tuning.UNIT_INTEGERS), (torch.int32,), q.device)
+        _check("plan.arrivals", plan.arrivals, (None,), (torch.int32,), q.device)
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
+    if plan is None:
+        rows, pages_per_row = page_table.shape
+        heads, page_size = (q.shape[1], k_cache.shape[2]), k_cache.shape[1]
+        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device)
+    else:
+        units = plan.units.shape[0] > 0
     module = _backend(
         backend,
         "varlen_attention",
         q,
         excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
+        units=int(units),
         num_tokens=q.shape[0],
         num_keys=page_table.shape[1] * k_cache.shape[1],
         head_dim=head_dim,
@@ -527,12 +549,6 @@ def decode_policy(
     check_predictions(predictions, state.tokens.device)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
-    if params.tail_threshold is not None:
-        if backend not in (None, "reference"):
-            raise RuntimeError(
-                f"backend: {backend} cannot run decode_policy: only the reference knows tail_threshold"
-            )
-        backend = "reference"
     module = _backend(backend, "decode_policy", state.tokens, **_policy_sizes(state, params))
     return module.decode_policy(state, predictions, plan, params, out=out)
 

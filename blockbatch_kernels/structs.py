@@ -249,6 +249,10 @@ class AttentionPlan(NamedTuple):
     a *group*, whose queries are computed together, so that the pages are read once. A *tile* is up to
     `tile_tokens` queries of one group over one piece. A query whose row reaches into several pieces has a
     partial result in each, which are combined at the end.
+
+    The fastest kernel takes the same work from `units` instead, which only the CUDA backend plans; see
+    `reference/attention_units.py`. Its processors tell each other through `arrivals` which partial results
+    are there, so a plan serves one stream at a time.
     """
 
     tiles: Tensor  # [max_tiles, 4] int32: piece, first and number in query_order, a row of the group
@@ -256,4 +260,10 @@ class AttentionPlan(NamedTuple):
     pieces: Tensor  # [max_pieces, 2] int32, first key and the key behind the last
     token_row: Tensor  # [tokens] int32, row of each packed query; -1 in the padding
     counts: Tensor  # [2] int32, tiles and pieces in use; the rest is zero
+    # [1 + max_units, 20] int32, or nothing. First the number of units, then for each: units from where to
+    # where its tile has; first token and number of tokens of either block; number of keys, place of the first
+    # in its page; a bit for every token of the blocks that reads the keys (4 integers); the page of each copy
+    # (8).
+    units: Tensor
+    arrivals: Tensor  # [2 * processors] int32, zero between calls
     tile_tokens: int

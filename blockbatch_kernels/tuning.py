@@ -33,19 +33,17 @@ def preference(op: str, **sizes: int) -> tuple[str, ...]:
 
 
 def _cuda_attention_is_faster(
-    *, num_tokens: int = 0, num_keys: int = 0, head_dim: int = 0, element_size: int = 2
+    *, num_tokens: int = 0, num_keys: int = 0, head_dim: int = 0, element_size: int = 2, units: int = 0
 ) -> bool:
     """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
 
-    Microseconds a layer on an H100 in bf16, CUDA C++ (Triton); 32 heads of 128 elements, or Dream-7B's 28
-    with 4 kv heads. Whole rows: one of 1280 84 (90), six of them 404 (450), one of Dream-7B 84 (96). 252
-    tokens in six rows, a shared prompt with private windows: 38 (33) over 1280 keys, 33 (26) over 512, 81
-    (93) over 4352; 30 (29) for Dream-7B. The same rows with all pages shared 31 (23), with none 52 (52).
-    8 tokens 20 (16), 32 tokens over 4096 keys 40 (35).
+    Where the plan has units it does, see `plans_units`. Without: microseconds a layer on an H100 in bf16,
+    CUDA C++ (Triton), 32 heads of 128 elements: six rows of 1280 407 (450); 252 tokens in six rows with pages
+    of their own over 1280 keys 52 (52), over 4352 162 (160); 32 tokens over 4096 keys 40 (35).
     """
     if element_size != 2 or head_dim not in (64, 128):
         return False  # not on the tensor cores
-    return num_tokens > 1024 or (num_tokens > 128 and num_keys >= 4096)
+    return units > 0 or num_tokens > 1024
 
 
 class AttentionShape(NamedTuple):
@@ -58,7 +56,22 @@ class AttentionShape(NamedTuple):
     max_tiles: int
     target_tiles: int  # keys are cut finer until there are as many tiles
     min_segments: int  # but no piece gets shorter than this for it
+    block_tokens: int = 0  # tokens of a block of a unit's tile; 0: no units are planned
+    processors: int = 0  # that share the units
 
+    def max_units(self, num_tokens: int, num_rows: int, page_size: int) -> int:
+        """Records of a plan's units; 0: none are planned."""
+        if not self.block_tokens:
+            return 0
+        # A row adds at most one block that is not full to its full ones.
+        units = self.max_segments * -(-self.segment_pages * page_size // UNIT_KEYS)
+        return 1 + (num_tokens // self.block_tokens + num_rows) * units
+
+
+# Keys of a unit at most, and integers of its record.
+UNIT_KEYS = 128
+UNIT_INTEGERS = 20
+_BLOCK_ROWS = 64
 
 _SEGMENT_KEYS = 128
 _MIN_PIECE_KEYS = 256
@@ -75,17 +88,60 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Keys and values of different rows that stay in L2 together, in keys times kv heads: 48 MiB in 16 bits and
+# 128 elements a head.
+_KEYS_IN_L2 = (48 << 20) // 512
+
+
+@functools.cache
+def _runs_units(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def plans_units(
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    pages_per_row: int,
+    distinct_rows: int,
+    device: torch.device,
+) -> bool:
+    """Whether the kernel that takes its work in units is the fastest for so many rows of different pages.
+
+    It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
+    Microseconds a layer on an H100 in bf16 (the faster of the others); 32 heads of 128 elements, or
+    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 20.9 (22.9); a shared prompt of
+    1024 and private windows 30.2 (32.8), the same over 512 keys 21 (26), over 4352 54 (83); pages of their
+    own 61.5 (51.8); Dream-7B 22.4 (29.4), pages of their own 23.8 (22.9). 192 tokens in two rows 23.5 (30).
+    One row of 8 tokens 16.1 (16.5), of 128 22.4 (21.7), of 256 21.5 (23.8), of 1280 66 (85), of 4096 575
+    (689). Whole rows of 1280 tokens: two 124 (141), three 224 (230), six 519 (407), six of Dream-7B 318
+    (369).
+    """
+    if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
+        return False
+    keys = distinct_rows * pages_per_row * page_size * num_kv_heads
+    return distinct_rows <= 1 or keys <= _KEYS_IN_L2
+
+
 @functools.cache
 def attention_shape(
-    num_tokens: int, num_heads: int, num_kv_heads: int, page_size: int, pages_per_row: int, processors: int
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    pages_per_row: int,
+    processors: int,
+    *,
+    units: bool = False,
 ) -> AttentionShape:
-    """The cut for a step of `num_tokens` packed queries."""
+    """The cut for a step of `num_tokens` packed queries; `units`: whether to plan them too."""
     # 64 rows are one warpgroup's product; long packs come from whole rows, where a tile of 128 reads K half
     # as often.
     tile_rows = 128 if num_tokens > 1024 else 64
     tile_tokens = max(1, tile_rows // (num_heads // num_kv_heads))
     segment_pages = max(1, _SEGMENT_KEYS // page_size)
     max_pieces = max(1, min(_MAX_PIECES, MAX_PARTIALS // max(1, num_tokens)))
+    group = num_heads // num_kv_heads
     return AttentionShape(
         tile_tokens=tile_tokens,
         segment_pages=segment_pages,
@@ -97,6 +153,8 @@ def attention_shape(
         # 128 products of the whole length, 23 in twice as many of half. More only add partial results.
         target_tiles=processors // num_kv_heads + 1,
         min_segments=max(1, _MIN_PIECE_KEYS // (segment_pages * page_size)),
+        block_tokens=_BLOCK_ROWS // group if units else 0,
+        processors=processors if units else 0,
     )
 
 
@@ -201,6 +259,7 @@ class LinearTile(NamedTuple):
     tokens: int  # room for tokens in a tile
     rows: int  # of the weight in a tile
     splits: int = 1  # processors that share the sum of a tile
+    shares: int = 1  # processors that share one read of the weight, each for a part of the tokens
 
 
 # Microseconds of the product with a weight read from memory, on an H100 (launched early in a graph), beside
@@ -219,6 +278,8 @@ LINEAR_TILES = (
     LinearTile(128, 128),
     LinearTile(192, 64, splits=2),
     LinearTile(192, 128),
+    LinearTile(256, 64, shares=2),
+    LinearTile(256, 192, shares=2),
 )
 # With the activation in the same kernel, against cuBLAS without it: 16 tokens 66.6 (73.8), 64 tokens 68.1
 # (75.6), 128 tokens 69.8 (78.2), 192 tokens 71.7 (80.1), 252 tokens 75.9 (82.6). 32 layers, one after another
@@ -236,11 +297,13 @@ GATED_TILES = (
 _LINEAR_PROCESSORS = 132
 _MIN_LINEAR_ROWS = 2048
 _MIN_SPLIT_IN_FEATURES = 1024
+# Beyond 128 tokens, by processors that work on one tile: alone, 96 of 132 are still faster than cuBLAS.
+_MIN_FILL = {1: 0.7, 2: 0.9}
 
 
 def _fill(tile: LinearTile, rows: int) -> float:
     """The share of the processors that compute, over all waves: what a last wave leaves idle is lost."""
-    ctas = -(-rows // tile.rows) * tile.splits
+    ctas = -(-rows // tile.rows) * tile.splits * tile.shares
     return ctas / (-(-ctas // _LINEAR_PROCESSORS) * _LINEAR_PROCESSORS)
 
 
@@ -257,15 +320,13 @@ def linear_tile(num_tokens: int, out_features: int, in_features: int, *, gated: 
         tile = LinearTile(tokens, 192)
         # Up to 128 tokens memory decides.
         return tile if tokens <= 128 or _fill(tile, rows) >= 0.9 else None
-    split = LinearTile(tokens, 64, splits=2)
     if tokens > 128:
-        # Beyond, arithmetic counts as well. 73% of the processors, each with a tile of its own (12,288 rows),
-        # are still faster than cuBLAS.
-        if _fill(LinearTile(tokens, 128), rows) >= 0.7:
-            return LinearTile(tokens, 128)
-        return split if _fill(split, rows) >= 0.9 and in_features >= _MIN_SPLIT_IN_FEATURES else None
+        # Beyond, arithmetic counts as well: the largest tile that leaves few processors idle.
+        wide = sorted((tile for tile in tiles if tile.tokens == tokens), key=lambda tile: -tile.rows)
+        filled = (tile for tile in wide if _fill(tile, rows) >= _MIN_FILL[tile.splits * tile.shares])
+        return next(filled, None) if in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:
         return LinearTile(tokens, 64)
     if -(-rows // 64) * 2 <= _LINEAR_PROCESSORS and in_features >= _MIN_SPLIT_IN_FEATURES:
-        return split
+        return LinearTile(tokens, 64, splits=2)
     return LinearTile(tokens, 64 if tokens == 64 or rows <= 8192 else 128)

@@ -108,6 +108,25 @@ __device__ __forceinline__ void allow_successors() {
 #endif
 }
 
+// Launches a kernel that calls wait_for_predecessors() first.
+template <auto kKernel, typename Params>
+void launch_shared(dim3 grid, int threads, int shared_bytes, const AttentionParams& attention,
+                   const Launch& launch, const char* op, const Params& params) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = launch.stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (attention.programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
+}
+
 // Launches a persistent kernel, which calls wait_for_predecessors() first: as many CTAs as run at once, but
 // no more than items.
 template <auto kKernel, typename Params>
@@ -123,24 +142,25 @@ void launch_persistent(int threads, int shared_bytes, int rows_per_item, const A
   const int64_t items = static_cast<int64_t>(attention.max_tiles) * attention.num_kv_heads *
                         parts_of_tile(attention, rows_per_item);
   const int64_t resident = static_cast<int64_t>(per_processor > 0 ? per_processor : 1) * processors;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(items < 1 ? 1 : items < resident ? items : resident));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = launch.stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (attention.programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
+  launch_shared<kKernel>(dim3(static_cast<unsigned>(items < 1          ? 1
+                                                    : items < resident ? items
+                                                                       : resident)),
+                         threads, shared_bytes, attention, launch, op, params);
+}
+
+// Keys that one copy moves: the largest power of two that divides a page, up to 64.
+__host__ __device__ constexpr int box_keys(int page_size) {
+  int keys = 1;
+  while (keys < kStageKeys && page_size % (2 * keys) == 0) keys *= 2;
+  return keys;
 }
 
 // attention_sm90.cu: what attention_mma takes, with pages of a multiple of 8 keys, on a GPU of sm_90.
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch);
 void attention_sm90(const AttentionParams& params, const Launch& launch);
+
+// attention_even.cu: the same, from the plan's units, without partial results of pieces.
+void attention_even(const AttentionParams& params, const Launch& launch);
 
 // attention_mma.cu: bf16 and fp16 with a head_dim of 64 or 128 on the tensor cores.
 bool attention_mma_serves(const AttentionParams& params);

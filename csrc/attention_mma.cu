@@ -13,7 +13,6 @@ namespace bbk {
 namespace {
 
 constexpr char kOp[] = "varlen_attention";
-constexpr int kStageKeys = 64;
 
 // 16 bytes to shared memory, zeros if not `valid`.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {

@@ -1,9 +1,7 @@
 // Cuts the attention of a step into pieces of keys, groups of rows and tiles of queries. One CTA, since the
 // whole plan is a few hundred integers; the same code runs on the host as a group of one thread.
-#include <climits>
-
-#include "attention.h"
-#include "common.cuh"
+#include "attention_plan.cuh"
+#include "attention_units.cuh"
 
 namespace bbk {
 namespace {
@@ -11,48 +9,6 @@ namespace {
 constexpr int kThreads = 512;
 // A workspace up to this size lies in shared memory.
 constexpr int64_t kMaxSharedBytes = 40 * 1024;
-
-// The threads that make a plan together.
-struct ThreadGroup {
-  int* scratch;  // one integer that all of them see
-
-  __host__ __device__ int rank() const {
-#ifdef __CUDA_ARCH__
-    return threadIdx.x;
-#else
-    return 0;
-#endif
-  }
-
-  __host__ __device__ int size() const {
-#ifdef __CUDA_ARCH__
-    return blockDim.x;
-#else
-    return 1;
-#endif
-  }
-
-  __host__ __device__ void sync() const {
-#ifdef __CUDA_ARCH__
-    __syncthreads();
-#endif
-  }
-
-  // The smallest value of all threads; also a sync().
-  __host__ __device__ int minimum(int value) const {
-#ifdef __CUDA_ARCH__
-    __syncthreads();
-    if (threadIdx.x == 0) *scratch = INT_MAX;
-    __syncthreads();
-    value = __reduce_min_sync(0xffffffffu, value);
-    if (threadIdx.x % 32 == 0) atomicMin(scratch, value);
-    __syncthreads();
-    return *scratch;
-#else
-    return value;
-#endif
-  }
-};
 
 // Arrays between the steps of a plan. R rows, S segments, P pieces at most; a run is a stretch of segments
 // with the same groups of rows, so there are no more runs than pieces.
@@ -72,6 +28,7 @@ struct Workspace {
   int* piece_end;    // [P]
   int* piece_tile;   // [P] tiles of the pieces before
   int* totals;       // [3] runs, pieces, tiles
+  int* units;        // UnitPlanner's
 
   __host__ __device__ Workspace(int* memory, int64_t rows, int64_t segments, int64_t max_pieces) {
     auto take = [&memory](int64_t size) {
@@ -94,16 +51,13 @@ struct Workspace {
     piece_end = take(max_pieces);
     piece_tile = take(max_pieces);
     totals = take(3);
+    units = memory;
   }
 
   static int64_t size(int64_t rows, int64_t segments, int64_t max_pieces) {
     return (2 + segments + 3 * max_pieces) * rows + segments + 7 * max_pieces + 4;
   }
 };
-
-__host__ __device__ int smaller(int a, int b) { return a < b ? a : b; }
-__host__ __device__ int larger(int a, int b) { return a < b ? b : a; }
-__host__ __device__ int quotient_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
 class Planner {
  public:
@@ -117,6 +71,10 @@ class Planner {
   __host__ __device__ void run() {
     read_rows();
     find_owners();
+    if (p_.block_tokens > 0) {
+      UnitPlanner(p_, w_.units, w_.owner, w_.length, segments_, group_).run();
+      group_.sync();
+    }
     find_runs();
     lay_out_runs();
     cut_pieces();
@@ -125,10 +83,9 @@ class Planner {
   }
 
  private:
-  // Calls body(i) for every i below `number`, spread over the threads.
   template <typename Body>
   __host__ __device__ void for_each(int number, Body body) const {
-    for (int i = group_.rank(); i < number; i += group_.size()) body(i);
+    group_.for_each(number, body);
   }
 
   __host__ __device__ void read_rows() {
@@ -394,15 +351,19 @@ void check_plan(const AttentionPlanParams& params) {
 
 }  // namespace
 
-int64_t attention_plan_workspace(int num_rows, int max_segments, int max_pieces) {
-  return Workspace::size(num_rows, max_segments, max_pieces);
+int64_t attention_plan_workspace(int num_rows, int max_segments, int max_pieces, int num_tokens,
+                                 int block_tokens) {
+  int64_t size = Workspace::size(num_rows, max_segments, max_pieces);
+  if (block_tokens > 0) size += UnitPlanner::workspace(num_tokens, num_rows, block_tokens, max_segments);
+  return size;
 }
 
 void attention_plan(const AttentionPlanParams& params, const Launch& launch) {
   constexpr char kOp[] = "attention_plan";
   check_plan(params);
   const DeviceGuard guard(launch.device, kOp);
-  const int64_t bytes = 4 * attention_plan_workspace(params.num_rows, params.max_segments, params.max_pieces);
+  const int64_t bytes = 4 * attention_plan_workspace(params.num_rows, params.max_segments, params.max_pieces,
+                                                     params.num_tokens, params.block_tokens);
   const bool in_shared_memory = bytes <= kMaxSharedBytes;
   attention_plan_kernel<<<1, kThreads, in_shared_memory ? bytes : 0, launch.stream>>>(params,
                                                                                       in_shared_memory);

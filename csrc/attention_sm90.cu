@@ -5,31 +5,12 @@
 
 #include <initializer_list>
 
-#include "attention_tile.cuh"
-#include "attention_wgmma.cuh"
+#include "attention_sm90.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr char kOp[] = "varlen_attention";
-constexpr int kStageKeys = 64;
-constexpr int kSliceBytes = kStageKeys * kSwizzledRowBytes;  // 64 elements of all keys of a stage
-
-template <int kHeadDim, int kWarpgroups>
-struct Shape {
-  static constexpr int kRows = 64 * kWarpgroups;
-  // With one warpgroup of products, two independent halves share a CTA, so that one's softmax runs under the
-  // other's products. As two CTAs they could not be kept from meeting on one processor while others idle.
-  static constexpr int kHalves = kWarpgroups == 1 ? 2 : 1;
-  static constexpr int kHalfThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kThreads = kHalves * kHalfThreads;
-  static constexpr int kSlices = kHeadDim / 64;
-  static constexpr int kTileBytes = kSlices * kSliceBytes;  // K or V of a stage
-  static constexpr int kStageBytes = 2 * kTileBytes;
-  static constexpr int kStages = 6 / kHalves * (128 / kHeadDim);
-  static constexpr int kSharedBytes = kHalves * kStages * (kStageBytes + 32);
-};
-
 struct Sm90Params {
   CUtensorMap k_map;  // dimensions: head_dim, key in its page, kv head, page
   CUtensorMap v_map;
@@ -38,26 +19,6 @@ struct Sm90Params {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// A ring of tiles of keys or values in shared memory, and a place in it. A tile is `full` once its bytes have
-// arrived and `empty` once every warp of products is through with it.
-template <class S>
-struct Ring {
-  uint32_t tiles;
-  uint32_t barriers;
-  int place = 0;
-  int phase = 0;
-
-  __device__ __forceinline__ uint32_t tile() const { return tiles + place * S::kTileBytes; }
-  __device__ __forceinline__ uint32_t full() const { return barriers + 16 * place; }
-  __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
-  __device__ __forceinline__ void advance() {
-    if (++place == S::kStages) {
-      place = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // Fills the rings, run by a warpgroup of its own. Each copy moves the keys of one page and 64 elements, and
 // takes its warp a while to start, so that the copies of a tile are spread over the warps, one a thread.
@@ -70,7 +31,7 @@ class Loader {
     const int box = copy / S::kSlices;
     slice_ = copy % S::kSlices;
     key_ = box * params.box_keys;
-    target_ = slice_ * kSliceBytes + key_ * kSwizzledRowBytes;
+    target_ = slice_ * S::kSliceBytes + key_ * kSwizzledRowBytes;
     pages_ = params.attention.page_table + item.row * params.attention.page_table_stride;
     now_ = look_up(first_key_);
     next_ = look_up(first_key_ + kStageKeys);
@@ -126,57 +87,6 @@ class Loader {
   int2 next_;
 };
 
-// Values behind the last key get the weight 0, but NaN there would survive it.
-template <class S>
-__device__ __forceinline__ void clear_values(unsigned char* values, int num_keys) {
-  for (int chunk = num_keys * 8 + threadIdx.x % 128; chunk < kStageKeys * 8; chunk += 128) {
-#pragma unroll
-    for (int slice = 0; slice < S::kSlices; ++slice) {
-      *reinterpret_cast<uint4*>(values + slice * kSliceBytes + 16 * chunk) = make_uint4(0, 0, 0, 0);
-    }
-  }
-  publish_stores();
-  if (threadIdx.x < 128) {
-    asm volatile("bar.sync 1, 128;\n" ::: "memory");
-  } else if (threadIdx.x < 256) {
-    asm volatile("bar.sync 2, 128;\n" ::: "memory");
-  } else {
-    asm volatile("bar.sync 3, 128;\n" ::: "memory");
-  }
-}
-
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void start_scores(float (&score)[kStageKeys / 8][4],
-                                             const QueryRows<T, kHeadDim>& rows, uint32_t keys) {
-  start_products();
-#pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    multiply_warpgroup<T, false>(score, rows.values[k],
-                                 matrix_descriptor(keys + k / 4 * kSliceBytes + k % 4 * 32, 16), k > 0);
-  }
-  commit_products();
-}
-
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void start_weighing(RowState<T, kHeadDim>& state,
-                                               const uint32_t (&weights)[kStageKeys / 16][4],
-                                               uint32_t values) {
-  keep_in_registers(state.out);
-  start_products();
-#pragma unroll
-  for (int k = 0; k < kStageKeys / 16; ++k) {
-    multiply_warpgroup<T, true>(state.out, weights[k],
-                                matrix_descriptor(values + k * 16 * kSwizzledRowBytes, kSliceBytes), true);
-  }
-  commit_products();
-}
-
-template <class S>
-__device__ __forceinline__ void release(Ring<S>& ring) {
-  if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty());
-  ring.advance();
-}
-
 // Works through an item, 64 rows a warpgroup. The products of the next keys run under the softmax of these.
 template <typename T, int kHeadDim, class S>
 __device__ __forceinline__ void attend(const AttentionParams& params, const AttentionItem& item,
@@ -193,7 +103,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   uint32_t weights[kStageKeys / 16][4];
 
   barrier_wait(keys.full(), keys.phase);
-  start_scores(score, rows, keys.tile());
+  start_scores<S>(score, rows, keys.tile());
   wait_for_products<0>();
   keep_in_registers(score);
   release(keys);
@@ -205,9 +115,9 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   }
   for (; first_key + kStageKeys < item.key_end; first_key += kStageKeys) {
     barrier_wait(keys.full(), keys.phase);
-    start_scores(score, rows, keys.tile());
+    start_scores<S>(score, rows, keys.tile());
     barrier_wait(values.full(), values.phase);
-    start_weighing(state, weights, values.tile());
+    start_weighing<S>(state, weights, values.tile());
     wait_for_products<1>();
     keep_in_registers(score);
     release(keys);
@@ -229,7 +139,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
     clear_values<S>(shared_memory + (values.tile() - shared_address(shared_memory)),
                     item.key_end - first_key);
   }
-  start_weighing(state, weights, values.tile());
+  start_weighing<S>(state, weights, values.tile());
   wait_for_products<0>();
   keep_in_registers(state.out);
   release(values);
@@ -240,10 +150,10 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
 #endif
 
 template <typename T, int kHeadDim, int kWarpgroups>
-__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads, 1)
+__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ Sm90Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kHeadDim, kWarpgroups>;
+  using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const AttentionParams& p = params.attention;
   const uint32_t shared = shared_address(shared_memory);
@@ -296,7 +206,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups>::kThreads, 1)
 
 template <typename T, int kHeadDim, int kWarpgroups>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
-  using S = Shape<kHeadDim, kWarpgroups>;
+  using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
   launch_persistent<attention_sm90_kernel<T, kHeadDim, kWarpgroups>>(S::kThreads, S::kSharedBytes, S::kRows,
                                                                      params.attention, launch, kOp, params);
 }
@@ -331,8 +241,17 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return function;
 }
 
-CUtensorMap cache_map(const AttentionParams& params, const void* cache, int64_t page_stride,
-                      int64_t token_stride, int64_t head_stride, int box_keys) {
+// Code for another architecture than sm_90a leaves the kernel empty: it needs hardly a register.
+bool has_machine_code() {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, attention_sm90_kernel<__half, 64, 1>), kOp);
+  return attributes.numRegs > 32;
+}
+
+}  // namespace
+
+CUtensorMap sm90_cache_map(const AttentionParams& params, const void* cache, int64_t page_stride,
+                           int64_t token_stride, int64_t head_stride, int box_keys) {
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(params.page_size),
       static_cast<cuuint64_t>(params.num_kv_heads), static_cast<cuuint64_t>(params.num_pages)};
@@ -354,22 +273,6 @@ CUtensorMap cache_map(const AttentionParams& params, const void* cache, int64_t 
   return map;
 }
 
-// The largest power of two that divides a page and is no more than a stage.
-int box_keys(int page_size) {
-  int keys = 1;
-  while (keys < kStageKeys && page_size % (2 * keys) == 0) keys *= 2;
-  return keys;
-}
-
-// Code for another architecture than sm_90a leaves the kernel empty: it needs hardly a register.
-bool has_machine_code() {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, attention_sm90_kernel<__half, 64, 1>), kOp);
-  return attributes.numRegs > 32;
-}
-
-}  // namespace
-
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) {
   // A cache with one page, head or token has any stride there, and a repeated one has none.
   for (const int64_t stride : {params.k_page_stride, params.k_token_stride, params.k_head_stride,
@@ -388,10 +291,10 @@ void attention_sm90(const AttentionParams& params, const Launch& launch) {
   Sm90Params all;
   all.attention = params;
   all.box_keys = box_keys(params.page_size);
-  all.k_map = cache_map(params, params.k_cache, params.k_page_stride, params.k_token_stride,
-                        params.k_head_stride, all.box_keys);
-  all.v_map = cache_map(params, params.v_cache, params.v_page_stride, params.v_token_stride,
-                        params.v_head_stride, all.box_keys);
+  all.k_map = sm90_cache_map(params, params.k_cache, params.k_page_stride, params.k_token_stride,
+                             params.k_head_stride, all.box_keys);
+  all.v_map = sm90_cache_map(params, params.v_cache, params.v_page_stride, params.v_token_stride,
+                             params.v_head_stride, all.box_keys);
   if (params.dtype == DType::kBFloat16) return launch_sm90<__nv_bfloat16>(all, launch);
   launch_sm90<__half>(all, launch);
 }

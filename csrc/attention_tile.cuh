@@ -56,8 +56,17 @@ struct QueryRows {
       const bool exists = row < item.num_rows;
       source[half] = exists ? token_and_head(params, item, row) : make_int2(-1, 0);
       direct[half] = exists && single_piece(params, source[half].x);
+    }
+    load_values(params);
+  }
+
+  // From `source`; 0 where there is no row.
+  __device__ __forceinline__ void load_values(const AttentionParams& params) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool exists = source[half].x >= 0;
       const T* from = static_cast<const T*>(params.q) + source[half].x * params.q_token_stride +
-                      source[half].y * params.q_head_stride + 2 * (lane % 4);
+                      source[half].y * params.q_head_stride + 2 * (threadIdx.x % 32 % 4);
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
         values[k][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0;

@@ -70,7 +70,7 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
                       {S::kBlockK, 8, 2, S::kRows / 16});
   } else {
     weight_map = tensor_map<2>("weight", p.weight, p.dtype, {p.in_features, p.out_features},
-                               {p.weight_row_stride}, {S::kBlockK, S::kRows});
+                               {p.weight_row_stride}, {S::kBlockK, S::kRows / S::kShares});
   }
   GemmArgs args;
   args.out = p.out;
@@ -86,7 +86,7 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
       kOp);
   cudaLaunchConfig_t config = {};
   const auto tiles = ceil_div<int64_t>(weight_rows, S::kRows);
-  config.gridDim = dim3(static_cast<unsigned>(tiles), S::kSplits);
+  config.gridDim = dim3(static_cast<unsigned>(tiles), S::kSplits, S::kShares);
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kSharedBytes;
   config.stream = stream;
@@ -94,7 +94,7 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = 1;
   attributes[0].val.clusterDim.y = S::kSplits;
-  attributes[0].val.clusterDim.z = 1;
+  attributes[0].val.clusterDim.z = S::kShares;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
@@ -102,33 +102,37 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<S>, x_map, weight_map, args), kOp);
 }
 
-// tokens, warpgroups, pipeline stages, splits, gated
-#define BBK_GEMM_SHAPES(V) \
-  V(16, 1, 20, 1, false)   \
-  V(64, 1, 13, 1, false)   \
-  V(64, 1, 13, 2, false)   \
-  V(128, 1, 9, 1, false)   \
-  V(128, 1, 9, 2, false)   \
-  V(128, 2, 6, 1, false)   \
-  V(192, 1, 6, 2, false)   \
-  V(192, 2, 5, 1, false)   \
-  V(16, 3, 8, 1, true)     \
-  V(64, 3, 7, 1, true)     \
-  V(128, 3, 5, 1, true)    \
-  V(192, 3, 4, 1, true)    \
-  V(256, 3, 4, 1, true)
+// tokens of a CTA, warpgroups, pipeline stages, splits, shares, gated
+#define BBK_GEMM_SHAPES(V)  \
+  V(16, 1, 20, 1, 1, false) \
+  V(64, 1, 13, 1, 1, false) \
+  V(64, 1, 13, 2, 1, false) \
+  V(128, 1, 9, 1, 1, false) \
+  V(128, 1, 9, 2, 1, false) \
+  V(128, 2, 6, 1, 1, false) \
+  V(192, 1, 6, 2, 1, false) \
+  V(192, 2, 5, 1, 1, false) \
+  V(128, 1, 9, 1, 2, false) \
+  V(128, 3, 5, 1, 2, false) \
+  V(16, 3, 8, 1, 1, true)   \
+  V(64, 3, 7, 1, 1, true)   \
+  V(128, 3, 5, 1, 1, true)  \
+  V(192, 3, 4, 1, 1, true)  \
+  V(256, 3, 4, 1, 1, true)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLITS, GATED)                                              \
-  if (tile.tokens == TOKENS && tile.rows == GROUPS * 64 && tile.splits == SPLITS && gated == GATED) { \
-    return use(GemmShape<T, TOKENS, GROUPS, STAGES, SPLITS, GATED>());                                \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLITS, SHARES, GATED)                             \
+  if (tile.tokens == TOKENS * SHARES && tile.rows == GROUPS * 64 && tile.splits == SPLITS && \
+      tile.shares == SHARES && gated == GATED) {                                             \
+    return use(GemmShape<T, TOKENS, GROUPS, STAGES, SPLITS, SHARES, GATED>());               \
   }
   BBK_GEMM_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE
   refuse("tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
-         std::to_string(tile.rows) + ", splits " + std::to_string(tile.splits) + (gated ? ", gated" : ""));
+         std::to_string(tile.rows) + ", splits " + std::to_string(tile.splits) + ", shares " +
+         std::to_string(tile.shares) + (gated ? ", gated" : ""));
 }
 
 template <typename Use>
@@ -161,7 +165,7 @@ bool gemm_is_available(int device) {
   if (major != 9 || minor != 0) return false;
   // Code that the driver compiled from the PTX of sm_80 runs too, but is empty.
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, gemm_kernel<GemmShape<__half, 256, 3, 4, 1, true>>), kOp);
+  check_cuda(cudaFuncGetAttributes(&attributes, gemm_kernel<GemmShape<__half, 256, 3, 4, 1, 1, true>>), kOp);
   return attributes.ptxVersion >= 90;
 }
 

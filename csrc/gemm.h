@@ -26,6 +26,7 @@ struct GemmTile {
   int tokens;  // room for tokens in a tile
   int rows;    // of the weight in a tile
   int splits;  // CTAs that share the sum of a tile, each over a stretch of K
+  int shares;  // CTAs that share one read of the weight, each for a part of the tokens
 };
 
 // Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;

@@ -8,16 +8,19 @@
 
 namespace bbk {
 
-// What a CTA computes. kTokens: columns of the tile. kGroups: consumer warpgroups, each with 64 rows of the
-// weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kGated: the rows
-// are gates and ups in turns of 8.
-template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, bool kGated_>
+// What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
+// weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kShares: CTAs of
+// a cluster that share one read of the weight, each with its own kTokens tokens. kGated: the rows are gates
+// and ups in turns of 8.
+template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, int kShares_,
+          bool kGated_>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kStages = kStages_;
   static constexpr int kSplits = kSplits_;
+  static constexpr int kShares = kShares_;
   static constexpr bool kGated = kGated_;
 
   static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
@@ -47,6 +50,8 @@ struct GemmShape {
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
+  static_assert(kSplits == 1 || kShares == 1, "a cluster has one reason");
+  static_assert(kShares == 1 || !kGated, "the map of gates and ups is made for whole tiles");
 
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
@@ -122,12 +127,13 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   sm90::named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
+  const int first_token = (S::kShares > 1 ? blockIdx.z * S::kTokens : 0) + 8 * kFirst;
   T* out = static_cast<T*>(args.out);
 #pragma unroll 4
   for (int i = thread; i < 8 * kCount * kVectors; i += 128) {
     const int token = i / kVectors;
     const int column = i % kVectors * 8;
-    const int out_token = 8 * kFirst + token;
+    const int out_token = first_token + token;
     if (out_token < args.num_tokens && first_column + column < args.out_features) {
       *reinterpret_cast<uint4*>(out + out_token * args.out_row_stride + first_column + column) =
           *reinterpret_cast<const uint4*>(staging + (token * S::kStagingPitch + column) * 2);
@@ -191,7 +197,7 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
   }
 }
 
-// Grid: (tiles of kRows along the weight's rows, kSplits); clusters of (1, kSplits).
+// Grid: (tiles of kRows along the weight's rows, kSplits, kShares); clusters of (1, kSplits, kShares).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
@@ -203,6 +209,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
   const int split = S::kSplits > 1 ? blockIdx.y : 0;
+  const int share = S::kShares > 1 ? blockIdx.z : 0;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplits;
   const int count = (split + 1) * args.num_k_blocks / S::kSplits - k_begin;
@@ -212,12 +219,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     sm90::prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       sm90::barrier_init(full + 8 * stage, 1);
-      sm90::barrier_init(empty + 8 * stage, S::kGroups * 4);
+      sm90::barrier_init(empty + 8 * stage, S::kShares * S::kGroups * 4);
     }
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (S::kSplits > 1) sm90::cluster_barrier();
+  if constexpr (S::kSplits * S::kShares > 1) sm90::cluster_barrier();
   sm90::allow_next_kernel();
 
   const uint64_t read_once = sm90::evict_first_policy();
@@ -230,14 +237,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const int k = (k_begin + i) * S::kBlockK;
     if constexpr (S::kGated) {
       sm90::load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
+    } else if constexpr (S::kShares > 1) {
+      // A part of the tile into all CTAs of the cluster.
+      constexpr int kRowsEach = S::kRows / S::kShares;
+      sm90::load_tile_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map, k,
+                                first_row + share * kRowsEach, barrier, (1 << S::kShares) - 1, read_once);
     } else {
       sm90::load_tile(target, &weight_map, k, first_row, barrier, read_once);
     }
   };
   const auto fetch_x = [&](int i) {
     const int stage = i % S::kStages;
-    sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK, 0,
-                    full + 8 * stage, keep);
+    sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
+                    share * S::kTokens, full + 8 * stage, keep);
   };
   const auto fetch_first = [&] {
     // A weight that nobody writes comes while the kernel before still runs.
@@ -262,6 +274,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       fetch_first();
 #pragma unroll 1
       for (int i = S::kStages; i < count; ++i) fetch(i);
+      if constexpr (S::kShares > 1) {
+        // The other CTA arrives at these barriers for the last time: they must still be there.
+        for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
+          sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
+        }
+      }
     }
     __syncwarp();
     if constexpr (S::kSplits > 1) {
@@ -277,6 +295,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     using Product = sm90::Wgmma<typename S::T, S::kTokens>;
     const int lane = threadIdx.x % 32;
+    const auto release = [&](int i) {
+      const uint32_t barrier = empty + 8 * (i % S::kStages);
+      if constexpr (S::kShares > 1) {
+        if (lane < S::kShares) sm90::barrier_arrive_remote(sm90::remote_address(barrier, lane));
+      } else {
+        if (lane == 0) sm90::barrier_arrive(barrier);
+      }
+    };
     float sums[S::kTokens / 2];
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -295,7 +321,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       // Products of the block before are done: its stage may be filled again.
       sm90::wgmma_wait<1>();
       if (i > 0) {
-        if (lane == 0) sm90::barrier_arrive(empty + 8 * ((i - 1) % S::kStages));
+        release(i - 1);
         if constexpr (!S::kProducer) {
           if (threadIdx.x == 0 && i - 1 + S::kStages < count) fetch(i - 1 + S::kStages);
           __syncwarp();
@@ -303,6 +329,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     sm90::wgmma_wait<0>();
+    if constexpr (S::kShares > 1) release(count - 1);
     sm90::wait_for_previous_kernel();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplits > 1) {

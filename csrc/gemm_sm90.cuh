@@ -35,6 +35,12 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at a barrier of another CTA of the cluster. It orders no writes beyond the CTA, which would cost a
+// fence of the whole GPU: such an arrival says that reads are over.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -122,6 +128,16 @@ __device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* ma
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// The same address and barrier in every CTA of `cta_mask` get the tile.
+__device__ __forceinline__ void load_tile_multicast(uint32_t target, const CUtensorMap* map, int x, int y,
+                                                    uint32_t barrier, uint16_t cta_mask, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask), "l"(policy)
       : "memory");
 }
 

@@ -46,6 +46,7 @@ def random_problem(seed: int):
     segment_pages = rng.choice([1, 2, 8])
     max_pieces = rng.choice([1, 2, 4, 16, 32])
     tile_tokens = rng.choice([1, 9, 16, 64])
+    block_tokens = rng.choice([1, 9, 16, 64, 64]) if page_size % 16 == 0 else 0
     shape = AttentionShape(
         tile_tokens=tile_tokens,
         segment_pages=segment_pages,
@@ -54,6 +55,8 @@ def random_problem(seed: int):
         max_tiles=max_pieces * -(-num_tokens // tile_tokens),
         target_tiles=rng.choice([1, 4, 30, 1000]),
         min_segments=rng.choice([1, 1, 2, 5]),
+        block_tokens=block_tokens,
+        processors=132 if block_tokens else 0,
     )
     tables = (random_tables(rng, rows, pages_per_row), bounds, lengths)
     tensors = [torch.tensor(values, dtype=torch.int32) for values in tables]
@@ -188,17 +191,19 @@ def test_gpu_plan_of_many_rows():
 
 
 @pytest.mark.gpu
-def test_the_front_door_plans_inside_a_graph():
+@pytest.mark.parametrize("distinct_rows, units", [(1, True), (None, False)])
+def test_the_front_door_plans_inside_a_graph(distinct_rows, units):
     tensors, page_size, tokens = step(6, 1024, 256, "prompt", "cuda")
     graph = torch.cuda.CUDAGraph()
     options = dict(page_size=page_size, num_tokens=tokens, num_heads=32, num_kv_heads=32)
+    options["distinct_rows"] = distinct_rows
     ops.attention_plan(*tensors, **options, backend="cuda")
     with torch.cuda.graph(graph):
         got = ops.attention_plan(*tensors, **options, backend="cuda")
     tensors[0].copy_(tensors[0].flip(0))
     graph.replay()
-    shape = tuning.attention_shape(
-        tokens, 32, 32, page_size, tensors[0].shape[1], tuning.num_processors(got.tiles.device)
-    )
+    processors = tuning.num_processors(got.tiles.device)
+    shape = tuning.attention_shape(tokens, 32, 32, page_size, tensors[0].shape[1], processors, units=units)
     want = reference.attention_plan(*tensors, page_size=page_size, num_tokens=tokens, shape=shape)
     assert_same_plan(got, want, "graph")
+    assert (got.units.shape[0] > 0) == units

@@ -1,6 +1,7 @@
 """Buffers that serve one decode after another: chunks of rows, sizes of packs, the pool of runners."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,29 @@ def test_packed_capacities_hold_the_pack_and_are_few():
         assert tokens <= 128 or size < 1.25 * tokens
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4 + 4 * 5
+
+
+def test_the_host_knows_how_many_rows_differ(model):
+    """After each full forward and in the block steps behind it: as many as there are different page tables."""
+    config = replace(CONFIG, refresh_interval=2, sync_threshold=32)
+    apart = METHOD_BUILDERS["blockbatch"](config, model.spec, (2,))
+    session = Session(model, [[1, 2, 3], [4]], apart, 32)
+    seen = set()
+    while True:
+        step = session.step()
+        if step is None:
+            break
+        cache = session.cache
+        sources = session._batch._sources
+        if step.phase != "block":
+            for row, source in enumerate(sources):
+                # Shared from the forward on, unless a sync came with it, which only shares more.
+                same = cache.page_table[row].equal(cache.page_table[source])
+                assert same or step.events.sync_source.ge(0).any()
+        assert cache.distinct_rows == len(set(sources))
+        seen.add((step.phase, cache.distinct_rows))
+    assert ("init", 2) in seen and ("block", 2) in seen
+    assert max(count for _, count in seen) > 2, "a refresh of rows that differ"
 
 
 @pytest.fixture

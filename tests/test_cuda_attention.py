@@ -261,6 +261,23 @@ def test_every_cut_of_the_keys(monkeypatch, max_pieces):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("processors", [1, 2, 7, 132, 400])
+def test_units_on_any_number_of_processors(monkeypatch, processors):
+    """Tiles that many processors share, processors with many tiles; the same bits again by the same plan."""
+    poison(monkeypatch)
+    for seed, (queries, lengths) in enumerate([*MIXES, ([3] * 40, [130, 257] * 20), ([150, 2], [900, 900])]):
+        for heads, head_dim in (((4, 4), 128), ((14, 2), 64)):
+            inputs = problem(queries, lengths, heads=heads, head_dim=head_dim, sharing=0.7, seed=seed)
+            tokens, pages_per_row = inputs[0].shape[0], inputs[3].shape[1]
+            shape = tuning.attention_shape(tokens, *heads, 16, pages_per_row, processors, units=True)
+            plan = compiled.attention_plan(*inputs[3:], page_size=16, num_tokens=tokens, shape=shape)
+            assert plan.units[0, 0] > 0
+            out = compare(inputs, plan=plan, message=(queries, heads))
+            assert torch.equal(attend(inputs, plan=plan), out)
+            assert not plan.arrivals.any()
+
+
+@pytest.mark.gpu
 def test_runs_inside_a_graph():
     inputs = problem([4, 8, 100], [600] * 3, head_dim=128, heads=(8, 8))
     attend(inputs)
@@ -291,7 +308,7 @@ def test_wrong_layouts_raise():
 def arguments():
     # Never launched: each test makes one of them wrong, or leaves nothing to do.
     pointers = ("q", "k_cache", "v_cache", "out", "partial_out", "partial_lse", "page_table", "seqlens_k")
-    plan = ("tiles", "query_order", "pieces", "token_row", "counts")
+    plan = ("tiles", "query_order", "pieces", "token_row", "counts", "units", "arrivals")
     return dict.fromkeys((*pointers, *plan), 0) | dict(
         page_table_stride=4,
         q_strides=(256, 64),
@@ -308,6 +325,8 @@ def arguments():
         tile_tokens=64,
         max_tiles=3,
         max_pieces=1,
+        max_units=0,
+        num_processors=0,
         softmax_scale=0.125,
         dtype=2,
         programmatic=False,

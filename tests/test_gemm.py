@@ -13,7 +13,7 @@ TILES = [(tile, False) for tile in tuning.LINEAR_TILES] + [(tile, True) for tile
 
 def name_of(value):
     if isinstance(value, tuning.LinearTile):
-        return f"tokens{value.tokens}rows{value.rows}splits{value.splits}"
+        return f"tokens{value.tokens}rows{value.rows}splits{value.splits}shares{value.shares}"
     return str(value)
 
 
@@ -78,6 +78,7 @@ def arguments():
         tile_tokens=tile.tokens,
         tile_rows=tile.rows,
         splits=tile.splits,
+        shares=tile.shares,
         static_weight=False,
         programmatic=False,
         device=0,
@@ -104,6 +105,7 @@ def arguments():
         ("dtype", 0, "linear: dtype: expected code 1 or 2, got 0"),
         ("tile_rows", 65, "linear: tile: expected a compiled one, got tokens"),
         ("splits", 7, "linear: tile: expected a compiled one, got tokens .* splits 7"),
+        ("shares", 3, "linear: tile: expected a compiled one, got tokens .* shares 3"),
     ],
 )
 def test_wrong_arguments_raise(arguments, argument, value, message):

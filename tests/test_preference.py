@@ -22,10 +22,12 @@ SOURCES = Path(__file__).parent.parent / "csrc"
         (dict(num_tokens=1024), "triton"),
         (dict(num_tokens=1025), "cuda"),
         (dict(num_tokens=1025, head_dim=64), "cuda"),
-        (dict(num_keys=4352), "cuda"),
-        (dict(num_tokens=32, num_keys=4352), "triton"),
+        (dict(num_keys=4352), "triton"),
         (dict(num_tokens=1280, element_size=4), "triton"),  # fp32 has no tensor cores in CUDA C++
         (dict(num_tokens=1280, head_dim=96), "triton"),
+        (dict(units=1), "cuda"),
+        (dict(units=1, element_size=4), "triton"),
+        (dict(units=1, head_dim=96), "triton"),
     ],
 )
 def test_attention_by_shape(change, first):

@@ -8,7 +8,7 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.structs import AttentionPlan
-from blockbatch_kernels.tuning import AttentionShape
+from blockbatch_kernels.tuning import UNIT_INTEGERS, AttentionShape
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -36,17 +36,22 @@ def attention_plan(
     rows, pages_per_row = page_table.shape
     page_table, cu_seqlens_q, seqlens_k = _dense(page_table), _dense(cu_seqlens_q), _dense(seqlens_k)
     max_tiles = shape.max_tiles + shape.max_pieces * rows
+    max_units = shape.max_units(num_tokens, rows, page_size)
     compiled = extension.load()
     sizes = (
         4 * max_tiles,
+        UNIT_INTEGERS * max_units,
         shape.max_pieces * num_tokens,
         2 * shape.max_pieces,
         num_tokens,
         2,
-        compiled.attention_plan_workspace(rows, shape.max_segments, shape.max_pieces),
+        2 * shape.processors,
+        compiled.attention_plan_workspace(
+            rows, shape.max_segments, shape.max_pieces, num_tokens, shape.block_tokens
+        ),
     )
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=page_table.device)
-    tiles, query_order, pieces, token_row, counts, workspace = buffer.split(sizes)
+    tiles, units, query_order, pieces, token_row, counts, arrivals, workspace = buffer.split(sizes)
     on_gpu = page_table.is_cuda
     compiled.attention_plan(
         page_table=page_table.data_ptr(),
@@ -57,6 +62,8 @@ def attention_plan(
         pieces=pieces.data_ptr(),
         token_row=token_row.data_ptr(),
         counts=counts.data_ptr(),
+        units=units.data_ptr(),
+        arrivals=arrivals.data_ptr(),
         workspace=workspace.data_ptr(),
         page_table_stride=page_table.stride(0),
         num_rows=rows,
@@ -70,6 +77,9 @@ def attention_plan(
         max_tiles=max_tiles,
         target_tiles=shape.target_tiles,
         min_segments=shape.min_segments,
+        block_tokens=shape.block_tokens,
+        processors=shape.processors,
+        max_units=max_units,
         device=page_table.device.index if on_gpu else -1,
         stream=extension.stream_of(page_table) if on_gpu else 0,
     )
@@ -79,6 +89,8 @@ def attention_plan(
         pieces.view(shape.max_pieces, 2),
         token_row,
         counts,
+        units.view(max_units, UNIT_INTEGERS),
+        arrivals,
         shape.tile_tokens,
     )
 
@@ -107,13 +119,20 @@ def varlen_attention(
         raise ValueError(f"q: expected a head_dim of at most {tuning.MAX_HEAD_DIM}, got {head_dim}")
     page_size, num_kv_heads = k_cache.shape[1:3]
     q, page_table, seqlens_k = _dense(q), _dense(page_table), _dense(seqlens_k)
-    tiles = _packed(plan.tiles)
+    tiles, units = _packed(plan.tiles), _packed(plan.units)
     query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[1:5])
+    arrivals = plan.arrivals.contiguous()
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     max_pieces = plan.pieces.shape[0]
     num_partials = max_pieces * num_tokens * num_heads if max_pieces > 1 else 0
-    partials = torch.empty(num_partials * (head_dim + 1), dtype=torch.float32, device=q.device)
-    extension.load().varlen_attention(
+    num_processors = arrivals.shape[0] // 2
+    compiled, dtype = extension.load(), extension.DTYPE_CODES[q.dtype]
+    # Which kernel runs is decided there.
+    num_floats = max(
+        num_partials * (head_dim + 1), compiled.attention_even_partials(num_processors, head_dim, dtype)
+    )
+    partials = torch.empty(num_floats, dtype=torch.float32, device=q.device)
+    compiled.varlen_attention(
         q=q.data_ptr(),
         k_cache=k_cache.data_ptr(),
         v_cache=v_cache.data_ptr(),
@@ -127,6 +146,8 @@ def varlen_attention(
         pieces=pieces.data_ptr(),
         token_row=token_row.data_ptr(),
         counts=counts.data_ptr(),
+        units=units.data_ptr(),
+        arrivals=arrivals.data_ptr(),
         page_table_stride=page_table.stride(0),
         q_strides=q.stride()[:2],
         k_strides=k_cache.stride()[:3],
@@ -142,8 +163,10 @@ def varlen_attention(
         tile_tokens=plan.tile_tokens,
         max_tiles=plan.tiles.shape[0],
         max_pieces=max_pieces,
+        max_units=units.shape[0],
+        num_processors=num_processors,
         softmax_scale=softmax_scale,
-        dtype=extension.DTYPE_CODES[q.dtype],
+        dtype=dtype,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
         device=q.device.index,
         stream=extension.stream_of(q),

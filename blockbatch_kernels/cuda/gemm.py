@@ -91,6 +91,7 @@ def _gemm(
         tile_tokens=tile.tokens,
         tile_rows=tile.rows,
         splits=tile.splits,
+        shares=tile.shares,
         static_weight=static_weight,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
         device=x.device.index,

@@ -54,6 +54,8 @@ def varlen_attention(
     out = torch.zeros_like(q)
     page_size = k_cache.shape[1]
     bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    if softmax_scale < 0:  # torch's kernels for GPUs give NaN
+        q, softmax_scale = -q, -softmax_scale
     # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the
     # batch.
     for row, length in enumerate(lengths):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockbatch_kernels.reference.attention_units import attention_units
 from blockbatch_kernels.structs import AttentionPlan
 from blockbatch_kernels.tuning import AttentionShape
 
@@ -43,7 +44,9 @@ def attention_plan(
         tiles = sum(len(_tiles(owner, queries, shape)) for _, _, owner in pieces)
         if tiles >= shape.target_tiles or longest == shape.min_segments:
             break
-    return _as_tensors(pieces, queries, num_tokens, segment_keys, shape, page_table)
+    sizes = dict(page_size=page_size, num_tokens=num_tokens, shape=shape)
+    units = attention_units(table, lengths, queries, **sizes)
+    return _as_tensors(pieces, queries, num_tokens, segment_keys, shape, page_table, units)
 
 
 def _owners(
@@ -110,6 +113,7 @@ def _as_tensors(
     segment_keys: int,
     shape: AttentionShape,
     page_table: Tensor,
+    units: tuple[Tensor, Tensor],
 ) -> AttentionPlan:
     max_tiles = shape.max_tiles + shape.max_pieces * page_table.shape[0]
     tiles = torch.zeros(max_tiles, 4, dtype=torch.int32)
@@ -127,5 +131,5 @@ def _as_tensors(
             tiles[number] = torch.tensor([index, *tile], dtype=torch.int32)
             number += 1
     counts = torch.tensor([number, len(pieces)], dtype=torch.int32)
-    tensors = (tiles, query_order, bounds, token_row, counts)
+    tensors = (tiles, query_order, bounds, token_row, counts, *units)
     return AttentionPlan(*(tensor.to(page_table.device) for tensor in tensors), shape.tile_tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockbatch_kernels.structs import AttentionPlan
 from blockbatch_kernels.triton.launch import on_device_of_first
-from blockbatch_kernels.tuning import AttentionShape
+from blockbatch_kernels.tuning import UNIT_INTEGERS, AttentionShape
 
 _BLOCK_COLUMNS = 16
 _BLOCK_TOKENS = 256
@@ -333,6 +333,8 @@ def attention_plan(
         pieces=empty(max_pieces, 2),
         token_row=empty(num_tokens),
         counts=empty(2),
+        units=empty(0, UNIT_INTEGERS),  # the CUDA backend's alone
+        arrivals=empty(0),
         tile_tokens=shape.tile_tokens,
     )
     owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)

@@ -36,6 +36,7 @@ class KVCache:
     Attributes:
         kv: [layers, 2, pages, page_size, num_kv_heads, head_dim].
         page_table: [rows, pages_per_row] int32, -1 before the first forward.
+        distinct_rows: what the host knows of the rows of the next forward, see `bbk.attention_plan`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class KVCache:
         shape = (num_layers, 2, num_rows * columns, page_size, num_kv_heads, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.page_table = torch.full((num_rows, columns), -1, dtype=torch.int32, device=device)
+        self.distinct_rows = num_rows
 
     def reset(self) -> None:
         """Back to no pages at all; what they hold is never read before it is written anew."""

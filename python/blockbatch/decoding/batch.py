@@ -43,6 +43,7 @@ class Batch:
         self._host = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, pin_memory=on_gpu)
         self._finished = torch.zeros(num_requests, dtype=torch.bool, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
+        self._sources = list(range(num_rows))
 
     def most_tokens(self) -> int:
         """Packed tokens of the largest block step that can come up."""
@@ -61,7 +62,15 @@ class Batch:
         canvas = self.state.prompt_length + self.state.gen_length
         self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
         self.cache.reset()
+        self._sources = list(range(self.state.num_rows))
         bbk.initial_plan(self.state, self.method.params, out=self.plan, backend=self.backend)
+
+    def note_sources(self, source_row: list[int]) -> None:
+        """Keeps in mind which rows share what a full forward computed, all but their windows from then on."""
+        for row, source in enumerate(source_row):
+            if source >= 0:
+                self._sources[row] = source
+        self.cache.distinct_rows = len(set(self._sources))
 
     def copy_plan_to_host(self) -> None:
         """Starts the copy that `host_plan` waits for."""

@@ -41,8 +41,10 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
         query_end = torch.zeros_like(batch.plan.query_end)
         query_end[rows] = batch.plan.query_end[rows]
         chunk = batch.plan._replace(query_end=query_end)
+        batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
         parts.append(_predict(model, batch, chunk, tokens, predict_capacity))
     batch.cache.share(batch.plan.source_row)
+    batch.note_sources(plan.source_row)
     _apply_policy(batch, _concatenate(parts))
 
 

@@ -1,4 +1,4 @@
-"""Block steps as CUDA graphs, one for each packed capacity."""
+"""Block steps as CUDA graphs, one for each packed capacity and kind of attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.forward import block_denoise
+from blockbatch_kernels import tuning
 
 # Larger packs keep the GPU busy for longer than the host needs to launch them.
 MAX_GRAPH_TOKENS = 4096
@@ -33,7 +34,8 @@ class StepGraphs:
 
     def __init__(self, model, batch: Batch) -> None:
         self._model, self._batch = model, batch
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # By capacity and by whether the attention is planned in units.
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = None
         # Not only is padding beyond it useless: the matrix library is faster on 252 rows than on 256.
         self._most = batch.most_tokens()
@@ -52,20 +54,28 @@ class StepGraphs:
     def run(self, tokens: int) -> None:
         """One block step of `tokens` packed tokens; returns while the device works."""
         capacity = min(packed_capacity(tokens), self._most)
+        key = capacity, self._plans_units()
         if capacity > MAX_GRAPH_TOKENS:
             block_denoise(self._model, self._batch, tokens, tokens)
-        elif capacity in self._graphs:
-            self._graphs[capacity].replay()
+        elif key in self._graphs:
+            self._graphs[key].replay()
         else:
             # This step is real work and warms up what a capture must not do: loading kernels, choosing
             # algorithms.
             block_denoise(self._model, self._batch, capacity, capacity)
-            self._capture(capacity)
+            self._graphs[key] = self._capture(capacity)
 
-    def _capture(self, capacity: int) -> None:
+    def _plans_units(self) -> bool:
+        spec, cache = self._model.spec, self._batch.cache
+        heads, pages_per_row = (spec.num_heads, spec.num_kv_heads), cache.page_table.shape[1]
+        return tuning.plans_units(
+            *heads, cache.page_size, pages_per_row, cache.distinct_rows, self._batch.device
+        )
+
+    def _capture(self, capacity: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # The graphs run one after the other, so all can work in the same memory.
         with torch.cuda.graph(graph, pool=self._pool):
             block_denoise(self._model, self._batch, capacity, capacity)
         self._pool = self._pool or graph.pool()
-        self._graphs[capacity] = graph
+        return graph

@@ -83,6 +83,7 @@ class Model:
             cache.kv,
             cache.page_table,
             seqlens_k,
+            distinct_rows=cache.distinct_rows,
             backend=self.backend,
         )
         top_token, confidence, probe_probability = bbk.lm_head_confidence(

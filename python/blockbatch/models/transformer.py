@@ -46,6 +46,7 @@ def forward(
     page_table: Tensor,
     seqlens_k: Tensor,
     *,
+    distinct_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
@@ -55,6 +56,7 @@ def forward(
         kv: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* at the queries' slots.
         page_table: [rows, pages_per_row] int32.
         seqlens_k: [rows] int32.
+        distinct_rows: see `blockbatch_kernels.attention_plan`.
 
     Returns:
         [capacity, hidden_size], after the final norm.
@@ -71,6 +73,7 @@ def forward(
             num_tokens=packed.input_ids.shape[0],
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
+            distinct_rows=distinct_rows,
             backend=backend,
         )
     # Nothing writes the weights once they are loaded.

@@ -1,0 +1,63 @@
+// What makes a plan: threads that run on a GPU, or as a group of one on the host, and little arithmetic.
+#pragma once
+
+#include <climits>
+
+#include "attention.h"
+#include "common.cuh"
+
+namespace bbk {
+
+// The threads that make a plan together.
+struct ThreadGroup {
+  int* scratch;  // one integer that all of them see
+
+  __host__ __device__ int rank() const {
+#ifdef __CUDA_ARCH__
+    return threadIdx.x;
+#else
+    return 0;
+#endif
+  }
+
+  __host__ __device__ int size() const {
+#ifdef __CUDA_ARCH__
+    return blockDim.x;
+#else
+    return 1;
+#endif
+  }
+
+  __host__ __device__ void sync() const {
+#ifdef __CUDA_ARCH__
+    __syncthreads();
+#endif
+  }
+
+  // Calls body(i) for every i below `number`, spread over the threads.
+  template <typename Body>
+  __host__ __device__ void for_each(int number, Body body) const {
+    for (int i = rank(); i < number; i += size()) body(i);
+  }
+
+  // The smallest value of all threads; also a sync().
+  __host__ __device__ int minimum(int value) const {
+#ifdef __CUDA_ARCH__
+    __syncthreads();
+    if (threadIdx.x == 0) *scratch = INT_MAX;
+    __syncthreads();
+    value = __reduce_min_sync(0xffffffffu, value);
+    if (threadIdx.x % 32 == 0) atomicMin(scratch, value);
+    __syncthreads();
+    return *scratch;
+#else
+    return value;
+#endif
+  }
+};
+
+__host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ inline int larger(int a, int b) { return a < b ? b : a; }
+__host__ __device__ inline int quotient_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+}  // namespace bbk
