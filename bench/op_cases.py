@@ -247,6 +247,7 @@ def attention_case(
                 num_tokens=tokens,
                 num_heads=heads,
                 num_kv_heads=kv_heads,
+                distinct_rows=1 if shared else rows,
                 backend=backend,
             )
 

@@ -74,6 +74,7 @@ def step_case(op: str, spec: ModelSpec, length: int, device: torch.device) -> Ca
                 num_tokens=case.tokens,
                 num_heads=spec.num_heads,
                 num_kv_heads=spec.num_kv_heads,
+                distinct_rows=cache.distinct_rows,
                 backend=backend,
             )[:5]
         )

@@ -101,13 +101,6 @@ __device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
   prefetch(params.token_row, 4 * params.num_tokens);
 }
 
-// From here on the next kernel of the stream may be scheduled, and wait.
-__device__ __forceinline__ void allow_successors() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // Launches a kernel that calls wait_for_predecessors() first.
 template <auto kKernel, typename Params>
 void launch_shared(dim3 grid, int threads, int shared_bytes, const AttentionParams& attention,

@@ -3,8 +3,6 @@
 // a tile, and rows with pages of their own follow in the same accumulators. Only a tile that crosses from one
 // stretch into the next leaves partial results, which the processor with the tile's last units adds to its
 // own.
-#include <cudaTypedefs.h>
-
 #include "attention_sm90.cuh"
 
 namespace bbk {
@@ -310,9 +308,7 @@ class Block {
     int num_keys;
   };
 
-  __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(index_ + 1) : "memory");
-  }
+  __device__ __forceinline__ void sync() const { named_barrier(index_ + 1, 128); }
 
   // Of the warp.
   __device__ __forceinline__ bool has_rows() const {
@@ -405,7 +401,7 @@ class Block {
     barrier_wait(keys_.full(), keys_.phase);
     start_scores<S>(score, rows_, keys_.tile());
     Task next = look_up(unit + 1);
-    wait_for_products<0>();
+    wgmma_wait<0>();
     keep_in_registers(score);
     release(keys_);
     bool takes_part = weigh(score, task, correction);
@@ -419,11 +415,11 @@ class Block {
       start_weighing<S>(state_, weights, values_.tile());
       task = next;
       next = look_up(++unit + 1);
-      wait_for_products<1>();
+      wgmma_wait<1>();
       keep_in_registers(score);
       release(keys_);
       takes_part = weigh(score, task, correction);
-      wait_for_products<0>();
+      wgmma_wait<0>();
       keep_in_registers(state_.out);
       release(values_);
       pack(score, takes_part, weights);
@@ -432,7 +428,7 @@ class Block {
     barrier_wait(values_.full(), values_.phase);
     clear_missing_values(task);
     start_weighing<S>(state_, weights, values_.tile());
-    wait_for_products<0>();
+    wgmma_wait<0>();
     keep_in_registers(state_.out);
     release(values_);
     task = next;

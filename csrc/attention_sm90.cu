@@ -1,11 +1,10 @@
 // Attention on sm_90a, for bf16 and fp16 with a head_dim of 64 or 128 and pages of a multiple of 8 keys. The
 // copy engine fills a ring of stages of K and V, page by page; each warpgroup multiplies 64 rows by wgmma
 // straight from the ring. Softmax is online, in fp32 and base 2.
-#include <cudaTypedefs.h>
-
 #include <initializer_list>
 
 #include "attention_sm90.cuh"
+#include "tensor_map.cuh"
 
 namespace bbk {
 namespace {
@@ -104,7 +103,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
 
   barrier_wait(keys.full(), keys.phase);
   start_scores<S>(score, rows, keys.tile());
-  wait_for_products<0>();
+  wgmma_wait<0>();
   keep_in_registers(score);
   release(keys);
   int first_key = item.key_start;
@@ -118,7 +117,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
     start_scores<S>(score, rows, keys.tile());
     barrier_wait(values.full(), values.phase);
     start_weighing<S>(state, weights, values.tile());
-    wait_for_products<1>();
+    wgmma_wait<1>();
     keep_in_registers(score);
     release(keys);
     const int next_key = first_key + kStageKeys;
@@ -126,7 +125,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
       if (next_key + kStageKeys > item.key_end) mask_scores(score, next_key, item.key_end);
       state.weigh(score, scale, correction);
     }
-    wait_for_products<0>();
+    wgmma_wait<0>();
     keep_in_registers(state.out);
     release(values);
     if (has_rows) {
@@ -140,7 +139,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
                     item.key_end - first_key);
   }
   start_weighing<S>(state, weights, values.tile());
-  wait_for_products<0>();
+  wgmma_wait<0>();
   keep_in_registers(state.out);
   release(values);
   state.finish();
@@ -223,24 +222,6 @@ void launch_sm90(const Sm90Params& params, const Launch& launch) {
   launch_sm90<T, 128>(params, launch);
 }
 
-// The driver's function that describes a tensor to the copy engine. Linking it would need libcuda at load
-// time, which a machine without a GPU does not have.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault,
-                                                &found),
-               kOp);
-    if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error(
-          "blockbatch_kernels.varlen_attention: the driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(pointer);
-  }();
-  return function;
-}
-
 // Code for another architecture than sm_90a leaves the kernel empty: it needs hardly a register.
 bool has_machine_code() {
   cudaFuncAttributes attributes;
@@ -252,25 +233,10 @@ bool has_machine_code() {
 
 CUtensorMap sm90_cache_map(const AttentionParams& params, const void* cache, int64_t page_stride,
                            int64_t token_stride, int64_t head_stride, int box_keys) {
-  const cuuint64_t sizes[] = {
-      static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(params.page_size),
-      static_cast<cuuint64_t>(params.num_kv_heads), static_cast<cuuint64_t>(params.num_pages)};
-  const cuuint64_t bytes[] = {static_cast<cuuint64_t>(2 * token_stride),
-                              static_cast<cuuint64_t>(2 * head_stride),
-                              static_cast<cuuint64_t>(2 * page_stride)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_keys), 1, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  const auto type =
-      params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  CUtensorMap map;
-  const CUresult status = tensor_map_encoder()(
-      &map, type, 4, const_cast<void*>(cache), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error("blockbatch_kernels.varlen_attention: cuTensorMapEncodeTiled returned error " +
-                             std::to_string(status));
-  }
-  return map;
+  return tensor_map<4>(kOp, "cache", cache, params.dtype,
+                       {params.head_dim, params.page_size, params.num_kv_heads, params.num_pages},
+                       {token_stride, head_stride, page_stride}, {kSwizzledRowBytes / 2, box_keys, 1, 1},
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) {

@@ -61,11 +61,11 @@ __device__ __forceinline__ void clear_values(unsigned char* values, int num_keys
   }
   publish_stores();
   if (threadIdx.x < 128) {
-    asm volatile("bar.sync 1, 128;\n" ::: "memory");
+    named_barrier(1, 128);
   } else if (threadIdx.x < 256) {
-    asm volatile("bar.sync 2, 128;\n" ::: "memory");
+    named_barrier(2, 128);
   } else {
-    asm volatile("bar.sync 3, 128;\n" ::: "memory");
+    named_barrier(3, 128);
   }
 }
 
@@ -73,14 +73,14 @@ __device__ __forceinline__ void clear_values(unsigned char* values, int num_keys
 template <class S, typename T, int kHeadDim>
 __device__ __forceinline__ void start_scores(float (&score)[S::kStageKeys / 8][4],
                                              const QueryRows<T, kHeadDim>& rows, uint32_t keys) {
-  const uint64_t matrix = matrix_descriptor(keys, 16);
-  start_products();
+  const uint64_t matrix = matrix_descriptor(keys);
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     multiply_warpgroup<T, false>(score, rows.values[k], matrix + (k / 4 * S::kSliceBytes + k % 4 * 32) / 16,
                                  k > 0);
   }
-  commit_products();
+  wgmma_commit();
 }
 
 template <class S, typename T, int kHeadDim>
@@ -89,12 +89,12 @@ __device__ __forceinline__ void start_weighing(RowState<T, kHeadDim>& state,
                                                uint32_t values) {
   const uint64_t matrix = matrix_descriptor(values, S::kSliceBytes);
   keep_in_registers(state.out);
-  start_products();
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < S::kStageKeys / 16; ++k) {
     multiply_warpgroup<T, true>(state.out, weights[k], matrix + k * kSwizzledRowBytes, true);
   }
-  commit_products();
+  wgmma_commit();
 }
 
 template <class S>

@@ -37,10 +37,6 @@ __device__ __forceinline__ float row_sum(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // The queries of a warp's rows as left operands of 16 x 16, and where their results go.
 template <typename T, int kHeadDim>
 struct QueryRows {

@@ -1,44 +1,15 @@
-// What attention on sm_90a takes from the hardware: the tensor copy engine with its barriers, and wgmma.
+// What attention alone takes from sm_90a: copies of boxes of the cache, and wgmma with its left operand in
+// registers.
 #pragma once
 
-#include <cuda.h>
+#include <type_traits>
 
 #include "common.cuh"
+#include "sm90.cuh"
 
 namespace bbk {
 
-// Bytes of a row in shared memory under the 128-byte swizzle: 64 elements.
-constexpr int kSwizzledRowBytes = 128;
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra wait;\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 
 // A box of the tensor to shared memory; its bytes count towards the barrier.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, int x0,
@@ -48,33 +19,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       "%5}], [%6];\n" ::"r"(target),
       "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
-
-// Warpgroups trade registers: all of its warps call one of these.
-template <int kNumber>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kNumber));
-}
-
-template <int kNumber>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kNumber));
-}
-
-// Between registers written by ordinary instructions and products that use them.
-__device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
-
-__device__ __forceinline__ void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from moving arithmetic on accumulators across a wait or a start of products.
@@ -90,15 +34,6 @@ __device__ __forceinline__ void keep_in_registers(float (&c)[kTiles][4]) {
 // Makes what this thread stored to shared memory visible to wgmma and the copy engine.
 __device__ __forceinline__ void publish_stores() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
-
-// A matrix in shared memory with the 128-byte swizzle. Groups of eight rows follow each other; `slice_bytes`
-// lead from one 64-element slice to the next, for matrices whose columns are wider than one.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int slice_bytes) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kGroupBytes = 8 * kSwizzledRowBytes;
-  return kSwizzle128 | (kGroupBytes >> 4) << 32 | static_cast<uint64_t>(slice_bytes >> 4) << 16 |
-         (address & 0x3ffff) >> 4;
 }
 
 #define BBK_REGISTERS_32                                                                                 \

@@ -78,6 +78,11 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// A pointer to shared memory as instructions take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
 // As many elements as one 16-byte memory transaction of a thread moves.
 template <typename T>
 struct alignas(16) Vec {

@@ -1,9 +1,8 @@
 // Matrix products of a step's few tokens with the transformer's weights, on sm_90: the host side.
 // gemm_kernel.cuh holds the kernel.
-#include <cudaTypedefs.h>
-
 #include "gemm.h"
 #include "gemm_kernel.cuh"
+#include "tensor_map.cuh"
 
 namespace bbk {
 namespace {
@@ -14,63 +13,22 @@ constexpr char kOp[] = "linear";
   throw std::invalid_argument(std::string("blockbatch_kernels.") + kOp + ": " + what);
 }
 
-// The driver's function that describes a tensor to the copy engine. Linking it would need libcuda at load
-// time, which a machine without a GPU does not have.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault,
-                                                &found),
-               kOp);
-    if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("blockbatch_kernels.linear: the driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(pointer);
-  }();
-  return function;
-}
-
-// A tensor of 16-bit elements, its sizes and strides (in elements, without the first, which is 1) from the
-// innermost on, read in boxes that leave in rows of 128 swizzled bytes. What lies outside reads as zero.
-template <int kDims>
-CUtensorMap tensor_map(const char* name, const void* pointer, DType dtype, const int64_t (&sizes)[kDims],
-                       const int64_t (&strides)[kDims - 1], const int (&box)[kDims]) {
-  cuuint64_t size[kDims], bytes[kDims - 1];
-  cuuint32_t boxes[kDims], steps[kDims];
-  for (int i = 0; i < kDims; ++i) {
-    size[i] = static_cast<cuuint64_t>(sizes[i]);
-    boxes[i] = static_cast<cuuint32_t>(box[i]);
-    steps[i] = 1;
-  }
-  for (int i = 0; i < kDims - 1; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * 2;
-  CUtensorMap map;
-  const CUresult status = tensor_map_encoder()(
-      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      kDims, const_cast<void*>(pointer), size, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error(std::string("blockbatch_kernels.linear: ") + name +
-                             ": cuTensorMapEncodeTiled returned error " + std::to_string(status));
-  }
-  return map;
-}
-
 template <class S>
 void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cudaStream_t stream) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
-  const CUtensorMap x_map = tensor_map<2>("x", p.x, p.dtype, {p.in_features, p.num_tokens}, {p.x_row_stride},
-                                          {S::kBlockK, S::kTokens});
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const CUtensorMap x_map = tensor_map<2>(kOp, "x", p.x, p.dtype, {p.in_features, p.num_tokens},
+                                          {p.x_row_stride}, {S::kBlockK, S::kTokens}, kPromotion);
   CUtensorMap weight_map;
   if constexpr (S::kGated) {
     // Eight gates, eight ups, the next eight gates, ...: a thread's two rows are a gate and its up.
     weight_map =
-        tensor_map<4>("weight", p.weight, p.dtype, {p.in_features, 8, 2, p.out_features / 8},
+        tensor_map<4>(kOp, "weight", p.weight, p.dtype, {p.in_features, 8, 2, p.out_features / 8},
                       {p.weight_row_stride, p.out_features * p.weight_row_stride, 8 * p.weight_row_stride},
-                      {S::kBlockK, 8, 2, S::kRows / 16});
+                      {S::kBlockK, 8, 2, S::kRows / 16}, kPromotion);
   } else {
-    weight_map = tensor_map<2>("weight", p.weight, p.dtype, {p.in_features, p.out_features},
-                               {p.weight_row_stride}, {S::kBlockK, S::kRows / S::kShares});
+    weight_map = tensor_map<2>(kOp, "weight", p.weight, p.dtype, {p.in_features, p.out_features},
+                               {p.weight_row_stride}, {S::kBlockK, S::kRows / S::kShares}, kPromotion);
   }
   GemmArgs args;
   args.out = p.out;

@@ -5,6 +5,7 @@
 #include "common.cuh"
 #include "gemm.h"
 #include "gemm_sm90.cuh"
+#include "launch.cuh"
 
 namespace bbk {
 
@@ -111,20 +112,20 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
     if constexpr (S::kGated) {
       const int column = warp * 8;
       const uint32_t address =
-          sm90::shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
-      sm90::store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
-                                          pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
+          shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
+      store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
+                                    pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
     } else {
       const int column = warp * 16 + 8 * (matrix % 2);
       const uint32_t address =
-          sm90::shared_address(staging) + ((token + 8 * (matrix / 2)) * S::kStagingPitch + column) * 2;
-      sm90::store_four_matrices_transposed(address, pack_pair<T>(d[0] + bias_low, d[1] + bias_low),
-                                           pack_pair<T>(d[2] + bias_high, d[3] + bias_high),
-                                           pack_pair<T>(d[4] + bias_low, d[5] + bias_low),
-                                           pack_pair<T>(d[6] + bias_high, d[7] + bias_high));
+          shared_address(staging) + ((token + 8 * (matrix / 2)) * S::kStagingPitch + column) * 2;
+      store_four_matrices_transposed(address, pack_pair<T>(d[0] + bias_low, d[1] + bias_low),
+                                     pack_pair<T>(d[2] + bias_high, d[3] + bias_high),
+                                     pack_pair<T>(d[4] + bias_low, d[5] + bias_low),
+                                     pack_pair<T>(d[6] + bias_high, d[7] + bias_high));
     }
   }
-  sm90::named_barrier(2 + group, 128);
+  named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
   const int first_token = (S::kShares > 1 ? blockIdx.z * S::kTokens : 0) + 8 * kFirst;
@@ -154,12 +155,12 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   if constexpr (kPart < S::kSplits) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t remote = sm90::remote_address(parts, kPart) + slot * S::kPartBytes;
+      const uint32_t remote = remote_address(parts, kPart) + slot * S::kPartBytes;
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        sm90::store_remote(remote + part_index<S>(group, j) * 16, &sums[4 * (kFirst + j)]);
+        store_remote(remote + part_index<S>(group, j) * 16, &sums[4 * (kFirst + j)]);
       }
     }
     send_parts<S, kPart + 1>(sums, parts, split, group);
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                 const GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t stages = sm90::shared_address(shared);
+  const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
@@ -215,61 +216,61 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int count = (split + 1) * args.num_k_blocks / S::kSplits - k_begin;
 
   if (threadIdx.x == 0) {
-    sm90::prefetch_map(&x_map);
-    sm90::prefetch_map(&weight_map);
+    prefetch_map(&x_map);
+    prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
-      sm90::barrier_init(full + 8 * stage, 1);
-      sm90::barrier_init(empty + 8 * stage, S::kShares * S::kGroups * 4);
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, S::kShares * S::kGroups * 4);
     }
-    sm90::barrier_init_fence();
+    publish_barriers();
   }
   __syncthreads();
-  if constexpr (S::kSplits * S::kShares > 1) sm90::cluster_barrier();
-  sm90::allow_next_kernel();
+  if constexpr (S::kSplits * S::kShares > 1) cluster_barrier();
+  allow_successors();
 
-  const uint64_t read_once = sm90::evict_first_policy();
-  const uint64_t keep = sm90::evict_last_policy();
+  const uint64_t read_once = evict_first_policy();
+  const uint64_t keep = evict_last_policy();
   const auto fetch_weight = [&](int i) {
     const int stage = i % S::kStages;
     const uint32_t barrier = full + 8 * stage;
-    sm90::barrier_arrive_expect(barrier, S::kStageBytes);
+    barrier_arrive_expecting(barrier, S::kStageBytes);
     const uint32_t target = stages + stage * S::kStageBytes;
     const int k = (k_begin + i) * S::kBlockK;
     if constexpr (S::kGated) {
-      sm90::load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
+      load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
     } else if constexpr (S::kShares > 1) {
       // A part of the tile into all CTAs of the cluster.
       constexpr int kRowsEach = S::kRows / S::kShares;
-      sm90::load_tile_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map, k,
-                                first_row + share * kRowsEach, barrier, (1 << S::kShares) - 1, read_once);
+      load_tile_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map, k,
+                          first_row + share * kRowsEach, barrier, (1 << S::kShares) - 1, read_once);
     } else {
-      sm90::load_tile(target, &weight_map, k, first_row, barrier, read_once);
+      load_tile(target, &weight_map, k, first_row, barrier, read_once);
     }
   };
   const auto fetch_x = [&](int i) {
     const int stage = i % S::kStages;
-    sm90::load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
-                    share * S::kTokens, full + 8 * stage, keep);
+    load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
+              share * S::kTokens, full + 8 * stage, keep);
   };
   const auto fetch_first = [&] {
     // A weight that nobody writes comes while the kernel before still runs.
-    if (!args.static_weight) sm90::wait_for_previous_kernel();
+    if (!args.static_weight) wait_for_predecessors();
     const int ahead = count < S::kStages ? count : S::kStages;
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) fetch_weight(i);
-    sm90::wait_for_previous_kernel();
+    wait_for_predecessors();
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) fetch_x(i);
   };
   // Waits until all that compute with it are done with what block i replaces.
   const auto fetch = [&](int i) {
-    sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
+    barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
     fetch_weight(i);
     fetch_x(i);
   };
 
   if (warpgroup == S::kGroups) {
-    sm90::give_registers<S::kProducerRegisters>();
+    give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kGroups * 128) {
       fetch_first();
 #pragma unroll 1
@@ -277,49 +278,49 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       if constexpr (S::kShares > 1) {
         // The other CTA arrives at these barriers for the last time: they must still be there.
         for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
-          sm90::barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
+          barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
         }
       }
     }
     __syncwarp();
     if constexpr (S::kSplits > 1) {
-      sm90::cluster_barrier();
-      sm90::cluster_barrier_with_writes();
+      cluster_barrier();
+      cluster_barrier_with_writes();
     }
   } else {
     if constexpr (S::kProducer) {
-      sm90::take_registers<S::kConsumerRegisters>();
+      take_registers<S::kConsumerRegisters>();
     } else {
       if (threadIdx.x == 0) fetch_first();
       __syncwarp();
     }
-    using Product = sm90::Wgmma<typename S::T, S::kTokens>;
+    using Product = Wgmma<typename S::T, S::kTokens>;
     const int lane = threadIdx.x % 32;
     const auto release = [&](int i) {
       const uint32_t barrier = empty + 8 * (i % S::kStages);
       if constexpr (S::kShares > 1) {
-        if (lane < S::kShares) sm90::barrier_arrive_remote(sm90::remote_address(barrier, lane));
+        if (lane < S::kShares) barrier_arrive_remote(remote_address(barrier, lane));
       } else {
-        if (lane == 0) sm90::barrier_arrive(barrier);
+        if (lane == 0) barrier_arrive(barrier);
       }
     };
     float sums[S::kTokens / 2];
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int stage = i % S::kStages;
-      sm90::barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+      barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
       const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * S::kBlockK * 2;
-      const uint64_t a = sm90::operand_descriptor(weight);
-      const uint64_t b = sm90::operand_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
-      sm90::wgmma_fence();
+      const uint64_t a = matrix_descriptor(weight);
+      const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < S::kBlockK / 16; ++k) {
         // Descriptors count in 16 bytes: 16 elements of K are 2.
         Product::run(sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
       }
-      sm90::wgmma_commit();
+      wgmma_commit();
       // Products of the block before are done: its stage may be filled again.
-      sm90::wgmma_wait<1>();
+      wgmma_wait<1>();
       if (i > 0) {
         release(i - 1);
         if constexpr (!S::kProducer) {
@@ -328,18 +329,18 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
       }
     }
-    sm90::wgmma_wait<0>();
+    wgmma_wait<0>();
     if constexpr (S::kShares > 1) release(count - 1);
-    sm90::wait_for_previous_kernel();
+    wait_for_predecessors();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplits > 1) {
       __syncwarp();
-      sm90::cluster_barrier();  // nobody reads a pipeline any more
+      cluster_barrier();  // nobody reads a pipeline any more
       send_parts<S>(sums, stages, split, warpgroup);
-      sm90::cluster_barrier_with_writes();
+      cluster_barrier_with_writes();
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
     } else {
-      sm90::named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
+      named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
       write_out<S, 0>(sums, staging, args, first_row, warpgroup);
     }
   }

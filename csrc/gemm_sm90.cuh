@@ -1,39 +1,17 @@
-// Building blocks of matrix products on sm_90a: mbarriers, the copy engine (TMA), wgmma, clusters and
-// dependent launches, each a thin name over its instruction.
+// What matrix products alone take from sm_90a: clusters, copies of tiles, wgmma with both operands in shared
+// memory, and transposing stores, each a thin name over its instruction.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "sm90.cuh"
+
 namespace bbk {
-namespace sm90 {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// --- barriers in shared memory
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers visible to the cluster and to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
+// --- clusters
 
 // Arrives at a barrier of another CTA of the cluster. It orders no writes beyond the CTA, which would cost a
 // fence of the whole GPU: such an arrival says that reads are over.
@@ -41,19 +19,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t remote) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Every thread of the cluster waits for every other; what fence.mbarrier_init published is visible after it.
+// Every thread of the cluster waits for every other; what publish_barriers() published is visible after it.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -76,39 +42,7 @@ __device__ __forceinline__ void store_remote(uint32_t remote, const float* value
                : "memory");
 }
 
-// --- dependent launches
-
-// Waits until the kernels before this one in the stream are complete and their writes visible.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void allow_next_kernel() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// --- registers
-
-template <int kCount>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-template <int kCount>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-// Waits for the `threads` threads that use the named barrier `id`.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // --- the copy engine
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
@@ -151,25 +85,6 @@ __device__ __forceinline__ void load_tile_4d(uint32_t target, const CUtensorMap*
 }
 
 // --- wgmma
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Describes a K-major operand in rows of 128 bytes with the 128-byte swizzle: 8 rows, 1024 bytes, a group.
-__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
-  constexpr uint64_t kGroupBytes = 1024;
-  constexpr uint64_t kSwizzle128 = 1;
-  return (static_cast<uint64_t>(address & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | ((kGroupBytes >> 4) << 32) |
-         (kSwizzle128 << 62);
-}
 
 #define BBK_F8(d, i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
@@ -262,5 +177,4 @@ __device__ __forceinline__ void store_four_matrices_transposed(uint32_t address,
                : "memory");
 }
 
-}  // namespace sm90
 }  // namespace bbk

@@ -1,6 +1,6 @@
-// Launches of the small kernels between two matrix products. On sm_90 such a kernel may be scheduled while
-// its predecessor still drains (programmatic dependent launch); its first statement then waits until
-// everything that came before it in the stream has finished and its writes are visible.
+// Programmatic dependent launches: on sm_90 a kernel may be scheduled while its predecessor still drains, and
+// then waits until everything that came before it in the stream has finished and its writes are visible. The
+// small kernels between two matrix products are launched here, and start with that wait.
 #pragma once
 
 #include <atomic>
@@ -9,21 +9,26 @@
 
 namespace bbk {
 
-// Every thread of a kernel launched by `launch` calls this before it touches memory or returns: a grid that
-// ends without having waited would let its own successor start before its predecessor is done.
+// Every thread of a kernel launched by `launch_kernel` calls this before it touches memory or returns: a grid
+// that ends without having waited would let its own successor start before its predecessor is done.
 __device__ __forceinline__ void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The same for a kernel of a few microseconds, whose successor takes its place as it ends: the successor is
-// launched now and what it does before its own wait comes for free. Where a successor's blocks find room
-// beside a long kernel's they would only take it away.
-__device__ __forceinline__ void wait_and_let_next_start() {
+// From here on the next kernel of the stream may be scheduled, and wait.
+__device__ __forceinline__ void allow_successors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Both, for a kernel of a few microseconds, whose successor takes its place as it ends: the successor is
+// launched now and what it does before its own wait comes for free. Where a successor's blocks find room
+// beside a long kernel's they would only take it away.
+__device__ __forceinline__ void wait_and_let_next_start() {
+  allow_successors();
   wait_for_predecessors();
 }
 

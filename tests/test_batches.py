@@ -37,7 +37,7 @@ def test_packed_capacities_hold_the_pack_and_are_few():
 
 
 def test_the_host_knows_how_many_rows_differ(model):
-    """After each full forward and in the block steps behind it: as many as there are different page tables."""
+    """After each full forward and in the block steps behind it: as many as there are page tables."""
     config = replace(CONFIG, refresh_interval=2, sync_threshold=32)
     apart = METHOD_BUILDERS["blockbatch"](config, model.spec, (2,))
     session = Session(model, [[1, 2, 3], [4]], apart, 32)

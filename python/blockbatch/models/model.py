@@ -75,6 +75,9 @@ class Model:
             seqlens_k: [rows] int32, canvas lengths.
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
         """
+        # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
+        # window nearly all tokens predict.
+        few = 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
         hidden = transformer.forward(
             self.spec,
             self.weights,
@@ -83,11 +86,12 @@ class Model:
             cache.kv,
             cache.page_table,
             seqlens_k,
+            wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
             backend=self.backend,
         )
         top_token, confidence, probe_probability = bbk.lm_head_confidence(
-            hidden[packed.predict_index],
+            hidden if few else hidden[packed.predict_index],
             self.weights.lm_head,
             probe_tokens=probe_tokens,
             suppress_token=self.spec.mask_token_id if self.spec.suppress_mask else None,

@@ -46,6 +46,7 @@ def forward(
     page_table: Tensor,
     seqlens_k: Tensor,
     *,
+    wanted: Tensor | None = None,
     distinct_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -56,10 +57,12 @@ def forward(
         kv: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* at the queries' slots.
         page_table: [rows, pages_per_row] int32.
         seqlens_k: [rows] int32.
+        wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
+            None: all of them.
         distinct_rows: see `blockbatch_kernels.attention_plan`.
 
     Returns:
-        [capacity, hidden_size], after the final norm.
+        [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     cos, sin = rope
@@ -100,13 +103,15 @@ def forward(
             plan=plan,
             backend=backend,
         )
+        last = index + 1 == len(weights.layers)
+        if last and wanted is not None:
+            attended, residual = attended[wanted], residual[wanted]
         projected = linear(attended.flatten(1), layer.out_weight)
         normed = bbk.rms_norm(
             projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
         )
         activated = bbk.linear_swiglu(normed, layer.gate_up_weight, static_weight=True, backend=backend)
         down = linear(activated, layer.down_weight)
-        last = index + 1 == len(weights.layers)
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
     return normed
