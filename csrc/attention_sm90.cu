@@ -10,12 +10,6 @@ namespace bbk {
 namespace {
 
 constexpr char kOp[] = "varlen_attention";
-struct Sm90Params {
-  CUtensorMap k_map;  // dimensions: head_dim, key in its page, kv head, page
-  CUtensorMap v_map;
-  AttentionParams attention;
-  int box_keys;  // keys that one copy moves
-};
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -231,12 +225,19 @@ bool has_machine_code() {
 
 }  // namespace
 
-CUtensorMap sm90_cache_map(const AttentionParams& params, const void* cache, int64_t page_stride,
-                           int64_t token_stride, int64_t head_stride, int box_keys) {
-  return tensor_map<4>(kOp, "cache", cache, params.dtype,
-                       {params.head_dim, params.page_size, params.num_kv_heads, params.num_pages},
-                       {token_stride, head_stride, page_stride}, {kSwizzledRowBytes / 2, box_keys, 1, 1},
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+Sm90Params sm90_params(const AttentionParams& params) {
+  const int keys = box_keys(params.page_size);
+  const auto cache_map = [&](const void* cache, int64_t page_stride, int64_t token_stride,
+                             int64_t head_stride) {
+    return tensor_map<4>(kOp, "cache", cache, params.dtype,
+                         {params.head_dim, params.page_size, params.num_kv_heads, params.num_pages},
+                         {token_stride, head_stride, page_stride}, {kSwizzledRowBytes / 2, keys, 1, 1},
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+  };
+  return Sm90Params{
+      cache_map(params.k_cache, params.k_page_stride, params.k_token_stride, params.k_head_stride),
+      cache_map(params.v_cache, params.v_page_stride, params.v_token_stride, params.v_head_stride), params,
+      keys};
 }
 
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) {
@@ -254,13 +255,7 @@ bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) 
 }
 
 void attention_sm90(const AttentionParams& params, const Launch& launch) {
-  Sm90Params all;
-  all.attention = params;
-  all.box_keys = box_keys(params.page_size);
-  all.k_map = sm90_cache_map(params, params.k_cache, params.k_page_stride, params.k_token_stride,
-                             params.k_head_stride, all.box_keys);
-  all.v_map = sm90_cache_map(params, params.v_cache, params.v_page_stride, params.v_token_stride,
-                             params.v_head_stride, all.box_keys);
+  const Sm90Params all = sm90_params(params);
   if (params.dtype == DType::kBFloat16) return launch_sm90<__nv_bfloat16>(all, launch);
   launch_sm90<__half>(all, launch);
 }

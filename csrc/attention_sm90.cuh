@@ -24,9 +24,15 @@ struct Shape {
   static constexpr int kSharedBytes = kHalves * kStages * (kStageBytes + 32);
 };
 
-// Describes a cache to the copy engine; dimensions: head_dim, key in its page, kv head, page.
-CUtensorMap sm90_cache_map(const AttentionParams& params, const void* cache, int64_t page_stride,
-                           int64_t token_stride, int64_t head_stride, int box_keys);
+struct Sm90Params {
+  CUtensorMap k_map;  // dimensions: head_dim, key in its page, kv head, page
+  CUtensorMap v_map;
+  AttentionParams attention;
+  int box_keys;  // keys that one copy moves
+};
+
+// Describes the caches to the copy engine.
+Sm90Params sm90_params(const AttentionParams& params);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
