@@ -256,8 +256,12 @@ def attention_plan(
     _check("seqlens_k", seqlens_k, (rows,), (torch.int32,), device)
     if distinct_rows is None:
         distinct_rows = rows
-    sizes = (("page_size", page_size, 1), ("num_tokens", num_tokens, 0), ("distinct_rows", distinct_rows, 0))
-    for name, value, least in sizes:
+    for name, value, least in (
+        ("page_size", page_size, 1),
+        ("num_tokens", num_tokens, 0),
+        ("num_heads", num_heads, 1),
+        ("distinct_rows", distinct_rows, 0),
+    ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:

@@ -120,6 +120,7 @@ WRONG_VALUES = [
     ("attention_plan", dict(num_kv_heads=0), "num_kv_heads: expected a divisor of 4, got 0"),
     ("attention_plan", dict(page_size=0), "page_size: expected at least 1, got 0"),
     ("attention_plan", dict(num_tokens=-1), "num_tokens: expected at least 0, got -1"),
+    ("attention_plan", dict(num_heads=0), "num_heads: expected at least 1, got 0"),
     ("attention_plan", dict(distinct_rows=-1), "distinct_rows: expected at least 0, got -1"),
     ("lm_head_confidence", dict(suppress_token=50), "suppress_token: expected an id below 50, got 50"),
     ("lm_head_confidence", dict(suppress_token=-1), "suppress_token: expected an id below 50, got -1"),

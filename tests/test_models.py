@@ -5,6 +5,7 @@ import torch
 
 import blockbatch
 import blockbatch_kernels as bbk
+from blockbatch.models import transformer
 from plain_models import PlainModel, write_dream, write_llada
 
 CHECKPOINTS = {
@@ -63,21 +64,44 @@ def run(model, cache, state, plan, seqlens_k):
     return model.predict(packed, cache, seqlens_k)
 
 
+def first_forward(model, prompt_length, gen_length):
+    """State, plan, lengths and prepared cache of two branches at the beginning."""
+    prompt = random_ids(model, prompt_length).int()
+    prompt[prompt == model.spec.mask_token_id] = 0
+    sizes, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([4, 16], [prompt_length]))
+    state = bbk.BranchState.create(prompt.unsqueeze(0), lengths, sizes, gen_length, model.spec.mask_token_id)
+    params = bbk.PolicyParams(model.spec.mask_token_id, (0,), prediction_offset=model.spec.prediction_offset)
+    canvas = prompt_length + gen_length
+    cache, plan = model.new_cache(1, 2, canvas), bbk.initial_plan(state, params)
+    cache.prepare(plan)
+    return state, plan, torch.full((2,), canvas, dtype=torch.int32), cache
+
+
+def test_few_predictions_of_a_long_pack(folder, monkeypatch):
+    """The last layer computes the tokens that predict alone: the same comes out, keys and values too."""
+    model = blockbatch.load_model(folder, device="cpu")
+    state, plan, seqlens_k, cache = first_forward(model, 40, 16)
+    forward, seen = transformer.forward, []
+
+    def whole(*arguments, wanted, **options):
+        seen.append(wanted)
+        return forward(*arguments, **options)[wanted]
+
+    few = run(model, cache, state, plan, seqlens_k)
+    kv = cache.kv.clone()
+    monkeypatch.setattr(transformer, "forward", whole)
+    all_tokens = run(model, cache, state, plan, seqlens_k)
+    assert len(seen[0]) == 16
+    assert torch.equal(few.top_token, all_tokens.top_token)
+    torch.testing.assert_close(few.confidence, all_tokens.confidence, rtol=1e-5, atol=0)
+    assert torch.equal(kv, cache.kv)
+
+
 def test_block_forward_right_after_a_full_forward_agrees_with_it(folder):
     """With nothing changed since the full forward, a window's predictions must be the full forward's."""
     model = blockbatch.load_model(folder, device="cpu")
-    offset = model.spec.prediction_offset
-    prompt, gen_length = random_ids(model, 9).int(), 32
-    prompt[prompt == model.spec.mask_token_id] = 0
-    sizes = torch.tensor([4, 16], dtype=torch.int32)
-    state = bbk.BranchState.create(
-        prompt.unsqueeze(0), torch.tensor([9], dtype=torch.int32), sizes, gen_length, model.spec.mask_token_id
-    )
-    params = bbk.PolicyParams(model.spec.mask_token_id, (0,), prediction_offset=offset)
-    cache = model.new_cache(1, 2, 9 + gen_length)
-    seqlens_k = torch.tensor([41, 41], dtype=torch.int32)
-    plan = bbk.initial_plan(state, params)
-    cache.prepare(plan)
+    offset, gen_length = model.spec.prediction_offset, 32
+    state, plan, seqlens_k, cache = first_forward(model, 9, gen_length)
     full = run(model, cache, state, plan, seqlens_k)
     cache.share(plan.source_row)
 
