@@ -93,6 +93,8 @@ def run_in_terminal(arguments, columns=80, rows=24, on_output=None, **env):
     process = subprocess.Popen(
         [sys.executable, "-m", "blockbatch", *arguments],
         stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**env), start_new_session=True,
+        # A shell starts what it puts into the background deaf to interrupts, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     output = b""
