@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import op_cases
+import peers
 import state_op_cases
 import torch
 from op_cases import Case, Outputs
@@ -189,7 +190,7 @@ def main() -> None:
             print(f"{name} {show(line)}", flush=True)
             clean(device)
         models[name] = lines
-    write_report(options, device, ceilings=limits, models=models)
+    write_report(options, device, ceilings=limits, peers=peers.versions(), models=models)
 
 
 if __name__ == "__main__":

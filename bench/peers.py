@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k cache, v cache -> out
+
+_PACKAGES = ("flashinfer-python", "tokenspeed-fa3", "liger-kernel")
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages compared with; None where one is not installed. FlashAttention 2 is torch's."""
+    found = dict.fromkeys(_PACKAGES)
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def liger_add_rms_norm(eps: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:

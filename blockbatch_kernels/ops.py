@@ -238,6 +238,7 @@ def attention_plan(
 
     Rows whose pages are the same over a stretch of keys are computed together there. Keys are cut finer while
     there are too few tiles to fill the GPU. `reference/attention_plan.py` fixes the result bit for bit.
+    A plan serves one stream at a time.
 
     Args:
         page_table: [rows, pages_per_row] int32.
@@ -329,6 +330,11 @@ def varlen_attention(
         _check("plan.counts", plan.counts, (2,), (torch.int32,), q.device)
         _check("plan.units", plan.units, (None, tuning.UNIT_INTEGERS), (torch.int32,), q.device)
         _check("plan.arrivals", plan.arrivals, (None,), (torch.int32,), q.device)
+        if plan.units.shape[0] > 0 and plan.arrivals.shape[0] < 2:
+            raise ValueError(
+                f"plan.arrivals: expected 2 for each processor, since the plan has units, got "
+                f"{plan.arrivals.shape[0]}"
+            )
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
     if plan is None:

@@ -106,7 +106,7 @@ def plans_units(
     distinct_rows: int,
     device: torch.device,
 ) -> bool:
-    """Whether the kernel that takes its work in units is the fastest for so many rows of different pages.
+    """Whether the kernel that takes its work in units is the fastest for attention on `device`.
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
     Microseconds a layer on an H100 in bf16 (the faster of the others); 32 heads of 128 elements, or
@@ -116,6 +116,11 @@ def plans_units(
     One row of 8 tokens 16.1 (16.5), of 128 22.4 (21.7), of 256 21.5 (23.8), of 1280 66 (85), of 4096 575
     (689). Whole rows of 1280 tokens: two 124 (141), three 224 (230), six 519 (407), six of Dream-7B 318
     (369).
+
+    Args:
+        page_size: keys a page.
+        pages_per_row: pages that a row may have.
+        distinct_rows: rows that read pages of their own; see `attention_plan`.
     """
     if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
         return False

@@ -13,6 +13,7 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda, ops, triton
 from blockbatch_kernels.cuda import extension as loader
+from blockbatch_kernels.tuning import UNIT_INTEGERS
 from operator_arguments import OPERATORS, PARAMS, arguments_of, attention, rope
 
 BACKENDS = (None, "reference", "cuda", "triton")
@@ -87,6 +88,13 @@ def test_dtype_shape_and_device_of_every_tensor(operator, path):
             with pytest.raises(kind) as caught:
                 function(**arguments, backend=backend)
             assert names_what_was_expected(caught.value, path), caught.value
+
+
+def test_a_plan_whose_processors_cannot_tell_each_other():
+    arguments = arguments_of("varlen_attention")
+    units = torch.zeros(3, UNIT_INTEGERS, dtype=torch.int32)
+    with pytest.raises(ValueError, match="plan.arrivals: expected 2 for each processor, .* got 0"):
+        bbk.varlen_attention(**{**arguments, "plan": arguments["plan"]._replace(units=units)})
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
