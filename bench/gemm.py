@@ -115,14 +115,14 @@ def measure(
         )
         floors += floor * count / 1e3
         gated = name == "gate_up"
-        tile = tuning.linear_tile(tokens, rows // 2 if gated else rows, columns, gated=gated)
+        parts = tuning.linear_parts(tokens, rows // 2 if gated else rows, columns, gated=gated)
         lines.append(
             {
                 "product": name,
                 "tokens": tokens,
                 "rows": rows,
                 "columns": columns,
-                "tile": None if tile is None else tile._asdict(),
+                "parts": [{"features": features, **tile._asdict()} for features, tile in parts],
                 "floor_us": floor,
                 **{f"{side}_us": 1e3 * value / count for side, value in taken.items()},
                 **{f"{side}_percent_of_floor": 0.1 * floor * count / value for side, value in taken.items()},

@@ -110,12 +110,12 @@ def plans_units(
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
     Microseconds a layer on an H100 in bf16 (the faster of the others); 32 heads of 128 elements, or
-    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 20.9 (22.9); a shared prompt of
-    1024 and private windows 30.2 (32.8), the same over 512 keys 21 (26), over 4352 54 (83); pages of their
-    own 61.5 (51.8); Dream-7B 22.4 (29.4), pages of their own 23.8 (22.9). 192 tokens in two rows 23.5 (30).
-    One row of 8 tokens 16.1 (16.5), of 128 22.4 (21.7), of 256 21.5 (23.8), of 1280 66 (85), of 4096 575
-    (689). Whole rows of 1280 tokens: two 124 (141), three 224 (230), six 519 (407), six of Dream-7B 318
-    (369).
+    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 20.7 (22.9); a shared prompt of
+    1024 and private windows 27.3 (32.8), the same over 512 keys 19.7 (26), over 4352 50.5 (83); pages of
+    their own 54.4 (51.8), over 4352 keys 160.3 (159.9); Dream-7B 20.1 (29.2), pages of their own 22.4 (22.7).
+    Pages of their own in fewer rows: 224 tokens in three 38.4 (34.9), 192 in two 25.7 (28.0). One row of 8
+    tokens 15.7 (16.4), of 128 19.9 (21.3), of 256 20.4 (23.2), of 1280 63 (85), of 4096 575 (689). Whole rows
+    of 1280 tokens: two 117 (141), three 224 (230), six 519 (407), six of Dream-7B 318 (369).
 
     Args:
         page_size: keys a page.
@@ -289,13 +289,17 @@ LINEAR_TILES = (
 # (75.6), 128 tokens 69.8 (78.2), 192 tokens 71.7 (80.1), 252 tokens 75.9 (82.6). 32 layers, one after another
 # on a warm GPU, with cuBLAS for the rest (for everything): 64 tokens 5.37 ms (5.55), 128 tokens 5.49 (5.63),
 # 192 tokens 6.02 (6.17), 252 tokens 6.21 (6.52). All products here: 64 tokens 4.91 ms, 128 tokens 5.25, 192
-# tokens 5.86.
+# tokens 5.86. Dream-7B's 37,888 rows are a wave and a half, the half shared by two processors a tile: a whole
+# step of 192 tokens takes 7.06 ms instead of 7.57, one of 252 7.46 instead of 7.79. Its other products beyond
+# 128 tokens fill too few processors: a step of 252 on 112 of them takes 7.64, where cuBLAS cuts the sum.
 GATED_TILES = (
     LinearTile(16, 192),
     LinearTile(64, 192),
     LinearTile(128, 192),
     LinearTile(192, 192),
+    LinearTile(192, 192, splits=2),
     LinearTile(256, 192),
+    LinearTile(256, 192, splits=2),
 )
 # Of an H100 or H200; a constant, so that the same shape is computed in the same way everywhere.
 _LINEAR_PROCESSORS = 132
@@ -311,22 +315,51 @@ def _fill(tile: LinearTile, rows: int) -> float:
     return ctas / (-(-ctas // _LINEAR_PROCESSORS) * _LINEAR_PROCESSORS)
 
 
+class LinearPart(NamedTuple):
+    """Neighbouring features of a product that one launch computes."""
+
+    features: int
+    tile: LinearTile
+
+
 @functools.cache
-def linear_tile(num_tokens: int, out_features: int, in_features: int, *, gated: bool) -> LinearTile | None:
-    """The tile for a product; None: cuBLAS is at least as fast, or the kernel does not take the shape."""
+def linear_parts(
+    num_tokens: int, out_features: int, in_features: int, *, gated: bool
+) -> tuple[LinearPart, ...]:
+    """The launches of a product, by feature; none: cuBLAS is at least as fast, or nothing takes the shape."""
     rows = 2 * out_features if gated else out_features
     tiles = GATED_TILES if gated else LINEAR_TILES
     largest = max(tile.tokens for tile in tiles)
     if not 1 <= num_tokens <= largest or rows < _MIN_LINEAR_ROWS or out_features % 8 or in_features % 8:
-        return None
+        return ()
     tokens = min(tile.tokens for tile in tiles if tile.tokens >= num_tokens)
     if gated:
-        tile = LinearTile(tokens, 192)
-        # Up to 128 tokens memory decides.
-        return tile if tokens <= 128 or _fill(tile, rows) >= 0.9 else None
+        return _gated_parts(tokens, out_features, in_features)
+    tile = _linear_tile(tokens, rows, in_features)
+    return () if tile is None else (LinearPart(out_features, tile),)
+
+
+def _gated_parts(tokens: int, out_features: int, in_features: int) -> tuple[LinearPart, ...]:
+    tile = LinearTile(tokens, 192)
+    # Up to 128 tokens memory decides.
+    if tokens <= 128 or _fill(tile, 2 * out_features) >= 0.9:
+        return (LinearPart(out_features, tile),)
+    # Whole waves of processors, and the tiles that are left shared by two processors each.
+    wave = _LINEAR_PROCESSORS * tile.rows // 2
+    whole, half = out_features // wave * wave, tile._replace(splits=2)
+    if whole == 0 or in_features < _MIN_SPLIT_IN_FEATURES:
+        return ()
+    if -(-2 * (out_features - whole) // tile.rows) * 2 > _LINEAR_PROCESSORS:
+        return ()
+    if _fill(half, 2 * (out_features - whole)) < 0.9:
+        return ()
+    return LinearPart(whole, tile), LinearPart(out_features - whole, half)
+
+
+def _linear_tile(tokens: int, rows: int, in_features: int) -> LinearTile | None:
     if tokens > 128:
         # Beyond, arithmetic counts as well: the largest tile that leaves few processors idle.
-        wide = sorted((tile for tile in tiles if tile.tokens == tokens), key=lambda tile: -tile.rows)
+        wide = sorted((tile for tile in LINEAR_TILES if tile.tokens == tokens), key=lambda tile: -tile.rows)
         filled = (tile for tile in wide if _fill(tile, rows) >= _MIN_FILL[tile.splits * tile.shares])
         return next(filled, None) if in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:

@@ -133,27 +133,40 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
     publish_barriers();
   }
   __syncthreads();
-  wait_for_predecessors();
-  allow_successors();
 
+  // The plan may be read before the wait: its kernel lets none behind it start early, so that it has ended
+  // once anything behind it runs.
   const Line line(p);
+  Stretch stretch(p, line);
+  Portion portion = stretch.take();
   if (threadIdx.x >= kEvenThreads) {
     give_registers<40>();
-    for_each_portion(p, line,
-                     [&](const Portion& portion) { UnitLoader<S>(params, portion).run(keys, values); });
+    while (!portion.is_empty()) {
+      UnitLoader<S> loader(params, portion);
+      wait_for_predecessors();
+      loader.run(keys, values);
+      portion = stretch.take();
+    }
+    wait_for_predecessors();
     zero_padding<T>(p, threadIdx.x % 128, 128);
   } else {
     take_registers<232>();
-    for_each_portion(p, line, [&](const Portion& portion) {
-      Block<T, kHeadDim, S> block(p, portion, shared_memory, keys, values);
-      block.attend();
+    wait_for_predecessors();
+    allow_successors();
+    Block<T, kHeadDim, S> block(p, shared_memory, keys, values);
+    block.load_rows(portion);
+    while (!portion.is_empty()) {
+      block.attend(portion);
+      const Portion next = stretch.take();
       if (portion.end < portion.tile_end) {
-        block.leave();
+        block.leave(next);
       } else {
-        block.add_earlier(line);
+        block.add_earlier(portion, line);
         block.store();
+        block.load_rows(next);
       }
-    });
+      portion = next;
+    }
   }
 #endif
 }

@@ -12,17 +12,19 @@ namespace bbk {
 template <typename T, int kHeadDim, class S>
 class Block {
  public:
-  __device__ __forceinline__ Block(const AttentionParams& params, const Portion& portion,
-                                   unsigned char* shared_memory, Ring<S>& keys, Ring<S>& values)
+  __device__ __forceinline__ Block(const AttentionParams& params, unsigned char* shared_memory, Ring<S>& keys,
+                                   Ring<S>& values)
       : params_(params),
-        portion_(portion),
         units_(units_of(params)),
         shared_memory_(shared_memory),
         keys_(keys),
         values_(values),
         index_(static_cast<int>(threadIdx.x) / 128),
-        scale_(params.softmax_scale * kLog2e) {
-    const int group = params.num_heads / params.num_kv_heads;
+        scale_(params.softmax_scale * kLog2e) {}
+
+  // The rows of a portion's tile.
+  __device__ __forceinline__ void load_rows(const Portion& portion) {
+    const int group = params_.num_heads / params_.num_kv_heads;
     const int first = index_ ? portion.first_token[1] : portion.first_token[0];
     const int number = index_ ? portion.num_tokens[1] : portion.num_tokens[0];
     const int lane = threadIdx.x % 32;
@@ -35,14 +37,15 @@ class Block {
           exists ? make_int2(first + slot_[half], portion.kv_head * group + row % group) : make_int2(-1, 0);
       if (!exists) slot_[half] = 63;  // whose bit is 0, unless 64 tokens exist
     }
-    rows_.load_values(params);
-    state_.clear();
+    rows_.load_values(params_);
   }
 
-  __device__ __forceinline__ void attend() {
-    int unit = portion_.begin;
+  __device__ __forceinline__ void attend(const Portion& portion) {
+    state_.clear();
+    end_ = portion.end;
+    int unit = portion.begin;
     Task task = look_up(unit);
-    while (unit < portion_.end) {
+    while (unit < end_) {
       if (task.tokens == 0) {
         pass(keys_);
         pass(values_);
@@ -55,43 +58,54 @@ class Block {
   }
 
   // Adds the partial results of the processors that had earlier units of the tile, in their order.
-  __device__ __forceinline__ void add_earlier(const Line& line) {
-    const int first = portion_.kv_head * line.units;
-    if (portion_.begin == portion_.tile_begin) return;
-    for (int processor = line.processor_of(first + portion_.tile_begin);
-         processor < static_cast<int>(blockIdx.x); ++processor) {
+  __device__ __forceinline__ void add_earlier(const Portion& portion, const Line& line) {
+    if (portion.begin == portion.tile_begin) return;
+    const int first = line.processor_of(portion.kv_head * line.units + portion.tile_begin);
+    const int end = blockIdx.x;
+    // A thread waits for each of them.
+    for (int processor = first + threadIdx.x % 128; processor < end; processor += 128) {
       int32_t* arrival = params_.arrivals + kEvenWarpgroups * processor + index_;
-      if (threadIdx.x % 128 == 0) {
-        int arrived;
-        do {
-          asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(arrived) : "l"(arrival) : "memory");
-        } while (arrived == 0);
-        *arrival = 0;  // for the next launch
-      }
-      sync();
-      if (has_rows()) add(processor);
+      int arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(arrived) : "l"(arrival) : "memory");
+      } while (arrived == 0);
+      *arrival = 0;  // for the next launch
     }
+    sync();
+    if (!has_rows()) return;
+    for (int processor = first; processor < end; ++processor) add(processor);
   }
 
   __device__ __forceinline__ void store() {
+    const int lane = threadIdx.x % 4;  // of the four that hold a row
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (rows_.source[half].x < 0) continue;
-      const int64_t place =
-          static_cast<int64_t>(rows_.source[half].x) * params_.num_heads + rows_.source[half].y;
-      T* target = static_cast<T*>(params_.out) + place * kHeadDim + 2 * (threadIdx.x % 4);
+      const int2 source = rows_.source[half];
+      const int64_t place = static_cast<int64_t>(source.x) * params_.num_heads + source.y;
+      T* target = static_cast<T*>(params_.out) + place * kHeadDim + 8 * lane;
       const float inverse = 1.0f / state_.sum[half];
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(target + 8 * n) =
-            bbk::pack<T>(state_.out[n][2 * half] * inverse, state_.out[n][2 * half + 1] * inverse);
+      for (int n = 0; n < kHeadDim / 8; n += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          pairs[i] = bbk::pack<T>(state_.out[n + i][2 * half] * inverse,
+                                  state_.out[n + i][2 * half + 1] * inverse);
+        }
+        trade_pairs(pairs, lane);
+        if (source.x >= 0) {
+          *reinterpret_cast<uint4*>(target + 8 * n) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
       }
     }
   }
 
-  // Leaves the sums for the processor that has the tile's last units.
-  __device__ __forceinline__ void leave() {
-    if (has_rows()) {
+  // Leaves the sums for the processor that has the tile's last units, and takes the rows of `next`, which
+  // arrive under the stores.
+  __device__ __forceinline__ void leave(const Portion& next) {
+    const bool leaves = has_rows();
+    load_rows(next);
+    if (leaves) {
       float4* out = partial(blockIdx.x);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -115,6 +129,22 @@ class Block {
     uint64_t tokens;  // a bit for each of the block that reads these keys
     int num_keys;
   };
+
+  // Of four lanes, each with a pair of neighbouring columns of four matrices: lane i leaves with all pairs of
+  // matrix i, which it can store at once.
+  __device__ __forceinline__ static void trade_pairs(uint32_t (&pairs)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+    const uint32_t first = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
+    const uint32_t second = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
+    const uint32_t even_pairs[2] = {odd ? first : pairs[0], odd ? second : pairs[2]};
+    const uint32_t odd_pairs[2] = {odd ? pairs[1] : first, odd ? pairs[3] : second};
+    const uint32_t third = __shfl_xor_sync(0xffffffffu, high ? even_pairs[0] : even_pairs[1], 2);
+    const uint32_t fourth = __shfl_xor_sync(0xffffffffu, high ? odd_pairs[0] : odd_pairs[1], 2);
+    pairs[0] = high ? third : even_pairs[0];
+    pairs[1] = high ? fourth : odd_pairs[0];
+    pairs[2] = high ? even_pairs[1] : third;
+    pairs[3] = high ? odd_pairs[1] : fourth;
+  }
 
   __device__ __forceinline__ void sync() const { named_barrier(index_ + 1, 128); }
 
@@ -155,7 +185,7 @@ class Block {
   }
 
   __device__ __forceinline__ Task look_up(int unit) const {
-    if (unit >= portion_.end) return Task{0, 0};
+    if (unit >= end_) return Task{0, 0};
     return Task{units_[unit].tokens[index_], units_[unit].num_keys};
   }
 
@@ -244,13 +274,13 @@ class Block {
   }
 
   const AttentionParams& params_;
-  const Portion& portion_;
   const AttentionUnit* units_;
   unsigned char* shared_memory_;
   Ring<S>& keys_;
   Ring<S>& values_;
   const int index_;  // of the warpgroup
   const float scale_;
+  int end_ = 0;  // unit behind the portion's last one
   int slot_[2];  // token of the block that each half belongs to
   QueryRows<T, kHeadDim> rows_;
   RowState<T, kHeadDim> state_;

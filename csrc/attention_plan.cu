@@ -334,6 +334,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int scratch;
   int* workspace = in_shared_memory ? shared_workspace : params.workspace;
   Planner(params, workspace, ThreadGroup{&scratch}).run();
+  // Kernels behind this one may read the plan without having waited for their predecessors.
+  __threadfence();
 }
 
 void check_plan(const AttentionPlanParams& params) {

@@ -66,31 +66,43 @@ struct Portion {
   int tile_end;
   int first_token[2];  // of its blocks
   int num_tokens[2];
+
+  __device__ __forceinline__ bool is_empty() const { return end == begin; }
 };
 
-// Calls work(portion) from the last portion to the first: what others wait for is done first, and what waits
-// for others last. A processor waits for earlier ones alone, so that some can always go on.
-template <typename Work>
-__device__ __forceinline__ void for_each_portion(const AttentionParams& params, const Line& line, Work work) {
-  const int begin = line.begin(blockIdx.x);
-  int end = line.begin(blockIdx.x + 1);
-  while (end > begin) {
-    Portion portion;
-    portion.kv_head = (end - 1) / line.units;
-    const int first = portion.kv_head * line.units;
-    portion.end = end - first;
-    const AttentionUnit& unit = units_of(params)[portion.end - 1];
+// The portions of a processor's stretch, from the last to the first: what others wait for is done first, and
+// what waits for others last. A processor waits for earlier ones alone, so that some can always go on.
+class Stretch {
+ public:
+  __device__ __forceinline__ Stretch(const AttentionParams& params, const Line& line)
+      : params_(params), line_(line), begin_(line.begin(blockIdx.x)), end_(line.begin(blockIdx.x + 1)) {}
+
+  // The next portion; one without units where there is none.
+  __device__ __forceinline__ Portion take() {
+    Portion portion = {};
+    if (end_ <= begin_) return portion;
+    portion.kv_head = (end_ - 1) / line_.units;
+    const int first = portion.kv_head * line_.units;
+    portion.end = end_ - first;
+    const AttentionUnit& unit = units_of(params_)[portion.end - 1];
     portion.tile_begin = unit.tile_begin;
     portion.tile_end = unit.tile_end;
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       portion.first_token[i] = unit.first_token[i];
       portion.num_tokens[i] = unit.num_tokens[i];
     }
-    portion.begin = max(begin - first, unit.tile_begin);
-    work(portion);
-    end = first + portion.begin;
+    portion.begin = max(begin_ - first, unit.tile_begin);
+    end_ = first + portion.begin;
+    return portion;
   }
-}
+
+ private:
+  const AttentionParams& params_;
+  const Line& line_;
+  const int begin_;
+  int end_;
+};
 
 #endif
 

@@ -53,9 +53,9 @@ class UnitPlanner {
  private:
   static constexpr int kSums = 512;  // at least as many as threads
 
-  // Also of the parts: a row adds at most one block that is not full, or a part of one, to its full ones.
+  // Also of the parts: a row adds at most one block that is not full to its full ones, and an empty one.
   __host__ __device__ static int most_blocks(int num_tokens, int num_rows, int block_tokens) {
-    return num_tokens / block_tokens + num_rows;
+    return num_tokens / block_tokens + 2 * num_rows;
   }
 
   __host__ __device__ int first_token(int row) const { return p_.cu_seqlens_q[row]; }
@@ -66,6 +66,14 @@ class UnitPlanner {
   // Serial, since every block starts where the one before it ends.
   __host__ __device__ void lay_out_blocks() {
     int block = -1, part = 0, first = 0, end = 0;  // of the current block
+    int previous = -1;                             // row
+    const auto start_block = [&](int token, int stop) {
+      first = token;
+      end = stop;
+      ++block;
+      block_first_[block] = first;
+      block_size_[block] = end - first;
+    };
     const auto add_part = [&](int row) {
       const int tile = block / 2;
       if (part > 0 && part_row_[part - 1] == row && part_tile_[part - 1] == tile) return;
@@ -79,19 +87,19 @@ class UnitPlanner {
       int token = first_token(row);
       const int stop = end_token(row);
       if (token >= stop) continue;
-      if (block >= 0 && end == token && stop - first <= p_.block_tokens) {
+      const bool shares = previous >= 0 && owner_[row] == owner_[previous];  // of the first segment
+      previous = row;
+      if (shares && end == token && stop - first <= p_.block_tokens) {
         end = stop;
         block_size_[block] = end - first;
         add_part(row);
         continue;
       }
-      for (; token < stop; token = end) {
-        first = token;
-        end = smaller(token + p_.block_tokens, stop);
-        ++block;
-        block_first_[block] = first;
-        block_size_[block] = end - first;
+      if (!shares && stop - token > p_.block_tokens && block % 2 == 0) start_block(token, token);
+      while (token < stop) {
+        start_block(token, smaller(token + p_.block_tokens, stop));
         add_part(row);
+        token = end;
       }
     }
     totals_[0] = block + 1;

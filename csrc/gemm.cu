@@ -24,7 +24,7 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
     // Eight gates, eight ups, the next eight gates, ...: a thread's two rows are a gate and its up.
     weight_map =
         tensor_map<4>(kOp, "weight", p.weight, p.dtype, {p.in_features, 8, 2, p.out_features / 8},
-                      {p.weight_row_stride, p.out_features * p.weight_row_stride, 8 * p.weight_row_stride},
+                      {p.weight_row_stride, p.up_distance * p.weight_row_stride, 8 * p.weight_row_stride},
                       {S::kBlockK, 8, 2, S::kRows / 16}, kPromotion);
   } else {
     weight_map = tensor_map<2>(kOp, "weight", p.weight, p.dtype, {p.in_features, p.out_features},
@@ -76,7 +76,9 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
   V(64, 3, 7, 1, 1, true)   \
   V(128, 3, 5, 1, 1, true)  \
   V(192, 3, 4, 1, 1, true)  \
-  V(256, 3, 4, 1, 1, true)
+  V(256, 3, 4, 1, 1, true)  \
+  V(192, 3, 4, 2, 1, true)  \
+  V(256, 3, 4, 2, 1, true)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
@@ -143,6 +145,10 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
     refuse("out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
   }
   if (params.gated && params.bias != nullptr) refuse("bias: expected none with gated, got one");
+  if (params.gated && params.up_distance < params.out_features) {
+    refuse("up_distance: expected at least out_features, " + std::to_string(params.out_features) + ", got " +
+           std::to_string(params.up_distance));
+  }
   check_aligned("x", params.x, params.x_row_stride);
   check_aligned("weight", params.weight, params.weight_row_stride);
   check_aligned("out", params.out, params.out_row_stride);

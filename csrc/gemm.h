@@ -8,7 +8,7 @@ namespace bbk {
 // up's. Sums in fp32, rounded once.
 struct GemmParams {
   const void* x;       // [num_tokens, in_features]
-  const void* weight;  // [out_features, in_features]; gated: [2 * out_features, in_features]
+  const void* weight;  // [out_features, in_features]; gated: as many rows of gates and, further on, of ups
   const void* bias;    // [out_features] or null; not with `gated`
   void* out;           // [num_tokens, out_features], written
   int64_t num_tokens;
@@ -17,6 +17,7 @@ struct GemmParams {
   int64_t x_row_stride;
   int64_t weight_row_stride;
   int64_t out_row_stride;
+  int64_t up_distance;  // gated: rows of the weight from a gate to its up
   bool gated;
   DType dtype;  // of all tensors: fp16 or bf16
 };

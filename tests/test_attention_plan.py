@@ -164,6 +164,30 @@ def test_steps_as_in_decoding(sharing, heads):
         assert_same_plan(compiled.attention_plan(*tensors, **options), want, (rows, prompt))
 
 
+@pytest.mark.parametrize(
+    ("sharing", "tiles"),
+    [
+        # (first token, tokens) of the two blocks of each tile
+        ("all", [((0, 60), (60, 64)), ((124, 64), (188, 64))]),
+        ("prompt", [((0, 60), (60, 64)), ((124, 64), (188, 64))]),
+        ("none", [((0, 4), (4, 8)), ((12, 16), (28, 32)), ((60, 64), (124, 0)), ((124, 64), (188, 64))]),
+    ],
+)
+def test_rows_share_blocks_where_they_share_pages(sharing, tiles):
+    (table, bounds, lengths), page_size, tokens = step(6, 1024, 256, sharing)
+    shape = tuning.attention_shape(tokens, 32, 32, page_size, table.shape[1], 132, units=True)
+    plan = compiled.attention_plan(
+        table, bounds, lengths, page_size=page_size, num_tokens=tokens, shape=shape
+    )
+    units = plan.units[1 : 1 + int(plan.units[0, 0])]
+    blocks = list(dict.fromkeys(tuple(unit) for unit in units[:, 2:6].tolist()))
+    assert blocks == [(a, b, m, n) for (a, m), (b, n) in tiles]
+    if sharing == "none":
+        # The two blocks of the first tile take turns, a unit each.
+        first = units[units[:, 2] == 0]
+        assert [bool(mask) for mask in first[:, 8]] == [True, False] * (len(first) // 2)
+
+
 @pytest.mark.gpu
 def test_gpu_plans_equal_the_reference(monkeypatch):
     poison(monkeypatch)

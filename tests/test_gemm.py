@@ -22,11 +22,14 @@ def test_every_tile_has_room_for_the_tokens_it_serves(gated):
     tiles = tuning.GATED_TILES if gated else tuning.LINEAR_TILES
     served = set()
     for num_tokens in range(0, 300):
-        for out_features in (3584, 4096, 4608, 12288, 24576, 126464):
+        for out_features in (3584, 4096, 4608, 12288, 18944, 24576, 126464):
             for in_features in (3584, 4096, 12288):
-                tile = tuning.linear_tile(num_tokens, out_features, in_features, gated=gated)
-                if tile is not None:
+                parts = tuning.linear_parts(num_tokens, out_features, in_features, gated=gated)
+                assert sum(part.features for part in parts) in (0, out_features)
+                for features, tile in parts:
                     assert 0 < num_tokens <= tile.tokens
+                    # The next part starts with a tile, at an address that the copy engine takes.
+                    assert (features * (1 + gated)) % tile.rows == 0 or features == parts[-1].features
                     served.add(tile)
     assert served == set(tiles)  # nothing is compiled that nobody uses
 
@@ -39,12 +42,21 @@ def test_every_tile_has_room_for_the_tokens_it_serves(gated):
         (8, 4097, 4096),
         (8, 4096, 4100),
         (8, 256, 4096),
-        (252, 18944, 3584),
+        (252, 13824, 4096),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_shapes_without_a_tile(num_tokens, out_features, in_features, gated):
-    assert tuning.linear_tile(num_tokens, out_features, in_features, gated=gated) is None
+    assert tuning.linear_parts(num_tokens, out_features, in_features, gated=gated) == ()
+
+
+@pytest.mark.parametrize("num_tokens", [130, 192, 252])
+def test_gates_that_fill_one_wave_and_a_half_are_cut_in_two(num_tokens):
+    whole, half = tuning.linear_parts(num_tokens, 18944, 3584, gated=True)
+    assert (whole.features, whole.tile.splits) == (132 * 96, 1)
+    assert (half.features, half.tile.splits) == (18944 - 132 * 96, 2)
+    # A sum too short to share.
+    assert tuning.linear_parts(num_tokens, 18944, 512, gated=True) == ()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -73,6 +85,7 @@ def arguments():
         x_row_stride=64,
         weight_row_stride=64,
         out_row_stride=64,
+        up_distance=64,
         gated=False,
         dtype=2,
         tile_tokens=tile.tokens,
@@ -120,6 +133,12 @@ def test_a_bias_with_gates_raises(arguments):
         extension.gemm(**{**arguments, "gated": True, "bias": 16})
 
 
+def test_ups_among_the_gates_raise(arguments):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    with pytest.raises(ValueError, match="linear: up_distance: expected at least out_features, 64, got 56"):
+        extension.gemm(**{**arguments, "gated": True, "up_distance": 56})
+
+
 @pytest.fixture
 def sm90():
     assert cuda.why_unavailable() is None
@@ -147,6 +166,12 @@ def random_arguments(num_tokens, out_features, in_features, dtype, *, bias=False
     x = randn(num_tokens, in_features).to(dtype)
     weight = (randn(out_features, in_features) * in_features**-0.5).to(dtype)
     return x, weight, randn(out_features).to(dtype) if bias else None
+
+
+def with_tile(x, weight, bias, tile, **options):
+    """The product in one launch of this tile."""
+    features = weight.shape[0] // (2 if options["gated"] else 1)
+    return gemm._gemm(x, weight, bias, (tuning.LinearPart(features, tile),), **options)
 
 
 def compare(x, weight, bias, gated, result):
@@ -182,7 +207,7 @@ def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
             for static_weight in (False, True):
                 x, weight, b = random_arguments(num_tokens, out_features, in_features, dtype, bias=bias)
                 torch.cuda.synchronize()
-                result = gemm._gemm(x, weight, b, tile, gated=gated, static_weight=static_weight)
+                result = with_tile(x, weight, b, tile, gated=gated, static_weight=static_weight)
                 compare(x, weight, b, gated, result)
 
 
@@ -190,19 +215,42 @@ def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
 @pytest.mark.parametrize(("tile", "gated"), TILES, ids=name_of)
 def test_a_token_does_not_depend_on_the_others(sm90, tile, gated):
     x, weight, _ = random_arguments(tile.tokens, 1536, 2048, torch.bfloat16)
-    whole = gemm._gemm(x, weight, None, tile, gated=gated, static_weight=False)
+    whole = with_tile(x, weight, None, tile, gated=gated, static_weight=False)
     for _ in range(3):
-        again = gemm._gemm(x, weight, None, tile, gated=gated, static_weight=False)
+        again = with_tile(x, weight, None, tile, gated=gated, static_weight=False)
         assert torch.equal(again, whole)
-    part = gemm._gemm(x[3 : tile.tokens - 4], weight, None, tile, gated=gated, static_weight=False)
+    part = with_tile(x[3 : tile.tokens - 4], weight, None, tile, gated=gated, static_weight=False)
     assert torch.equal(part, whole[3 : tile.tokens - 4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_are_computed_as_if_alone(sm90, poison, gated):
+    tiles = [tile for tile, with_gates in TILES if with_gates == gated and tile.tokens >= 192]
+    x, weight, bias = random_arguments(190, 3 * 960, 2048, torch.bfloat16, bias=not gated)
+    weight_rows = weight.unflatten(0, (2, -1)) if gated else weight[None]
+    for first, second in ((tiles[0], tiles[-1]), (tiles[-1], tiles[0]), (tiles[1], tiles[1])):
+        features = 960, weight_rows.shape[1] - 960 - 8
+        total = sum(features)
+        cut = weight_rows[:, :total].flatten(0, 1).contiguous()
+        parts = tuple(map(tuning.LinearPart, features, (first, second)))
+        b = None if bias is None else bias[:total]
+        out = gemm._gemm(x, cut, b, parts, gated=gated, static_weight=True)
+        compare(x, cut, b, gated, out)
+        begin = 0
+        for number, tile in parts:
+            rows = weight_rows[:, begin : begin + number].flatten(0, 1).contiguous()
+            part_bias = None if bias is None else bias[begin : begin + number]
+            alone = with_tile(x, rows, part_bias, tile, gated=gated, static_weight=False)
+            assert torch.equal(out[:, begin : begin + number], alone)
+            begin += number
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 33, 100, 160, 252, 256, 257])
 def test_linear_and_linear_swiglu(sm90, poison, num_tokens, dtype):
-    for out_features, in_features in ((4608, 3584), (12288, 512), (264, 136), (30, 50)):
+    for out_features, in_features in ((4608, 3584), (37888, 1024), (12288, 512), (264, 136), (30, 50)):
         x, weight, bias = random_arguments(num_tokens, out_features, in_features, dtype, bias=True)
         if num_tokens == 0:
             assert cuda.linear(x, weight).shape == (0, out_features)

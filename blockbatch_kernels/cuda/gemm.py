@@ -17,15 +17,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, static_weig
     """`x @ weight.T + bias` with sums in fp32, rounded once, on the current stream.
 
     `x` [tokens, in], `weight` [out, in] and `bias` [out] are CUDA tensors of one dtype and one device. What
-    `tuning.linear_tile` has a tile for runs on the extension's kernel where that exists (sm_90; fp16 or bf16;
+    `tuning.linear_parts` has tiles for runs on the extension's kernel where that exists (sm_90; fp16 or bf16;
     rows aligned to 16 bytes): there the result of a token does not depend on the others. Everything else goes
     to torch. With `static_weight` nobody writes `weight` in work that may still run: its first tiles are read
     before the kernels in front are done.
     """
-    tile = _tile(x, weight, weight.shape[0], gated=False)
-    if tile is None:
+    parts = _parts(x, weight, weight.shape[0], gated=False)
+    if not parts:
         return F.linear(x, weight, bias)
-    return _gemm(x, weight, bias, tile, gated=False, static_weight=static_weight)
+    return _gemm(x, weight, bias, parts, gated=False, static_weight=static_weight)
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> Tensor:
@@ -33,10 +33,10 @@ def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> 
 
     Where it runs and what `static_weight` says: see `linear`. Through torch the product is rounded first.
     """
-    tile = _tile(x, weight, weight.shape[0] // 2, gated=True)
-    if tile is None:
+    parts = _parts(x, weight, weight.shape[0] // 2, gated=True)
+    if not parts:
         return swiglu(F.linear(x, weight))
-    return _gemm(x, weight, None, tile, gated=True, static_weight=static_weight)
+    return _gemm(x, weight, None, parts, gated=True, static_weight=static_weight)
 
 
 @functools.cache
@@ -44,16 +44,16 @@ def _kernel_exists(device_index: int) -> bool:
     return extension.load().gemm_is_available(device_index)
 
 
-def _tile(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuning.LinearTile | None:
-    tile = tuning.linear_tile(x.shape[0], out_features, x.shape[1], gated=gated)
+def _parts(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
+    parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated)
     if (
-        tile is None
+        not parts
         or x.dtype == torch.float32
         or not _is_aligned(weight)
         or not _kernel_exists(x.device.index)
     ):
-        return None
-    return tile
+        return ()
+    return parts
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -66,35 +66,41 @@ def _gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tile: tuning.LinearTile,
+    parts: tuple[tuning.LinearPart, ...],
     *,
     gated: bool,
     static_weight: bool,
 ) -> Tensor:
     if not _is_aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(x.shape[0], out_features)
-    extension.load().gemm(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=0 if bias is None else bias.contiguous().data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=x.shape[0],
-        in_features=x.shape[1],
-        out_features=out_features,
-        x_row_stride=x.stride(0),
-        weight_row_stride=weight.stride(0),
-        out_row_stride=out.stride(0),
-        gated=gated,
-        dtype=extension.DTYPE_CODES[x.dtype],
-        tile_tokens=tile.tokens,
-        tile_rows=tile.rows,
-        splits=tile.splits,
-        shares=tile.shares,
-        static_weight=static_weight,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        device=x.device.index,
-        stream=extension.stream_of(x),
-    )
+    first = 0
+    for features, tile in parts:
+        extension.load().gemm(
+            x=x.data_ptr(),
+            weight=weight[first:].data_ptr(),
+            bias=0 if bias is None else bias[first:].data_ptr(),
+            out=out[:, first:].data_ptr(),
+            num_tokens=x.shape[0],
+            in_features=x.shape[1],
+            out_features=features,
+            x_row_stride=x.stride(0),
+            weight_row_stride=weight.stride(0),
+            out_row_stride=out.stride(0),
+            up_distance=out_features,
+            gated=gated,
+            dtype=extension.DTYPE_CODES[x.dtype],
+            tile_tokens=tile.tokens,
+            tile_rows=tile.rows,
+            splits=tile.splits,
+            shares=tile.shares,
+            static_weight=static_weight,
+            programmatic=tuning.PROGRAMMATIC_LAUNCH,
+            device=x.device.index,
+            stream=extension.stream_of(x),
+        )
+        first += features
     return out

@@ -1,9 +1,12 @@
 """The units of an attention plan: for each tile of queries the keys its rows read, 128 at a time.
 
 A tile holds two blocks of up to `block_tokens` tokens each (64 rows of the matrix product). A row of the
-batch goes into the block in front of it as long as all of the row fits, and starts a new block otherwise. For
-every segment of keys a tile has the units of one group of its rows after another, where a group reads the
-same pages in that segment. So pages that rows share come up once a tile, and all keys of a token in one tile.
+batch goes into the block in front of it where all of the row fits and the row in front of it reads the same
+first segment of pages, and starts a new block otherwise; if it shares nothing and fills several blocks, the
+first one of a tile, so that its keys come up once for two blocks. For every segment of keys a tile has the
+units of one group of its rows after another, where a group reads the same pages in that segment. So pages
+that rows share come up once a tile, all keys of a token in one tile, and where rows share nothing the two
+blocks of a tile take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def attention_units(
     if not shape.block_tokens:
         return units, arrivals
     records: list[list[int]] = []
-    blocks = _blocks(queries, shape.block_tokens)
+    first_keys = {row: _first_keys(table[row], lengths[row], page_size, shape) for row in queries}
+    blocks = _blocks(queries, first_keys, shape.block_tokens)
     for index in range(0, len(blocks), 2):
         tile = [*blocks[index : index + 2], range(0)][:2]
         found = list(_units(tile, table, lengths, queries, page_size, shape))
@@ -63,13 +67,26 @@ def _copy_keys(page_size: int) -> int:
     return keys
 
 
-def _blocks(queries: dict[int, range], block_tokens: int) -> list[range]:
+def _first_keys(pages: list[int], length: int, page_size: int, shape: AttentionShape) -> tuple[int, ...]:
+    """Where a row's keys of the first segment end, and their pages."""
+    end = min(length, shape.segment_pages * page_size)
+    return end, *pages[: -(-end // page_size)]
+
+
+def _blocks(
+    queries: dict[int, range], first_keys: dict[int, tuple[int, ...]], block_tokens: int
+) -> list[range]:
     blocks: list[range] = []
-    for tokens in queries.values():
+    previous = None
+    for row, tokens in queries.items():
+        shares = previous is not None and first_keys[row] == first_keys[previous]
+        previous = row
         last = blocks[-1] if blocks else range(0)
-        if last and last.stop == tokens.start and tokens.stop - last.start <= block_tokens:
+        if shares and last.stop == tokens.start and tokens.stop - last.start <= block_tokens:
             blocks[-1] = range(last.start, tokens.stop)
             continue
+        if not shares and len(tokens) > block_tokens and len(blocks) % 2:
+            blocks.append(range(tokens.start, tokens.start))
         for first in range(tokens.start, tokens.stop, block_tokens):
             blocks.append(range(first, min(first + block_tokens, tokens.stop)))
     return blocks
