@@ -131,8 +131,8 @@ def linear(
     """`x @ weight.T + bias` with sums in fp32, rounded once: torch's product, but for packs of few tokens.
 
     On compute capability 9.0 up to 256 tokens in bf16 or fp16 run on a kernel of our own where it is faster
-    (`tuning.linear_parts` says for which sizes; rows of the weight must be aligned to 16 bytes); all else goes
-    to torch. Which of the two computes depends on sizes and alignment alone.
+    (`tuning.linear_parts` says for which sizes; rows of the weight must be aligned to 16 bytes); all else
+    goes to torch. Which of the two computes depends on sizes and alignment alone.
 
     Args:
         x: [tokens, in], fp32, bf16 or fp16.

@@ -46,12 +46,7 @@ def _kernel_exists(device_index: int) -> bool:
 
 def _parts(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
     parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated)
-    if (
-        not parts
-        or x.dtype == torch.float32
-        or not _is_aligned(weight)
-        or not _kernel_exists(x.device.index)
-    ):
+    if not parts or x.dtype == torch.float32 or not _is_aligned(weight) or not _kernel_exists(x.device.index):
         return ()
     return parts
 
