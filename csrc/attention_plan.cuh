@@ -40,6 +40,33 @@ struct ThreadGroup {
     for (int i = rank(); i < number; i += size()) body(i);
   }
 
+  // The sum of the values of the threads of lower rank, and of all; also a sync().
+  //
+  // sums: an integer for each warp, which all threads see.
+  __host__ __device__ int sum_before(int value, int* sums, int* total) const {
+#ifdef __CUDA_ARCH__
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int up_to_here = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, up_to_here, step);
+      if (lane >= step) up_to_here += before;
+    }
+    if (lane == 31) sums[warp] = up_to_here;
+    __syncthreads();
+    int before = 0;
+    *total = 0;
+    for (int other = 0; other < static_cast<int>(blockDim.x) / 32; ++other) {
+      if (other < warp) before += sums[other];
+      *total += sums[other];
+    }
+    return before + up_to_here - value;
+#else
+    *total = value;
+    return 0;
+#endif
+  }
+
   // The smallest value of all threads; also a sync().
   __host__ __device__ int minimum(int value) const {
 #ifdef __CUDA_ARCH__

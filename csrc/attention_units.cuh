@@ -51,7 +51,7 @@ class UnitPlanner {
   }
 
  private:
-  static constexpr int kSums = 512;  // at least as many as threads
+  static constexpr int kSums = 32;  // as many as warps, at most
 
   // Also of the parts: a row adds at most one block that is not full to its full ones, and an empty one.
   __host__ __device__ static int most_blocks(int num_tokens, int num_rows, int block_tokens) {
@@ -145,31 +145,16 @@ class UnitPlanner {
   __host__ __device__ void add_up() const {
     const int number = parts_ * segments_;
     const int each = larger(1, quotient_up(number, group_.size()));
-    const int chunks = quotient_up(number, each);
-    group_.for_each(chunks, [&](int chunk) {
-      int sum = 0;
-      for (int i = chunk * each; i < smaller(number, (chunk + 1) * each); ++i) sum += place_[i];
-      sums_[chunk] = sum;
-    });
-    group_.sync();
-    if (group_.rank() == 0) {
-      int before = 0;
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int sum = sums_[chunk];
-        sums_[chunk] = before;
-        before += sum;
-      }
-      place_[number] = before;
+    const int first = smaller(number, group_.rank() * each), end = smaller(number, first + each);
+    int sum = 0, total = 0;
+    for (int i = first; i < end; ++i) sum += place_[i];
+    int before = group_.sum_before(sum, sums_, &total);
+    for (int i = first; i < end; ++i) {
+      const int here = place_[i];
+      place_[i] = before;
+      before += here;
     }
-    group_.sync();
-    group_.for_each(chunks, [&](int chunk) {
-      int before = sums_[chunk];
-      for (int i = chunk * each; i < smaller(number, (chunk + 1) * each); ++i) {
-        const int here = place_[i];
-        place_[i] = before;
-        before += here;
-      }
-    });
+    if (group_.rank() == 0) place_[number] = total;
     group_.sync();
   }
 

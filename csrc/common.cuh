@@ -45,12 +45,16 @@ class DeviceGuard {
 // Right after a <<<...>>> launch: configuration errors and a missing machine code for this GPU appear here.
 inline void check_launch(const char* op) { check_cuda(cudaGetLastError(), op); }
 
+// For bad input; `what` names the argument, what was expected and what came.
+[[noreturn]] inline void refuse(const char* op, const std::string& what) {
+  throw std::invalid_argument(std::string("blockbatch_kernels.") + op + ": " + what);
+}
+
 // A size or stride that the Python side got wrong.
 inline void check_at_least(const char* op, const char* argument, int64_t value, int64_t least) {
   if (value < least) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + op + ": " + argument +
-                                ": expected at least " + std::to_string(least) + ", got " +
-                                std::to_string(value));
+    refuse(op, std::string(argument) + ": expected at least " + std::to_string(least) + ", got " +
+                   std::to_string(value));
   }
 }
 

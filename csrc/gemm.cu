@@ -9,10 +9,6 @@ namespace {
 
 constexpr char kOp[] = "linear";
 
-[[noreturn]] void refuse(const std::string& what) {
-  throw std::invalid_argument(std::string("blockbatch_kernels.") + kOp + ": " + what);
-}
-
 template <class S>
 void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cudaStream_t stream) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
@@ -90,9 +86,9 @@ void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
   }
   BBK_GEMM_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE
-  refuse("tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
-         std::to_string(tile.rows) + ", splits " + std::to_string(tile.splits) + ", shares " +
-         std::to_string(tile.shares) + (gated ? ", gated" : ""));
+  refuse(kOp, "tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
+                  std::to_string(tile.rows) + ", splits " + std::to_string(tile.splits) + ", shares " +
+                  std::to_string(tile.shares) + (gated ? ", gated" : ""));
 }
 
 template <typename Use>
@@ -103,15 +99,7 @@ void dispatch_tile(const GemmTile& tile, bool gated, DType dtype, Use&& use) {
     case DType::kBFloat16:
       return dispatch_shape<__nv_bfloat16>(tile, gated, use);
     default:
-      refuse("dtype: expected code 1 or 2, got " + std::to_string(static_cast<int>(dtype)));
-  }
-}
-
-void check_aligned(const char* name, const void* pointer, int64_t row_stride) {
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0 || row_stride % 8 != 0) {
-    refuse(std::string(name) + ": expected rows aligned to 16 bytes, got a row stride of " +
-           std::to_string(row_stride) + " elements at an address that is " +
-           std::to_string(reinterpret_cast<uintptr_t>(pointer) % 16) + " bytes past a multiple of 16");
+      refuse(kOp, "dtype: expected code 1 or 2, got " + std::to_string(static_cast<int>(dtype)));
   }
 }
 
@@ -135,29 +123,30 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
   check_at_least(kOp, "in_features", params.in_features, 1);
   check_at_least(kOp, "out_features", params.out_features, 0);
   if (params.num_tokens > tile.tokens) {
-    refuse("num_tokens: expected at most the tile's " + std::to_string(tile.tokens) + ", got " +
-           std::to_string(params.num_tokens));
+    refuse(kOp, "num_tokens: expected at most the tile's " + std::to_string(tile.tokens) + ", got " +
+                    std::to_string(params.num_tokens));
   }
   if (params.in_features % 8 != 0) {
-    refuse("in_features: expected a multiple of 8, got " + std::to_string(params.in_features));
+    refuse(kOp, "in_features: expected a multiple of 8, got " + std::to_string(params.in_features));
   }
   if (params.out_features % 8 != 0) {
-    refuse("out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
+    refuse(kOp, "out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
   }
-  if (params.gated && params.bias != nullptr) refuse("bias: expected none with gated, got one");
+  if (params.gated && params.bias != nullptr) refuse(kOp, "bias: expected none with gated, got one");
   if (params.gated && params.up_distance < params.out_features) {
-    refuse("up_distance: expected at least out_features, " + std::to_string(params.out_features) + ", got " +
-           std::to_string(params.up_distance));
+    refuse(kOp, "up_distance: expected at least out_features, " + std::to_string(params.out_features) +
+                    ", got " + std::to_string(params.up_distance));
   }
-  check_aligned("x", params.x, params.x_row_stride);
-  check_aligned("weight", params.weight, params.weight_row_stride);
-  check_aligned("out", params.out, params.out_row_stride);
+  check_aligned(kOp, "x", params.x, params.x_row_stride);
+  check_aligned(kOp, "weight", params.weight, params.weight_row_stride);
+  check_aligned(kOp, "out", params.out, params.out_row_stride);
   dispatch_tile(tile, params.gated, params.dtype, [&](auto shape) {
     using S = decltype(shape);
     // Every split must have something to add up.
     if (params.in_features <= (S::kSplits - 1) * S::kBlockK) {
-      refuse("in_features: expected more than " + std::to_string((S::kSplits - 1) * S::kBlockK) + " with " +
-             std::to_string(S::kSplits) + " splits, got " + std::to_string(params.in_features));
+      refuse(kOp, "in_features: expected more than " + std::to_string((S::kSplits - 1) * S::kBlockK) +
+                      " with " + std::to_string(S::kSplits) + " splits, got " +
+                      std::to_string(params.in_features));
     }
     if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);

@@ -6,6 +6,7 @@
 
 #include "common.cuh"
 #include "lm_head.h"
+#include "lm_head_math.cuh"
 
 namespace bbk {
 namespace {
@@ -14,26 +15,6 @@ constexpr char kReduceOp[] = "lm_head_reduce";
 constexpr char kFinishOp[] = "lm_head_finish";
 constexpr int kWarps = 4;
 constexpr int kBatch = 4;  // vectors a lane asks for before it uses the first
-constexpr float kLog2e = 1.4426950408889634f;
-
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-__device__ __forceinline__ bool is_higher(float a, float b) { return a > b || (isnan(a) && !isnan(b)); }
-
-// exp(logit - highest) for a logit that is not above `highest`. The difference is taken before it is scaled:
-// it is exact for the logits that matter.
-__device__ __forceinline__ float weight_of(float logit, float highest) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"((logit - highest) * kLog2e));
-  return result;
-}
-
-// What the weights refer to: any number will do while only minus infinity, of weight 0, has been seen.
-__device__ __forceinline__ float reference_of(float highest) { return highest == -INFINITY ? 0.0f : highest; }
 
 // A lane's share of a piece, batch after batch: kBatch vectors, a warp's width apart.
 template <typename T, bool kAligned>
@@ -222,7 +203,7 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinis
   if (params.probe_probability != nullptr) {
     const int64_t probe = params.probe_tokens[row];
     const bool known = probe >= 0 && probe < params.vocab_size;
-    const float logit = known ? partials[probe / kLmHeadPieceTokens].probe : none;
+    const float logit = known ? partials[probe / params.piece_tokens].probe : none;
     params.probe_probability[row] = static_cast<float>(expf(logit - total.highest) / sum);
   }
 }
@@ -259,6 +240,7 @@ void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch) {
 void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch) {
   check_at_least(kFinishOp, "num_rows", params.num_rows, 0);
   check_at_least(kFinishOp, "num_pieces", params.num_pieces, 1);
+  check_at_least(kFinishOp, "piece_tokens", params.piece_tokens, 1);
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kFinishOp);
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(params.num_rows, kWarps)));

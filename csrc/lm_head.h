@@ -39,8 +39,30 @@ struct LmHeadFinishParams {
   float* probe_probability;       // [num_rows] or null, written
   int64_t num_rows;
   int64_t num_pieces;
+  int64_t piece_tokens;  // of the vocabulary, in a piece
   int64_t vocab_size;
 };
+
+// Vocabulary of a tile of the product below: each tile is a piece.
+constexpr int kLmHeadTileTokens = 192;
+
+// Hidden states of few rows to the partials of their pieces, by a product whose logits nobody stores.
+struct LmHeadProductParams {
+  const void* hidden;       // [num_rows, dim]
+  const void* weight;       // [vocab_size, dim]
+  LmHeadPartial* partials;  // [num_rows, num_pieces], written, but for the probes
+  int64_t num_rows;
+  int64_t dim;
+  int64_t vocab_size;
+  int64_t hidden_row_stride;
+  int64_t weight_row_stride;
+  int64_t suppress_token;  // its logit counts as minus infinity; -1: none
+  int64_t num_pieces;      // vocab_size / kLmHeadTileTokens, rounded up
+  DType dtype;             // fp16 or bf16; logits are rounded to it
+};
+
+// Needs what gemm() needs (gemm_is_available); num_rows <= tile_rows, which is 16, 64 or 128.
+void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Launch& launch);
 
 void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch);
 void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch);

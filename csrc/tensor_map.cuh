@@ -25,6 +25,15 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* op) {
   return function;
 }
 
+// The copy engine reads rows from addresses of whole 16 bytes.
+inline void check_aligned(const char* op, const char* name, const void* pointer, int64_t row_stride) {
+  const uintptr_t beyond = reinterpret_cast<uintptr_t>(pointer) % 16;
+  if (beyond == 0 && row_stride % 8 == 0) return;
+  refuse(op, std::string(name) + ": expected rows aligned to 16 bytes, got a row stride of " +
+                 std::to_string(row_stride) + " elements at an address that is " + std::to_string(beyond) +
+                 " bytes past a multiple of 16");
+}
+
 // A tensor of 16-bit elements, its sizes and strides (in elements, without the first, which is 1) from the
 // innermost on, read in boxes that leave in rows of 128 swizzled bytes. What lies outside reads as zero.
 // promotion: how much L2 fetches at a time.

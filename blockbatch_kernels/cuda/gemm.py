@@ -40,19 +40,20 @@ def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> 
 
 
 @functools.cache
-def _kernel_exists(device_index: int) -> bool:
+def kernel_exists(device_index: int) -> bool:
+    """Whether the device and the extension's build have the products of sm_90."""
     return extension.load().gemm_is_available(device_index)
 
 
 def _parts(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
     parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated)
-    if not parts or x.dtype == torch.float32 or not _is_aligned(weight) or not _kernel_exists(x.device.index):
+    if not parts or x.dtype == torch.float32 or not is_aligned(weight) or not kernel_exists(x.device.index):
         return ()
     return parts
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether the copy engine can read the rows where they are."""
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the copy engine can read the rows of a matrix where they are."""
     row = tensor.stride(0)
     return tensor.stride(1) == 1 and row >= tensor.shape[1] and row % 8 == 0 and tensor.data_ptr() % 16 == 0
 
@@ -66,7 +67,7 @@ def _gemm(
     gated: bool,
     static_weight: bool,
 ) -> Tensor:
-    if not _is_aligned(x):
+    if not is_aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None:
         bias = bias.contiguous()

@@ -1,9 +1,10 @@
-"""Top token and its softmax probability, from logits that exist only a chunk of the vocabulary at a time."""
+"""Top token and its softmax probability, from logits that never exist or exist a chunk at a time."""
 
 import torch
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
+from blockbatch_kernels.cuda.gemm import is_aligned, kernel_exists
 
 # Rows whose logits exist at the same time.
 _SLICE_ROWS = 512
@@ -18,7 +19,7 @@ def lm_head_confidence(
     probe_tokens: torch.Tensor | None = None,
     suppress_token: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The product in chunks of the vocabulary, each reduced at once, on the current stream.
+    """The product and the reduction of its logits, on the current stream.
 
     `hidden` [predictions, dim] and `weight` [vocabulary, dim] (it may be a view of more rows) are CUDA
     tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. Returns top_token
@@ -26,11 +27,12 @@ def lm_head_confidence(
     probe_probability [predictions] fp32, else None. A probe outside of the vocabulary has probability NaN,
     and so has everything of a row whose logits hold NaN or plus infinity, or are all minus infinity.
 
-    Memory while it runs: `tuning.LM_HEAD_LOGITS_BYTES` of logits, or those of 512 rows x 4096 tokens if that
-    is more, and 16 bytes per row and 4096 tokens of the vocabulary.
+    What `tuning.lm_head_tile` has a tile for runs, without probes, where the extension's product exists
+    (sm_90; fp16 or bf16; rows aligned to 16 bytes), with 16 bytes of memory per row and 192 tokens of the
+    vocabulary. Everything else goes through torch's product in chunks of the vocabulary:
+    `tuning.LM_HEAD_LOGITS_BYTES` of logits, or those of 512 rows x 4096 tokens if that is more, and 16 bytes
+    per row and 4096 tokens.
     """
-    library = extension.load()
-    piece_tokens = library.LM_HEAD_PIECE_TOKENS
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     top_token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
     confidence = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
@@ -41,8 +43,72 @@ def lm_head_confidence(
         raise ValueError("weight: expected at least one row, got none")
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
-    launch = dict(device=hidden.device.index, stream=extension.stream_of(hidden))
+    suppress = -1 if suppress_token is None else suppress_token
+    if _product_takes(hidden, weight) and probe_tokens is None:
+        partials, piece_tokens = _partials_by_product(hidden, weight, suppress)
+    else:
+        partials, piece_tokens = _partials_of_logits(hidden, weight, suppress, probe_tokens)
+    extension.load().lm_head_finish(
+        partials=partials.data_ptr(),
+        probe_tokens=0 if probe_tokens is None else probe_tokens.data_ptr(),
+        top_token=top_token.data_ptr(),
+        confidence=confidence.data_ptr(),
+        probe_probability=0 if probe_probability is None else probe_probability.data_ptr(),
+        num_rows=num_rows,
+        num_pieces=partials.shape[1],
+        piece_tokens=piece_tokens,
+        vocab_size=vocab_size,
+        device=hidden.device.index,
+        stream=extension.stream_of(hidden),
+    )
+    return top_token, confidence, probe_probability
 
+
+def _product_takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        tuning.lm_head_tile(hidden.shape[0], *weight.shape) > 0
+        and hidden.dtype != torch.float32
+        and is_aligned(weight)
+        and kernel_exists(hidden.device.index)
+    )
+
+
+def _partials_by_product(
+    hidden: torch.Tensor, weight: torch.Tensor, suppress: int
+) -> tuple[torch.Tensor, int]:
+    """Reductions [rows, pieces, 4] of the logits, and tokens of a piece."""
+    library = extension.load()
+    if not is_aligned(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    (num_rows, dim), vocab_size = hidden.shape, weight.shape[0]
+    num_pieces = -(-vocab_size // library.LM_HEAD_TILE_TOKENS)
+    partials = torch.empty(num_rows, num_pieces, _PARTIAL_WORDS, dtype=torch.float32, device=hidden.device)
+    library.lm_head_product(
+        hidden=hidden.data_ptr(),
+        weight=weight.data_ptr(),
+        partials=partials.data_ptr(),
+        num_rows=num_rows,
+        dim=dim,
+        vocab_size=vocab_size,
+        hidden_row_stride=hidden.stride(0),
+        weight_row_stride=weight.stride(0),
+        suppress_token=suppress,
+        num_pieces=num_pieces,
+        dtype=extension.DTYPE_CODES[hidden.dtype],
+        tile_rows=tuning.lm_head_tile(num_rows, vocab_size, dim),
+        device=hidden.device.index,
+        stream=extension.stream_of(hidden),
+    )
+    return partials, library.LM_HEAD_TILE_TOKENS
+
+
+def _partials_of_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, suppress: int, probe_tokens: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """The same, from logits in memory."""
+    library = extension.load()
+    piece_tokens = library.LM_HEAD_PIECE_TOKENS
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     num_pieces = -(-vocab_size // piece_tokens)
     slice_rows = min(num_rows, _SLICE_ROWS)
     piece_bytes = slice_rows * piece_tokens * hidden.element_size()
@@ -63,20 +129,10 @@ def lm_head_confidence(
                 num_tokens=chunk.shape[0],
                 row_stride=logits.stride(0),
                 first_token=token,
-                suppress_token=-1 if suppress_token is None else suppress_token,
+                suppress_token=suppress,
                 num_pieces=num_pieces,
                 dtype=extension.DTYPE_CODES[hidden.dtype],
-                **launch,
+                device=hidden.device.index,
+                stream=extension.stream_of(hidden),
             )
-    library.lm_head_finish(
-        partials=partials.data_ptr(),
-        probe_tokens=0 if probe_tokens is None else probe_tokens.data_ptr(),
-        top_token=top_token.data_ptr(),
-        confidence=confidence.data_ptr(),
-        probe_probability=0 if probe_probability is None else probe_probability.data_ptr(),
-        num_rows=num_rows,
-        num_pieces=num_pieces,
-        vocab_size=vocab_size,
-        **launch,
-    )
-    return top_token, confidence, probe_probability
+    return partials, piece_tokens
