@@ -13,8 +13,9 @@ template <class S>
 void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cudaStream_t stream) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const int box_tokens = copied_rows(ceil_div<int64_t>(p.num_tokens, S::kShares));
   const CUtensorMap x_map = tensor_map<2>(kOp, "x", p.x, p.dtype, {p.in_features, p.num_tokens},
-                                          {p.x_row_stride}, {S::kBlockK, S::kTokens}, kPromotion);
+                                          {p.x_row_stride}, {S::kBlockK, box_tokens}, kPromotion);
   CUtensorMap weight_map;
   if constexpr (S::kGated) {
     // Eight gates, eight ups, the next eight gates, ...: a thread's two rows are a gate and its up.
@@ -31,6 +32,7 @@ void launch_gemm(const GemmParams& p, bool static_weight, bool programmatic, cud
   args.bias = p.bias;
   args.out_row_stride = p.out_row_stride;
   args.num_tokens = static_cast<int>(p.num_tokens);
+  args.box_tokens = box_tokens;
   args.out_features = static_cast<int>(p.out_features);
   args.num_k_blocks = static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK));
   args.static_weight = static_weight;

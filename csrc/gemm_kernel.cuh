@@ -63,6 +63,7 @@ struct GemmArgs {
   const void* bias;  // [rows of the weight] or null
   int64_t out_row_stride;
   int num_tokens;
+  int box_tokens;  // that a CTA fetches and computes
   int out_features;
   int num_k_blocks;
   bool static_weight;  // may be read before the kernels in front are done
@@ -128,14 +129,16 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
-  const int first_token = (S::kShares > 1 ? blockIdx.z * S::kTokens : 0) + 8 * kFirst;
+  const int share = S::kShares > 1 ? blockIdx.z : 0;
+  const int end_token = min(args.num_tokens, (share + 1) * args.box_tokens);
+  const int first_token = share * args.box_tokens + 8 * kFirst;
   T* out = static_cast<T*>(args.out);
 #pragma unroll 4
   for (int i = thread; i < 8 * kCount * kVectors; i += 128) {
     const int token = i / kVectors;
     const int column = i % kVectors * 8;
     const int out_token = first_token + token;
-    if (out_token < args.num_tokens && first_column + column < args.out_features) {
+    if (out_token < end_token && first_column + column < args.out_features) {
       *reinterpret_cast<uint4*>(out + out_token * args.out_row_stride + first_column + column) =
           *reinterpret_cast<const uint4*>(staging + (token * S::kStagingPitch + column) * 2);
     }
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const auto fetch_weight = [&](int i) {
     const int stage = i % S::kStages;
     const uint32_t barrier = full + 8 * stage;
-    barrier_arrive_expecting(barrier, S::kStageBytes);
+    barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * S::kBlockK * 2);
     const uint32_t target = stages + stage * S::kStageBytes;
     const int k = (k_begin + i) * S::kBlockK;
     if constexpr (S::kGated) {
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const auto fetch_x = [&](int i) {
     const int stage = i % S::kStages;
     load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
-              share * S::kTokens, full + 8 * stage, keep);
+              share * args.box_tokens, full + 8 * stage, keep);
   };
   const auto fetch_first = [&] {
     // A weight that nobody writes comes while the kernel before still runs.

@@ -19,6 +19,7 @@ constexpr int kConsumerWarps = 4 * kGroups;
 struct ProductArgs {
   LmHeadPartial* partials;
   int num_rows;
+  int box_rows;  // that a copy moves
   int vocab_size;
   int suppress_token;
   int num_pieces;
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           barrier_wait(empty + 8 * stage, phase ^ 1);
           const uint32_t barrier = full + 8 * stage, target = stages + stage * S::kStageBytes;
           const int k = block * S::kBlockK;
-          barrier_arrive_expecting(barrier, S::kStageBytes);
+          barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_rows * S::kBlockK * 2);
           load_tile(target, &weight_map, k, first_token, barrier, read_once);
           load_tile(target + S::kWeightBytes, &hidden_map, k, 0, barrier, keep);
           advance();
@@ -244,14 +245,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <class S>
 void launch_product(const LmHeadProductParams& p, const Launch& launch) {
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const int box_rows = copied_rows(p.num_rows);
   const CUtensorMap hidden_map = tensor_map<2>(kOp, "hidden", p.hidden, p.dtype, {p.dim, p.num_rows},
-                                               {p.hidden_row_stride}, {S::kBlockK, S::kTokens}, kPromotion);
+                                               {p.hidden_row_stride}, {S::kBlockK, box_rows}, kPromotion);
   const CUtensorMap weight_map =
       tensor_map<2>(kOp, "weight", p.weight, p.dtype, {p.dim, p.vocab_size}, {p.weight_row_stride},
                     {S::kBlockK, kLmHeadTileTokens}, kPromotion);
   ProductArgs args;
   args.partials = p.partials;
   args.num_rows = static_cast<int>(p.num_rows);
+  args.box_rows = box_rows;
   args.vocab_size = static_cast<int>(p.vocab_size);
   args.suppress_token = p.suppress_token < 0 ? INT_MIN / 2 : static_cast<int>(p.suppress_token);
   args.num_pieces = static_cast<int>(p.num_pieces);

@@ -25,6 +25,10 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* op) {
   return function;
 }
 
+// Rows that a copy moves for `rows` that exist: no more than groups of eight need, because it takes the copy
+// engine longer to fill rows that do not exist with zeros than to read some (H100).
+inline int copied_rows(int64_t rows) { return static_cast<int>(ceil_div<int64_t>(rows, 8) * 8); }
+
 // The copy engine reads rows from addresses of whole 16 bytes.
 inline void check_aligned(const char* op, const char* name, const void* pointer, int64_t row_stride) {
   const uintptr_t beyond = reinterpret_cast<uintptr_t>(pointer) % 16;
