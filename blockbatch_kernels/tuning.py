@@ -285,7 +285,7 @@ class LinearTile(NamedTuple):
 # 36.3 / 13.2 / 35.5 (38.5 / 15.0 / 42.4), with 128 tokens 36.8 / 14.4 / 37.3 (39.8 / 15.2 / 40.0), with 192
 # tokens 38.4 / 15.3 / 40.7 (41.0 / 16.0 / 44.3), with 252 tokens 41.0 / 15.6 / 46.3 (42.9 / 19.6 / 53.8). In
 # between, where a tile is not full: with 32 tokens 36.8 / 13.1 / 34.9 (39.8 / 14.1 / 39.5), with 160 tokens
-# 38.6 / 15.2 / 38.8 (40.0 / 14.7 / 45.7). A whole step of 192 tokens takes 7.77 ms instead of 8.03, one of 252
+# 38.6 / 15.2 / 38.8 (40.0 / 14.7 / 45.7). A step of 192 tokens takes 7.77 ms instead of 8.03, one of 252
 # 8.14 instead of 8.22, and 50 in a row, where the power limit slows the GPU down, 7.86 each instead of 8.12,
 # and 8.48 instead of 8.71.
 LINEAR_TILES = (
