@@ -201,12 +201,10 @@ def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
         (1, 16, 8 if tile.splits == 1 else 72),  # a sum of one block of K cannot be shared
         (min(7, tile.tokens), 1040, 1224),
         (tile.tokens - 9, 2064, 72),
-        (
-            tile.tokens // 2 + 1,
-            520,
-            264,
-        ),  # processors that share the tokens have 8 columns more than one half
     ]
+    if not gated:
+        # Half a tile and one token: processors that share the tokens take unequal numbers.
+        cases.append((tile.tokens // 2 + 1, 520, 264))
     for num_tokens, out_features, in_features in cases:
         for bias in (False, True) if not gated else (False,):
             for static_weight in (False, True):
