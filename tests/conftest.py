@@ -17,3 +17,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty returns is full of NaN, or of the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sm90():
+    """For tests of kernels that exist for that architecture alone."""
+    from blockbatch_kernels import cuda
+
+    assert cuda.why_unavailable() is None
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for sm_90")

@@ -17,15 +17,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = [(0, 0), (64, 0), (3, 0), (0, 1), (5, 3)]
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that torch.empty returns is full of NaN, or of the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)

@@ -140,13 +140,6 @@ def test_ups_among_the_gates_raise(arguments):
 
 
 @pytest.fixture
-def sm90():
-    assert cuda.why_unavailable() is None
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for sm_90")
-
-
-@pytest.fixture
 def poison(monkeypatch):
     """Outputs start as NaN, so that an element that nobody writes is seen."""
     empty = torch.Tensor.new_empty

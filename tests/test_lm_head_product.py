@@ -64,22 +64,6 @@ def test_wrong_arguments_raise(argument, value, message):
         extension.lm_head_product(**{**arguments, argument: value})
 
 
-@pytest.fixture
-def sm90():
-    assert cuda.why_unavailable() is None
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for sm_90")
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that torch.empty returns is full of NaN, or of the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
