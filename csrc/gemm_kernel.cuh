@@ -11,7 +11,7 @@ namespace bbk {
 
 // What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
 // weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kShares: CTAs of
-// a cluster that share one read of the weight, each with its own kTokens tokens. kGated: the rows are gates
+// a cluster that share one read of the weight, each with tokens of its own. kGated: the rows are gates
 // and ups in turns of 8.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, int kShares_,
           bool kGated_>
@@ -63,7 +63,7 @@ struct GemmArgs {
   const void* bias;  // [rows of the weight] or null
   int64_t out_row_stride;
   int num_tokens;
-  int box_tokens;  // that a CTA fetches and computes
+  int box_tokens;  // that a CTA fetches and writes
   int out_features;
   int num_k_blocks;
   bool static_weight;  // may be read before the kernels in front are done
