@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import as_graph, event_ms, twice
+from timing import as_graph
 
 from blockbatch.models import Model
 
@@ -40,9 +40,3 @@ def products(model: Model, tokens: int, predictions: int, head_rows: int = 4096)
 
     # The outputs are let go at once, so that they take turns on the same memory.
     return as_graph(run, model.device)
-
-
-def products_ms(model: Model, tokens: int, predictions: int, repeats: int) -> tuple[float, float]:
-    """(milliseconds, spread of two repeats) of `products`."""
-    run = products(model, tokens, predictions)
-    return twice(lambda: event_ms(run, model.device, repeats))

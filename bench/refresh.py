@@ -7,7 +7,8 @@ engine computes each distinct row once and shares its pages. On each line:
 
     ours_ms         from the plan on the host to the plan of the next step, median by events
     parts_ms        the same by part, from the profiler's times of its kernels
-    products_ms     the matrix products of those rows alone, by cuBLAS, in a CUDA graph on the same weights
+    products_ms     the matrix products of those rows alone, by cuBLAS, in a CUDA graph on the same weights,
+                    in turns with ours
     over_products_and_attention   ours over products and the engine's own attention together
     eager_ms        the same refresh in plain torch, launched operator by operator (see eager.py)
 
@@ -22,17 +23,16 @@ import parts
 import torch
 from cases import Snapshot, host_plan, policy
 from eager import EagerModel
-from products import products_ms
+from products import products
 from random_models import DTYPES, product_bytes, random_model, random_prompt, step_flops
 from timing import (
     ceilings,
     clean,
     device_of,
-    event_ms,
+    in_turns,
     parser,
     rounded,
     target,
-    twice,
     wall_ms,
     write_report,
 )
@@ -112,8 +112,10 @@ def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int
     device = model.device
     case.run()
     checks = check(case)
-    ours, spread = twice(lambda: event_ms(case.run, device, repeats, case.snapshot.restore))
-    alone, alone_spread = products_ms(model, case.tokens, case.predictions, repeats)
+    alone = products(model, case.tokens, case.predictions)
+    (ours, spread), (alone_ms, alone_spread) = in_turns(
+        [(case.run, case.snapshot.restore), (alone, None)], device, repeats
+    )
     line = {
         "model": model.name,
         "distinct_rows": distinct,
@@ -122,14 +124,15 @@ def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int
         "predictions": case.predictions,
         "ours_ms": ours,
         "ours_spread": spread,
-        "products_ms": alone,
+        "products_ms": alone_ms,
         "products_spread": alone_spread,
-        "over_products": ours / alone,
+        "over_products": ours / alone_ms,
         "floor_ms": max(
             product_bytes(model.weights) / limits["copy_gb_per_s"] / 1e6,
             step_flops(model.spec, case.tokens, case.predictions, length) / limits["matmul_tflops"] / 1e9,
         ),
     }
+    del alone
     eager = RefreshCase(EagerModel(model), distinct, length - gen_length, gen_length)
     line["eager_ms"] = wall_ms(eager.run, device, 2, eager.snapshot.restore)
     line["checks"] = checks

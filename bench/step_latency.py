@@ -9,7 +9,8 @@ the same pages outside their windows, as after a full forward; "separate": every
     parts_ms        the same step by part, from the profiler's times of its kernels
     host_ms         clock time of a step in a decode beyond its time on the device: launch, wait, Python; the
                     better of two repeats
-    products_ms     the step's matrix products alone, by cuBLAS, in a CUDA graph on the same weights
+    products_ms     the step's matrix products alone, by cuBLAS, in a CUDA graph on the same weights,
+                    in turns with ours
     floor_ms        bytes and FLOP that the step needs at least, by the ceilings measured in the same run
     eager_ms        the same step in plain torch, launched operator by operator (see eager.py)
 
@@ -34,12 +35,11 @@ from timing import (
     ceilings,
     clean,
     device_of,
-    event_ms,
+    in_turns,
     parser,
     rounded,
     synchronize,
     target,
-    twice,
     wall_ms,
     write_report,
 )
@@ -147,9 +147,9 @@ def measure(
     case, device = make_case(model, tokens, length, pages), model.device
     checks = check_step(case, reference_error)
 
-    ours, spread = twice(lambda: event_ms(case.run, device, repeats, case.restore))
-    # Side by side, so that both meet the same clocks.
-    alone_ms, alone_spread = twice(lambda: event_ms(alone, device, repeats))
+    (ours, spread), (alone_ms, alone_spread) = in_turns(
+        [(case.run, case.restore), (alone, None)], device, repeats
+    )
     line = {
         "model": model.name,
         "tokens": tokens,

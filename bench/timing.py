@@ -20,28 +20,36 @@ from blockbatch.environment import describe
 RESULTS = Path(__file__).parent / "results"
 
 
-def event_ms(
-    run: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
-) -> float:
+Run = Callable[[], Any]
+# What is timed, and what runs ahead of it each time, outside the measured span.
+Timed = tuple[Run, Run | None]
+
+
+def event_ms(run: Run, device: torch.device, repeats: int, before: Run | None = None) -> float:
     """Median milliseconds of `run` on the device; `before` runs outside the measured span each time."""
+    return medians_in_turns([(run, before)], device, repeats)[0]
+
+
+def medians_in_turns(runs: list[Timed], device: torch.device, repeats: int) -> list[float]:
+    """`event_ms` of several, one after the other in every repeat, so that all meet the same clocks."""
     if device.type != "cuda":
-        return wall_ms(run, device, repeats, before)
+        return [wall_ms(run, device, repeats, before) for run, before in runs]
     spans = []
     for _ in range(repeats):
-        if before is not None:
-            before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        spans.append((start, end))
+        for run, before in runs:
+            if before is not None:
+                before()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            spans.append((start, end))
     torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in spans)
+    taken = [start.elapsed_time(end) for start, end in spans]
+    return [statistics.median(taken[at :: len(runs)]) for at in range(len(runs))]
 
 
-def wall_ms(
-    run: Callable[[], Any], device: torch.device, repeats: int, before: Callable[[], Any] | None = None
-) -> float:
+def wall_ms(run: Run, device: torch.device, repeats: int, before: Run | None = None) -> float:
     """Median milliseconds on the host's clock, from an idle device to an idle device."""
     spans = []
     for _ in range(repeats):
@@ -55,11 +63,10 @@ def wall_ms(
     return statistics.median(spans)
 
 
-def twice(measure: Callable[[], float]) -> tuple[float, float]:
-    """The smaller of two medians, and how far the two lie apart as a share of it."""
-    first, second = measure(), measure()
-    best = min(first, second)
-    return best, abs(first - second) / best
+def in_turns(runs: list[Timed], device: torch.device, repeats: int) -> list[tuple[float, float]]:
+    """For each the smaller of two `medians_in_turns`, and how far the two lie apart as a share of it."""
+    first, second = (medians_in_turns(runs, device, repeats) for _ in range(2))
+    return [(min(pair), abs(pair[0] - pair[1]) / min(pair)) for pair in zip(first, second, strict=True)]
 
 
 def synchronize(device: torch.device) -> None:
