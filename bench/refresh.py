@@ -6,7 +6,7 @@ A request of six branches is brought to a refresh in which only so many of its r
 engine computes each distinct row once and shares its pages. On each line:
 
     ours_ms         from the plan on the host to the plan of the next step, median by events
-    parts_ms        the same by part, from the profiler's times of its kernels
+    parts_ms        the same by part, from the profiler's times of its kernels (the fastest of three)
     products_ms     the matrix products of those rows alone, by cuBLAS, in a CUDA graph on the same weights,
                     in turns with ours
     over_products_and_attention   ours over products and the engine's own attention together
@@ -144,8 +144,7 @@ def add_parts(model: Model, line: dict) -> None:
     gen_length = min(256, line["length"] // 2)
     case = RefreshCase(model, line["distinct_rows"], line["length"] - gen_length, gen_length)
     case.run()
-    case.snapshot.restore()
-    kernels = parts.record(case.run, model.device)
+    kernels = parts.record(case.run, model.device, case.snapshot.restore)
     line["parts_ms"] = rounded(parts.split(kernels, model.spec.num_layers))
     line["kernels"] = parts.by_name(kernels, 16)
     without = line["products_ms"] + line["parts_ms"]["attention"]

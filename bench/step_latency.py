@@ -6,7 +6,7 @@ One line for every model, number of packed tokens, canvas length and kind of pag
 the same pages outside their windows, as after a full forward; "separate": every branch has its own). On it:
 
     ours_ms         the engine's step (a CUDA graph on a GPU), median by events; the better of two repeats
-    parts_ms        the same step by part, from the profiler's times of its kernels
+    parts_ms        the same step by part, from the profiler's times of its kernels (the fastest of three)
     host_ms         clock time of a step in a decode beyond its time on the device: launch, wait, Python; the
                     better of two repeats
     products_ms     the step's matrix products alone, by cuBLAS, in a CUDA graph on the same weights,
@@ -178,8 +178,7 @@ def measure(
 def add_parts(model: Model, line: dict) -> None:
     """Adds the time of each part of the line's step."""
     case = make_case(model, line["tokens"], line["length"], line["pages"])
-    case.restore()
-    kernels = parts.record(case.run, model.device)
+    kernels = parts.record(case.run, model.device, case.restore)
     line["parts_ms"] = rounded(parts.split(kernels, model.spec.num_layers))
     line["launches"] = len(kernels)
     if (line["tokens"], line["length"]) in QUICK:

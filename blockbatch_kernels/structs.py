@@ -265,5 +265,10 @@ class AttentionPlan(NamedTuple):
     # in its page; a bit for every token of the blocks that reads the keys (4 integers); the page of each copy
     # (8).
     units: Tensor
+    # [processors, 4] int32: of the units of all kv heads, one head after the other, from where to where a
+    # processor has them; the first processor that shares its first tile; 0.
+    stretches: Tensor
     arrivals: Tensor  # [2 * processors] int32, zero between calls
     tile_tokens: int
+    num_heads: int  # of the queries that it is for, and of their keys
+    num_kv_heads: int

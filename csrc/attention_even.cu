@@ -1,8 +1,7 @@
-// Attention on sm_90a whose work is cut evenly: the plan's units (128 keys for up to 128 rows) of all heads
-// form one line, of which every processor takes an equal stretch. Shared pages are read once for all rows of
-// a tile, and rows with pages of their own follow in the same accumulators. Only a tile that crosses from one
-// stretch into the next leaves partial results, which the processor with the tile's last units adds to its
-// own.
+// Attention on sm_90a whose work is laid out in units (128 keys for up to 128 rows) that are cut into as many
+// stretches as there are processors. Shared pages are read once for all rows of a tile, and rows with pages
+// of their own follow in the same accumulators. Only a tile that crosses from one stretch into the next
+// leaves partial results, which the processor with the tile's last units adds to its own.
 #include "attention_even_block.cuh"
 
 namespace bbk {
@@ -136,8 +135,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
 
   // The plan may be read before the wait: its kernel lets none behind it start early, so that it has ended
   // once anything behind it runs.
-  const Line line(p);
-  Stretch stretch(p, line);
+  Stretch stretch(p);
   Portion portion = stretch.take();
   if (threadIdx.x >= kEvenThreads) {
     give_registers<40>();
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
       if (portion.end < portion.tile_end) {
         block.leave(next);
       } else {
-        block.add_earlier(portion, line);
+        block.add_earlier(portion, stretch.first_processor());
         block.store();
         block.load_rows(next);
       }

@@ -7,6 +7,10 @@ first one of a tile, so that its keys come up once for two blocks. For every seg
 units of one group of its rows after another, where a group reads the same pages in that segment. So pages
 that rows share come up once a tile, all keys of a token in one tile, and where rows share nothing the two
 blocks of a tile take turns.
+
+All units of a kv head form a line, of which every processor takes a stretch (`_stretches`). A tile that is
+cut costs its processors partial results, and a stretch over two tiles costs its processor the rows of both.
+So the stretches keep to the tiles where the longest is hardly longer for it, and else are equal.
 """
 
 from __future__ import annotations
@@ -16,7 +20,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.tuning import UNIT_INTEGERS, UNIT_KEYS, AttentionShape
+from blockbatch_kernels.tuning import (
+    MIN_STRETCH_UNITS,
+    STRETCH_INTEGERS,
+    UNIT_INTEGERS,
+    UNIT_KEYS,
+    AttentionShape,
+)
 
 
 def attention_units(
@@ -27,24 +37,27 @@ def attention_units(
     page_size: int,
     num_tokens: int,
     shape: AttentionShape,
-) -> tuple[Tensor, Tensor]:
-    """`units` and `arrivals` of an `AttentionPlan`, on the CPU.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`units`, `stretches` and `arrivals` of an `AttentionPlan`, on the CPU.
 
     Args:
         table, lengths: pages and keys of every row.
         queries: packed tokens of the rows that have queries and keys.
     """
     units = torch.zeros(shape.max_units(num_tokens, len(table), page_size), UNIT_INTEGERS, dtype=torch.int32)
+    stretches = torch.zeros(shape.processors, STRETCH_INTEGERS, dtype=torch.int32)
     arrivals = torch.zeros(2 * shape.processors, dtype=torch.int32)
     if not shape.block_tokens:
-        return units, arrivals
+        return units, stretches, arrivals
     records: list[list[int]] = []
+    sizes: list[int] = []
     first_keys = {row: _first_keys(table[row], lengths[row], page_size, shape) for row in queries}
     blocks = _blocks(queries, first_keys, shape.block_tokens)
     for index in range(0, len(blocks), 2):
         tile = [*blocks[index : index + 2], range(0)][:2]
         found = list(_units(tile, table, lengths, queries, page_size, shape))
         begin = len(records)
+        sizes.append(len(found))
         for num_keys, first_slot, masks, pages in found:
             words = [mask >> shift & 0xFFFFFFFF for mask in masks for shift in (0, 32)]
             record = [begin, begin + len(found)]
@@ -56,7 +69,50 @@ def attention_units(
     units[0, 0] = len(records)
     if records:
         units[1 : 1 + len(records)] = torch.tensor(records, dtype=torch.int32)
-    return units, arrivals
+        cut = torch.tensor(_stretches(sizes, shape), dtype=torch.int32)
+        stretches[: len(cut), :3] = cut
+    return units, stretches, arrivals
+
+
+def _stretches(sizes: list[int], shape: AttentionShape) -> list[tuple[int, int, int]]:
+    """(first unit, unit behind the last, first processor of the first unit's tile) of each processor.
+
+    Every kv head's line is cut alike; with fewer processors than heads all lines together are.
+
+    Args:
+        sizes: units of each tile.
+    """
+    heads = shape.num_kv_heads
+    lines = heads if shape.processors >= heads else 1
+    units, processors = sum(sizes) * heads // lines, shape.processors // lines
+    starts = [
+        head * sum(sizes) + sum(sizes[:tile]) for head in range(heads // lines) for tile in range(len(sizes))
+    ]
+    cuts = _whole_tiles(sizes, processors, shape.max_slack) if lines == heads else []
+    if not cuts:
+        number = min(processors, -(-units // MIN_STRETCH_UNITS))
+        cuts = [units * part // number for part in range(number + 1)]
+    stretches = []
+    for line in range(lines):
+        for begin, end in zip(cuts, cuts[1:]):
+            tile = max(start for start in starts if start <= begin)
+            first = sum(cut <= tile for cut in cuts) - 1
+            stretches.append((line * units + begin, line * units + end, line * (len(cuts) - 1) + first))
+    return stretches
+
+
+def _whole_tiles(sizes: list[int], processors: int, max_slack: int) -> list[int]:
+    """Cuts such that no stretch holds units of two tiles; none if one would be too long."""
+    least = max(-(-sum(sizes) // processors), MIN_STRETCH_UNITS)
+    for longest in range(least, least + max_slack + 1):
+        parts = [-(-size // longest) for size in sizes]
+        if sum(parts) <= processors:
+            cuts, start = [0], 0
+            for size, number in zip(sizes, parts):
+                cuts += [start + size * (part + 1) // number for part in range(number)]
+                start += size
+            return cuts
+    return []
 
 
 def _copy_keys(page_size: int) -> int:
