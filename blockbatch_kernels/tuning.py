@@ -73,7 +73,7 @@ class AttentionShape(NamedTuple):
 
 # Keys of a unit at most, and integers of its record.
 UNIT_KEYS = 128
-UNIT_INTEGERS = 20
+UNIT_INTEGERS = 22
 # A stretch of units gets no shorter than this for the sake of another processor.
 MIN_STRETCH_UNITS = 2
 STRETCH_INTEGERS = 4
@@ -100,6 +100,8 @@ def num_processors(device: torch.device) -> int:
 # Keys and values of different rows that stay in L2 together, in keys times kv heads: 48 MiB in 16 bits and
 # 128 elements a head.
 _KEYS_IN_L2 = (48 << 20) // 512
+# Tokens of a step whose rows do not share pages.
+_MAX_UNIT_TOKENS = 1024
 
 
 @functools.cache
@@ -108,6 +110,7 @@ def _runs_units(device: torch.device) -> bool:
 
 
 def plans_units(
+    num_tokens: int,
     num_heads: int,
     num_kv_heads: int,
     page_size: int,
@@ -133,8 +136,9 @@ def plans_units(
     """
     if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
         return False
-    keys = distinct_rows * pages_per_row * page_size * num_kv_heads
-    return distinct_rows <= 1 or keys <= _KEYS_IN_L2
+    if distinct_rows <= 1 or num_tokens <= _MAX_UNIT_TOKENS:
+        return True
+    return distinct_rows * pages_per_row * page_size * num_kv_heads <= _KEYS_IN_L2
 
 
 @functools.cache

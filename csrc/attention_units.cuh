@@ -173,6 +173,15 @@ class UnitPlanner {
     return ~0ull >> (64 - (last - first)) << (first - start);
   }
 
+  // Whether the part's tile alone reads its keys of the segment.
+  __host__ __device__ bool is_read_once(int part, int segment) const {
+    for (int other = 0; other < parts_; ++other) {
+      if (part_tile_[other] != part_tile_[part] && owner(other, segment) == owner(part, segment))
+        return false;
+    }
+    return true;
+  }
+
   __host__ __device__ void write() const {
     const int total = place_[parts_ * segments_];
     auto* records = reinterpret_cast<AttentionUnit*>(p_.units);
@@ -197,6 +206,7 @@ class UnitPlanner {
         if (owner(other, segment) != owner(part, segment)) continue;
         for (int i = 0; i < 2; ++i) unit.tokens[i] |= mask(2 * tile + i, part_row_[other]);
       }
+      unit.read_once = is_read_once(part, segment);
       const int32_t* pages = p_.page_table + part_row_[part] * p_.page_table_stride;
       const int keys = num_keys(part, segment), step = box_keys(p_.page_size);
       int number = place_[place(part, segment)];

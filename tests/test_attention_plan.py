@@ -194,6 +194,9 @@ def test_rows_share_blocks_where_they_share_pages(sharing, tiles):
     units = plan.units[1 : 1 + int(plan.units[0, 0])]
     blocks = list(dict.fromkeys(tuple(unit) for unit in units[:, 2:6].tolist()))
     assert blocks == [(a, b, m, n) for (a, m), (b, n) in tiles]
+    # Within a segment of 128 keys some page of each window is the row's own.
+    once = {"all": 0, "prompt": 12, "none": len(units)}[sharing]
+    assert int(units[:, 20].sum()) == once and int((units[:, 20] == 0).sum()) == len(units) - once
     if sharing == "none":
         # The two blocks of the first tile take turns, a unit each.
         first = units[units[:, 2] == 0]
