@@ -173,7 +173,7 @@ def _attention_plan(function: Callable) -> Callable:
         heads, (rows, pages_per_row) = (num_heads, num_kv_heads), page_table.shape
         rows = rows if distinct_rows is None else distinct_rows
         device = page_table.device
-        units = compiled and tuning.plans_units(num_tokens, *heads, page_size, pages_per_row, rows, device)
+        units = compiled and tuning.plans_units(*heads, page_size, pages_per_row, rows, device)
         return _attention_shape(
             num_tokens, *heads, page_size, pages_per_row, _num_processors(device), units=units
         )

@@ -275,8 +275,7 @@ def attention_plan(
         page_size,
         pages_per_row,
         tuning.num_processors(device),
-        units=module is cuda
-        and tuning.plans_units(num_tokens, *heads, page_size, pages_per_row, distinct_rows, device),
+        units=module is cuda and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
     )
     return module.attention_plan(
         page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
@@ -349,7 +348,7 @@ def varlen_attention(
     if plan is None:
         rows, pages_per_row = page_table.shape
         heads, page_size = (q.shape[1], k_cache.shape[2]), k_cache.shape[1]
-        units = tuning.plans_units(q.shape[0], *heads, page_size, pages_per_row, rows, q.device)
+        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device)
     else:
         units = plan.units.shape[0] > 0
     module = _backend(
