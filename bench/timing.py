@@ -19,7 +19,6 @@ from blockbatch.environment import describe
 
 RESULTS = Path(__file__).parent / "results"
 
-
 Run = Callable[[], Any]
 # What is timed, and what runs ahead of it each time, outside the measured span.
 Timed = tuple[Run, Run | None]
@@ -33,7 +32,8 @@ def event_ms(run: Run, device: torch.device, repeats: int, before: Run | None = 
 def medians_in_turns(runs: list[Timed], device: torch.device, repeats: int) -> list[float]:
     """`event_ms` of several, one after the other in every repeat, so that all meet the same clocks."""
     if device.type != "cuda":
-        return [wall_ms(run, device, repeats, before) for run, before in runs]
+        walls = [[wall_ms(run, device, 1, before) for run, before in runs] for _ in range(repeats)]
+        return [statistics.median(taken) for taken in zip(*walls, strict=True)]
     spans = []
     for _ in range(repeats):
         for run, before in runs:

@@ -103,6 +103,18 @@ def test_decode(tmp_path):
     assert {line["method"] for line in found["traces"]} == {"blockbatch", "dual_cache"}
 
 
+def test_runs_take_turns(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import torch
+    from timing import in_turns
+
+    calls = []
+    runs = [(lambda: calls.append("a"), lambda: calls.append("before a")), (lambda: calls.append("b"), None)]
+    found = in_turns(runs, torch.device("cpu"), 3)
+    assert calls == ["before a", "a", "b"] * 6  # two rounds of three
+    assert len(found) == 2 and all(median > 0 and spread >= 0 for median, spread in found)
+
+
 class TestChecks:
     """What verify.py is for: a step that computes something else does not pass."""
 
