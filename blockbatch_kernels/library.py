@@ -162,6 +162,10 @@ _attention_shape = tuning.attention_shape.__wrapped__
 _num_processors = tuning.num_processors.__wrapped__
 
 
+# Of an AttentionPlan; integers follow.
+_PLAN_TENSORS = 8
+
+
 def _attention_plan(function: Callable) -> Callable:
     def shape_of(
         page_table, *, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows=None, compiled=False
@@ -175,8 +179,7 @@ def _attention_plan(function: Callable) -> Callable:
         )
 
     def run(*tensors, **options):
-        *plan, _ = function(*tensors, **options)
-        return _separate(plan)
+        return _separate(function(*tensors, **options)[:_PLAN_TENSORS])
 
     def fake(page_table, cu_seqlens_q, seqlens_k, *, backend=None, **sizes):
         from blockbatch_kernels import ops  # which imports this module first
@@ -191,27 +194,29 @@ def _attention_plan(function: Callable) -> Callable:
             page_table.new_empty(num_tokens),  # token_row
             page_table.new_empty(2),  # counts
             page_table.new_empty(shape.max_units(num_tokens, rows, page_size), tuning.UNIT_INTEGERS),
+            page_table.new_empty(shape.processors, tuning.STRETCH_INTEGERS),
             page_table.new_empty(2 * shape.processors),  # arrivals
         )
 
     schema = (
         "(Tensor page_table, Tensor cu_seqlens_q, Tensor seqlens_k, *, SymInt page_size, SymInt num_tokens, "
         "int num_heads, int num_kv_heads, SymInt? distinct_rows=None, str? backend=None) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     op = _register("attention_plan", schema, run, fake)
 
     def traced(page_table, cu_seqlens_q, seqlens_k, *, backend=None, **sizes):
         tensors = op(page_table, cu_seqlens_q, seqlens_k, **sizes, backend=backend)
-        return AttentionPlan(*tensors, shape_of(page_table, **sizes).tile_tokens)
+        tile_tokens = shape_of(page_table, **sizes).tile_tokens
+        return AttentionPlan(*tensors, tile_tokens, sizes["num_heads"], sizes["num_kv_heads"])
 
     return traced
 
 
 def _varlen_attention(function: Callable) -> Callable:
-    def run(*tensors, tile_tokens, **options):
+    def run(*tensors, plan_sizes, **options):
         *tensors, plan = tensors
-        plan = AttentionPlan(*plan, tile_tokens) if plan else None
+        plan = AttentionPlan(*plan, *plan_sizes) if plan else None
         return function(*tensors, plan=plan, **options).contiguous()
 
     def fake(q, *tensors, **options):
@@ -219,13 +224,13 @@ def _varlen_attention(function: Callable) -> Callable:
 
     schema = (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q, "
-        "Tensor seqlens_k, Tensor[] plan, *, int tile_tokens, float? softmax_scale=None, "
+        "Tensor seqlens_k, Tensor[] plan, *, int[] plan_sizes, float? softmax_scale=None, "
         "str? backend=None) -> Tensor"
     )
     op = _register("varlen_attention", schema, run, fake)
 
     def traced(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, *, plan=None, **options):
-        *tensors, tile_tokens = (0,) if plan is None else plan
+        tensors, sizes = ((), ()) if plan is None else (plan[:_PLAN_TENSORS], plan[_PLAN_TENSORS:])
         return op(
             q,
             k_cache,
@@ -233,8 +238,8 @@ def _varlen_attention(function: Callable) -> Callable:
             page_table,
             cu_seqlens_q,
             seqlens_k,
-            tensors,
-            tile_tokens=tile_tokens,
+            list(tensors),
+            plan_sizes=list(sizes),
             **options,
         )
 

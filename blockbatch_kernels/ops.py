@@ -321,6 +321,13 @@ def varlen_attention(
     _check("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
     _check("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
     if plan is not None:
+        heads = q.shape[1], k_cache.shape[2]
+        if (plan.num_heads, plan.num_kv_heads) != heads:
+            raise ValueError(
+                "plan: expected one for {} heads and {} kv heads, got one for {} and {}".format(
+                    *heads, plan.num_heads, plan.num_kv_heads
+                )
+            )
         _check("plan.tiles", plan.tiles, (None, 4), (torch.int32,), q.device)
         _check("plan.token_row", plan.token_row, (q.shape[0],), (torch.int32,), q.device)
         _check("plan.pieces", plan.pieces, (None, 2), (torch.int32,), q.device)
@@ -329,11 +336,12 @@ def varlen_attention(
         )
         _check("plan.counts", plan.counts, (2,), (torch.int32,), q.device)
         _check("plan.units", plan.units, (None, tuning.UNIT_INTEGERS), (torch.int32,), q.device)
-        _check("plan.arrivals", plan.arrivals, (None,), (torch.int32,), q.device)
-        if plan.units.shape[0] > 0 and plan.arrivals.shape[0] < 2:
+        _check("plan.stretches", plan.stretches, (None, tuning.STRETCH_INTEGERS), (torch.int32,), q.device)
+        processors = plan.stretches.shape[0]
+        _check("plan.arrivals", plan.arrivals, (2 * processors,), (torch.int32,), q.device)
+        if plan.units.shape[0] > 0 and processors == 0:
             raise ValueError(
-                f"plan.arrivals: expected 2 for each processor, since the plan has units, got "
-                f"{plan.arrivals.shape[0]}"
+                "plan.stretches: expected one for each processor, since the plan has units, got none"
             )
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5

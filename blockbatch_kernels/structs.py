@@ -260,10 +260,15 @@ class AttentionPlan(NamedTuple):
     pieces: Tensor  # [max_pieces, 2] int32, first key and the key behind the last
     token_row: Tensor  # [tokens] int32, row of each packed query; -1 in the padding
     counts: Tensor  # [2] int32, tiles and pieces in use; the rest is zero
-    # [1 + max_units, 20] int32, or nothing. First the number of units, then for each: units from where to
+    # [1 + max_units, 22] int32, or nothing. First the number of units, then for each: units from where to
     # where its tile has; first token and number of tokens of either block; number of keys, place of the first
     # in its page; a bit for every token of the blocks that reads the keys (4 integers); the page of each copy
-    # (8).
+    # (8); whether no other tile reads these keys; 0.
     units: Tensor
+    # [processors, 4] int32: of the units of all kv heads, one head after the other, from where to where a
+    # processor has them; the first processor that shares its first tile; 0.
+    stretches: Tensor
     arrivals: Tensor  # [2 * processors] int32, zero between calls
     tile_tokens: int
+    num_heads: int  # of the queries that it is for, and of their keys
+    num_kv_heads: int

@@ -38,8 +38,8 @@ def _cuda_attention_is_faster(
     """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
 
     Where the plan has units it does, see `plans_units`. Without: microseconds a layer on an H100 in bf16,
-    CUDA C++ (Triton), 32 heads of 128 elements: six rows of 1280 407 (450); 252 tokens in six rows with pages
-    of their own over 1280 keys 52 (52), over 4352 162 (160); 32 tokens over 4096 keys 40 (35).
+    CUDA C++ (Triton), 32 heads of 128 elements: six rows of 1280 421 (469); 252 tokens in six rows with pages
+    of their own over 1280 keys 51 (52), over 4352 159 (160); 32 tokens over 4096 keys 39 (35).
     """
     if element_size != 2 or head_dim not in (64, 128):
         return False  # not on the tensor cores
@@ -56,8 +56,11 @@ class AttentionShape(NamedTuple):
     max_tiles: int
     target_tiles: int  # keys are cut finer until there are as many tiles
     min_segments: int  # but no piece gets shorter than this for it
+    num_heads: int = 0  # of the queries and of the keys that the plan is for
+    num_kv_heads: int = 0
     block_tokens: int = 0  # tokens of a block of a unit's tile; 0: no units are planned
     processors: int = 0  # that share the units
+    max_slack: int = 0  # units beyond an equal share that a processor takes if this keeps tiles apart
 
     def max_units(self, num_tokens: int, num_rows: int, page_size: int) -> int:
         """Records of a plan's units; 0: none are planned."""
@@ -70,7 +73,13 @@ class AttentionShape(NamedTuple):
 
 # Keys of a unit at most, and integers of its record.
 UNIT_KEYS = 128
-UNIT_INTEGERS = 20
+UNIT_INTEGERS = 22
+# A stretch of units gets no shorter than this for the sake of another processor.
+MIN_STRETCH_UNITS = 2
+STRETCH_INTEGERS = 4
+# Microseconds a layer on an H100: six rows of Dream-7B with pages of their own take 19.9 with 1, 22.8 with 0.
+# With 2, LLaDA-8B's private windows behind a shared prompt would be kept whole: 29.1 instead of 27.3.
+_MAX_SLACK = 1
 _BLOCK_ROWS = 64
 
 _SEGMENT_KEYS = 128
@@ -91,6 +100,8 @@ def num_processors(device: torch.device) -> int:
 # Keys and values of different rows that stay in L2 together, in keys times kv heads: 48 MiB in 16 bits and
 # 128 elements a head.
 _KEYS_IN_L2 = (48 << 20) // 512
+# Rows with pages of their own for which units are the fastest whatever their length.
+_FEW_ROWS = 3
 
 
 @functools.cache
@@ -110,12 +121,12 @@ def plans_units(
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
     Microseconds a layer on an H100 in bf16 (the faster of the others); 32 heads of 128 elements, or
-    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 20.7 (22.9); a shared prompt of
-    1024 and private windows 27.3 (32.8), the same over 512 keys 19.7 (26), over 4352 50.5 (83); pages of
-    their own 54.4 (51.8), over 4352 keys 160.3 (159.9); Dream-7B 20.1 (29.2), pages of their own 22.4 (22.7).
-    Pages of their own in fewer rows: 224 tokens in three 38.4 (34.9), 192 in two 25.7 (28.0). One row of 8
-    tokens 15.7 (16.4), of 128 19.9 (21.3), of 256 20.4 (23.2), of 1280 63 (85), of 4096 575 (689). Whole rows
-    of 1280 tokens: two 117 (141), three 224 (230), six 519 (407), six of Dream-7B 318 (369).
+    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 21.3 (23.6); a shared prompt of
+    1024 and private windows 26.4 (33.3), the same over 512 keys 20.4 (26.0), over 4352 51.3 (81.3); pages of
+    their own 53.0 (50.8), over 4352 keys 155 (159); Dream-7B 19.8 (29.2), pages of their own 20.5 (22.9).
+    Pages of their own in fewer rows: 224 tokens in three 32.0 (35.2), 192 in two 26.0 (28.5). One row of 8
+    tokens 15.1 (16.2), of 128 19.2 (21.3), of 256 21.0 (23.1), of 1280 62 (83), of 4096 551 (689). Whole rows
+    of 1280 tokens: two 120 (140), three 219 (218), six 501 (421), six of Dream-7B 306 (370).
 
     Args:
         page_size: keys a page.
@@ -125,7 +136,7 @@ def plans_units(
     if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
         return False
     keys = distinct_rows * pages_per_row * page_size * num_kv_heads
-    return distinct_rows <= 1 or keys <= _KEYS_IN_L2
+    return distinct_rows <= _FEW_ROWS or keys <= _KEYS_IN_L2
 
 
 @functools.cache
@@ -158,8 +169,11 @@ def attention_shape(
         # 128 products of the whole length, 23 in twice as many of half. More only add partial results.
         target_tiles=processors // num_kv_heads + 1,
         min_segments=max(1, _MIN_PIECE_KEYS // (segment_pages * page_size)),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         block_tokens=_BLOCK_ROWS // group if units else 0,
         processors=processors if units else 0,
+        max_slack=_MAX_SLACK if units else 0,
     )
 
 

@@ -15,7 +15,8 @@ struct AttentionPlanParams {
   int32_t* pieces;              // [max_pieces, 2]
   int32_t* token_row;           // [num_tokens]
   int32_t* counts;              // [2]
-  int32_t* units;               // [max_units, 20], nothing without block_tokens
+  int32_t* units;               // [max_units, 22], nothing without block_tokens
+  int32_t* stretches;           // [processors, 4]
   int32_t* arrivals;            // [2 * processors]
   int32_t* workspace;           // [attention_plan_workspace(...)], any content
   int64_t page_table_stride;    // from a row's first page to the next row's
@@ -33,6 +34,8 @@ struct AttentionPlanParams {
   int block_tokens;  // 0: no units
   int processors;
   int max_units;
+  int num_kv_heads;
+  int max_slack;
 };
 
 // Number of 32-bit integers that a plan needs as workspace.
@@ -57,6 +60,8 @@ struct AttentionUnit {
   int32_t first_slot;  // in the first page
   uint64_t tokens[2];  // of each block, a bit for every token that reads the keys
   int32_t pages[8];    // of each copy
+  int32_t read_once;   // no other tile reads the keys
+  int32_t reserved;
 };
 
 // out[t, h] = softmax(softmax_scale * q[t, h] . K) V over all keys of the token's row. Strides count
@@ -76,7 +81,8 @@ struct AttentionParams {
   const int32_t* pieces;       // [max_pieces, 2]
   const int32_t* token_row;    // [num_tokens]
   const int32_t* counts;       // [2]
-  const int32_t* units;        // [max_units, 20]: a record with their number, then the units
+  const int32_t* units;        // [max_units, 22]: a record with their number, then the units
+  const int32_t* stretches;    // [num_processors, 4]
   int32_t* arrivals;           // [2 * num_processors], zero before and after
   int64_t page_table_stride;
   int64_t q_token_stride;

@@ -1,8 +1,7 @@
-// Attention on sm_90a whose work is cut evenly: the plan's units (128 keys for up to 128 rows) of all heads
-// form one line, of which every processor takes an equal stretch. Shared pages are read once for all rows of
-// a tile, and rows with pages of their own follow in the same accumulators. Only a tile that crosses from one
-// stretch into the next leaves partial results, which the processor with the tile's last units adds to its
-// own.
+// Attention on sm_90a whose work is laid out in units (128 keys for up to 128 rows) that are cut into as many
+// stretches as there are processors. Shared pages are read once for all rows of a tile, and rows with pages
+// of their own follow in the same accumulators. Only a tile that crosses from one stretch into the next
+// leaves partial results, which the processor with the tile's last units adds to its own.
 #include "attention_even_block.cuh"
 
 namespace bbk {
@@ -49,19 +48,24 @@ class UnitLoader {
     int num_keys;  // 0: there is no such unit
     int first_slot;
     int pages[2];  // of this warp's boxes
+    bool read_once;
   };
 
   struct Source {
     int num_keys;
     int page;  // of this thread's box
     int slot;
+    bool read_once;
   };
 
   __device__ __forceinline__ Entry look_up(int batch) const {
     const int unit = batch + static_cast<int>(threadIdx.x) % 32;
-    if (unit >= portion_.end) return Entry{0, 0, {0, 0}};
+    if (unit >= portion_.end) return Entry{0, 0, {0, 0}, false};
     const AttentionUnit& from = units_[unit];
-    return Entry{from.num_keys, from.first_slot, {from.pages[first_box_], from.pages[first_box_ + 4]}};
+    return Entry{from.num_keys,
+                 from.first_slot,
+                 {from.pages[first_box_], from.pages[first_box_ + 4]},
+                 from.read_once != 0};
   }
 
   __device__ __forceinline__ Source source(int unit) {
@@ -76,6 +80,7 @@ class UnitLoader {
     const int slot = __shfl_sync(0xffffffffu, here_.first_slot, lane);
     const int first = __shfl_sync(0xffffffffu, here_.pages[0], lane);
     const int second = __shfl_sync(0xffffffffu, here_.pages[1], lane);
+    source.read_once = __shfl_sync(0xffffffffu, here_.read_once, lane);
     source.page = box_ < 4 ? first : second;
     // Boxes are halves and quarters of a page, or pages are parts of a unit.
     source.slot = (slot + key_) % params_.attention.page_size;
@@ -90,8 +95,12 @@ class UnitLoader {
       barrier_arrive_expecting(ring.full(), num_boxes * params_.box_keys * kSwizzledRowBytes * S::kSlices);
     }
     if (key_ < source.num_keys) {
-      copy_box(ring.tile() + target_, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head,
-               source.page);
+      const uint32_t target = ring.tile() + target_;
+      if (source.read_once) {
+        copy_box_once(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+      } else {
+        copy_box(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+      }
     }
     ring.advance();
   }
@@ -136,8 +145,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
 
   // The plan may be read before the wait: its kernel lets none behind it start early, so that it has ended
   // once anything behind it runs.
-  const Line line(p);
-  Stretch stretch(p, line);
+  Stretch stretch(p);
   Portion portion = stretch.take();
   if (threadIdx.x >= kEvenThreads) {
     give_registers<40>();
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
       if (portion.end < portion.tile_end) {
         block.leave(next);
       } else {
-        block.add_earlier(portion, line);
+        block.add_earlier(portion, stretch.first_processor());
         block.store();
         block.load_rows(next);
       }

@@ -57,10 +57,9 @@ class Block {
     state_.finish();
   }
 
-  // Adds the partial results of the processors that had earlier units of the tile, in their order.
-  __device__ __forceinline__ void add_earlier(const Portion& portion, const Line& line) {
+  // Adds the partial results of the processors from `first` on that had earlier units of the tile, in order.
+  __device__ __forceinline__ void add_earlier(const Portion& portion, int first) {
     if (portion.begin == portion.tile_begin) return;
-    const int first = line.processor_of(portion.kv_head * line.units + portion.tile_begin);
     const int end = blockIdx.x;
     // A thread waits for each of them.
     for (int processor = first + threadIdx.x % 128; processor < end; processor += 128) {

@@ -1,5 +1,6 @@
-// Cuts the attention of a step into pieces of keys, groups of rows and tiles of queries. One CTA, since the
-// whole plan is a few hundred integers; the same code runs on the host as a group of one thread.
+// Cuts the attention of a step into pieces of keys, groups of rows and tiles of queries, by one CTA, since
+// the whole plan is a few hundred integers, and into units by another. The same code runs on the host as a
+// group of one thread.
 #include "attention_plan.cuh"
 #include "attention_units.cuh"
 
@@ -68,18 +69,21 @@ class Planner {
         rows_(params.num_rows),
         segment_keys_(params.segment_pages * params.page_size) {}
 
-  __host__ __device__ void run() {
+  __host__ __device__ void plan_tiles() {
     read_rows();
+    write_token_rows();
     find_owners();
-    if (p_.block_tokens > 0) {
-      UnitPlanner(p_, w_.units, w_.owner, w_.length, segments_, group_).run();
-      group_.sync();
-    }
     find_runs();
     lay_out_runs();
     cut_pieces();
     write_pieces();
     write_query_order();
+  }
+
+  __host__ __device__ void plan_units() {
+    read_rows();
+    find_owners();
+    UnitPlanner(p_, w_.units, w_.owner, w_.length, segments_, group_).run();
   }
 
  private:
@@ -97,9 +101,13 @@ class Planner {
       w_.length[row] = takes_part ? p_.seqlens_k[row] : 0;
       most = larger(most, quotient_up(w_.length[row], segment_keys_));
     });
-    for_each(p_.num_tokens, [&](int token) { p_.token_row[token] = -1; });
     // Lengths beyond the table are a caller's mistake, which must not reach beyond the workspace.
     segments_ = smaller(-group_.minimum(-most), p_.max_segments);
+  }
+
+  __host__ __device__ void write_token_rows() const {
+    for_each(p_.num_tokens, [&](int token) { p_.token_row[token] = -1; });
+    group_.sync();
     for (int row = 0; row < rows_; ++row) {
       const int first = p_.cu_seqlens_q[row];
       const int end = smaller(first + w_.queries[row], p_.num_tokens);
@@ -329,13 +337,25 @@ class Planner {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    attention_plan_kernel(const __grid_constant__ AttentionPlanParams params, bool in_shared_memory) {
+    attention_plan_kernel(const __grid_constant__ AttentionPlanParams params, bool in_shared_memory,
+                          int64_t workspace_size) {
   extern __shared__ int shared_workspace[];
   __shared__ int scratch;
-  int* workspace = in_shared_memory ? shared_workspace : params.workspace;
-  Planner(params, workspace, ThreadGroup{&scratch}).run();
+  int* workspace = in_shared_memory ? shared_workspace : params.workspace + blockIdx.x * workspace_size;
+  Planner planner(params, workspace, ThreadGroup{&scratch});
+  if (blockIdx.x == 0) {
+    planner.plan_tiles();
+  } else {
+    planner.plan_units();
+  }
   // Kernels behind this one may read the plan without having waited for their predecessors.
   __threadfence();
+}
+
+int64_t workspace_of_cta(int num_rows, int max_segments, int max_pieces, int num_tokens, int block_tokens) {
+  int64_t size = Workspace::size(num_rows, max_segments, max_pieces);
+  if (block_tokens > 0) size += UnitPlanner::workspace(num_tokens, num_rows, block_tokens, max_segments);
+  return size;
 }
 
 void check_plan(const AttentionPlanParams& params) {
@@ -349,32 +369,38 @@ void check_plan(const AttentionPlanParams& params) {
   check_at_least(kOp, "max_segments", params.max_segments, 0);
   check_at_least(kOp, "max_pieces", params.max_pieces, 1);
   check_at_least(kOp, "min_segments", params.min_segments, 1);
+  if (params.block_tokens > 0) {
+    check_at_least(kOp, "processors", params.processors, 1);
+    check_at_least(kOp, "num_kv_heads", params.num_kv_heads, 1);
+  }
 }
 
 }  // namespace
 
 int64_t attention_plan_workspace(int num_rows, int max_segments, int max_pieces, int num_tokens,
                                  int block_tokens) {
-  int64_t size = Workspace::size(num_rows, max_segments, max_pieces);
-  if (block_tokens > 0) size += UnitPlanner::workspace(num_tokens, num_rows, block_tokens, max_segments);
-  return size;
+  const int ctas = block_tokens > 0 ? 2 : 1;
+  return ctas * workspace_of_cta(num_rows, max_segments, max_pieces, num_tokens, block_tokens);
 }
 
 void attention_plan(const AttentionPlanParams& params, const Launch& launch) {
   constexpr char kOp[] = "attention_plan";
   check_plan(params);
   const DeviceGuard guard(launch.device, kOp);
-  const int64_t bytes = 4 * attention_plan_workspace(params.num_rows, params.max_segments, params.max_pieces,
-                                                     params.num_tokens, params.block_tokens);
-  const bool in_shared_memory = bytes <= kMaxSharedBytes;
-  attention_plan_kernel<<<1, kThreads, in_shared_memory ? bytes : 0, launch.stream>>>(params,
-                                                                                      in_shared_memory);
+  const int64_t size = workspace_of_cta(params.num_rows, params.max_segments, params.max_pieces,
+                                        params.num_tokens, params.block_tokens);
+  const bool in_shared_memory = 4 * size <= kMaxSharedBytes;
+  const int ctas = params.block_tokens > 0 ? 2 : 1;
+  const int64_t shared_bytes = in_shared_memory ? 4 * size : 0;
+  attention_plan_kernel<<<ctas, kThreads, shared_bytes, launch.stream>>>(params, in_shared_memory, size);
   check_launch(kOp);
 }
 
 void attention_plan_on_host(const AttentionPlanParams& params) {
   check_plan(params);
-  Planner(params, params.workspace, ThreadGroup{nullptr}).run();
+  Planner planner(params, params.workspace, ThreadGroup{nullptr});
+  planner.plan_tiles();
+  if (params.block_tokens > 0) planner.plan_units();
 }
 
 }  // namespace bbk

@@ -20,7 +20,10 @@ struct Shape {
   static constexpr int kSliceBytes = kKeys * kSwizzledRowBytes;  // 64 elements of all keys of a stage
   static constexpr int kTileBytes = kSlices * kSliceBytes;       // K or V of a stage
   static constexpr int kStageBytes = 2 * kTileBytes;
-  static constexpr int kStages = 6 * 64 / kKeys / kHalves * (128 / kHeadDim);
+  // More bytes on their way make all processors wait longer for their first; 64 keys of two warpgroups are
+  // what whole rows take, whose products wait for nothing else: 128 and 192 KiB.
+  static constexpr int kBytesOnTheirWay = (kWarpgroups == 2 && kKeys == 64 ? 192 : 128) * 1024 / kHalves;
+  static constexpr int kStages = kBytesOnTheirWay / kStageBytes;
   static constexpr int kSharedBytes = kHalves * kStages * (kStageBytes + 32);
 };
 

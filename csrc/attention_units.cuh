@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_common.cuh"
-#include "attention_plan.cuh"
+#include "attention_cut.cuh"
 
 namespace bbk {
 
@@ -29,6 +29,8 @@ class UnitPlanner {
     part_row_ = take(most);
     part_tile_ = take(most);
     tile_part_ = take(most + 1);
+    tile_first_ = take(most + 1);
+    tile_parts_ = take(most);
     totals_ = take(3);
     sums_ = take(kSums);
     place_ = take(most * params.max_segments + 1);
@@ -36,7 +38,7 @@ class UnitPlanner {
 
   static int64_t workspace(int num_tokens, int num_rows, int block_tokens, int max_segments) {
     const int64_t most = most_blocks(num_tokens, num_rows, block_tokens);
-    return 5 * most + 5 + kSums + most * max_segments;
+    return 7 * most + 6 + kSums + most * max_segments;
   }
 
   __host__ __device__ void run() {
@@ -48,6 +50,7 @@ class UnitPlanner {
     count_units();
     add_up();
     write();
+    StretchPlanner(p_, tile_first_, tiles_, tile_parts_, group_).run();
   }
 
  private:
@@ -156,6 +159,8 @@ class UnitPlanner {
     }
     if (group_.rank() == 0) place_[number] = total;
     group_.sync();
+    group_.for_each(tiles_ + 1, [&](int tile) { tile_first_[tile] = place_[tile_part_[tile] * segments_]; });
+    group_.sync();
   }
 
   // A bit for each token of a block that is one of the row's.
@@ -166,6 +171,15 @@ class UnitPlanner {
     const int last = smaller(start + block_size_[block], end_token(row));
     if (last <= first) return 0;
     return ~0ull >> (64 - (last - first)) << (first - start);
+  }
+
+  // Whether the part's tile alone reads its keys of the segment.
+  __host__ __device__ bool is_read_once(int part, int segment) const {
+    for (int other = 0; other < parts_; ++other) {
+      if (part_tile_[other] != part_tile_[part] && owner(other, segment) == owner(part, segment))
+        return false;
+    }
+    return true;
   }
 
   __host__ __device__ void write() const {
@@ -181,8 +195,8 @@ class UnitPlanner {
       if (!leads(part, segment)) return;
       const int tile = part_tile_[part];
       AttentionUnit unit = {};
-      unit.tile_begin = place_[tile_part_[tile] * segments_];
-      unit.tile_end = place_[tile_part_[tile + 1] * segments_];
+      unit.tile_begin = tile_first_[tile];
+      unit.tile_end = tile_first_[tile + 1];
       for (int i = 0; i < 2; ++i) {
         const int block = 2 * tile + i;
         unit.first_token[i] = block < blocks_ ? block_first_[block] : 0;
@@ -192,6 +206,7 @@ class UnitPlanner {
         if (owner(other, segment) != owner(part, segment)) continue;
         for (int i = 0; i < 2; ++i) unit.tokens[i] |= mask(2 * tile + i, part_row_[other]);
       }
+      unit.read_once = is_read_once(part, segment);
       const int32_t* pages = p_.page_table + part_row_[part] * p_.page_table_stride;
       const int keys = num_keys(part, segment), step = box_keys(p_.page_size);
       int number = place_[place(part, segment)];
@@ -217,8 +232,10 @@ class UnitPlanner {
   int* block_size_;   // [blocks]
   int* part_row_;     // a part: a row's tokens in a tile
   int* part_tile_;
-  int* tile_part_;  // [tiles + 1] first part
-  int* totals_;     // blocks, parts
+  int* tile_part_;   // [tiles + 1] first part
+  int* tile_first_;  // [tiles + 1] units in front
+  int* tile_parts_;  // StretchPlanner's
+  int* totals_;      // blocks, parts
   int* sums_;
   int* place_;  // [parts * segments + 1], by tile, segment and part: units, then units in front
   int blocks_ = 0;

@@ -21,6 +21,20 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       : "memory");
 }
 
+// The same for a box that nobody reads again: its place in L2 is given away first.
+__device__ __forceinline__ void copy_box_once(uint32_t target, const CUtensorMap* map, uint32_t barrier,
+                                              int x0, int x1, int x2, int x3) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%2, %3, %4, %5}], [%6], policy;\n"
+      "}\n" ::"r"(target),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
+}
+
 // Keeps the compiler from moving arithmetic on accumulators across a wait or a start of products.
 template <int kTiles>
 __device__ __forceinline__ void keep_in_registers(float (&c)[kTiles][4]) {

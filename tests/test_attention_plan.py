@@ -55,8 +55,11 @@ def random_problem(seed: int):
         max_tiles=max_pieces * -(-num_tokens // tile_tokens),
         target_tiles=rng.choice([1, 4, 30, 1000]),
         min_segments=rng.choice([1, 1, 2, 5]),
+        num_heads=16,
+        num_kv_heads=rng.choice([1, 2, 4, 16]),
         block_tokens=block_tokens,
-        processors=132 if block_tokens else 0,
+        processors=rng.choice([1, 2, 7, 64, 132, 400]) if block_tokens else 0,
+        max_slack=rng.choice([0, 0, 1, 2, 5]),
     )
     tables = (random_tables(rng, rows, pages_per_row), bounds, lengths)
     tensors = [torch.tensor(values, dtype=torch.int32) for values in tables]
@@ -134,6 +137,15 @@ def test_wrong_sizes_raise():
         compiled.attention_plan(*tensors, **{**options, "page_size": 0})
 
 
+def test_bounds_that_units_need_raise():
+    tensors, options = random_problem(3)
+    units = options["shape"]._replace(block_tokens=16, processors=132)
+    for name in ("processors", "num_kv_heads"):
+        options["shape"] = units._replace(**{name: 0})
+        with pytest.raises(ValueError, match=f"attention_plan: {name}: expected at least 1, got 0"):
+            compiled.attention_plan(*tensors, **options)
+
+
 def step(rows, prompt, capacity, sharing, device="cpu"):
     """A denoise step as decoding makes it: windows of 4, 8, 16, ... behind a prompt, pages of 16."""
     windows = [4 << min(row, 5) for row in range(rows)]
@@ -182,10 +194,68 @@ def test_rows_share_blocks_where_they_share_pages(sharing, tiles):
     units = plan.units[1 : 1 + int(plan.units[0, 0])]
     blocks = list(dict.fromkeys(tuple(unit) for unit in units[:, 2:6].tolist()))
     assert blocks == [(a, b, m, n) for (a, m), (b, n) in tiles]
+    # Within a segment of 128 keys some page of each window is the row's own.
+    once = {"all": 0, "prompt": 12, "none": len(units)}[sharing]
+    assert int(units[:, 20].sum()) == once and int((units[:, 20] == 0).sum()) == len(units) - once
     if sharing == "none":
         # The two blocks of the first tile take turns, a unit each.
         first = units[units[:, 2] == 0]
         assert [bool(mask) for mask in first[:, 8]] == [True, False] * (len(first) // 2)
+
+
+def stretches_of(plan, heads):
+    """[begin, end, first] of the processors that have units, after checks of what holds for any cut."""
+    units = int(plan.units[0, 0])
+    used = [stretch for stretch in plan.stretches.tolist() if stretch[1] > stretch[0]]
+    assert plan.stretches.tolist()[: len(used)] == used and not plan.stretches[len(used) :].any()
+    # One behind the other, all units of all heads.
+    assert [begin for begin, *_ in used] == [0, *(end for _, end, *_ in used[:-1])]
+    assert used[-1][1] == units * heads
+    for index, (begin, _, first, _) in enumerate(used):
+        tile = begin // units * units + int(plan.units[1 + begin % units, 0])
+        assert used[first][0] <= tile < used[first][1] and first <= index
+    return [stretch[:3] for stretch in used]
+
+
+def test_stretches_hold_all_units_of_all_heads():
+    whole = cut = 0
+    for seed in range(600):
+        tensors, options = random_problem(seed)
+        plan = reference.attention_plan(*tensors, **options)
+        if options["shape"].block_tokens and plan.units[0, 0] > 0:
+            units, heads = int(plan.units[0, 0]), options["shape"].num_kv_heads
+            starts = set(plan.units[1 : 1 + units, 0].tolist())
+            stretches = stretches_of(plan, heads)
+            covers = [sum(begin < head * units + start < end for head in range(heads) for start in starts)
+                      for begin, end, _ in stretches]  # fmt: skip
+            whole, cut = whole + (max(covers) == 0), cut + (max(covers) > 0)
+    assert whole > 50 and cut > 50
+
+
+@pytest.mark.parametrize(
+    ("rows", "sharing", "heads", "sizes", "tile_starts"),
+    [
+        # Two tiles of ten units in two stretches each.
+        (6, "all", (32, 32), [5, 5, 5, 5], 4),
+        # Tiles of 18 and 10 units: whole ones would take nine instead of seven.
+        (6, "prompt", (32, 32), [7, 7, 7, 7], 3),
+        # One row: as equal as ten units can be.
+        (4, "all", (32, 32), [2, 3, 2, 3], 4),
+    ],
+)
+def test_stretches_keep_to_tiles_where_that_is_hardly_longer(rows, sharing, heads, sizes, tile_starts):
+    (table, bounds, lengths), page_size, tokens = step(rows, 1024, 0, sharing)
+    shape = tuning.attention_shape(tokens, *heads, page_size, table.shape[1], 132, units=True)
+    plan = compiled.attention_plan(
+        table, bounds, lengths, page_size=page_size, num_tokens=tokens, shape=shape
+    )
+    stretches = stretches_of(plan, heads[1])
+    of_a_head = stretches[: len(sizes)]
+    assert [end - begin for begin, end, _ in of_a_head] == sizes
+    assert len(stretches) == len(sizes) * heads[1]
+    units = plan.units[1:]
+    inside = [(begin, end) for begin, end, _ in of_a_head if int(units[begin, 1]) >= end]
+    assert len(inside) == tile_starts
 
 
 @pytest.mark.gpu

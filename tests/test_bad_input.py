@@ -90,10 +90,18 @@ def test_dtype_shape_and_device_of_every_tensor(operator, path):
             assert names_what_was_expected(caught.value, path), caught.value
 
 
-def test_a_plan_whose_processors_cannot_tell_each_other():
+def test_a_plan_for_other_heads():
+    arguments = arguments_of("varlen_attention")
+    plan = arguments["plan"]
+    for wrong in (plan._replace(num_heads=2 * plan.num_heads), plan._replace(num_kv_heads=1)):
+        with pytest.raises(ValueError, match="plan: expected one for . heads and . kv heads, got one for"):
+            bbk.varlen_attention(**{**arguments, "plan": wrong})
+
+
+def test_a_plan_of_units_without_stretches():
     arguments = arguments_of("varlen_attention")
     units = torch.zeros(3, UNIT_INTEGERS, dtype=torch.int32)
-    with pytest.raises(ValueError, match="plan.arrivals: expected 2 for each processor, .* got 0"):
+    with pytest.raises(ValueError, match="plan.stretches: expected one for each processor, .* got none"):
         bbk.varlen_attention(**{**arguments, "plan": arguments["plan"]._replace(units=units)})
 
 

@@ -254,6 +254,8 @@ def test_every_cut_of_the_keys(monkeypatch, max_pieces):
             max_tiles=max_pieces * -(-tokens // tile_tokens),
             target_tiles=1000,
             min_segments=1,
+            num_heads=8,
+            num_kv_heads=2,
         )
         options = dict(page_size=16, num_tokens=tokens, shape=shape)
         plan: AttentionPlan = compiled.attention_plan(*inputs[3:], **options)
@@ -308,7 +310,7 @@ def test_wrong_layouts_raise():
 def arguments():
     # Never launched: each test makes one of them wrong, or leaves nothing to do.
     pointers = ("q", "k_cache", "v_cache", "out", "partial_out", "partial_lse", "page_table", "seqlens_k")
-    plan = ("tiles", "query_order", "pieces", "token_row", "counts", "units", "arrivals")
+    plan = ("tiles", "query_order", "pieces", "token_row", "counts", "units", "stretches", "arrivals")
     return dict.fromkeys((*pointers, *plan), 0) | dict(
         page_table_stride=4,
         q_strides=(256, 64),

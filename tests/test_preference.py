@@ -35,6 +35,27 @@ def test_attention_by_shape(change, first):
     assert order[0] == first and sorted(order) == ["cuda", "triton"]
 
 
+@pytest.mark.parametrize(
+    "change, planned",
+    [
+        (dict(distinct_rows=1), True),
+        (dict(distinct_rows=3, pages_per_row=300), True),
+        (dict(distinct_rows=6), False),  # 120 MiB of keys and values
+        (dict(distinct_rows=6, pages_per_row=32), True),  # which stay in L2
+        (dict(distinct_rows=6, num_heads=28, num_kv_heads=4), True),
+        (dict(distinct_rows=1, page_size=8), False),
+        (dict(distinct_rows=1, num_heads=128, num_kv_heads=1), False),  # a token fills more than a block
+    ],
+)
+def test_units_by_shape(monkeypatch, change, planned):
+    sizes = dict(num_heads=32, num_kv_heads=32, page_size=16, pages_per_row=80) | change
+    device = torch.device("cuda")
+    monkeypatch.setattr(tuning, "_runs_units", lambda device: True)
+    assert tuning.plans_units(**sizes, device=device) == planned
+    monkeypatch.setattr(tuning, "_runs_units", lambda device: False)
+    assert not tuning.plans_units(**sizes, device=device)
+
+
 def test_limits_are_those_of_the_sources():
     def constant(file, name):
         return int(re.search(rf"{name} = (\d+);", (SOURCES / file).read_text()).group(1))

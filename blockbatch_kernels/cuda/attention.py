@@ -8,7 +8,7 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.structs import AttentionPlan
-from blockbatch_kernels.tuning import UNIT_INTEGERS, AttentionShape
+from blockbatch_kernels.tuning import STRETCH_INTEGERS, UNIT_INTEGERS, AttentionShape
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -41,6 +41,7 @@ def attention_plan(
     sizes = (
         4 * max_tiles,
         UNIT_INTEGERS * max_units,
+        STRETCH_INTEGERS * shape.processors,
         shape.max_pieces * num_tokens,
         2 * shape.max_pieces,
         num_tokens,
@@ -51,7 +52,7 @@ def attention_plan(
         ),
     )
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=page_table.device)
-    tiles, units, query_order, pieces, token_row, counts, arrivals, workspace = buffer.split(sizes)
+    tiles, units, stretches, query_order, pieces, token_row, counts, arrivals, workspace = buffer.split(sizes)
     on_gpu = page_table.is_cuda
     compiled.attention_plan(
         page_table=page_table.data_ptr(),
@@ -63,6 +64,7 @@ def attention_plan(
         token_row=token_row.data_ptr(),
         counts=counts.data_ptr(),
         units=units.data_ptr(),
+        stretches=stretches.data_ptr(),
         arrivals=arrivals.data_ptr(),
         workspace=workspace.data_ptr(),
         page_table_stride=page_table.stride(0),
@@ -80,6 +82,8 @@ def attention_plan(
         block_tokens=shape.block_tokens,
         processors=shape.processors,
         max_units=max_units,
+        num_kv_heads=shape.num_kv_heads,
+        max_slack=shape.max_slack,
         device=page_table.device.index if on_gpu else -1,
         stream=extension.stream_of(page_table) if on_gpu else 0,
     )
@@ -90,8 +94,11 @@ def attention_plan(
         token_row,
         counts,
         units.view(max_units, UNIT_INTEGERS),
+        stretches.view(shape.processors, STRETCH_INTEGERS),
         arrivals,
         shape.tile_tokens,
+        shape.num_heads,
+        shape.num_kv_heads,
     )
 
 
@@ -119,13 +126,13 @@ def varlen_attention(
         raise ValueError(f"q: expected a head_dim of at most {tuning.MAX_HEAD_DIM}, got {head_dim}")
     page_size, num_kv_heads = k_cache.shape[1:3]
     q, page_table, seqlens_k = _dense(q), _dense(page_table), _dense(seqlens_k)
-    tiles, units = _packed(plan.tiles), _packed(plan.units)
+    tiles, units, stretches = _packed(plan.tiles), _packed(plan.units), _packed(plan.stretches)
     query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[1:5])
     arrivals = plan.arrivals.contiguous()
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     max_pieces = plan.pieces.shape[0]
     num_partials = max_pieces * num_tokens * num_heads if max_pieces > 1 else 0
-    num_processors = arrivals.shape[0] // 2
+    num_processors = stretches.shape[0]
     compiled, dtype = extension.load(), extension.DTYPE_CODES[q.dtype]
     # Which kernel runs is decided there.
     num_floats = max(
@@ -147,6 +154,7 @@ def varlen_attention(
         token_row=token_row.data_ptr(),
         counts=counts.data_ptr(),
         units=units.data_ptr(),
+        stretches=stretches.data_ptr(),
         arrivals=arrivals.data_ptr(),
         page_table_stride=page_table.stride(0),
         q_strides=q.stride()[:2],

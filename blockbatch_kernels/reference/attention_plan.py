@@ -113,7 +113,7 @@ def _as_tensors(
     segment_keys: int,
     shape: AttentionShape,
     page_table: Tensor,
-    units: tuple[Tensor, Tensor],
+    units: tuple[Tensor, Tensor, Tensor],
 ) -> AttentionPlan:
     max_tiles = shape.max_tiles + shape.max_pieces * page_table.shape[0]
     tiles = torch.zeros(max_tiles, 4, dtype=torch.int32)
@@ -132,4 +132,9 @@ def _as_tensors(
             number += 1
     counts = torch.tensor([number, len(pieces)], dtype=torch.int32)
     tensors = (tiles, query_order, bounds, token_row, counts, *units)
-    return AttentionPlan(*(tensor.to(page_table.device) for tensor in tensors), shape.tile_tokens)
+    return AttentionPlan(
+        *(tensor.to(page_table.device) for tensor in tensors),
+        shape.tile_tokens,
+        shape.num_heads,
+        shape.num_kv_heads,
+    )

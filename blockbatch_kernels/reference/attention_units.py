@@ -6,17 +6,28 @@ first segment of pages, and starts a new block otherwise; if it shares nothing a
 first one of a tile, so that its keys come up once for two blocks. For every segment of keys a tile has the
 units of one group of its rows after another, where a group reads the same pages in that segment. So pages
 that rows share come up once a tile, all keys of a token in one tile, and where rows share nothing the two
-blocks of a tile take turns.
+blocks of a tile take turns. Keys of one tile alone need not stay in L2, so a unit says whether they are.
+
+All units of a kv head form a line, of which every processor takes a stretch (`_stretches`). A tile that is
+cut costs its processors partial results, and a stretch over two tiles costs its processor the rows of both.
+So the stretches keep to the tiles where the longest is hardly longer for it, and else are equal.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.tuning import UNIT_INTEGERS, UNIT_KEYS, AttentionShape
+from blockbatch_kernels.tuning import (
+    MIN_STRETCH_UNITS,
+    STRETCH_INTEGERS,
+    UNIT_INTEGERS,
+    UNIT_KEYS,
+    AttentionShape,
+)
 
 
 def attention_units(
@@ -27,36 +38,84 @@ def attention_units(
     page_size: int,
     num_tokens: int,
     shape: AttentionShape,
-) -> tuple[Tensor, Tensor]:
-    """`units` and `arrivals` of an `AttentionPlan`, on the CPU.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`units`, `stretches` and `arrivals` of an `AttentionPlan`, on the CPU.
 
     Args:
         table, lengths: pages and keys of every row.
         queries: packed tokens of the rows that have queries and keys.
     """
     units = torch.zeros(shape.max_units(num_tokens, len(table), page_size), UNIT_INTEGERS, dtype=torch.int32)
+    stretches = torch.zeros(shape.processors, STRETCH_INTEGERS, dtype=torch.int32)
     arrivals = torch.zeros(2 * shape.processors, dtype=torch.int32)
     if not shape.block_tokens:
-        return units, arrivals
+        return units, stretches, arrivals
     records: list[list[int]] = []
+    sizes: list[int] = []
     first_keys = {row: _first_keys(table[row], lengths[row], page_size, shape) for row in queries}
     blocks = _blocks(queries, first_keys, shape.block_tokens)
-    for index in range(0, len(blocks), 2):
-        tile = [*blocks[index : index + 2], range(0)][:2]
-        found = list(_units(tile, table, lengths, queries, page_size, shape))
+    tiles = [[*blocks[index : index + 2], range(0)][:2] for index in range(0, len(blocks), 2)]
+    groups = [_groups(tile, table, lengths, queries, page_size, shape) for tile in tiles]
+    readers = Counter((start, keys) for found in groups for start, keys, _ in found)
+    for tile, found in zip(tiles, groups):
         begin = len(records)
-        for num_keys, first_slot, masks, pages in found:
+        for start, keys, masks in found:
             words = [mask >> shift & 0xFFFFFFFF for mask in masks for shift in (0, 32)]
-            record = [begin, begin + len(found)]
-            record += [block.start for block in tile] + [len(block) for block in tile]
-            record += [num_keys, first_slot]
-            record += [word - 2**32 if word >= 2**31 else word for word in words]
-            record += pages
-            records.append(record + [0] * (UNIT_INTEGERS - len(record)))
+            for num_keys, first_slot, pages in _units(start, keys, page_size):
+                record = [block.start for block in tile] + [len(block) for block in tile]
+                record += [num_keys, first_slot]
+                record += [word - 2**32 if word >= 2**31 else word for word in words]
+                record += pages + [0] * (8 - len(pages))
+                records.append([*record, int(readers[start, keys] == 1), 0])
+        sizes.append(len(records) - begin)
+        records[begin:] = [[begin, len(records), *record] for record in records[begin:]]
     units[0, 0] = len(records)
     if records:
         units[1 : 1 + len(records)] = torch.tensor(records, dtype=torch.int32)
-    return units, arrivals
+        cut = torch.tensor(_stretches(sizes, shape), dtype=torch.int32)
+        stretches[: len(cut), :3] = cut
+    return units, stretches, arrivals
+
+
+def _stretches(sizes: list[int], shape: AttentionShape) -> list[tuple[int, int, int]]:
+    """(first unit, unit behind the last, first processor of the first unit's tile) of each processor.
+
+    Every kv head's line is cut alike; with fewer processors than heads all lines together are.
+
+    Args:
+        sizes: units of each tile.
+    """
+    heads = shape.num_kv_heads
+    lines = heads if shape.processors >= heads else 1
+    units, processors = sum(sizes) * heads // lines, shape.processors // lines
+    starts = [
+        head * sum(sizes) + sum(sizes[:tile]) for head in range(heads // lines) for tile in range(len(sizes))
+    ]
+    cuts = _whole_tiles(sizes, processors, shape.max_slack) if lines == heads else []
+    if not cuts:
+        number = min(processors, -(-units // MIN_STRETCH_UNITS))
+        cuts = [units * part // number for part in range(number + 1)]
+    stretches = []
+    for line in range(lines):
+        for begin, end in zip(cuts, cuts[1:]):
+            tile = max(start for start in starts if start <= begin)
+            first = sum(cut <= tile for cut in cuts) - 1
+            stretches.append((line * units + begin, line * units + end, line * (len(cuts) - 1) + first))
+    return stretches
+
+
+def _whole_tiles(sizes: list[int], processors: int, max_slack: int) -> list[int]:
+    """Cuts such that no stretch holds units of two tiles; none if one would be too long."""
+    least = max(-(-sum(sizes) // processors), MIN_STRETCH_UNITS)
+    for longest in range(least, least + max_slack + 1):
+        parts = [-(-size // longest) for size in sizes]
+        if sum(parts) <= processors:
+            cuts, start = [0], 0
+            for size, number in zip(sizes, parts):
+                cuts += [start + size * (part + 1) // number for part in range(number)]
+                start += size
+            return cuts
+    return []
 
 
 def _copy_keys(page_size: int) -> int:
@@ -98,18 +157,19 @@ def _mask(block: range, tokens: range) -> int:
     return ((1 << (last - first)) - 1) << (first - block.start) if last > first else 0
 
 
-def _units(
+def _groups(
     tile: list[range],
     table: list[list[int]],
     lengths: list[int],
     queries: dict[int, range],
     page_size: int,
     shape: AttentionShape,
-) -> Iterator[tuple[int, int, list[int], list[int]]]:
-    """(keys, first slot in the first page, bits of the tokens, page of each copy) of the units of a tile."""
+) -> list[tuple[int, tuple[int, ...], list[int]]]:
+    """(first key, where the keys end and their pages, bits of the tokens of both blocks) of each group."""
     masks = {row: [_mask(block, tokens) for block in tile] for row, tokens in queries.items()}
     rows = [row for row in queries if any(masks[row])]
-    segment_keys, step = shape.segment_pages * page_size, _copy_keys(page_size)
+    segment_keys = shape.segment_pages * page_size
+    found = []
     for start in range(0, max(lengths[row] for row in rows), segment_keys):
         groups: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
@@ -117,9 +177,16 @@ def _units(
             if end > start:
                 pages = table[row][start // page_size : -(-end // page_size)]
                 groups.setdefault((end, *pages), []).append(row)
-        for (end, *_), group in groups.items():
-            bits = [sum(masks[row][block] for row in group) for block in (0, 1)]
-            for first in range(start, end, UNIT_KEYS):
-                num_keys = min(UNIT_KEYS, end - first)
-                pages = [table[group[0]][key // page_size] for key in range(first, first + num_keys, step)]
-                yield num_keys, first % page_size, bits, pages
+        for keys, group in groups.items():
+            found.append((start, keys, [sum(masks[row][block] for row in group) for block in (0, 1)]))
+    return found
+
+
+def _units(start: int, keys: tuple[int, ...], page_size: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(keys, first slot in the first page, page of each copy) of the units of a group's keys."""
+    end, *pages = keys
+    for first in range(start, end, UNIT_KEYS):
+        num_keys = min(UNIT_KEYS, end - first)
+        step = _copy_keys(page_size)
+        copied = [pages[(key - start) // page_size] for key in range(first, first + num_keys, step)]
+        yield num_keys, first % page_size, copied

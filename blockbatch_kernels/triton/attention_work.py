@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockbatch_kernels.structs import AttentionPlan
 from blockbatch_kernels.triton.launch import on_device_of_first
-from blockbatch_kernels.tuning import UNIT_INTEGERS, AttentionShape
+from blockbatch_kernels.tuning import STRETCH_INTEGERS, UNIT_INTEGERS, AttentionShape
 
 _BLOCK_COLUMNS = 16
 _BLOCK_TOKENS = 256
@@ -334,8 +334,11 @@ def attention_plan(
         token_row=empty(num_tokens),
         counts=empty(2),
         units=empty(0, UNIT_INTEGERS),  # the CUDA backend's alone
+        stretches=empty(0, STRETCH_INTEGERS),
         arrivals=empty(0),
         tile_tokens=shape.tile_tokens,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
     )
     owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)
     # Blocks are seldom smaller than these, and every other size would be compiled.
