@@ -156,48 +156,55 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class _Rope:
+    """Where the tokens of a pack stand and go, and the rotation in plain torch."""
+
+    def __init__(self, spec: ModelSpec, tokens: int, device: torch.device) -> None:
+        pages = -(-tokens // PAGE_SIZE) + 4
+        self.cache_shape = (2, pages, PAGE_SIZE, spec.num_kv_heads, spec.head_dim)
+        self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        slots = torch.randperm(pages * PAGE_SIZE, device=device)[:tokens]
+        positions = torch.randint(spec.max_length, (tokens,), dtype=torch.int32, device=device)
+        self.inputs = (positions, slots, *transformer.rope_table(spec, device))
+
+    def parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v of [tokens, heads, head_dim]."""
+        return qkv.split(self.heads, dim=1)
+
+    def plain(self, qkv: Tensor, cache: Tensor) -> Outputs:
+        """q, rotated in place, and the cache with k and v written to it."""
+        q, k, v = self.parts(qkv)
+        positions, slots, cos, sin = self.inputs
+        where = positions.long()
+        c, s = cos[where].unsqueeze(1), sin[where].unsqueeze(1)
+        q.copy_(_rotate(q, c, s))
+        cache[0].flatten(0, 1).index_copy_(0, slots, _rotate(k, c, s))
+        cache[1].flatten(0, 1).index_copy_(0, slots, v)
+        return q, cache
+
+
 def rope_case(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     token_bytes = (2 * heads + 4 * kv_heads) * dim * dtype.itemsize
     sets = num_sets(tokens * token_bytes, device)
-    pages = -(-tokens // PAGE_SIZE) + 4
+    rope = _Rope(spec, tokens, device)
     first = [torch.randn(tokens, heads + 2 * kv_heads, dim, device=device).to(dtype) for _ in range(sets)]
     qkv = [value.clone() for value in first]
-    caches = torch.zeros(sets, 2, pages, PAGE_SIZE, kv_heads, dim, dtype=dtype, device=device)
-    slots = torch.randperm(pages * PAGE_SIZE, device=device)[:tokens]
-    positions = torch.randint(spec.max_length, (tokens,), dtype=torch.int32, device=device)
-    cos, sin = transformer.rope_table(spec, device)
-
-    def parts(value: Tensor) -> tuple[Tensor, ...]:
-        return value.split((heads, kv_heads, kv_heads), dim=1)
+    caches = torch.zeros(sets, *rope.cache_shape, dtype=dtype, device=device)
 
     def ours(backend: str) -> Version:
         def run(index: int) -> Outputs:
-            q, k, v = parts(qkv[index])
-            bbk.rope_kv_write(
-                q, k, v, positions, slots, cos, sin, caches[index, 0], caches[index, 1], backend=backend
-            )
+            q, k, v = rope.parts(qkv[index])
+            bbk.rope_kv_write(q, k, v, *rope.inputs, *caches[index], backend=backend)
             return q, caches[index]
 
         return run
 
     def plain(index: int) -> Outputs:
-        q, k, v = parts(qkv[index])
-        where = positions.long()
-        c, s = cos[where].unsqueeze(1), sin[where].unsqueeze(1)
-        q.copy_(_rotate(q, c, s))
-        caches[index, 0].flatten(0, 1).index_copy_(0, slots, _rotate(k, c, s))
-        caches[index, 1].flatten(0, 1).index_copy_(0, slots, v)
-        return q, caches[index]
+        return rope.plain(qkv[index], caches[index])
 
     def truth() -> Outputs:
-        q, k, v = (part.float() for part in parts(first[0]))
-        where = positions.long()
-        c, s = cos[where].unsqueeze(1), sin[where].unsqueeze(1)
-        cache = torch.zeros(caches[0].shape, device=device)
-        cache[0].flatten(0, 1)[slots] = _rotate(k, c, s)
-        cache[1].flatten(0, 1)[slots] = v
-        return _rotate(q, c, s), cache
+        return rope.plain(first[0].to(torch.float32, copy=True), torch.zeros(rope.cache_shape, device=device))
 
     def reset(index: int) -> None:
         qkv[index].copy_(first[index])
@@ -212,6 +219,48 @@ def rope_case(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.d
         {**{name: ours(name) for name in backends("rope_kv_write", device)}, "torch": plain},
         truth,
         reset=reset,
+    )
+
+
+def linear_rope_case(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    rows, columns = (heads + 2 * kv_heads) * dim, spec.hidden_size
+    sets = num_sets(rows * columns * dtype.itemsize, device)
+    rope = _Rope(spec, tokens, device)
+    x = [torch.randn(tokens, columns, device=device).to(dtype) for _ in range(sets)]
+    weight = [torch.empty(rows, columns, dtype=dtype, device=device).normal_(std=0.02) for _ in range(sets)]
+    bias = torch.randn(rows, device=device).to(dtype) if spec.qkv_bias else None
+    caches = torch.zeros(sets, *rope.cache_shape, dtype=dtype, device=device)
+
+    def ours(backend: str) -> Version:
+        # As in the engine: nothing writes the weights once they are there.
+        options = dict(num_heads=heads, static_weight=True, backend=backend)
+
+        def run(index: int) -> Outputs:
+            cache = caches[index]
+            q = bbk.linear_rope_kv_write(x[index], weight[index], bias, *rope.inputs, *cache, **options)
+            return q, cache
+
+        return run
+
+    def plain(index: int) -> Outputs:
+        return rope.plain(F.linear(x[index], weight[index], bias).unflatten(1, (-1, dim)), caches[index])
+
+    def truth() -> Outputs:
+        qkv = F.linear(x[0].float(), weight[0].float(), None if bias is None else bias.float())
+        return rope.plain(qkv.unflatten(1, (-1, dim)), torch.zeros(rope.cache_shape, device=device))
+
+    # Beside the weights: x is read, q and what goes into the caches written.
+    moved = rows * columns + tokens * (columns + rows)
+    return Case(
+        "linear_rope_kv_write",
+        f"{tokens} x {columns}, {heads} + 2 x {kv_heads} heads of {dim}",
+        moved * dtype.itemsize + tokens * dim * 4,
+        2 * tokens * columns * rows,
+        sets,
+        {**{name: ours(name) for name in backends("linear_rope_kv_write", device)}, "torch": plain},
+        truth,
+        reset=lambda index: caches[index].zero_(),
     )
 
 

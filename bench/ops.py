@@ -44,6 +44,7 @@ def cases(
         yield "rms_norm", partial(op_cases.norm_case, spec, count, device, dtype)
         yield "swiglu", partial(op_cases.swiglu_case, spec, count, device, dtype)
         yield "rope_kv_write", partial(op_cases.rope_case, spec, count, device, dtype)
+        yield "linear_rope_kv_write", partial(op_cases.linear_rope_case, spec, count, device, dtype)
     for queries, shared in ((windows, False), (windows, True), ((length,), False)):
         make = partial(op_cases.attention_case, spec, queries, length, shared, device, dtype)
         yield "varlen_attention", make
@@ -167,7 +168,7 @@ def show(line: dict) -> str:
         f"{name} {value['us']:.1f}" if "us" in value else f"{name} failed ({value['problem'][:80]})"
         for name, value in line["versions"].items()
     )
-    return f"{line['op']:18} {line['shape']:60} floor {line['floor_us']:7.1f} us: {times}"
+    return f"{line['op']:20} {line['shape']:60} floor {line['floor_us']:7.1f} us: {times}"
 
 
 @torch.inference_mode()

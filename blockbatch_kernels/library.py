@@ -157,6 +157,28 @@ def _rope_kv_write(function: Callable) -> Callable:
     return traced
 
 
+def _linear_rope_kv_write(function: Callable) -> Callable:
+    def run(*tensors, **options):
+        return function(*tensors, **options).contiguous()
+
+    def fake(x, weight, bias, positions, slot_mapping, cos, sin, k_cache, v_cache, *, num_heads, **options):
+        return x.new_empty(x.shape[0], num_heads, k_cache.shape[3])
+
+    schema = (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor positions, Tensor slot_mapping, Tensor cos, "
+        "Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, *, int num_heads, bool static_weight=False, "
+        "str? backend=None) -> Tensor"
+    )
+    op = _register("linear_rope_kv_write", schema, run, fake, mutates=["k_cache", "v_cache"])
+
+    def traced(x, weight, bias, positions, slot_mapping, cos, sin, k_cache, v_cache, **options):
+        _pin(k_cache, v_cache)
+        operator.index(k_cache.shape[0])  # as for rope_kv_write
+        return op(x, weight, bias, positions, slot_mapping, cos, sin, k_cache, v_cache, **options)
+
+    return traced
+
+
 # Without the caches of these functions: sizes that are symbols cannot be looked up.
 _attention_shape = tuning.attention_shape.__wrapped__
 _num_processors = tuning.num_processors.__wrapped__
@@ -468,6 +490,7 @@ _TRACED: dict[str, Callable[[Callable], Callable]] = {
     "linear": _linear,
     "linear_swiglu": _linear_swiglu,
     "rope_kv_write": _rope_kv_write,
+    "linear_rope_kv_write": _linear_rope_kv_write,
     "attention_plan": _attention_plan,
     "varlen_attention": _varlen_attention,
     "lm_head_confidence": _lm_head_confidence,

@@ -144,9 +144,7 @@ def linear(
     Returns:
         [tokens, out], same dtype.
     """
-    _check_product(x, weight, static_weight)
-    if bias is not None:
-        _check("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
+    _check_product(x, weight, bias, static_weight)
     module = _backend(backend, "linear", x)
     return module.linear(x, weight, bias, static_weight=static_weight)
 
@@ -168,16 +166,18 @@ def linear_swiglu(
     Returns:
         [tokens, intermediate], same dtype.
     """
-    _check_product(x, weight, static_weight)
+    _check_product(x, weight, None, static_weight)
     if weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
     module = _backend(backend, "linear_swiglu", x)
     return module.linear_swiglu(x, weight, static_weight=static_weight)
 
 
-def _check_product(x: Tensor, weight: Tensor, static_weight: bool) -> None:
+def _check_product(x: Tensor, weight: Tensor, bias: Tensor | None, static_weight: bool) -> None:
     _check("x", x, (None, None), _FLOATS)
     _check("weight", weight, (None, x.shape[1]), (x.dtype,), x.device)
+    if bias is not None:
+        _check("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
     if not isinstance(static_weight, bool):
         raise TypeError(f"static_weight: expected True or False, got {static_weight!r}")
 
@@ -211,14 +211,99 @@ def rope_kv_write(
     tokens, _, head_dim = q.shape
     _check("k", k, (tokens, None, head_dim), (q.dtype,), q.device)
     _check("v", v, tuple(k.shape), (q.dtype,), q.device)
-    _check("positions", positions, (tokens,), (torch.int32,), q.device)
-    _check("slot_mapping", slot_mapping, (tokens,), (torch.int64,), q.device)
-    _check("cos", cos, (None, head_dim // 2), (torch.float32,), q.device)
-    _check("sin", sin, tuple(cos.shape), (torch.float32,), q.device)
-    _check("k_cache", k_cache, (None, None, k.shape[1], head_dim), (q.dtype,), q.device)
-    _check("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
+    _check_rope(q, positions, slot_mapping, cos, sin, k_cache, v_cache, heads=(k.shape[1], head_dim))
     module = _backend(backend, "rope_kv_write", q)
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+
+
+@traceable
+def linear_rope_kv_write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    static_weight: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The heads of q, k and v from one product, then `rope_kv_write` on them; returns q.
+
+    The results are those of the two operators bit for bit: the product is rounded before the rotation. Where
+    the kernel of our own serves the sizes (see `linear`; heads of 64 or 128 elements), all happens in one
+    launch; elsewhere it is the two operators.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [(num_heads + 2 * num_kv_heads) * head_dim, in], the rows of q first, then of k, then of v;
+            same dtype.
+        bias: [(num_heads + 2 * num_kv_heads) * head_dim], same dtype; None: none.
+        positions: [tokens] int32.
+        slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
+        cos, sin: [max positions, head_dim / 2] fp32.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim], same dtype as x; *written* at the slots,
+            k after rotation.
+        num_heads: of q.
+        static_weight: see `linear`.
+
+    Returns:
+        [tokens, num_heads, head_dim], q after rotation, same dtype; may be a view of the whole product.
+    """
+    _check_product(x, weight, bias, static_weight)
+    _check_rope(x, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    rows = (num_heads + 2 * num_kv_heads) * head_dim
+    if weight.shape[0] != rows:
+        raise ValueError(
+            f"weight: expected {rows} rows ({num_heads} heads of q and {num_kv_heads} each of k and v, of "
+            f"{head_dim}), got {weight.shape[0]}"
+        )
+    module = _backend(backend, "linear_rope_kv_write", x)
+    return module.linear_rope_kv_write(
+        x,
+        weight,
+        bias,
+        positions,
+        slot_mapping,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        num_heads=num_heads,
+        static_weight=static_weight,
+    )
+
+
+def _check_rope(
+    tokens: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    heads: tuple[int | None, int | None] = (None, None),
+) -> None:
+    """Against `tokens` [tokens, ...] and `heads` (num_kv_heads, head_dim), None: those of the cache."""
+    dtype, device = tokens.dtype, tokens.device
+    _check("k_cache", k_cache, (None, None, *heads), (dtype,), device)
+    _check("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
+    head_dim = k_cache.shape[3]
+    if head_dim % 2:
+        raise ValueError(f"k_cache: expected an even head_dim, got {head_dim}")
+    _check("positions", positions, tokens.shape[:1], (torch.int32,), device)
+    _check("slot_mapping", slot_mapping, tokens.shape[:1], (torch.int64,), device)
+    _check("cos", cos, (None, head_dim // 2), (torch.float32,), device)
+    _check("sin", sin, tuple(cos.shape), (torch.float32,), device)
 
 
 @traceable

@@ -314,6 +314,19 @@ LINEAR_TILES = (
     LinearTile(256, 64, shares=2),
     LinearTile(256, 192, shares=2),
 )
+# Those that can rotate q and k and write the cache behind the product of q, k and v: what serves LLaDA-8B up
+# to 256 tokens and Dream-7B up to 128. Milliseconds a step on an H100, in turns with the rotation in a launch
+# of its own (in parentheses): LLaDA-8B with 32 tokens 5.96 (5.94), 128 tokens 6.55 (6.63), 252 tokens 8.28
+# (8.25), with pages of their own 8.95 (8.95): in long steps the power limit takes back what the launch saved.
+# Before angles were fetched ahead 192 tokens 7.40 (7.46), Dream-7B with 32 tokens 5.64 (5.71).
+ROTATED_TILES = (
+    LinearTile(16, 64),
+    LinearTile(64, 64),
+    LinearTile(128, 64),
+    LinearTile(128, 128),
+    LinearTile(192, 128),
+    LinearTile(256, 192, shares=2),
+)
 # With the activation in the same kernel, against cuBLAS without it: 16 tokens 66.6 (73.8), 64 tokens 68.1
 # (75.6), 128 tokens 69.8 (78.2), 192 tokens 71.7 (80.1), 252 tokens 75.9 (82.6). 32 layers, one after another
 # on a warm GPU, with cuBLAS for the rest (for everything): 64 tokens 5.37 ms (5.55), 128 tokens 5.49 (5.63),

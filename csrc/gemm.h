@@ -1,6 +1,7 @@
 #pragma once
 
 #include "params.h"
+#include "rope.h"
 
 namespace bbk {
 
@@ -37,7 +38,13 @@ struct GemmTile {
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch);
 
-// Whether the device and this build have it.
+// The product whose rows are the heads of q, then of k and of v, with `rope` behind it: q goes to rope.q, k
+// and v into the caches, and `out`, rope.k and rope.v are not used. Beyond what `gemm` needs: heads of a
+// multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin.
+void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rope, const GemmTile& tile,
+                          bool static_weight, bool programmatic, const Launch& launch);
+
+// Whether the device and this build have both.
 bool gemm_is_available(int device);
 
 }  // namespace bbk

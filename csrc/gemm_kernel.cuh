@@ -2,85 +2,11 @@
 // tokens its columns, so the weight is read once from memory and small packs waste no arithmetic.
 #pragma once
 
-#include "common.cuh"
-#include "gemm.h"
-#include "gemm_sm90.cuh"
+#include "gemm_rotated.cuh"
+#include "gemm_shape.cuh"
 #include "launch.cuh"
 
 namespace bbk {
-
-// What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
-// weight. kSplits: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kShares: CTAs of
-// a cluster that share one read of the weight, each with tokens of its own. kGated: the rows are gates
-// and ups in turns of 8.
-template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplits_, int kShares_,
-          bool kGated_>
-struct GemmShape {
-  using T = Element;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kGroups = kGroups_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kSplits = kSplits_;
-  static constexpr int kShares = kShares_;
-  static constexpr bool kGated = kGated_;
-
-  static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
-  static constexpr int kRows = 64 * kGroups;
-  // A warpgroup beside the consumers fetches the tiles, except where its registers are needed: an instruction
-  // over 256 tokens names 128 sums, as many registers as each of 512 threads starts with. There a thread of
-  // the first consumer fetches between two blocks.
-  static constexpr bool kProducer = kGroups < 3 || kTokens < 256;
-  static constexpr int kThreads = 128 * (kProducer ? kGroups + 1 : kGroups);
-  static constexpr int kWeightBytes = kRows * kBlockK * 2;
-  static constexpr int kXBytes = kTokens * kBlockK * 2;
-  static constexpr int kStageBytes = kWeightBytes + kXBytes;
-  static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kPipelineBytes + 2 * kStages * 8;
-
-  // Where split `part` of the sum starts to finish it, in pairs of 8 tokens.
-  template <int kPart>
-  static constexpr int kPartBegin = kPart * (kTokens / 16) / kSplits;
-  static constexpr int kMaxPairs = (kTokens / 16 + kSplits - 1) / kSplits;
-  static constexpr int kPartBytes = kMaxPairs * 2 * kGroups * 128 * 16;
-  static constexpr int kPartsBytes = (kSplits - 1) * kPartBytes;
-
-  static constexpr int kOutColumns = kGated ? 32 : 64;   // of a warpgroup
-  static constexpr int kStagingPitch = kOutColumns + 8;  // elements; keeps banks apart
-  static constexpr int kStagingBytes = 16 * kMaxPairs * kStagingPitch * 2;
-  static_assert(kPartsBytes + kGroups * kStagingBytes <= kPipelineBytes,
-                "the end reuses the pipeline's memory");
-  static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
-  static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
-  static_assert(kSplits == 1 || kShares == 1, "a cluster has one reason");
-  static_assert(kShares == 1 || !kGated, "the map of gates and ups is made for whole tiles");
-
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-};
-
-struct GemmArgs {
-  void* out;         // [num_tokens, out_features]
-  const void* bias;  // [rows of the weight] or null
-  int64_t out_row_stride;
-  int num_tokens;
-  int box_tokens;  // that a CTA fetches and writes
-  int out_features;
-  int num_k_blocks;
-  bool static_weight;  // may be read before the kernels in front are done
-};
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
-  const __half2 pair = __floats2half2_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 __device__ __forceinline__ float gated(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
@@ -205,7 +131,7 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
-                const GemmArgs args) {
+                const typename S::Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t stages = shared_address(shared);
@@ -239,7 +165,18 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * S::kBlockK * 2);
     const uint32_t target = stages + stage * S::kStageBytes;
     const int k = (k_begin + i) * S::kBlockK;
-    if constexpr (S::kGated) {
+    if constexpr (S::kRotated) {
+      // As many first as second places of one head in each copy; a share is a part of the tile for all CTAs.
+      constexpr int kRowsEach = S::kRows / S::kShares;
+      const int eights = args.rope.head_dim / 16;
+#pragma unroll
+      for (int box = 0; box < kRowsEach / S::kHeadBoxRows; ++box) {
+        const int row = share * kRowsEach + box * S::kHeadBoxRows;
+        const int eight = (first_row + row) / 16;
+        load_tile_5d<(S::kShares > 1)>(target + row * S::kBlockK * 2, &weight_map, k, 0, 0, eight % eights,
+                                       eight / eights, barrier, (1 << S::kShares) - 1, read_once);
+      }
+    } else if constexpr (S::kGated) {
       load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
     } else if constexpr (S::kShares > 1) {
       // A part of the tile into all CTAs of the cluster.
@@ -307,6 +244,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if (lane == 0) barrier_arrive(barrier);
       }
     };
+    [[maybe_unused]] std::conditional_t<S::kRotated, RotatedRows<S>, int> rows;
+    if constexpr (S::kRotated) {
+      wait_for_predecessors();  // the activations are waited for in any case
+      rows.load(args, first_row, warpgroup);
+    }
     float sums[S::kTokens / 2];
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -344,7 +286,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
-      write_out<S, 0>(sums, staging, args, first_row, warpgroup);
+      if constexpr (S::kRotated) {
+        rows.write(sums, staging, args, warpgroup);
+      } else {
+        write_out<S, 0>(sums, staging, args, first_row, warpgroup);
+      }
     }
   }
 #endif

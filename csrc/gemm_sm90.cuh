@@ -84,6 +84,26 @@ __device__ __forceinline__ void load_tile_4d(uint32_t target, const CUtensorMap*
       : "memory");
 }
 
+// Into every CTA of `cta_mask`; kMulticast false: into this one, and the mask says nothing.
+template <bool kMulticast>
+__device__ __forceinline__ void load_tile_5d(uint32_t target, const CUtensorMap* map, int x, int y, int z,
+                                             int w, int v, uint32_t barrier, uint16_t cta_mask,
+                                             uint64_t policy) {
+  if constexpr (kMulticast) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(target),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier), "h"(cta_mask), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(target),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+}
+
 // --- wgmma
 
 #define BBK_F8(d, i)                                                                          \

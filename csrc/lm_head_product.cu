@@ -4,6 +4,7 @@
 // reduced.
 #include <climits>
 
+#include "gemm.h"
 #include "gemm_kernel.cuh"
 #include "lm_head.h"
 #include "lm_head_math.cuh"
@@ -276,11 +277,11 @@ template <typename T>
 void launch_product(const LmHeadProductParams& params, int tile_rows, const Launch& launch) {
   switch (tile_rows) {
     case 16:
-      return launch_product<GemmShape<T, 16, kGroups, 8, 1, 1, false>>(params, launch);
+      return launch_product<GemmShape<T, 16, kGroups, 8, 1, 1, GemmUse::kLinear>>(params, launch);
     case 64:
-      return launch_product<GemmShape<T, 64, kGroups, 6, 1, 1, false>>(params, launch);
+      return launch_product<GemmShape<T, 64, kGroups, 6, 1, 1, GemmUse::kLinear>>(params, launch);
     default:
-      return launch_product<GemmShape<T, 128, kGroups, 5, 1, 1, false>>(params, launch);
+      return launch_product<GemmShape<T, 128, kGroups, 5, 1, 1, GemmUse::kLinear>>(params, launch);
   }
 }
 

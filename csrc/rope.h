@@ -42,6 +42,9 @@ struct RopeKvWriteParams {
   DType dtype;   // of q, k, v and the caches
 };
 
+// Throws std::invalid_argument in the name of `op`.
+void check_rope(const char* op, const RopeKvWriteParams& params);
+
 // `programmatic`: the kernel may be launched while its predecessor in the stream still drains.
 void rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch);
 

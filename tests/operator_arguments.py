@@ -45,6 +45,24 @@ def rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
     )
 
 
+def whole_numbers(shape, device, dtype):
+    """Small ones: their sums are exact, in whatever order a matrix library adds them."""
+    return torch.randint(-2, 3, shape).to(device, dtype)
+
+
+def linear_rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
+    arguments = rope(device, dtype, heads, kv_heads, head_dim, page_size)
+    tokens, rows = len(arguments.pop("q")), (heads + 2 * kv_heads) * head_dim
+    del arguments["k"], arguments["v"]
+    return dict(
+        x=whole_numbers((tokens, 64), device, dtype),
+        weight=whole_numbers((rows, 64), device, dtype),
+        bias=whole_numbers((rows,), device, dtype),
+        **arguments,
+        num_heads=heads,
+    )
+
+
 def policy(device):
     """Two requests of two branches at their first forward."""
     state = bbk.BranchState.create(
@@ -62,6 +80,7 @@ OPERATORS = (
     "linear",
     "linear_swiglu",
     "rope_kv_write",
+    "linear_rope_kv_write",
     "attention_plan",
     "varlen_attention",
     "lm_head_confidence",
@@ -85,16 +104,13 @@ def arguments_of(operator, device="cpu", dtype=torch.float32):
     if operator == "swiglu":
         return dict(gate_up=rand(5, 64))
 
-    def whole_numbers(*shape):
-        # Their sums are exact, in whatever order a matrix library adds them.
-        return torch.randint(-2, 3, shape).to(device, dtype)
-
-    if operator == "linear":
-        return dict(x=whole_numbers(5, 64), weight=whole_numbers(32, 64), bias=whole_numbers(32))
-    if operator == "linear_swiglu":
-        return dict(x=whole_numbers(5, 64) / 16, weight=whole_numbers(32, 64))
+    if operator in ("linear", "linear_swiglu"):
+        x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
+        return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
     if operator == "rope_kv_write":
         return rope(device, dtype)
+    if operator == "linear_rope_kv_write":
+        return linear_rope(device, dtype)
     if operator in ("attention_plan", "varlen_attention"):
         tensors = attention(device, dtype)
         table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}

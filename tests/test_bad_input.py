@@ -14,7 +14,7 @@ import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda, ops, triton
 from blockbatch_kernels.cuda import extension as loader
 from blockbatch_kernels.tuning import UNIT_INTEGERS
-from operator_arguments import OPERATORS, PARAMS, arguments_of, attention, rope
+from operator_arguments import OPERATORS, PARAMS, arguments_of, attention, linear_rope, rope
 
 BACKENDS = (None, "reference", "cuda", "triton")
 COMPILED = ("cuda", "triton")
@@ -123,6 +123,24 @@ WRONG_VALUES = [
     ("rope_kv_write", dict(q=torch.zeros(9, 4, 63)), r"k: expected shape \[9, \*, 63\], got \[9, 2, 64\]"),
     ("rope_kv_write", dict(cos=torch.zeros(40, 64)), r"cos: expected shape \[\*, 32\], got \[40, 64\]"),
     (
+        "linear_rope_kv_write",
+        dict(num_heads=3),
+        r"weight: expected 448 rows \(3 heads of q and 2 each of k and v, of 64\), got 512",
+    ),
+    ("linear_rope_kv_write", dict(num_heads=0), "num_heads: expected at least 1, got 0"),
+    ("linear_rope_kv_write", dict(bias=torch.zeros(511)), r"bias: expected shape \[512\], got \[511\]"),
+    ("linear_rope_kv_write", dict(x=torch.zeros(8, 64)), r"positions: expected shape \[8\], got \[9\]"),
+    (
+        "linear_rope_kv_write",
+        dict(v_cache=torch.zeros(3, 16, 1, 64)),
+        r"v_cache: expected shape \[3, 16, 2, 64\], got \[3, 16, 1, 64\]",
+    ),
+    (
+        "linear_rope_kv_write",
+        dict(k_cache=torch.zeros(3, 16, 2, 63), v_cache=torch.zeros(3, 16, 2, 63)),
+        "k_cache: expected an even head_dim, got 63",
+    ),
+    (
         "varlen_attention",
         dict(q=torch.zeros(10, 3, 64)),
         "k_cache: expected a number of kv heads that divides 3",
@@ -156,6 +174,25 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("operator, change, message", WRONG_VALUES)
 def test_wrong_sizes(operator, change, message, backend):
     with pytest.raises(ValueError, match=message):
+        getattr(bbk, operator)(**{**arguments_of(operator), **change}, backend=backend)
+
+
+WRONG_TYPES = [
+    ("linear", dict(static_weight=1), "static_weight: expected True or False, got 1"),
+    ("linear_rope_kv_write", dict(static_weight=None), "static_weight: expected True or False, got None"),
+    ("linear_rope_kv_write", dict(num_heads=4.0), "num_heads: expected an int, got 4.0"),
+    (
+        "linear_rope_kv_write",
+        dict(k_cache=torch.zeros(3, 16, 2, 64).half()),
+        "k_cache: expected torch.float32, got torch.float16",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator, change, message", WRONG_TYPES)
+def test_wrong_types(operator, change, message, backend):
+    with pytest.raises(TypeError, match=message):
         getattr(bbk, operator)(**{**arguments_of(operator), **change}, backend=backend)
 
 
@@ -313,7 +350,10 @@ def test_layouts_give_the_same_or_are_refused(operator, path, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("operator, make", [("varlen_attention", attention), ("rope_kv_write", rope)])
+@pytest.mark.parametrize(
+    "operator, make",
+    [("varlen_attention", attention), ("rope_kv_write", rope), ("linear_rope_kv_write", linear_rope)],
+)
 def test_sizes_of_heads_and_pages_are_served_or_refused(operator, make, dtype, backend):
     sizes = [dict(head_dim=size) for size in (2, 8, 16, 40, 80, 96, 128, 192, 256, 320)]
     sizes += [dict(page_size=size) for size in (1, 3, 8, 48, 64, 128, 256)]

@@ -160,6 +160,8 @@ def compare_rope_kv_write(dtype, heads, kv_heads, head_dim, padding, offset):
     k_truth = rotated(before["k"], inputs)[stored]
     k_stored, torchs_k = (t["k_cache"].flatten(0, 1)[slots] for t in (inputs, torchs))
     assert_no_worse_than_torch(k_stored, torchs_k, k_truth)
+    # All layouts, and the product that rotates, round alike.
+    assert torch.equal(inputs["q"], torchs["q"]) and torch.equal(k_stored, torchs_k)
     assert torch.equal(inputs["v_cache"].flatten(0, 1)[slots], before["v"][stored])
     kv[1].flatten(1, 2)[:, slots] = math.nan
     assert kv.isnan().all()  # nothing is written beside the slots

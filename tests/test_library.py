@@ -108,6 +108,12 @@ def cases(device):
         residual = x.clone()
         return bbk.rms_norm(x, weight, eps=EPS, residual=residual), residual
 
+    def linear_rope(bias=None, **options):
+        inputs = rope_inputs(device)[3:]
+        qkv_weight = torch.randn((HEADS + 2 * KV_HEADS) * HEAD_DIM, x.shape[1], device=device)
+        q = bbk.linear_rope_kv_write(x, qkv_weight, bias, *inputs, num_heads=HEADS, **options)
+        return q, *inputs[-2:]
+
     def written(operator, *args, **options):
         operator(*args, **options)
         return args
@@ -125,6 +131,10 @@ def cases(device):
         ),
         "linear_swiglu": lambda: bbk.linear_swiglu(x, torch.ones(6, x.shape[1], device=device)),
         "rope_kv_write": lambda: written(bbk.rope_kv_write, *rope_inputs(device)),
+        "linear_rope_kv_write": lambda: linear_rope(),
+        "linear_rope_kv_write bias": lambda: linear_rope(
+            torch.ones((HEADS + 2 * KV_HEADS) * HEAD_DIM, device=device), static_weight=True
+        ),
         "attention_plan": lambda: bbk.attention_plan(*attention[3:], **plan_options(tokens)),
         "varlen_attention": lambda: bbk.varlen_attention(*attention),
         "varlen_attention plan": lambda: bbk.varlen_attention(
@@ -231,15 +241,22 @@ def test_without_data(name, mode, device):
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
-def transformer_layer(x, residual, weights, rope, cache, step, plan_options=None):
-    """A pre-norm layer as a decoder writes it, from norm to down product; writes residual and cache."""
+def transformer_layer(x, residual, weights, rope, cache, step, plan_options=None, fused=False):
+    """A pre-norm layer as a decoder writes it, from norm to down product; writes residual and cache.
+
+    fused: q, k and v by `linear_rope_kv_write`.
+    """
     positions, slots, page_table, cu_seqlens_q, seqlens_k = step
     normed = bbk.rms_norm(x, weights["norm"], eps=EPS, residual=residual)
-    widths = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-    q, k, v = (
-        part.unflatten(1, (-1, HEAD_DIM)) for part in F.linear(normed, weights["qkv"]).split(widths, 1)
-    )
-    bbk.rope_kv_write(q, k, v, positions, slots, *rope, cache[0], cache[1])
+    where = (positions, slots, *rope, cache[0], cache[1])
+    if fused:
+        q = bbk.linear_rope_kv_write(normed, weights["qkv"], None, *where, num_heads=HEADS)
+    else:
+        widths = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+        q, k, v = (
+            part.unflatten(1, (-1, HEAD_DIM)) for part in F.linear(normed, weights["qkv"]).split(widths, 1)
+        )
+        bbk.rope_kv_write(q, k, v, *where)
     plan = None
     if plan_options is not None:
         plan = bbk.attention_plan(page_table, cu_seqlens_q, seqlens_k, num_tokens=x.shape[0], **plan_options)
@@ -287,8 +304,9 @@ def assert_same_as_eager(compiled, arguments, *options, rtol=0.0, atol=0.0):
     torch.testing.assert_close(got[4], expected[4], rtol=rtol, atol=atol)  # cache
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("with_plan", [False, True])
-def test_a_compiled_layer_equals_the_plain_one(with_plan):
+def test_a_compiled_layer_equals_the_plain_one(with_plan, fused):
     """One graph without breaks, and the same one for every number of tokens."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -296,18 +314,19 @@ def test_a_compiled_layer_equals_the_plain_one(with_plan):
     options = dict(page_size=PAGE_SIZE, num_heads=HEADS, num_kv_heads=KV_HEADS) if with_plan else None
     compilations = []
     for tokens in (7, 12, 33):
-        assert_same_as_eager(compiled, layer_arguments("cpu", torch.float32, tokens), options)
+        assert_same_as_eager(compiled, layer_arguments("cpu", torch.float32, tokens), options, fused)
         compilations.append(counter.frame_count)
     assert compilations == compilations[:1] * 3
 
 
-def test_inductor_writes_each_half_of_the_cache():
+@pytest.mark.parametrize("fused", [False, True])
+def test_inductor_writes_each_half_of_the_cache(fused):
     """K and V are views of one tensor, whose sizes may be symbols (pytorch/pytorch#198068)."""
     torch.compiler.reset()
     compiled = torch.compile(transformer_layer, fullgraph=True, dynamic=True)
     for tokens in (7, 12):
         arguments = layer_arguments("cpu", torch.float32, tokens)
-        assert_same_as_eager(compiled, arguments, rtol=1e-5, atol=1e-5)
+        assert_same_as_eager(compiled, arguments, None, fused, rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_step_of_the_policy():
@@ -360,8 +379,9 @@ def test_errors_name_the_argument_in_compiled_code_too():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_layer_on_the_gpu(backend, dtype):
+def test_a_compiled_layer_on_the_gpu(backend, fused, dtype):
     torch.compiler.reset()
     compiled = torch.compile(transformer_layer, fullgraph=True, backend=backend, dynamic=True)
     options = dict(page_size=PAGE_SIZE, num_heads=HEADS, num_kv_heads=KV_HEADS)
@@ -369,4 +389,4 @@ def test_a_compiled_layer_on_the_gpu(backend, dtype):
     tolerance = 0.0 if backend == "aot_eager" else 8 * torch.finfo(dtype).eps
     for tokens in (7, 33):
         arguments = layer_arguments("cuda", dtype, tokens)
-        assert_same_as_eager(compiled, arguments, options, rtol=tolerance, atol=tolerance)
+        assert_same_as_eager(compiled, arguments, options, fused, rtol=tolerance, atol=tolerance)

@@ -100,6 +100,75 @@ def test_rope_kv_write(dtype, tolerance):
     assert stored_k[untouched].isnan().all() and stored_v[untouched].isnan().all()
 
 
+def linear_rope_inputs(dtype, bias, tokens=11, heads=4, kv_heads=2, head_dim=16, numbers=rand):
+    """The arguments of a pack whose last two tokens are padding; weights and activations by `numbers`."""
+    cache = rope_inputs(dtype, tokens, heads, kv_heads, head_dim)
+    for name in "qkv":
+        del cache[name]
+    cache["slot_mapping"][3:4] = -1
+    cache["slot_mapping"][-2:], cache["positions"][-2:] = -1, 0
+    rows = (heads + 2 * kv_heads) * head_dim
+    return dict(
+        x=numbers(tokens, 24, dtype=dtype),
+        weight=numbers(rows, 24, dtype=dtype),
+        bias=numbers(rows, dtype=dtype) if bias else None,
+        **cache,
+    )
+
+
+def whole_numbers(*shape, dtype):
+    """So small that products of them are exact in every dtype."""
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+)
+def test_linear_rope_kv_write(dtype, tolerance, heads, kv_heads, bias):
+    inputs = linear_rope_inputs(dtype, bias, heads=heads, kv_heads=kv_heads, numbers=whole_numbers)
+    x, weight, slots = inputs["x"].double(), inputs["weight"].double(), inputs["slot_mapping"].tolist()
+    q = bbk.linear_rope_kv_write(**inputs, num_heads=heads)
+
+    def product(head):
+        """[tokens, 1, head_dim]"""
+        rows = slice(head * 16, (head + 1) * 16)
+        added = inputs["bias"][rows].double() if bias else 0.0
+        return (x @ weight[rows].T + added).unsqueeze(1)
+
+    # One rounding of values whose size is at most |x| * sqrt(2).
+    bound = tolerance * 1.5 * max(product(head).abs().max().item() for head in range(heads + kv_heads))
+    assert q.shape == (11, heads, 16) and q.dtype == dtype
+    for head in range(heads):
+        expected = rotated(product(head), inputs["positions"])[:, 0]
+        assert (q[:, head].double() - expected).abs().max() <= bound
+    stored_k, stored_v = inputs["k_cache"].flatten(0, 1), inputs["v_cache"].flatten(0, 1)
+    for head in range(kv_heads):
+        k = rotated(product(heads + head), inputs["positions"])[:, 0]
+        v = product(heads + kv_heads + head)[:, 0]
+        for token, slot in enumerate(slots):
+            if slot >= 0:
+                assert (stored_k[slot, head].double() - k[token]).abs().max() <= bound
+                assert torch.equal(stored_v[slot, head].double(), v[token])
+    untouched = [slot for slot in range(stored_k.shape[0]) if slot not in slots]
+    assert stored_k[untouched].isnan().all() and stored_v[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 11])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rope_kv_write_is_linear_then_rope_kv_write(dtype, bias, tokens):
+    inputs = linear_rope_inputs(dtype, bias, tokens)
+    x, weight, bias, *where, k_cache, v_cache = inputs.values()
+    caches = k_cache.clone(), v_cache.clone()
+    q, k, v = bbk.linear(x, weight, bias).unflatten(1, (8, 16)).split((4, 2, 2), dim=1)
+    bbk.rope_kv_write(q, k, v, *where, *caches)
+    assert torch.equal(bbk.linear_rope_kv_write(**inputs, num_heads=4), q)
+    for cache, expected in zip((k_cache, v_cache), caches):
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1)])
 def test_varlen_attention(dtype, heads, kv_heads):

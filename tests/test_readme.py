@@ -41,6 +41,7 @@ def test_every_operator_is_shown():
         ("rms_norm", ["normed", "residual"]),
         ("swiglu", ["activated"]),
         ("rope_kv_write", ["q", "k_cache", "v_cache"]),
+        ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
         ("lm_head_confidence", ["top_token", "confidence", "probe"]),
         ("share_pages", ["page_table"]),
@@ -52,6 +53,8 @@ def test_the_same_in_torch(operator, results):
     names.pop("plan", None)
     if operator == "rope_kv_write":
         names["slot_mapping"] = torch.arange(9) * 5
+    if operator == "linear_rope_kv_write":
+        names |= dict(qkv_weight=names["weight"], qkv_bias=names["bias"])
     if operator == "share_pages":
         names["source_row"] = torch.tensor([0, 0, 3, 2], dtype=torch.int32)
     ours = run("\n".join(line for line in lines if not line.startswith("# ")), names)

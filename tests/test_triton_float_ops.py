@@ -66,7 +66,7 @@ def assert_no_worse_than_torch(got, in_dtype, truth):
     assert error <= 2 * torch_error + rounding, f"{error=} {torch_error=} {rounding=}"
 
 
-# --- rms_norm, swiglu, rope_kv_write ------------------------------------------------------------------------
+# --- rms_norm, swiglu, rope_kv_write, linear_rope_kv_write --------------------------------------------------
 
 
 def compare_rms_norm(tokens, dim, dtype, strided):
@@ -124,6 +124,26 @@ def compare_rope(tokens, heads, kv_heads, head_dim, dtype):
     assert torch.equal(v_cache[slots[stored]], v[stored])
     for cache, other in ((k_cache, k_expected), (v_cache, v_expected)):
         assert torch.equal(cache.isnan(), other.isnan())  # nothing is written anywhere else
+
+
+def compare_linear_rope(tokens, heads, kv_heads, head_dim, dtype, bias):
+    """Against the two operators, whose own tests say what they compute."""
+    rows, in_features, pages, page_size = (heads + 2 * kv_heads) * head_dim, 24, 3 + tokens // 2, 4
+    angle = torch.rand(64, head_dim // 2, device=DEVICE)
+    x, weight = rand(tokens, in_features, dtype=dtype), rand(rows, in_features, dtype=dtype)
+    bias = rand(rows, dtype=dtype) if bias else None
+    positions = torch.randint(0, 64, (tokens,), dtype=torch.int32, device=DEVICE)
+    slots = torch.randperm(pages * page_size, device=DEVICE)[:tokens]
+    slots[tokens // 2 :] = -1
+    inputs = (positions, slots, angle.cos(), angle.sin())
+    caches = nan(2, 2, pages, page_size, kv_heads, head_dim, dtype=dtype)
+    product = triton.linear(x, weight, bias).unflatten(1, (-1, head_dim))
+    expected, k, v = product.split((heads, kv_heads, kv_heads), dim=1)
+    triton.rope_kv_write(expected, k, v, *inputs, *caches[1])
+    with poisoned():
+        got = triton.linear_rope_kv_write(x, weight, bias, *inputs, *caches[0], num_heads=heads)
+    assert got.shape == (tokens, heads, head_dim) and torch.equal(got, expected)
+    torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -234,6 +254,8 @@ def test_row_operators(tokens, dim):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 16), (3, 3, 6), (1, 1, 128)])
 def test_rope(heads, kv_heads, head_dim):
     compare_rope(5, heads, kv_heads, head_dim, torch.float32)
+    for bias in (False, True):
+        compare_linear_rope(5, heads, kv_heads, head_dim, torch.float32, bias)
 
 
 @in_interpreter
@@ -386,6 +408,7 @@ def test_rope_on_a_gpu(dtype):
         (9, 3, 1, 6),
     ):
         compare_rope(tokens, heads, kv_heads, head_dim, dtype)
+        compare_linear_rope(tokens, heads, kv_heads, head_dim, dtype, bias=True)
 
 
 ROW_MIXES = [

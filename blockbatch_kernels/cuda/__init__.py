@@ -8,6 +8,7 @@ from blockbatch_kernels.cuda.activation import swiglu
 from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
+from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence
 from blockbatch_kernels.cuda.norm import rms_norm
 from blockbatch_kernels.cuda.pack import pack_windows
@@ -23,6 +24,7 @@ __all__ = [
     "initial_plan",
     "is_available",
     "linear",
+    "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
     "pack_windows",

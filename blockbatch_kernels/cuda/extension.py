@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-API = 7  # kApi in csrc/bindings.cpp
+API = 8  # kApi in csrc/bindings.cpp
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
 
 

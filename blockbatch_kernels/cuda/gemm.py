@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, static_weig
     to torch. With `static_weight` nobody writes `weight` in work that may still run: its first tiles are read
     before the kernels in front are done.
     """
-    parts = _parts(x, weight, weight.shape[0], gated=False)
+    parts = parts_of(x, weight, weight.shape[0], gated=False)
     if not parts:
         return F.linear(x, weight, bias)
     return _gemm(x, weight, bias, parts, gated=False, static_weight=static_weight)
@@ -33,7 +33,7 @@ def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> 
 
     Where it runs and what `static_weight` says: see `linear`. Through torch the product is rounded first.
     """
-    parts = _parts(x, weight, weight.shape[0] // 2, gated=True)
+    parts = parts_of(x, weight, weight.shape[0] // 2, gated=True)
     if not parts:
         return swiglu(F.linear(x, weight))
     return _gemm(x, weight, None, parts, gated=True, static_weight=static_weight)
@@ -45,7 +45,8 @@ def kernel_exists(device_index: int) -> bool:
     return extension.load().gemm_is_available(device_index)
 
 
-def _parts(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
+def parts_of(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
+    """The launches of the extension's kernel for this product; none: torch computes it."""
     parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated)
     if not parts or x.dtype == torch.float32 or not is_aligned(weight) or not kernel_exists(x.device.index):
         return ()
@@ -58,6 +59,11 @@ def is_aligned(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and row >= tensor.shape[1] and row % 8 == 0 and tensor.data_ptr() % 16 == 0
 
 
+def aligned(x: Tensor) -> Tensor:
+    """`x` [tokens, in], or a copy that the copy engine can read."""
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def _gemm(
     x: Tensor,
     weight: Tensor,
@@ -67,8 +73,7 @@ def _gemm(
     gated: bool,
     static_weight: bool,
 ) -> Tensor:
-    if not is_aligned(x):
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     if bias is not None:
         bias = bias.contiguous()
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]

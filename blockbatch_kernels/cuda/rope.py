@@ -6,15 +6,17 @@ from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 
 
-def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _heads(tensor: torch.Tensor) -> tuple[int, int, int]:
+def heads_view(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """What the extension takes for [tokens, heads, head_dim]."""
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-def _cache(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+def cache_view(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """What the extension takes for [pages, page_size, num_kv_heads, head_dim]."""
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
@@ -45,14 +47,14 @@ def rope_kv_write(
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected last stride 1, got strides {tensor.stride()}")
-    k, v, cos, sin = (_last_contiguous(tensor) for tensor in (k, v, cos, sin))
+    k, v, cos, sin = (last_contiguous(tensor) for tensor in (k, v, cos, sin))
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     extension.load().rope_kv_write(
-        q=_heads(q),
-        k=_heads(k),
-        v=_heads(v),
-        k_cache=_cache(k_cache),
-        v_cache=_cache(v_cache),
+        q=heads_view(q),
+        k=heads_view(k),
+        v=heads_view(v),
+        k_cache=cache_view(k_cache),
+        v_cache=cache_view(v_cache),
         positions=positions.data_ptr(),
         slots=slot_mapping.data_ptr(),
         cos=cos.data_ptr(),

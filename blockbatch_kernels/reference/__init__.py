@@ -2,7 +2,7 @@
 
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
 from blockbatch_kernels.reference.attention_plan import attention_plan
-from blockbatch_kernels.reference.gemm import linear, linear_swiglu
+from blockbatch_kernels.reference.gemm import linear, linear_rope_kv_write, linear_swiglu
 from blockbatch_kernels.reference.lm_head import lm_head_confidence
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
@@ -16,6 +16,7 @@ __all__ = [
     "decode_policy",
     "initial_plan",
     "linear",
+    "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
     "pack_windows",

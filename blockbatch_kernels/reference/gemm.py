@@ -1,8 +1,9 @@
-"""Products with the weights."""
+"""Products with the weights, and what is computed with them in one."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.reference.attention import rope_kv_write
 from blockbatch_kernels.reference.norm import swiglu
 
 
@@ -12,3 +13,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, static_weig
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> Tensor:
     return swiglu(F.linear(x, weight))
+
+
+def linear_rope_kv_write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    static_weight: bool = False,
+) -> Tensor:
+    q, k, v = split_heads(linear(x, weight, bias), num_heads, k_cache)
+    rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    return q
+
+
+def split_heads(qkv: Tensor, num_heads: int, k_cache: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as views of their common product, each [tokens, heads, head_dim]."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    return qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

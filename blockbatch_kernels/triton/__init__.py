@@ -21,6 +21,7 @@ _OPERATORS = {
     "decode_policy": "policy",
     "initial_plan": "plan",
     "linear": "gemm",
+    "linear_rope_kv_write": "gemm",
     "linear_swiglu": "gemm",
     "lm_head_confidence": "lm_head",
     "pack_windows": "pack",

@@ -64,7 +64,6 @@ def forward(
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
-    query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     cos, sin = rope
     plan = None  # the reference has no use for one
     if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
@@ -85,13 +84,19 @@ def forward(
     normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
-        qkv = linear(normed, layer.qkv_weight, layer.qkv_bias)
-        q, k, v = (
-            part.unflatten(1, (-1, spec.head_dim))
-            for part in qkv.split((query_size, kv_size, kv_size), dim=1)
-        )
-        bbk.rope_kv_write(
-            q, k, v, packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache, backend=backend
+        q = bbk.linear_rope_kv_write(
+            normed,
+            layer.qkv_weight,
+            layer.qkv_bias,
+            packed.positions,
+            packed.slot_mapping,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            num_heads=spec.num_heads,
+            static_weight=True,
+            backend=backend,
         )
         attended = bbk.varlen_attention(
             q,
