@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from blockbatch_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = {"command", "date", "dtype", "backend", "device", "threads", "python", "torch"}
@@ -105,7 +109,6 @@ def test_decode(tmp_path):
 
 def test_runs_take_turns(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import torch
     from timing import in_turns
 
     calls = []
@@ -121,7 +124,6 @@ class TestChecks:
     @pytest.fixture
     def case(self, monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / "bench"))
-        import torch
         from cases import StepCase
         from random_models import random_model
 
@@ -184,3 +186,54 @@ class TestChecks:
             "products": 4, "attention": 3, "norm_rope_swiglu": 7, "lm_head": 3, "around_the_model": 5,
             "gaps": 10.5, "span": 32.5,
         }  # fmt: skip
+
+
+class TestRounding:
+    """Differences that are as exact as what they replace, and that a decode meets."""
+
+    @pytest.fixture(autouse=True)
+    def path(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+    def test_products(self):
+        import rounding
+
+        x, weight, bias = (torch.randn(*shape) for shape in ((7, 48), (32, 48), (32,)))
+        torch.testing.assert_close(rounding.split_sums(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(rounding.exact_gates(x, weight), reference.linear_swiglu(x, weight))
+        x, weight = x.bfloat16(), weight.bfloat16()
+        exact = rounding.exact_gates(x, weight)
+        truth = reference.linear_swiglu(x.double(), weight.double())
+        error, rounded_error = (
+            (result.double() - truth).abs().mean() for result in (exact, reference.linear_swiglu(x, weight))
+        )
+        assert exact.dtype == torch.bfloat16 and error < rounded_error
+
+    def test_attention(self):
+        import rounding
+
+        q, k, v = (torch.randn(1, 2, count, 16, dtype=torch.bfloat16) for count in (5, 33, 33))
+        truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
+        by_torch = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        got = rounding.rounded_weights(q, k, v, scale=0.3, attend=None)
+        error, torch_error = ((result.double() - truth).abs().max() for result in (got, by_torch))
+        assert got.dtype == q.dtype and error <= 2 * torch_error
+
+    def test_a_decode_meets_every_difference(self, monkeypatch):
+        import rounding
+
+        met = []
+        plain = {name: rounding.patches_of(name) for name in rounding.DIFFERENCES}
+
+        def noting(name):
+            def note(function):
+                return lambda *args, **options: (met.append(name), function(*args, **options))[1]
+
+            return [(module, attribute, note(function)) for module, attribute, function in plain[name]]
+
+        monkeypatch.setattr(rounding, "patches_of", noting)
+        before = reference.linear, reference.linear_swiglu, F.scaled_dot_product_attention
+        lines = rounding.measure("dual_cache", 1)
+        assert [line["difference"] for line in lines] == ["fp32", *rounding.DIFFERENCES]
+        assert set(met) == set(rounding.DIFFERENCES)
+        assert (reference.linear, reference.linear_swiglu, F.scaled_dot_product_attention) == before
