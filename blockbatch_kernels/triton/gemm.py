@@ -17,16 +17,11 @@ def linear_rope_kv_write(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
+    *where: Tensor,
     num_heads: int,
     static_weight: bool = False,
 ) -> Tensor:
-    q, k, v = split_heads(linear(x, weight, bias), num_heads, k_cache)
-    rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    """`where`: what `rope_kv_write` takes behind q, k and v, the caches last."""
+    q, k, v = split_heads(linear(x, weight, bias), num_heads, where[-1])
+    rope_kv_write(q, k, v, *where)
     return q
