@@ -314,11 +314,12 @@ LINEAR_TILES = (
     LinearTile(256, 64, shares=2),
     LinearTile(256, 192, shares=2),
 )
-# Those that can rotate q and k and write the cache behind the product of q, k and v: what serves LLaDA-8B up
-# to 256 tokens and Dream-7B up to 128. Milliseconds a step on an H100, in turns with the rotation in a launch
-# of its own (in parentheses): LLaDA-8B with 32 tokens 5.96 (5.94), 128 tokens 6.55 (6.63), 252 tokens 8.28
-# (8.25), with pages of their own 8.95 (8.95): in long steps the power limit takes back what the launch saved.
-# Before angles were fetched ahead 192 tokens 7.40 (7.46), Dream-7B with 32 tokens 5.64 (5.71).
+# Those that can rotate q and k and write the cache behind the product of q, k and v (csrc/gemm_rope.cu
+# compiles them): what serves LLaDA-8B up to 256 tokens and Dream-7B up to 128. Milliseconds a step on an
+# H100, in turns with the rotation in a launch of its own (in parentheses): LLaDA-8B with 32 tokens 5.96
+# (5.94), 128 tokens 6.55 (6.63), 252 tokens 8.28 (8.25), with pages of their own 8.95 (8.95): in long steps
+# the power limit takes back what the launch saved. Before angles were fetched ahead 192 tokens 7.40 (7.46),
+# Dream-7B with 32 tokens 5.64 (5.71).
 ROTATED_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
