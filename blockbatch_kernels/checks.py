@@ -7,6 +7,9 @@ from torch import Tensor
 
 from blockbatch_kernels.structs import BranchState, PolicyEvents, Predictions, StepPlan
 
+# Of everything that a model computes with.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 _INT, _BOOL, _FLOAT = torch.int32, torch.bool, torch.float32
 # Field -> its shape and dtype; R rows, Q requests, G generated positions, * anything.
 _STATE = {

@@ -9,6 +9,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda, reference
+from blockbatch_kernels.ops import dispatch
 
 OPS = ("decode_policy", "initial_plan", "pack_windows", "share_pages", "copy_pages")
 
@@ -31,7 +32,7 @@ class Place:
         """Meanwhile the front door takes the compiled operators for tensors of this place."""
         served = types.SimpleNamespace(**{**vars(reference), **{op: getattr(cuda, op) for op in OPS}})
         with monkeypatch.context() as patch:
-            patch.setattr(bbk.ops, "_backend", lambda name, op, example, **sizes: served)
+            patch.setattr(dispatch, "module_for", lambda name, op, example, **sizes: served)
             yield
 
 

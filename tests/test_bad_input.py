@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch_kernels import cuda, ops, triton
+from blockbatch_kernels import cuda, triton
 from blockbatch_kernels.cuda import extension as loader
+from blockbatch_kernels.ops import dispatch
 from blockbatch_kernels.tuning import UNIT_INTEGERS
 from operator_arguments import OPERATORS, PARAMS, arguments_of, attention, linear_rope, rope
 
@@ -223,7 +224,7 @@ def test_a_backend_that_cannot_run_says_why(operator, monkeypatch):
     ):
         function(**good, backend="hip")
     for backend in COMPILED:
-        if hasattr(ops._MODULES[backend], operator):
+        if hasattr(dispatch.MODULES[backend], operator):
             with pytest.raises(
                 RuntimeError, match=f"backend: {backend} cannot run {operator}: .*not on a GPU"
             ):
@@ -282,19 +283,19 @@ class TestWithoutACompiledBackend:
         tensor = machine(extension)
         for operator in OPERATORS:
             with pytest.raises(RuntimeError, match=f"backend: cuda cannot run {operator}: .*{reason}"):
-                ops._backend("cuda", operator, tensor)
-            assert ops._backend(None, operator, tensor) is triton
+                dispatch.module_for("cuda", operator, tensor)
+            assert dispatch.module_for(None, operator, tensor) is triton
         tensor = machine(extension, triton_installed=False)
         for operator in OPERATORS:
-            assert ops._backend(None, operator, tensor) is bbk.reference
+            assert dispatch.module_for(None, operator, tensor) is bbk.reference
 
     def test_triton_is_not_installed(self, machine):
         tensor = machine(self.Built("90a"), triton_installed=False)
         with pytest.raises(
             RuntimeError, match="backend: triton cannot run swiglu: .* triton is not installed"
         ):
-            ops._backend("triton", "swiglu", tensor)
-        assert ops._backend(None, "swiglu", tensor) is cuda
+            dispatch.module_for("triton", "swiglu", tensor)
+        assert dispatch.module_for(None, "swiglu", tensor) is cuda
 
 
 def misaligned(x):

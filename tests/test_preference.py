@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch_kernels import ops, reference, tuning
+from blockbatch_kernels import reference, tuning
+from blockbatch_kernels.ops import dispatch
 from operator_arguments import PARAMS, attention
 
 STEP = dict(num_tokens=252, num_keys=1280, head_dim=128, element_size=2)
@@ -87,9 +88,9 @@ def chosen(monkeypatch):
 
     def choose(op, *, cuda=True, triton=True, **options):
         modules = {"reference": reference, "triton": backend("triton", triton), "cuda": backend("cuda", cuda)}
-        monkeypatch.setattr(ops, "_MODULES", modules)
+        monkeypatch.setattr(dispatch, "MODULES", modules)
         example = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-        module = ops._backend(None, op, example, **options)
+        module = dispatch.module_for(None, op, example, **options)
         return next(name for name, other in modules.items() if other is module)
 
     return choose
@@ -121,7 +122,7 @@ def test_attention_without_a_plan_makes_one(monkeypatch, name):
         assert asked == name
         return module
 
-    monkeypatch.setattr(ops, "_backend", backend)
+    monkeypatch.setattr(dispatch, "module_for", backend)
     out = bbk.varlen_attention(**inputs, backend=name)
     assert torch.equal(out, bbk.varlen_attention(**inputs, plan=seen[0], backend=name))
     tensors = [inputs[key] for key in ("page_table", "cu_seqlens_q", "seqlens_k")]

@@ -57,17 +57,12 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
+    *where: Tensor,
     num_heads: int,
     tile: tuning.LinearTile,
     static_weight: bool,
 ) -> Tensor:
+    positions, slot_mapping, cos, sin, k_cache, v_cache = where
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     x = aligned(x)
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()

@@ -1,0 +1,48 @@
+"""The operators: one contract each, whatever computes them.
+
+Every function checks its arguments once, picks the backend and calls it. `backend=None` takes the fastest
+backend that runs the given tensors; a named one that cannot run them raises and says why. What an operator
+changes in place is called *written*. Integer results are the same bits on every backend.
+
+Raises, in every operator: `ValueError` for a wrong shape, value or device, `TypeError` for a wrong dtype,
+`RuntimeError` for a named backend that cannot run. Each message names the argument, what was expected and
+what came.
+"""
+
+from blockbatch_kernels.ops.attention import attention_plan, varlen_attention
+from blockbatch_kernels.ops.dispatch import BACKENDS, backend_of
+from blockbatch_kernels.ops.layer import (
+    linear,
+    linear_rope_kv_write,
+    linear_swiglu,
+    lm_head_confidence,
+    rms_norm,
+    rope_kv_write,
+    swiglu,
+)
+from blockbatch_kernels.ops.step import (
+    copy_pages,
+    decode_policy,
+    initial_plan,
+    pack_windows,
+    share_pages,
+)
+
+__all__ = [
+    "BACKENDS",
+    "attention_plan",
+    "backend_of",
+    "copy_pages",
+    "decode_policy",
+    "initial_plan",
+    "linear",
+    "linear_rope_kv_write",
+    "linear_swiglu",
+    "lm_head_confidence",
+    "pack_windows",
+    "rms_norm",
+    "rope_kv_write",
+    "share_pages",
+    "swiglu",
+    "varlen_attention",
+]

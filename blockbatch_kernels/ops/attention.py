@@ -1,0 +1,187 @@
+"""Attention of packed queries over paged keys and values, and its plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockbatch_kernels import cuda, reference, tuning
+from blockbatch_kernels.checks import FLOATS, check_tensor
+from blockbatch_kernels.library import traceable
+from blockbatch_kernels.ops import dispatch
+from blockbatch_kernels.structs import AttentionPlan
+
+
+@traceable
+def attention_plan(
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    page_size: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    distinct_rows: int | None = None,
+    backend: str | None = None,
+) -> AttentionPlan:
+    """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
+
+    Rows whose pages are the same over a stretch of keys are computed together there. Keys are cut finer while
+    there are too few tiles to fill the GPU. `reference/attention_plan.py` fixes the result bit for bit.
+    A plan serves one stream at a time.
+
+    Args:
+        page_table: [rows, pages_per_row] int32.
+        cu_seqlens_q: [rows + 1] int32.
+        seqlens_k: [rows] int32.
+        page_size: keys a page.
+        num_tokens: packed queries including padding.
+        num_heads, num_kv_heads: of the attention; they decide the size of a tile.
+        distinct_rows: how many rows with queries are expected to read pages of their own, where those that
+            share most of theirs count once; None: all rows. The result of the attention does not depend on
+            it, its speed does.
+    """
+    check_tensor("page_table", page_table, (None, None), (torch.int32,))
+    rows, device = page_table.shape[0], page_table.device
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (rows + 1,), (torch.int32,), device)
+    check_tensor("seqlens_k", seqlens_k, (rows,), (torch.int32,), device)
+    if distinct_rows is None:
+        distinct_rows = rows
+    for name, value, least in (
+        ("page_size", page_size, 1),
+        ("num_tokens", num_tokens, 0),
+        ("num_heads", num_heads, 1),
+        ("distinct_rows", distinct_rows, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+    module = dispatch.module_for(backend, "attention_plan", page_table)
+    heads, pages_per_row = (num_heads, num_kv_heads), page_table.shape[1]
+    shape = tuning.attention_shape(
+        num_tokens,
+        *heads,
+        page_size,
+        pages_per_row,
+        tuning.num_processors(device),
+        units=module is cuda and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+    )
+    return module.attention_plan(
+        page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
+    )
+
+
+@traceable
+def varlen_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    plan: AttentionPlan | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Non-causal attention of the packed queries of every row over all keys of that row's pages.
+
+    Args:
+        q: [tokens, num_heads, head_dim], fp32, bf16 or fp16; tokens may exceed cu_seqlens_q[-1] (padding).
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; num_kv_heads divides num_heads.
+        page_table: [rows, pages_per_row] int32; page j of a row holds its positions from j * page_size on.
+        cu_seqlens_q: [rows + 1] int32, first packed token of each row.
+        seqlens_k: [rows] int32, keys of each row.
+        softmax_scale: defaults to head_dim ** -0.5.
+        plan: `attention_plan` of these very tensors, to be made once for all layers; None makes one here.
+
+    Returns:
+        [tokens, num_heads, head_dim]; padding tokens and rows without keys are zero.
+    """
+    check_tensor("q", q, (None, None, None), FLOATS)
+    head_dim = q.shape[2]
+    check_tensor("k_cache", k_cache, (None, None, None, head_dim), (q.dtype,), q.device)
+    check_tensor("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(
+            f"k_cache: expected a number of kv heads that divides {q.shape[1]}, got {k_cache.shape[2]}"
+        )
+    check_tensor("page_table", page_table, (None, None), (torch.int32,), q.device)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
+    check_tensor("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
+    if plan is not None:
+        _check_plan(plan, q, k_cache.shape[2])
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    if plan is None:
+        rows, pages_per_row = page_table.shape
+        heads, page_size = (q.shape[1], k_cache.shape[2]), k_cache.shape[1]
+        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device)
+    else:
+        units = plan.units.shape[0] > 0
+    module = dispatch.module_for(
+        backend,
+        "varlen_attention",
+        q,
+        excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
+        units=int(units),
+        num_tokens=q.shape[0],
+        num_keys=page_table.shape[1] * k_cache.shape[1],
+        head_dim=head_dim,
+        element_size=q.element_size(),
+    )
+    if plan is None and module is not reference:
+        plan = attention_plan(
+            page_table,
+            cu_seqlens_q,
+            seqlens_k,
+            page_size=k_cache.shape[1],
+            num_tokens=q.shape[0],
+            num_heads=q.shape[1],
+            num_kv_heads=k_cache.shape[2],
+            backend=backend,
+        )
+    return module.varlen_attention(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        cu_seqlens_q,
+        seqlens_k,
+        softmax_scale=softmax_scale,
+        plan=plan,
+    )
+
+
+def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:
+    """What only the CUDA attention refuses."""
+    return k_cache.stride(-1) == 1 and v_cache.stride(-1) == 1 and 0 < softmax_scale < float("inf")
+
+
+def _check_plan(plan: AttentionPlan, q: Tensor, num_kv_heads: int) -> None:
+    heads, tokens = (q.shape[1], num_kv_heads), q.shape[0]
+    if (plan.num_heads, plan.num_kv_heads) != heads:
+        raise ValueError(
+            "plan: expected one for {} heads and {} kv heads, got one for {} and {}".format(
+                *heads, plan.num_heads, plan.num_kv_heads
+            )
+        )
+
+    def check(name: str, *shape: int | None) -> None:
+        check_tensor(f"plan.{name}", getattr(plan, name), shape, (torch.int32,), q.device)
+
+    check("tiles", None, 4)
+    check("token_row", tokens)
+    check("pieces", None, 2)
+    check("query_order", plan.pieces.shape[0], tokens)
+    check("counts", 2)
+    check("units", None, tuning.UNIT_INTEGERS)
+    check("stretches", None, tuning.STRETCH_INTEGERS)
+    processors = plan.stretches.shape[0]
+    check("arrivals", 2 * processors)
+    if plan.units.shape[0] > 0 and processors == 0:
+        raise ValueError(
+            "plan.stretches: expected one for each processor, since the plan has units, got none"
+        )

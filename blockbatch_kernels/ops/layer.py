@@ -1,0 +1,272 @@
+"""What a transformer layer computes beside its attention, and the LM head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockbatch_kernels.checks import FLOATS, check_tensor
+from blockbatch_kernels.library import traceable
+from blockbatch_kernels.ops import dispatch
+
+
+@traceable
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Root mean square norm over the last dimension, with the residual add in front of it fused.
+
+    Equivalent to `residual += x; x = residual` (if given), then `weight * (x / rms(x)).to(x.dtype)`, in fp32
+    up to the rounding before the weight.
+
+    Args:
+        x: [tokens, dim], fp32, bf16 or fp16.
+        weight: [dim], same dtype.
+        eps: added to the mean square.
+        residual: [tokens, dim], same dtype; *written*: the sum, which the next layer adds to.
+
+    Returns:
+        [tokens, dim], same dtype.
+    """
+    check_tensor("x", x, (None, None), FLOATS)
+    check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x.device)
+    if residual is not None:
+        check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device)
+    return dispatch.module_for(backend, "rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
+
+
+@traceable
+def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
+    """`silu(gate) * up` in fp32, rounded once.
+
+    Args:
+        gate_up: [tokens, 2 * intermediate], gate first; fp32, bf16 or fp16.
+
+    Returns:
+        [tokens, intermediate], same dtype.
+    """
+    check_tensor("gate_up", gate_up, (None, None), FLOATS)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up: expected an even last dimension (gate and up), got {gate_up.shape[1]}")
+    return dispatch.module_for(backend, "swiglu", gate_up).swiglu(gate_up)
+
+
+@traceable
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    static_weight: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` with sums in fp32, rounded once: torch's product, but for packs of few tokens.
+
+    On compute capability 9.0 up to 256 tokens in bf16 or fp16 run on a kernel of our own where it is faster
+    (`tuning.linear_parts` says for which sizes; rows of the weight must be aligned to 16 bytes); all else
+    goes to torch. Which of the two computes depends on sizes and alignment alone.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [out, in], same dtype.
+        bias: [out], same dtype.
+        static_weight: a promise that no work which may still be running writes `weight`: it is then read
+            ahead of the end of the kernels in front.
+
+    Returns:
+        [tokens, out], same dtype.
+    """
+    _check_product(x, weight, bias, static_weight)
+    module = dispatch.module_for(backend, "linear", x)
+    return module.linear(x, weight, bias, static_weight=static_weight)
+
+
+@traceable
+def linear_swiglu(
+    x: Tensor, weight: Tensor, *, static_weight: bool = False, backend: str | None = None
+) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`: the product and `swiglu` in one where that is faster.
+
+    Where the kernel of our own serves the sizes (see `linear`; up to 192 tokens and more), the product is not
+    rounded before the activation; elsewhere it is, as by `swiglu(linear(x, weight))`.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [2 * intermediate, in], gate rows first, same dtype.
+        static_weight: see `linear`.
+
+    Returns:
+        [tokens, intermediate], same dtype.
+    """
+    _check_product(x, weight, None, static_weight)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
+    module = dispatch.module_for(backend, "linear_swiglu", x)
+    return module.linear_swiglu(x, weight, static_weight=static_weight)
+
+
+def _check_product(x: Tensor, weight: Tensor, bias: Tensor | None, static_weight: bool) -> None:
+    check_tensor("x", x, (None, None), FLOATS)
+    check_tensor("weight", weight, (None, x.shape[1]), (x.dtype,), x.device)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
+    if not isinstance(static_weight, bool):
+        raise TypeError(f"static_weight: expected True or False, got {static_weight!r}")
+
+
+@traceable
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Rotates q and k at their positions (halves, in fp32) and stores k and v in their cache slots.
+
+    Args:
+        q: [tokens, num_heads, head_dim]; *written*: rotated.
+        k, v: [tokens, num_kv_heads, head_dim].
+        positions: [tokens] int32.
+        slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
+        cos, sin: [max positions, head_dim / 2] fp32.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after
+            rotation.
+    """
+    check_tensor("q", q, (None, None, None), FLOATS)
+    tokens, _, head_dim = q.shape
+    check_tensor("k", k, (tokens, None, head_dim), (q.dtype,), q.device)
+    check_tensor("v", v, tuple(k.shape), (q.dtype,), q.device)
+    _check_rope(q, positions, slot_mapping, cos, sin, k_cache, v_cache, heads=(k.shape[1], head_dim))
+    module = dispatch.module_for(backend, "rope_kv_write", q)
+    module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+
+
+@traceable
+def linear_rope_kv_write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    static_weight: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The heads of q, k and v from one product, then `rope_kv_write` on them; returns q.
+
+    The results are those of the two operators bit for bit: the product is rounded before the rotation. Where
+    the kernel of our own serves the sizes (see `linear`; heads of 64 or 128 elements), all happens in one
+    launch; elsewhere it is the two operators.
+
+    Args:
+        x: [tokens, in], fp32, bf16 or fp16.
+        weight: [(num_heads + 2 * num_kv_heads) * head_dim, in], the rows of q first, then of k, then of v;
+            same dtype.
+        bias: [(num_heads + 2 * num_kv_heads) * head_dim], same dtype; None: none.
+        positions: [tokens] int32.
+        slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
+        cos, sin: [max positions, head_dim / 2] fp32.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim], same dtype as x; *written* at the slots,
+            k after rotation.
+        num_heads: of q.
+        static_weight: see `linear`.
+
+    Returns:
+        [tokens, num_heads, head_dim], q after rotation, same dtype; may be a view of the whole product.
+    """
+    _check_product(x, weight, bias, static_weight)
+    _check_rope(x, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    rows = (num_heads + 2 * num_kv_heads) * head_dim
+    if weight.shape[0] != rows:
+        raise ValueError(
+            f"weight: expected {rows} rows ({num_heads} heads of q and {num_kv_heads} each of k and v, of "
+            f"{head_dim}), got {weight.shape[0]}"
+        )
+    module = dispatch.module_for(backend, "linear_rope_kv_write", x)
+    return module.linear_rope_kv_write(
+        x,
+        weight,
+        bias,
+        positions,
+        slot_mapping,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        num_heads=num_heads,
+        static_weight=static_weight,
+    )
+
+
+def _check_rope(
+    tokens: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    heads: tuple[int | None, int | None] = (None, None),
+) -> None:
+    """Against `tokens` [tokens, ...] and `heads` (num_kv_heads, head_dim), None: those of the cache."""
+    dtype, device = tokens.dtype, tokens.device
+    check_tensor("k_cache", k_cache, (None, None, *heads), (dtype,), device)
+    check_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
+    head_dim = k_cache.shape[3]
+    if head_dim % 2:
+        raise ValueError(f"k_cache: expected an even head_dim, got {head_dim}")
+    check_tensor("positions", positions, tokens.shape[:1], (torch.int32,), device)
+    check_tensor("slot_mapping", slot_mapping, tokens.shape[:1], (torch.int64,), device)
+    check_tensor("cos", cos, (None, head_dim // 2), (torch.float32,), device)
+    check_tensor("sin", sin, tuple(cos.shape), (torch.float32,), device)
+
+
+@traceable
+def lm_head_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    probe_tokens: Tensor | None = None,
+    suppress_token: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Top token of each hidden state and its softmax probability over the whole vocabulary.
+
+    Equivalent to `softmax((hidden @ weight.T).float(), -1).max(-1)`, with the lowest id on a tie.
+
+    Args:
+        hidden: [predictions, dim], fp32, bf16 or fp16.
+        weight: [vocabulary, dim], same dtype.
+        probe_tokens: [predictions] int32, a token of each row whose probability is wanted as well.
+        suppress_token: its logit counts as minus infinity.
+
+    Returns:
+        top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or
+        None.
+    """
+    check_tensor("hidden", hidden, (None, None), FLOATS)
+    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
+    if probe_tokens is not None:
+        check_tensor("probe_tokens", probe_tokens, (hidden.shape[0],), (torch.int32,), hidden.device)
+    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
+        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
+    return dispatch.module_for(backend, "lm_head_confidence", hidden).lm_head_confidence(
+        hidden, weight, probe_tokens=probe_tokens, suppress_token=suppress_token
+    )
