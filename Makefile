@@ -28,7 +28,7 @@ endif
 # One stamp for each set of extras, in the environment, holding the checkout that is installed there.
 STAMPS := $(ENV_DIR)/.blockbatch-run $(ENV_DIR)/.blockbatch-dev $(ENV_DIR)/.blockbatch-bench
 INSTALLED_FROM := $(sort $(shell cat $(STAMPS) 2>/dev/null))
-BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt blockbatch_kernels/__init__.py $(wildcard csrc/*)
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt blockbatch_kernels/__init__.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench install install-dev check-python clean other-checkout
@@ -52,7 +52,7 @@ test: $(ENV_DIR)/.blockbatch-dev
 lint: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m ruff check .
 	$(ENV_PYTHON) -m ruff format --check .
-	$(ENV_DIR)/bin/clang-format --dry-run -Werror csrc/*
+	$(ENV_DIR)/bin/clang-format --dry-run -Werror csrc/*/*
 
 bench: $(ENV_DIR)/.blockbatch-bench
 	$(ENV_PYTHON) $(BENCH)

@@ -286,12 +286,12 @@ def lm_head_tile(num_rows: int, vocab_size: int, dim: int) -> int:
 
 
 class LinearTile(NamedTuple):
-    """How the extension's product with a weight is cut; csrc/gemm.cu compiles these."""
+    """How the extension's product with a weight is cut; csrc/gemm/linear.cu compiles these."""
 
     tokens: int  # room for tokens in a tile
     rows: int  # of the weight in a tile
-    splits: int = 1  # processors that share the sum of a tile
-    shares: int = 1  # processors that share one read of the weight, each for a part of the tokens
+    split_k: int = 1  # processors that share the sum of a tile
+    multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
 
 
 # Microseconds of the product with a weight read from memory, on an H100 (launched early in a graph), beside
@@ -305,16 +305,16 @@ class LinearTile(NamedTuple):
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
-    LinearTile(64, 64, splits=2),
+    LinearTile(64, 64, split_k=2),
     LinearTile(128, 64),
-    LinearTile(128, 64, splits=2),
+    LinearTile(128, 64, split_k=2),
     LinearTile(128, 128),
-    LinearTile(192, 64, splits=2),
+    LinearTile(192, 64, split_k=2),
     LinearTile(192, 128),
-    LinearTile(256, 64, shares=2),
-    LinearTile(256, 192, shares=2),
+    LinearTile(256, 64, multicast=2),
+    LinearTile(256, 192, multicast=2),
 )
-# Those that can rotate q and k and write the cache behind the product of q, k and v (csrc/gemm_rope.cu
+# Those that can rotate q and k and write the cache behind the product of q, k and v (csrc/gemm/linear_rope.cu
 # compiles them): what serves LLaDA-8B up to 256 tokens and Dream-7B up to 128. Milliseconds a step on an
 # H100, in turns with the rotation in a launch of its own (in parentheses): LLaDA-8B with 32 tokens 5.96
 # (5.94), 128 tokens 6.55 (6.63), 252 tokens 8.28 (8.25), with pages of their own 8.95 (8.95): in long steps
@@ -326,7 +326,7 @@ ROTATED_TILES = (
     LinearTile(128, 64),
     LinearTile(128, 128),
     LinearTile(192, 128),
-    LinearTile(256, 192, shares=2),
+    LinearTile(256, 192, multicast=2),
 )
 # With the activation in the same kernel, against cuBLAS without it: 16 tokens 66.6 (73.8), 64 tokens 68.1
 # (75.6), 128 tokens 69.8 (78.2), 192 tokens 71.7 (80.1), 252 tokens 75.9 (82.6). 32 layers, one after another
@@ -340,9 +340,9 @@ GATED_TILES = (
     LinearTile(64, 192),
     LinearTile(128, 192),
     LinearTile(192, 192),
-    LinearTile(192, 192, splits=2),
+    LinearTile(192, 192, split_k=2),
     LinearTile(256, 192),
-    LinearTile(256, 192, splits=2),
+    LinearTile(256, 192, split_k=2),
 )
 # Of an H100 or H200; a constant, so that the same shape is computed in the same way everywhere.
 _LINEAR_PROCESSORS = 132
@@ -356,7 +356,7 @@ _MIN_FILL = {1: 0.7, 2: 0.9}
 
 def _fill(tile: LinearTile, rows: int) -> float:
     """The share of the processors that compute, over all waves: what a last wave leaves idle is lost."""
-    ctas = -(-rows // tile.rows) * tile.splits * tile.shares
+    ctas = -(-rows // tile.rows) * tile.split_k * tile.multicast
     return ctas / (-(-ctas // _LINEAR_PROCESSORS) * _LINEAR_PROCESSORS)
 
 
@@ -391,7 +391,7 @@ def _gated_parts(tokens: int, out_features: int, in_features: int) -> tuple[Line
         return (LinearPart(out_features, tile),)
     # Whole waves of processors, and the tiles that are left shared by two processors each.
     wave = _LINEAR_PROCESSORS * tile.rows // 2
-    whole, half = out_features // wave * wave, tile._replace(splits=2)
+    whole, half = out_features // wave * wave, tile._replace(split_k=2)
     if whole == 0 or in_features < _MIN_SPLIT_IN_FEATURES:
         return ()
     if -(-2 * (out_features - whole) // tile.rows) * 2 > _LINEAR_PROCESSORS:
@@ -405,10 +405,10 @@ def _linear_tile(tokens: int, rows: int, in_features: int) -> LinearTile | None:
     if tokens > 128:
         # Beyond, arithmetic counts as well: the largest tile that leaves few processors idle.
         wide = sorted((tile for tile in LINEAR_TILES if tile.tokens == tokens), key=lambda tile: -tile.rows)
-        filled = (tile for tile in wide if _fill(tile, rows) >= _MIN_FILL[tile.splits * tile.shares])
+        filled = (tile for tile in wide if _fill(tile, rows) >= _MIN_FILL[tile.split_k * tile.multicast])
         return next(filled, None) if in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:
         return LinearTile(tokens, 64)
     if -(-rows // 64) * 2 <= _LINEAR_PROCESSORS and in_features >= _MIN_SPLIT_IN_FEATURES:
-        return LinearTile(tokens, 64, splits=2)
+        return LinearTile(tokens, 64, split_k=2)
     return LinearTile(tokens, 64 if tokens == 64 or rows <= 8192 else 128)

@@ -14,7 +14,7 @@ TILES = [(tile, False) for tile in tuning.LINEAR_TILES] + [(tile, True) for tile
 
 def name_of(value):
     if isinstance(value, tuning.LinearTile):
-        return f"tokens{value.tokens}rows{value.rows}splits{value.splits}shares{value.shares}"
+        return f"tokens{value.tokens}rows{value.rows}split_k{value.split_k}multicast{value.multicast}"
     return str(value)
 
 
@@ -63,8 +63,8 @@ def test_shapes_without_a_tile(num_tokens, out_features, in_features, gated):
 @pytest.mark.parametrize("num_tokens", [130, 192, 252])
 def test_gates_that_fill_one_wave_and_a_half_are_cut_in_two(num_tokens):
     whole, half = tuning.linear_parts(num_tokens, 18944, 3584, gated=True)
-    assert (whole.features, whole.tile.splits) == (132 * 96, 1)
-    assert (half.features, half.tile.splits) == (18944 - 132 * 96, 2)
+    assert (whole.features, whole.tile.split_k) == (132 * 96, 1)
+    assert (half.features, half.tile.split_k) == (18944 - 132 * 96, 2)
     # A sum too short to share.
     assert tuning.linear_parts(num_tokens, 18944, 512, gated=True) == ()
 
@@ -100,8 +100,8 @@ def arguments():
         dtype=2,
         tile_tokens=tile.tokens,
         tile_rows=tile.rows,
-        splits=tile.splits,
-        shares=tile.shares,
+        split_k=tile.split_k,
+        multicast=tile.multicast,
         static_weight=False,
         programmatic=False,
         device=0,
@@ -127,8 +127,8 @@ def arguments():
         ("out", 8, "linear: out: expected rows aligned to 16 bytes"),
         ("dtype", 0, "linear: dtype: expected code 1 or 2, got 0"),
         ("tile_rows", 65, "linear: tile: expected a compiled one, got tokens"),
-        ("splits", 7, "linear: tile: expected a compiled one, got tokens .* splits 7"),
-        ("shares", 3, "linear: tile: expected a compiled one, got tokens .* shares 3"),
+        ("split_k", 7, "linear: tile: expected a compiled one, got tokens .* split_k 7"),
+        ("multicast", 3, "linear: tile: expected a compiled one, got tokens .* multicast 3"),
     ],
 )
 def test_wrong_arguments_raise(arguments, argument, value, message):
@@ -164,9 +164,9 @@ def test_ups_among_the_gates_raise(arguments):
         ("dtype", 0, "linear_rope_kv_write: dtype: expected code 1 or 2, got 0"),
         ("tile_rows", 192, "linear_rope_kv_write: tile: expected a compiled one, got tokens 16, rows 192"),
         (
-            "splits",
+            "split_k",
             2,
-            "linear_rope_kv_write: tile: expected a compiled one, got tokens 16, rows 64, splits 2",
+            "linear_rope_kv_write: tile: expected a compiled one, got tokens 16, rows 64, split_k 2",
         ),
     ],
 )
@@ -181,8 +181,8 @@ def test_wrong_arguments_of_the_rotated_product_raise(argument, value, message):
         weight_row_stride=64,
         tile_tokens=16,
         tile_rows=64,
-        splits=1,
-        shares=1,
+        split_k=1,
+        multicast=1,
         static_weight=False,
         q=(0, 64, 64),
         k_cache=(0, 64, 64, 64),
@@ -261,7 +261,7 @@ def test_every_tile_errs_no_more_than_torch(sm90, poison, tile, gated, dtype):
     cases = [
         (tile.tokens, 1536, 1024),
         (tile.tokens - 4, 3600, 4096),
-        (1, 16, 8 if tile.splits == 1 else 72),  # a sum of one block of K cannot be shared
+        (1, 16, 8 if tile.split_k == 1 else 72),  # a sum of one block of K cannot be shared
         (min(7, tile.tokens), 1040, 1224),
         (tile.tokens - 9, 2064, 72),
     ]

@@ -61,7 +61,7 @@ def test_limits_are_those_of_the_sources():
     def constant(file, name):
         return int(re.search(rf"{name} = (\d+);", (SOURCES / file).read_text()).group(1))
 
-    branches, eos = constant("policy.h", "kMaxBranches"), constant("policy.h", "kMaxEosTokens")
+    branches, eos = constant("decode/policy.h", "kMaxBranches"), constant("decode/policy.h", "kMaxEosTokens")
     for op in ("initial_plan", "decode_policy"):
         assert tuning.preference(op, num_branches=branches, num_eos_tokens=eos) == ("cuda", "triton")
         assert tuning.preference(op, num_branches=branches + 1, num_eos_tokens=1) == ("triton",)

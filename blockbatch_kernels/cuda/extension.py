@@ -8,8 +8,8 @@ import importlib
 
 import torch
 
-API = 8  # kApi in csrc/bindings.cpp
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/params.h
+API = 8  # kApi in csrc/bind/module.cpp
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/common/params.h
 
 
 @functools.cache

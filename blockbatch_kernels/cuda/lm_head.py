@@ -8,7 +8,7 @@ from blockbatch_kernels.cuda.gemm import is_aligned, kernel_exists
 
 # Rows whose logits exist at the same time.
 _SLICE_ROWS = 512
-_PARTIAL_WORDS = 4  # LmHeadPartial in csrc/lm_head.h
+_PARTIAL_WORDS = 4  # LmHeadPartial in csrc/gemm/lm_head.h
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.cuda.placement import launch_on
 
-_MAX_MOVE_LISTS = 64  # kMaxMoveLists in csrc/pages.h
+_MAX_MOVE_LISTS = 64  # kMaxMoveLists in csrc/decode/pages.h
 
 
 def share_pages(page_table: Tensor, source_row: Tensor) -> None:

@@ -18,7 +18,7 @@ from blockbatch_kernels.structs import (
     StepPlan,
 )
 
-_NUM_COUNTERS = 5  # kNumCounters in csrc/policy.h
+_NUM_COUNTERS = 5  # kNumCounters in csrc/decode/policy.h
 
 
 def decode_policy(

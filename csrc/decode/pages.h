@@ -1,0 +1,48 @@
+#pragma once
+
+#include "common/params.h"
+
+namespace bbk {
+
+constexpr int kMaxPageBranches = 32;
+constexpr int kMaxMoveLists = 64;
+
+// page_table[r] = page_table[source_row[r]] for all rows at once; a source of -1 or r leaves the row as it
+// is.
+struct SharePagesParams {
+  int32_t* page_table;  // [num_rows, pages_per_row], written
+  int64_t page_table_stride;
+  const int32_t* source_row;  // [num_rows]
+  int32_t num_rows;
+  int32_t pages_per_row;
+};
+
+// Copy on write, as blockbatch_kernels/reference/pages.py chooses the pages. The chunk of a page in one layer
+// and side is `chunk_bytes` of dense memory; strides in bytes.
+struct CopyPagesParams {
+  char* kv_cache;  // [num_layers, 2, pages, chunk], written
+  int64_t layer_stride;
+  int64_t side_stride;
+  int64_t page_stride;
+  int64_t chunk_bytes;
+  int32_t num_layers;
+  int32_t page_size;
+  int32_t* page_table;  // [num_requests * num_branches, pages_per_row], written
+  int64_t page_table_stride;
+  const int32_t* write_start;  // [num_requests * num_branches]
+  const int32_t* write_end;
+  int32_t num_requests;
+  int32_t num_branches;
+  int32_t pages_per_row;
+  // Scratch: as many lists of moves as `num_move_lists` says, each with room for the moves of its columns.
+  int32_t* num_moves;  // [kMaxMoveLists]
+  int32_t* moves;      // [num_requests * num_branches * pages_per_row, 2]: source page, destination page
+};
+
+// device = -1 in `launch`: the tensors are in host memory and the calling thread does the work.
+void share_pages(const SharePagesParams& params, const Launch& launch);
+
+// Two launches: the first moves table entries, the second the contents.
+void copy_pages(const CopyPagesParams& params, const Launch& launch);
+
+}  // namespace bbk

@@ -1,0 +1,50 @@
+#pragma once
+
+#include "common/params.h"
+#include "layer/rope.h"
+
+namespace bbk {
+
+// out = x weight^T (+ bias), or with `gated` out = silu(x gate^T) * (x up^T) for a weight of gate's rows over
+// up's. Sums in fp32, rounded once.
+struct GemmParams {
+  const void* x;       // [num_tokens, in_features]
+  const void* weight;  // [out_features, in_features]; gated: as many rows of gates and, further on, of ups
+  const void* bias;    // [out_features] or null; not with `gated`
+  void* out;           // [num_tokens, out_features], written
+  int64_t num_tokens;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t x_row_stride;
+  int64_t weight_row_stride;
+  int64_t out_row_stride;
+  int64_t up_distance;  // gated: rows of the weight from a gate to its up
+  bool gated;
+  DType dtype;  // of all tensors: fp16 or bf16
+};
+
+// How the product is cut; linear.cu lists what is compiled.
+struct GemmTile {
+  int tokens;     // room for tokens in a tile
+  int rows;       // of the weight in a tile
+  int split_k;    // CTAs that share the sum of a tile, each over a stretch of K
+  int multicast;  // CTAs that share one read of the weight, each for a part of the tokens
+};
+
+// Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;
+// in_features and out_features multiples of 8. With `static_weight` the weight may be read while the kernels
+// before this one in the stream still run, so none of them may write it; that takes a `programmatic` launch,
+// which lets the kernel start early and wait on the device.
+void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
+          const Launch& launch);
+
+// The product whose rows are the heads of q, then of k and of v, with `rope` behind it: q goes to rope.q, k
+// and v into the caches, and `out`, rope.k and rope.v are not used. Beyond what `gemm` needs: heads of a
+// multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin.
+void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rope, const GemmTile& tile,
+                          bool static_weight, bool programmatic, const Launch& launch);
+
+// Whether the device and this build have both.
+bool gemm_is_available(int device);
+
+}  // namespace bbk

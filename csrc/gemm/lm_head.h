@@ -1,0 +1,70 @@
+#pragma once
+
+#include "common/params.h"
+
+namespace bbk {
+
+// The vocabulary is reduced in pieces of this many tokens, counted from token 0. Each piece is reduced in a
+// fixed order by one warp, so that a row's result depends neither on the other rows nor on the chunks.
+constexpr int kLmHeadPieceTokens = 4096;
+
+// The reduction of one row over one piece.
+struct LmHeadPartial {
+  float highest;  // logit
+  float sum;      // of exp(logit - highest)
+  int32_t token;  // the lowest one that has the highest logit
+  float probe;    // logit of the row's probe token, in the piece that holds it
+};
+
+// Logits of consecutive tokens to the partials of their pieces.
+struct LmHeadReduceParams {
+  const void* logits;           // [num_rows, num_tokens]
+  const int32_t* probe_tokens;  // [num_rows] or null
+  LmHeadPartial* partials;      // [num_rows, num_pieces], written where the tokens are
+  int64_t num_rows;
+  int64_t num_tokens;
+  int64_t row_stride;
+  int64_t first_token;     // a multiple of kLmHeadPieceTokens
+  int64_t suppress_token;  // its logit counts as minus infinity; -1: none
+  int64_t num_pieces;      // of the whole vocabulary
+  DType dtype;             // of the logits
+};
+
+struct LmHeadFinishParams {
+  const LmHeadPartial* partials;  // [num_rows, num_pieces]
+  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary:
+                                  // probability NaN
+  int32_t* top_token;             // [num_rows], written
+  float* confidence;              // [num_rows], written
+  float* probe_probability;       // [num_rows] or null, written
+  int64_t num_rows;
+  int64_t num_pieces;
+  int64_t piece_tokens;  // of the vocabulary, in a piece
+  int64_t vocab_size;
+};
+
+// Vocabulary of a tile of the product below: each tile is a piece.
+constexpr int kLmHeadTileTokens = 192;
+
+// Hidden states of few rows to the partials of their pieces, by a product whose logits nobody stores.
+struct LmHeadProductParams {
+  const void* hidden;       // [num_rows, dim]
+  const void* weight;       // [vocab_size, dim]
+  LmHeadPartial* partials;  // [num_rows, num_pieces], written, but for the probes
+  int64_t num_rows;
+  int64_t dim;
+  int64_t vocab_size;
+  int64_t hidden_row_stride;
+  int64_t weight_row_stride;
+  int64_t suppress_token;  // its logit counts as minus infinity; -1: none
+  int64_t num_pieces;      // vocab_size / kLmHeadTileTokens, rounded up
+  DType dtype;             // fp16 or bf16; logits are rounded to it
+};
+
+// Needs what gemm() needs (gemm_is_available); num_rows <= tile_rows, which is 16, 64 or 128.
+void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Launch& launch);
+
+void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch);
+void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch);
+
+}  // namespace bbk

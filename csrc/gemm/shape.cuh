@@ -1,0 +1,98 @@
+// How a product for few tokens is cut, and what its kernel is told.
+#pragma once
+
+#include <type_traits>
+
+#include "common/common.cuh"
+#include "gemm/sm90.cuh"
+#include "layer/rope.h"
+
+namespace bbk {
+
+// What becomes of the sums. kLinear: the product itself. kSwiglu: the rows of the tile are gates and ups in
+// turns of 8, a thread's two rows a gate and its up. kRopeKvWrite: they are the first and the second half of
+// heads of q, k and v in turns of 8, a thread's two rows two places that rotate into each other.
+enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite };
+
+struct GemmArgs {
+  void* out;         // [num_tokens, out_features]
+  const void* bias;  // [rows of the weight] or null
+  int64_t out_row_stride;
+  int num_tokens;
+  int box_tokens;  // that a CTA fetches and writes
+  int out_features;
+  int num_k_blocks;
+  bool static_weight;  // may be read before the kernels in front are done
+};
+
+struct RotatedGemmArgs : GemmArgs {
+  RopeKvWriteParams rope;  // its q and caches are written instead of `out`
+};
+
+// What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
+// weight. kSplitK: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kMulticast: CTAs
+// of a cluster that share one read of the weight, each with tokens of its own.
+template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
+          GemmUse kUse>
+struct GemmShape {
+  using T = Element;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kSplitK = kSplitK_;
+  static constexpr int kMulticast = kMulticast_;
+  static constexpr bool kGated = kUse == GemmUse::kSwiglu;
+  static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite;
+  using Args = std::conditional_t<kRotated, RotatedGemmArgs, GemmArgs>;
+
+  static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
+  static constexpr int kRows = 64 * kGroups;
+  // A warpgroup beside the consumers fetches the tiles, except where its registers are needed: an instruction
+  // over 256 tokens names 128 sums, as many registers as each of 512 threads starts with. There a thread of
+  // the first consumer fetches between two blocks.
+  static constexpr bool kProducer = kGroups < 3 || kTokens < 256;
+  static constexpr int kThreads = 128 * (kProducer ? kGroups + 1 : kGroups);
+  // Rows of the weight that one copy of heads moves: they never reach from one head into the next.
+  static constexpr int kHeadBoxRows = kMulticast > 1 ? 32 : 64;
+  static constexpr int kWeightBytes = kRows * kBlockK * 2;
+  static constexpr int kXBytes = kTokens * kBlockK * 2;
+  static constexpr int kStageBytes = kWeightBytes + kXBytes;
+  static constexpr int kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kPipelineBytes + 2 * kStages * 8;
+
+  // Where split `part` of the sum starts to finish it, in pairs of 8 tokens.
+  template <int kPart>
+  static constexpr int kPartBegin = kPart * (kTokens / 16) / kSplitK;
+  static constexpr int kMaxPairs = (kTokens / 16 + kSplitK - 1) / kSplitK;
+  static constexpr int kPartBytes = kMaxPairs * 2 * kGroups * 128 * 16;
+  static constexpr int kPartsBytes = (kSplitK - 1) * kPartBytes;
+
+  static constexpr int kOutColumns = kGated ? 32 : 64;   // of a warpgroup
+  static constexpr int kStagingPitch = kOutColumns + 8;  // elements; keeps banks apart
+  static constexpr int kStagingBytes = 16 * kMaxPairs * kStagingPitch * 2;
+  static_assert(kPartsBytes + kGroups * kStagingBytes <= kPipelineBytes,
+                "the end reuses the pipeline's memory");
+  static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
+  static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
+  static_assert(kSplitK == 1 || kMulticast == 1, "a cluster has one reason");
+  static_assert(kMulticast == 1 || !kGated, "the map of gates and ups is made for whole tiles");
+  static_assert(kSplitK == 1 || !kRotated, "heads are written by the CTA that has their whole sums");
+
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+}  // namespace bbk

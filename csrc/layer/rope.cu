@@ -1,0 +1,101 @@
+// Rotary embedding of q and k and the write of k and v into the paged cache, in one launch over the parts of
+// one QKV product, in 16-byte vectors where everything is aligned.
+#include "common/common.cuh"
+#include "common/launch.cuh"
+#include "layer/rope.cuh"
+
+namespace bbk {
+namespace {
+
+constexpr char kOp[] = "rope_kv_write";
+constexpr int kThreads = 256;
+
+// The heads of q, k and v are counted through; a thread takes one place of one head.
+//
+// kUnits: places of half a head, 0: known at run time.
+template <typename T, int kWidth, int kUnits>
+__global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWriteParams params) {
+  wait_and_let_next_start();
+  const int half = params.head_dim / 2;
+  const int units = kUnits > 0 ? kUnits : half / kWidth;
+  const int64_t token = blockIdx.x;
+  const int64_t index = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  const int counted = static_cast<int>(index / units);
+  const int place = static_cast<int>(index % units) * kWidth;
+  if (counted >= params.num_heads + 2 * params.num_kv_heads) return;
+  const RopeHead head = rope_head(params, counted);
+
+  const int64_t position = params.positions[token];
+  const int64_t slot = params.slots[token];
+  const HeadsView& view = head.is_q ? params.q : head.is_v ? params.v : params.k;
+  const T* source =
+      static_cast<const T*>(view.data) + token * view.token_stride + head.index * view.head_stride + place;
+  using Part = Run<T, kWidth>;
+  Part first = *reinterpret_cast<const Part*>(source);
+  Part second = *reinterpret_cast<const Part*>(source + half);
+  if (!head.is_v) rotate(first, second, load_angles<kWidth>(params, position, place));
+  write_halves(params, token, slot, head, place, first, second);
+}
+
+template <typename T, int kWidth, int kUnits>
+void launch_units(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
+  const int64_t heads = params.num_heads + 2 * params.num_kv_heads;
+  const int64_t threads = heads * (params.head_dim / 2 / kWidth);
+  const dim3 grid(static_cast<unsigned>(params.num_tokens),
+                  static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads)));
+  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits>>(grid, kThreads, launch, programmatic, kOp, params);
+}
+
+template <typename T>
+bool is_vectorized(const RopeKvWriteParams& params) {
+  constexpr int kSize = Vec<T>::kSize;
+  for (const HeadsView& view : {params.k, params.v}) {
+    if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || view.token_stride % kSize != 0 ||
+        view.head_stride % kSize != 0) {
+      return false;
+    }
+  }
+  return writes_vectors<T>(params);
+}
+
+template <typename T>
+void launch_rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
+  constexpr int kSize = Vec<T>::kSize;
+  if (!is_vectorized<T>(params)) return launch_units<T, 1, 0>(params, programmatic, launch);
+  switch (params.head_dim) {
+    case 64:
+      return launch_units<T, kSize, 32 / kSize>(params, programmatic, launch);
+    case 128:
+      return launch_units<T, kSize, 64 / kSize>(params, programmatic, launch);
+    default:
+      return launch_units<T, kSize, 0>(params, programmatic, launch);
+  }
+}
+
+}  // namespace
+
+void check_rope(const char* op, const RopeKvWriteParams& params) {
+  check_at_least(op, "num_tokens", params.num_tokens, 0);
+  check_at_least(op, "num_heads", params.num_heads, 0);
+  check_at_least(op, "num_kv_heads", params.num_kv_heads, 0);
+  check_at_least(op, "page_size", params.page_size, 1);
+  check_at_least(op, "num_pages", params.num_pages, 0);
+  if (params.head_dim < 2 || params.head_dim % 2 != 0) {
+    refuse(op, "head_dim: expected an even size, got " + std::to_string(params.head_dim));
+  }
+  if (params.num_pages > INT32_MAX / params.page_size) {
+    refuse(op, "k_cache: expected fewer than 2^31 slots, got " + std::to_string(params.num_pages) +
+                   " pages of " + std::to_string(params.page_size));
+  }
+}
+
+void rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
+  check_rope(kOp, params);
+  dispatch_dtype(params.dtype, kOp, [&](auto zero) {
+    if (params.num_tokens == 0 || params.num_heads + params.num_kv_heads == 0) return;
+    const DeviceGuard guard(launch.device, kOp);
+    launch_rope_kv_write<decltype(zero)>(params, programmatic, launch);
+  });
+}
+
+}  // namespace bbk
