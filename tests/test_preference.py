@@ -66,10 +66,10 @@ def test_limits_are_those_of_the_sources():
         assert tuning.preference(op, num_branches=branches, num_eos_tokens=eos) == ("cuda", "triton")
         assert tuning.preference(op, num_branches=branches + 1, num_eos_tokens=1) == ("triton",)
         assert tuning.preference(op, num_branches=1, num_eos_tokens=eos + 1) == ("triton",)
-    pages = constant("pages.h", "kMaxPageBranches")
+    pages = constant("decode/pages.h", "kMaxPageBranches")
     assert tuning.preference("copy_pages", num_branches=pages)[0] == "cuda"
     assert tuning.preference("copy_pages", num_branches=pages + 1) == ("triton",)
-    head_dim = constant("attention.cu", "kMaxHeadDim")
+    head_dim = constant("attention/attention.cu", "kMaxHeadDim")
     assert len(tuning.preference("varlen_attention", head_dim=head_dim)) == 2
     assert tuning.MAX_HEAD_DIM == head_dim
     assert tuning.preference("varlen_attention", head_dim=head_dim + 1) == ()
