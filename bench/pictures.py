@@ -24,7 +24,7 @@ import blockbatch
 from blockbatch import tiny
 from blockbatch.cli import main as command
 from blockbatch.config import PAPER_BLOCK_SIZES
-from blockbatch.trace import trace_header
+from blockbatch.tracing import trace_header
 
 RESULTS = Path(__file__).parent / "results"
 # The branches disagree on its last line, and the wrong one wins.

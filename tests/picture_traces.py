@@ -2,8 +2,8 @@
 
 import blockbatch
 from blockbatch import generation, tiny
-from blockbatch.trace import TraceRecorder, save_trace, trace_header
-from blockbatch.trace_file import check_trace
+from blockbatch.tracing import TraceRecorder, save_trace, trace_header
+from blockbatch.tracing.file import check_trace
 
 MASK, EOS = 9, 8
 

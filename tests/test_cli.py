@@ -19,7 +19,7 @@ import tokenizers
 
 import blockbatch
 from blockbatch.cli import canvas, main, terminal
-from blockbatch.trace import replay
+from blockbatch.tracing import replay
 from plain_models import write_llada
 
 ROOT = Path(__file__).resolve().parent.parent

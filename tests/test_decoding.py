@@ -7,7 +7,7 @@ import pytest
 
 import blockbatch
 from blockbatch.generation import generate
-from blockbatch.trace import replay
+from blockbatch.tracing import replay
 from oracle import OracleConfig, ScriptedModel, decode
 from scripted_engine import EngineScripted
 

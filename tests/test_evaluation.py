@@ -18,7 +18,7 @@ from blockbatch.evaluation import charts, runner, statistics
 from blockbatch.evaluation.problems import Problem, load_task
 from blockbatch.evaluation.records import read_run
 from blockbatch.evaluation.settings import Setting, parse_setting, table_settings
-from blockbatch.trace_file import load_trace
+from blockbatch.tracing import load_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 32

@@ -9,7 +9,7 @@ import torch
 
 import blockbatch
 from blockbatch import generation, memory
-from blockbatch.trace import save_trace
+from blockbatch.tracing import save_trace
 from plain_models import write_dream, write_llada
 
 VOCABULARY = 40

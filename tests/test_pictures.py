@@ -11,8 +11,8 @@ import picture_traces
 from blockbatch.cli import main
 from blockbatch.pictures import consensus, replay, style
 from blockbatch.pictures.states import COMMITTED, MASKED, MERGED, SYNCED, agreement, expand, nfe
-from blockbatch.trace import load_trace
-from blockbatch.trace import replay as replayed
+from blockbatch.tracing import load_trace
+from blockbatch.tracing import replay as replayed
 from picture_traces import EOS, MASK, handmade, write
 
 

@@ -16,11 +16,11 @@ from blockbatch.evaluation.settings import Setting, fixed_block_settings, settin
 from blockbatch.evaluation.statistics import wilson
 from blockbatch.generation import open_session
 from blockbatch.kv_cache import KVCache
-from blockbatch.kv_trace import SKETCH_SIZE, KVSketcher
 from blockbatch.pictures import agreement, decisions, frontier, style, trajectories
 from blockbatch.pictures.token_categories import categories
-from blockbatch.trace import TraceRecorder, load_trace, open_recorder, save_trace, trace_header
-from blockbatch.trace_file import check_trace
+from blockbatch.tracing import TraceRecorder, load_trace, open_recorder, save_trace, trace_header
+from blockbatch.tracing.file import check_trace
+from blockbatch.tracing.kv_states import SKETCH_SIZE, KVSketcher
 
 PROMPT = "In the morning Ann has 7 eggs. Mia has 3 eggs fewer than Ann. How many eggs does Mia have?"
 MASK, EOS = 99, 98

@@ -7,8 +7,8 @@ import pytest
 import blockbatch
 import picture_traces
 from blockbatch.pictures import replay
-from blockbatch.trace import load_trace
-from blockbatch.trace import replay as replayed
+from blockbatch.tracing import load_trace
+from blockbatch.tracing import replay as replayed
 from browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockbatch.branches import NFE, BranchResult
     from blockbatch.config import METHODS, DecodeConfig
-    from blockbatch.generation import Result, generate, stream
+    from blockbatch.generation import generate, stream
     from blockbatch.models import CheckpointError, Model, load_model
-    from blockbatch.trace import load_trace, save_trace
+    from blockbatch.result import Result
+    from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
 
 # Where each name lives. They are imported when they are first asked for: torch takes seconds to import, which
@@ -29,12 +30,12 @@ _HOMES = {
     "CheckpointError": "blockbatch.models",
     "DecodeConfig": "blockbatch.config",
     "Model": "blockbatch.models",
-    "Result": "blockbatch.generation",
+    "Result": "blockbatch.result",
     "__version__": "blockbatch_kernels",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
-    "load_trace": "blockbatch.trace",
-    "save_trace": "blockbatch.trace",
+    "load_trace": "blockbatch.tracing",
+    "save_trace": "blockbatch.tracing",
     "stream": "blockbatch.generation",
 }
 

@@ -72,7 +72,7 @@ class DecodeConfig:
         eos_token_ids: ids that end a text; None: those of the model.
         stop: texts; a request ends once its text, as far as it is final, holds one, and is cut before it.
         trace: record every forward in `Result.trace`.
-        trace_kv: with `trace`: also record where each branch's K/V cache goes (see `blockbatch.kv_trace`).
+        trace_kv: with `trace`: also record where each branch's K/V cache goes (see `blockbatch.tracing`).
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -186,6 +186,12 @@ class DecodeConfig:
             _check_int("leap_radius", self.leap_radius, 1)
         if self.leap_threshold is not None:
             _check_probability("leap_threshold", self.leap_threshold, above=0.0)
+
+
+def decode_settings(config: DecodeConfig) -> dict[str, Any]:
+    """The options that the method has, as they were used."""
+    names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids", "stop")
+    return {name: getattr(config, name) for name in names}
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

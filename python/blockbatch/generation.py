@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -11,39 +10,11 @@ from blockbatch import branches, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
 from blockbatch.models.model import Model
+from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
-from blockbatch.trace import Record, open_recorder
+from blockbatch.tracing import Record, open_recorder
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One decoded request.
-
-    Attributes:
-        text: `tokens` as text, up to the first of the config's stop sequences; None if the model has no
-            tokenizer.
-        tokens: the winner's ids before the first EOS. A stop sequence ends them too; the last of them may
-            then run into it.
-        canvas: all gen_length ids of the winner; MASK where it stopped early.
-        nfe: model forwards: init, block, refresh, total.
-        stop_reason: "eos", "length" or "stop" (a stop sequence ended the text).
-        block_size: of the winning branch.
-        branches: what each branch did.
-        seconds: from the start of the batch to the end of this request.
-        trace: one record for each forward (see `blockbatch.trace`); None unless the config asks for it.
-    """
-
-    text: str | None
-    tokens: list[int]
-    canvas: list[int]
-    nfe: branches.NFE
-    stop_reason: str
-    block_size: int
-    branches: tuple[branches.BranchResult, ...]
-    seconds: float
-    trace: list[Record] | None
 
 
 def generate(

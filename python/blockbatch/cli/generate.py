@@ -14,10 +14,10 @@ from blockbatch.cli import canvas
 from blockbatch.cli.files import check_output, read_text
 from blockbatch.cli.options import chat_prompt, decode_config, load
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
-from blockbatch.config import DecodeConfig
+from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.generation import Result
 from blockbatch.models import Model
-from blockbatch.trace import decode_settings, open_recorder, save_trace, trace_header
+from blockbatch.tracing import open_recorder, save_trace, trace_header
 
 # Seconds between two frames: often enough to look alive, seldom enough to cost little.
 _FRAME_INTERVAL = 0.05

@@ -201,7 +201,7 @@ def read_traces(paths: Sequence[str]) -> list[Source]:
         ValueError: a file is not a trace, or a folder holds none.
         OSError: one cannot be read.
     """
-    from blockbatch.trace_file import load_trace
+    from blockbatch.tracing import load_trace
 
     files: list[Path] = []
     for path in map(Path, paths):

@@ -3,7 +3,8 @@
 from blockbatch.decoding import blockbatch, dual_cache, local_leap, prefix_cache, vanilla
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.runners import RunnerPool
-from blockbatch.decoding.session import Session, Step
+from blockbatch.decoding.session import Session
+from blockbatch.steps import Step
 
 METHOD_BUILDERS = {
     "blockbatch": blockbatch.method,

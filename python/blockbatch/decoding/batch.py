@@ -7,6 +7,7 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch import branches
 from blockbatch.decoding.method import Method
+from blockbatch.steps import HostPlan
 
 
 class Batch:
@@ -91,23 +92,3 @@ class Batch:
         if self._copied is not None:
             self._copied.record()
             self._copied.synchronize()
-
-
-class HostPlan:
-    """The parts of a `StepPlan` that the host decides by.
-
-    Attributes:
-        running, phase, query_tokens, predictions, stalled: the plan's flags.
-        query_start, query_end, source_row: lists, one entry for each row.
-    """
-
-    def __init__(self, values: list[int], num_rows: int) -> None:
-        self.running, self.phase, self.query_tokens, self.predictions, self.stalled = values[:5]
-        rows = values[5:]
-        self.query_start, self.query_end, self.source_row = (
-            rows[part * num_rows : (part + 1) * num_rows] for part in range(3)
-        )
-
-    @property
-    def query_lengths(self) -> list[int]:
-        return [end - start for start, end in zip(self.query_start, self.query_end, strict=True)]

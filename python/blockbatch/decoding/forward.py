@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.batch import Batch, HostPlan
+from blockbatch.decoding.batch import Batch
+from blockbatch.steps import HostPlan
 
 
 def block_denoise(model, batch: Batch, capacity: int, predict_capacity: int) -> None:

@@ -12,9 +12,10 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch import branches
 from blockbatch.decoding import forward
-from blockbatch.decoding.batch import Batch, HostPlan
+from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
+from blockbatch.steps import Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
 # small beside the cache; a CPU gains by fewer, larger products.
@@ -26,25 +27,6 @@ class Stops(Protocol):
 
     def ended(self, prefixes: Sequence[Sequence[int]]) -> list[int]:
         """The requests that end now; `prefixes` holds the final prefix of every request."""
-
-
-class Step(NamedTuple):
-    """One turn of the loop, for observers; its tensors are valid until the next turn.
-
-    Attributes:
-        phase: one of `blockbatch_kernels.PHASES`.
-        plan: the forward that ran, on the host; its `query_tokens` are 0 where no row had anything to compute
-            and no forward ran.
-        windows: [R] windows (start, end) during the forward; None unless the session is observed.
-        events: what the policy changed.
-        seconds: of the whole turn.
-    """
-
-    phase: str
-    plan: HostPlan
-    windows: list[tuple[int, int]] | None
-    events: bbk.PolicyEvents
-    seconds: float
 
 
 class Runner(NamedTuple):

@@ -22,7 +22,7 @@ from blockbatch.evaluation.records import Record, RecordFile, Run
 from blockbatch.evaluation.settings import Setting, settings_header
 from blockbatch.generation import Result
 from blockbatch.models import Model
-from blockbatch.trace import save_trace, trace_header
+from blockbatch.tracing import save_trace, trace_header
 
 # The first decodes of a process pay for memory and threads that later ones find ready; a short one is enough.
 _WARM_UP_TOKENS = 32

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch.config import METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES, DecodeConfig
+from blockbatch.config import METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES, DecodeConfig, decode_settings
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
@@ -138,8 +138,6 @@ def _parse_value(label: str, name: str, value: str) -> Any:
 
 def settings_header(settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
     """The options of each setting by label, for the header of a file."""
-    from blockbatch.trace import decode_settings
-
     return {
         setting.label: {"method": setting.config.method, **decode_settings(setting.config)}
         for setting in settings

@@ -25,7 +25,7 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     """Draws the three plots of many traces, one for each text, as a PNG.
 
     Args:
-        traces: as `blockbatch.trace.load_trace` returns them; those of a single block size are left out.
+        traces: as `blockbatch.load_trace` returns them; those of a single block size are left out.
         path: of the PNG.
 
     Returns:

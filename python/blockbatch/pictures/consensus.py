@@ -30,7 +30,7 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
     """Draws a loaded trace as PNG.
 
     Args:
-        trace: from `blockbatch.trace.load_trace`.
+        trace: from `blockbatch.load_trace`.
         path: of the file to write.
         whole: show all gen_length positions, also those where no branch ever held text.
 

@@ -82,7 +82,7 @@ class _Decision(NamedTuple):
 
 
 def positions(trace: dict[str, Any]) -> list[Position]:
-    """The positions of the final text of a trace, as `blockbatch.trace.load_trace` returns it.
+    """The positions of the final text of a trace, as `blockbatch.load_trace` returns it.
 
     Raises:
         ValueError: the trace has a single branch, no canvas or no pieces.

@@ -22,7 +22,7 @@ _DIGITS = 4
 
 
 def draw(trace: dict[str, Any], path: str | os.PathLike) -> Path:
-    """Writes a loaded trace (`blockbatch.trace.load_trace`) as a page; the file appears whole or not at all.
+    """Writes a loaded trace (`blockbatch.load_trace`) as a page; the file appears whole or not at all.
 
     Raises:
         ValueError: the path does not end in .html.

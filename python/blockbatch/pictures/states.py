@@ -83,7 +83,7 @@ class Agreement(NamedTuple):
 
 
 def expand(trace: dict[str, Any]) -> States:
-    """The states of a loaded trace (`blockbatch.trace.load_trace`)."""
+    """The states of a loaded trace (`blockbatch.load_trace`)."""
     records, sizes, mask = trace["trace"], tuple(trace["block_sizes"]), trace["mask_token_id"]
     shape = (len(records), len(sizes), trace["gen_length"])
     states = States(

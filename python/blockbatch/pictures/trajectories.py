@@ -10,7 +10,7 @@ state c and the anchor c0 with the direction u = c0 / |c0|, the step c - c0 spli
 The picture shows r on the two axes along which the tangent vectors of all drawn states differ most
 (principal axes of r about its mean; the origin stays the anchor), and beside it z over the forwards. All
 lengths are shares of |c0|. This is how the published code of BlockBatch (arXiv 2605.29233, Figure 3) forms
-its coordinates, applied to the sketches that `blockbatch.kv_trace` writes.
+its coordinates, applied to the sketches that `blockbatch.tracing.kv_states` makes.
 
 A block denoise moves a branch only by the positions of its window; a refresh renews all positions, which
 shows as a jump; a sync puts a branch onto its leader.
@@ -65,7 +65,7 @@ class Coordinates(NamedTuple):
 
 
 def trajectories(trace: dict[str, Any]) -> list[Trajectory]:
-    """The trajectory of every branch of a trace, as `blockbatch.trace.load_trace` returns it.
+    """The trajectory of every branch of a trace, as `blockbatch.load_trace` returns it.
 
     Raises:
         ValueError: the trace holds no K/V, or what is there makes no sense.
@@ -147,7 +147,7 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     Every decode with several branches has a row of its own; those with a single block size share one.
 
     Args:
-        traces: as `blockbatch.trace.load_trace` returns them, in the order of the rows.
+        traces: as `blockbatch.load_trace` returns them, in the order of the rows.
         path: of the PNG.
 
     Returns:

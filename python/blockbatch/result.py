@@ -1,0 +1,37 @@
+"""What a decode gives for one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from blockbatch.branches import NFE, BranchResult
+
+
+@dataclass(frozen=True)
+class Result:
+    """One decoded request.
+
+    Attributes:
+        text: `tokens` as text, up to the first of the config's stop sequences; None if the model has no
+            tokenizer.
+        tokens: the winner's ids before the first EOS. A stop sequence ends them too; the last of them may
+            then run into it.
+        canvas: all gen_length ids of the winner; MASK where it stopped early.
+        nfe: model forwards: init, block, refresh, total.
+        stop_reason: "eos", "length" or "stop" (a stop sequence ended the text).
+        block_size: of the winning branch.
+        branches: what each branch did.
+        seconds: from the start of the batch to the end of this request.
+        trace: one record for each forward (see `blockbatch.tracing`); None unless the config asks for it.
+    """
+
+    text: str | None
+    tokens: list[int]
+    canvas: list[int]
+    nfe: NFE
+    stop_reason: str
+    block_size: int
+    branches: tuple[BranchResult, ...]
+    seconds: float
+    trace: list[dict[str, Any]] | None

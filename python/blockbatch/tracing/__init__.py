@@ -1,0 +1,24 @@
+"""Traces: what every forward of a decode did, as plain records that can be saved as JSON and replayed.
+
+A trace is a list with one record for each forward of the request::
+
+    {"kind": "block", "seconds": 0.03, "rows": [0, 1], "windows": [[4, 8], [0, 8]], "packed_tokens": 12,
+     "distinct_rows": 2,
+     "commits": [{"branch": 0, "positions": [4], "tokens": [17], "confidence": [0.98]}],
+     "merges": [{"branch": 1, "positions": [2], "tokens": [9]}],
+     "syncs": [{"branch": 1, "leader": 0}]}
+
+`rows` are the branches that the forward served (init and refresh compute equal ones once: `distinct_rows`),
+`windows` their windows during it, in positions of the generation region. Within a record commits come first,
+then merges, then syncs.
+
+With K/V (`DecodeConfig(trace_kv=True)`) a record also holds the cache states of the branches that it changed:
+``"kv": [{"branches": [0, 2], "state": [...]}]``, branches with the same cache together, the states as
+`blockbatch.tracing.kv_states` makes them. Of several states of a branch in one record the last holds.
+"""
+
+from blockbatch.tracing.file import load_trace, save_trace
+from blockbatch.tracing.header import trace_header
+from blockbatch.tracing.record import Record, TraceRecorder, open_recorder, replay
+
+__all__ = ["Record", "TraceRecorder", "load_trace", "open_recorder", "replay", "save_trace", "trace_header"]

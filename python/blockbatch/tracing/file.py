@@ -1,0 +1,174 @@
+"""Trace files. Whatever is in one, what `load_trace` returns can be replayed without surprises.
+
+Needs neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+KINDS = ("init", "block", "refresh")
+# Far beyond any model's canvas; a file that claims more would only fill the memory.
+_MOST_POSITIONS, _MOST_BRANCHES = 1 << 20, 1 << 10
+# What files made without a whole header (by `save_trace` alone) may lack.
+_OPTIONAL: dict[str, Any] = {
+    "model": "",
+    "method": "",
+    "settings": {},
+    "prompt": None,
+    "prompt_tokens": [],
+    "eos_token_ids": [],
+    "canvas": None,
+    "text": None,
+    "pieces": {},
+    "winner_block_size": None,
+    "nfe": None,
+    "seconds": None,
+    "stop_reason": None,
+}
+
+
+def load_trace(path: str | os.PathLike) -> dict[str, Any]:
+    """A trace file as `blockbatch generate --trace` writes it: `{**header, "trace": records}`, checked.
+
+    Header fields that a file may lack get empty values; the keys of `pieces` become integers.
+
+    Raises:
+        ValueError: it is not a trace, or one that contradicts itself; the message names file and place.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+        return check_trace(content)
+    except UnicodeDecodeError:
+        got = "a file that is not text"
+    except json.JSONDecodeError as error:
+        got = f"a file that is not JSON: {error}"
+    except RecursionError:
+        got = "JSON that is nested too deeply"
+    except ValueError as error:
+        got = str(error)
+    raise ValueError(f"{path}: expected a trace as `blockbatch generate --trace` saves it, got {got}")
+
+
+def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: Any) -> None:
+    """Writes `{**header, "trace": trace}` as JSON; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps({**header, "trace": trace}), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _BadTraceError(ValueError):
+    """What is wrong in a trace, for the end of a sentence."""
+
+
+def check_trace(content: Any) -> dict[str, Any]:
+    """The content of a trace file with its optional fields filled in. Raises ValueError; see `load_trace`."""
+    if not isinstance(content, dict) or not isinstance(content.get("trace"), list):
+        raise _BadTraceError(f"{_brief(content)}, without a list named trace")
+    found = {**_OPTIONAL, **content}
+    gen_length = _integer(found, "gen_length", 1, _MOST_POSITIONS)
+    _integer(found, "mask_token_id", 0)
+    sizes = _integers(found, "block_sizes", 1, gen_length)
+    if not 0 < len(sizes) <= _MOST_BRANCHES or len(set(sizes)) != len(sizes):
+        raise _BadTraceError(f"block_sizes: {_brief(sizes)}")
+    _check_header(found)
+    if not found["trace"]:
+        raise _BadTraceError("no record")
+    for index, record in enumerate(found["trace"]):
+        try:
+            _check_record(record, len(sizes), gen_length, first=index == 0)
+        except _BadTraceError as error:
+            raise _BadTraceError(f"record {index}: {error}") from None
+    return found
+
+
+def _check_header(found: dict[str, Any]) -> None:
+    for name in ("model", "method"):
+        if not isinstance(found[name], str):
+            raise _BadTraceError(f"{name}: {_brief(found[name])}")
+    for name in ("prompt", "text", "stop_reason"):
+        if found[name] is not None and not isinstance(found[name], str):
+            raise _BadTraceError(f"{name}: {_brief(found[name])}")
+    for name in ("prompt_tokens", "eos_token_ids"):
+        _integers(found, name, 0)
+    if not isinstance(found["settings"], dict):
+        raise _BadTraceError(f"settings: {_brief(found['settings'])}")
+    if found["canvas"] is not None and len(_integers(found, "canvas", 0)) != found["gen_length"]:
+        raise _BadTraceError(f"canvas of {len(found['canvas'])} tokens, gen_length {found['gen_length']}")
+    if found["winner_block_size"] not in (None, *found["block_sizes"]):
+        raise _BadTraceError(f"winner_block_size: {_brief(found['winner_block_size'])}")
+    pieces = found["pieces"]
+    if not isinstance(pieces, dict) or not all(
+        str(token).isdecimal() and isinstance(piece, str) for token, piece in pieces.items()
+    ):
+        raise _BadTraceError(f"pieces: {_brief(pieces)}")
+    found["pieces"] = {int(token): piece for token, piece in pieces.items()}
+
+
+def _check_record(record: Any, branches: int, gen_length: int, *, first: bool) -> None:
+    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        raise _BadTraceError(f"kind: {_brief(record.get('kind') if isinstance(record, dict) else record)}")
+    if first != (record["kind"] == "init"):
+        raise _BadTraceError(f"kind {record['kind']}, but init is the first record and no other")
+    rows = _integers(record, "rows", 0, branches - 1)
+    windows = record.get("windows")
+    if not isinstance(windows, list) or len(windows) != len(rows):
+        raise _BadTraceError(f"windows: {_brief(windows)} for {len(rows)} rows")
+    for window in windows:
+        ends = _integers({"window": window}, "window", 0, gen_length)
+        if len(ends) != 2 or ends[0] > ends[1]:
+            raise _BadTraceError(f"window: {_brief(window)}")
+    for name in ("commits", "merges", "syncs"):
+        if not isinstance(record.get(name), list):
+            raise _BadTraceError(f"{name}: {_brief(record.get(name))}")
+        for change in record[name]:
+            if not isinstance(change, dict):
+                raise _BadTraceError(f"{name}: {_brief(change)}")
+            _integer(change, "branch", 0, branches - 1)
+    for sync in record["syncs"]:
+        _integer(sync, "leader", 0, branches - 1)
+    for change in record["commits"] + record["merges"]:
+        positions = _integers(change, "positions", 0, gen_length - 1)
+        if len(_integers(change, "tokens", 0)) != len(positions):
+            raise _BadTraceError(f"tokens: {len(change['tokens'])} for {len(positions)} positions")
+    for commit in record["commits"]:
+        confidence = commit.get("confidence")
+        # A comparison with NaN is false.
+        if (
+            not isinstance(confidence, list)
+            or len(confidence) != len(commit["positions"])
+            or not all(type(value) in (int, float) and 0 <= value <= 1.001 for value in confidence)
+        ):
+            raise _BadTraceError(f"confidence: {_brief(confidence)}")
+
+
+def _integer(found: dict[str, Any], name: str, least: int, most: int | None = None) -> int:
+    return _integers({name: [found.get(name)]}, name, least, most)[0]
+
+
+def _integers(found: dict[str, Any], name: str, least: int, most: int | None = None) -> list[int]:
+    values = found.get(name)
+    if not isinstance(values, list):
+        raise _BadTraceError(f"{name}: {_brief(values)}")
+    for value in values:
+        if type(value) is not int or value < least or (most is not None and value > most):
+            limit = f"from {least} to {most}" if most is not None else f"of at least {least}"
+            raise _BadTraceError(f"{name}: {_brief(value)} where an integer {limit} belongs")
+    return values
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, list(value)[:6])) or 'nothing'}"
+    return f"{value!r:.60}"

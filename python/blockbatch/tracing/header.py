@@ -1,0 +1,54 @@
+"""The header of a trace file: where its records come from, and what pictures need besides them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from blockbatch.config import DecodeConfig, decode_settings
+
+if TYPE_CHECKING:
+    from blockbatch.models.model import Model
+    from blockbatch.models.tokenizer import Tokenizer
+    from blockbatch.result import Result
+
+
+def trace_header(
+    model: Model, prompt_ids: Sequence[int], config: DecodeConfig, result: Result
+) -> dict[str, Any]:
+    """What pictures need besides the records of a decode, and where the records come from.
+
+    Returns:
+        the header of a trace file: model, method, settings, gen_length, block_sizes (of the branches, in
+        their order), winner_block_size, prompt (text; None without a tokenizer), prompt_tokens,
+        mask_token_id, eos_token_ids, canvas (of the winner), text, pieces (the text of every token id that
+        occurs, the ids as decimal strings; empty without a tokenizer), nfe, seconds, stop_reason.
+    """
+    tokenizer = model.tokenizer
+    eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    changes = [change for record in result.trace or () for change in record["commits"] + record["merges"]]
+    ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
+    ids.update(token for change in changes for token in change["tokens"])
+    return {
+        "model": model.name,
+        "method": config.method,
+        "settings": decode_settings(config),
+        "gen_length": config.gen_length,
+        "block_sizes": [branch.block_size for branch in result.branches],
+        "winner_block_size": result.block_size,
+        "prompt": None if tokenizer is None else tokenizer.decode(list(prompt_ids), skip_special=False),
+        "prompt_tokens": list(prompt_ids),
+        "mask_token_id": model.spec.mask_token_id,
+        "eos_token_ids": list(eos_token_ids),
+        "canvas": result.canvas,
+        "text": result.text,
+        "pieces": {} if tokenizer is None else _pieces(tokenizer, ids),
+        "nfe": {**asdict(result.nfe), "total": result.nfe.total},
+        "seconds": result.seconds,
+        "stop_reason": result.stop_reason,
+    }
+
+
+def _pieces(tokenizer: Tokenizer, ids: set[int]) -> dict[str, str]:
+    return {str(token): tokenizer.decode([token], skip_special=False) for token in sorted(ids)}

@@ -1,0 +1,117 @@
+"""The records of a decode: made while it runs, and replayed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import blockbatch_kernels as bbk
+    from blockbatch.config import DecodeConfig
+    from blockbatch.kv_cache import KVCache
+    from blockbatch.steps import Step
+
+Record = dict[str, Any]
+
+
+class TraceRecorder:
+    """Collects the trace of each request of a session.
+
+    Args:
+        state: of the session.
+        cache: of the session, to record where K and V go; None: they are left out.
+    """
+
+    def __init__(self, state: bbk.BranchState, cache: KVCache | None = None) -> None:
+        self._state = state
+        lengths = (state.prompt_length + state.gen_length).tolist()
+        self._sketcher = None
+        if cache is not None:
+            from blockbatch.tracing.kv_states import KVSketcher  # it needs torch, which replaying does not
+
+            self._sketcher = KVSketcher(cache, lengths)
+        self.traces: list[list[Record]] = [[] for _ in range(state.num_requests)]
+
+    def add(self, step: Step) -> None:
+        count = self._state.num_branches
+        source_row, lengths, windows = step.plan.source_row, step.plan.query_lengths, step.windows
+        commits = self._changes(step.events.committed, with_confidence=True)
+        merges = self._changes(step.events.merged)
+        sync_source = step.events.sync_source.tolist()
+        for request, trace in enumerate(self.traces):
+            first = request * count
+            rows = [row for row in range(first, first + count) if source_row[row] >= 0]
+            if rows:
+                trace.append(
+                    {
+                        "kind": step.phase,
+                        "seconds": step.seconds,
+                        "rows": [row - first for row in rows],
+                        "windows": [list(windows[row]) for row in rows],
+                        "packed_tokens": sum(lengths[first : first + count]),
+                        "distinct_rows": len({source_row[row] for row in rows}),
+                        "commits": [],
+                        "merges": [],
+                        "syncs": [],
+                    }
+                )
+            if not trace:
+                continue
+            # A turn without a forward (every window was already complete) belongs to the forward before it.
+            record = trace[-1]
+            for row in range(first, first + count):
+                if row in commits:
+                    record["commits"].append({"branch": row - first, **commits[row]})
+                if row in merges:
+                    record["merges"].append({"branch": row - first, **merges[row]})
+                if sync_source[row] != row:
+                    record["syncs"].append({"branch": row - first, "leader": sync_source[row] - first})
+            if self._sketcher is not None:
+                synced = (row for row in range(first, first + count) if sync_source[row] != row)
+                self._add_states(record, sorted({*rows, *synced}), first)
+
+    def _add_states(self, record: Record, rows: list[int], first: int) -> None:
+        states = record.setdefault("kv", [])
+        for group, state in self._sketcher.states(rows):
+            states.append({"branches": [row - first for row in group], "state": state})
+
+    def _changes(self, changed, with_confidence: bool = False) -> dict[int, Record]:
+        changes: dict[int, Record] = {}
+        names = ["tokens", "confidence"] if with_confidence else ["tokens"]
+        where = changed.nonzero()
+        tokens = self._state.top_token[changed].tolist()
+        confidence = self._state.confidence[changed].tolist()
+        for (row, position), *values in zip(where.tolist(), tokens, confidence, strict=True):
+            change = changes.setdefault(row, {"positions": [], **{name: [] for name in names}})
+            change["positions"].append(position)
+            for name, value in zip(names, values):
+                change[name].append(value)
+        return changes
+
+
+class Observed(Protocol):
+    """What a session shows to a recorder: its state and its cache, both read only."""
+
+    @property
+    def state(self) -> bbk.BranchState: ...
+
+    @property
+    def cache(self) -> KVCache: ...
+
+
+def open_recorder(session: Observed, config: DecodeConfig) -> TraceRecorder | None:
+    """What records a session as its settings ask for; None if they ask for no trace."""
+    if not config.trace:
+        return None
+    return TraceRecorder(session.state, session.cache if config.trace_kv else None)
+
+
+def replay(trace: list[Record], num_branches: int, gen_length: int, mask_token_id: int) -> list[list[int]]:
+    """The canvas of every branch after the last record: [num_branches][gen_length] token ids."""
+    canvases = [[mask_token_id] * gen_length for _ in range(num_branches)]
+    for record in trace:
+        for change in record["commits"] + record["merges"]:
+            for position, token in zip(change["positions"], change["tokens"], strict=True):
+                canvases[change["branch"]][position] = token
+        for sync in record["syncs"]:
+            canvases[sync["branch"]] = list(canvases[sync["leader"]])
+    return canvases
