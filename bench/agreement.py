@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import blockbatch
+from blockbatch import tiny
 from blockbatch.config import METHODS
 from blockbatch.environment import describe
-from blockbatch.tiny import tasks
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 FAMILIES = ("arithmetic", "code", "symbolic")
@@ -29,7 +29,7 @@ GEN_LENGTH = 128
 
 
 def problems(count):
-    by_family = [tasks.generate_problems(family, "test", -(-count // 3), 0) for family in FAMILIES]
+    by_family = [tiny.generate_problems(family, "test", -(-count // 3), 0) for family in FAMILIES]
     return [problem for trio in zip(*by_family, strict=True) for problem in trio][:count]
 
 
@@ -54,7 +54,7 @@ def decode_on_cpu(method, number, count):
 
 
 def right(chosen, results):
-    return sum(tasks.check(problem, result["text"]) for problem, result in zip(chosen, results, strict=True))
+    return sum(tiny.check(problem, result["text"]) for problem, result in zip(chosen, results, strict=True))
 
 
 def equal(first, second, *keys):

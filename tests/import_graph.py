@@ -86,7 +86,7 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def _imports(tree: ast.Module, name: str, is_package: bool) -> Iterator[str]:
-    """Dotted names that a module imports; of `from a import b` it is `a.b`, whether or not that is a module."""
+    """Dotted names that a module imports: of `from a import b` `a.b`, whether that is a module or not."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

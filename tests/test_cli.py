@@ -323,7 +323,7 @@ def test_compare_prints_a_row_for_each_method_and_end(model_folder, tmp_path):
 
 
 def test_compare_judges_the_built_in_problems(tmp_path, monkeypatch, model_folder, capsys):
-    monkeypatch.setattr("blockbatch.tiny.check", lambda problem, text: problem.family == "code")
+    monkeypatch.setattr("blockbatch.tasks.built_in.check", lambda problem, text: problem.family == "code")
     tokenizer = tokenizers.Tokenizer.from_file(str(ROOT / "python/blockbatch/tiny/checkpoint/tokenizer.json"))
     write_llada(
         tmp_path, vocab_size=tokenizer.get_vocab_size(), d_model=16, n_layers=1, max_sequence_length=512

@@ -15,9 +15,9 @@ import blockbatch
 from blockbatch import models
 from blockbatch.cli import main
 from blockbatch.evaluation import charts, runner, statistics
-from blockbatch.evaluation.problems import Problem, load_task
 from blockbatch.evaluation.records import read_run
 from blockbatch.evaluation.settings import Setting, parse_setting, table_settings
+from blockbatch.tasks import Problem, load_task
 from blockbatch.tracing import load_trace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ import torch
 
 import blockbatch
 import blockbatch_kernels as bbk
+from blockbatch import tiny
 from blockbatch.decoding.graphs import StepGraphs
-from blockbatch.tiny import tasks
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ def model():
 
 def prompts(count):
     problems = [
-        tasks.generate_problems(family, "test", count, 0) for family in ("arithmetic", "code", "symbolic")
+        tiny.generate_problems(family, "test", count, 0) for family in ("arithmetic", "code", "symbolic")
     ]
     return [problem.prompt for trio in zip(*problems) for problem in trio][:count]
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from blockbatch import tiny
-from blockbatch.evaluation import gsm8k, sandbox
-from blockbatch.evaluation.problems import FAMILIES, TASKS, load_task, stands_in
+from blockbatch.sandbox import run as sandbox
+from blockbatch.tasks import FAMILIES, TASKS, gsm8k, load_task
+from blockbatch.tasks.jsonl import stands_in
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.isolation().open), reason=str(sandbox.isolation()))
 

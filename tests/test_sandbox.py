@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from blockbatch.evaluation import sandbox
-from blockbatch.evaluation.sandbox import Isolation, SandboxError, run_python
+from blockbatch.sandbox import Isolation, SandboxError, run_python
+from blockbatch.sandbox import run as sandbox
 
 STANDING = sandbox.isolation()
 # What suffices on its own, so that a system which has only one of them is safe, too.
@@ -232,7 +232,7 @@ os._exit(0)
 def test_nothing_outlives_a_caller_that_is_killed(tmp_path):
     tmp_path.chmod(0o777)
     source = (
-        "from blockbatch.evaluation.sandbox import isolation, run_python\n"
+        "from blockbatch.sandbox import isolation, run_python\n"
         "isolation()\nprint('ready', flush=True)\n"
         "run_python('while True: pass', seconds=60, memory_bytes=1 << 29)"
     )

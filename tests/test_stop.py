@@ -12,7 +12,7 @@ import blockbatch
 from blockbatch import branches, generation
 from blockbatch.decoding import METHOD_BUILDERS, Session, forward
 from blockbatch.stops import StopScan
-from blockbatch.tiny.tasks import generate_problems
+from blockbatch.tiny import generate_problems
 from plain_models import write_dream, write_llada
 from test_generation import VOCABULARY, write_tokenizer
 

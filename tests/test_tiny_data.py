@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockbatch import tiny
-from blockbatch.tiny.sandbox import call_function
-from blockbatch.tiny.tasks import KINDS, SPLITS, split_of
+from blockbatch.sandbox import call_function
+from blockbatch.tasks.built_in import KINDS, SPLITS, split_of
 from blockbatch.tiny.tokenizer import EOS, MASK, load_tokenizer
 
 

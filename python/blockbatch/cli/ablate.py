@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the ablation, or goes on with it, and reports."""
     from blockbatch.evaluation import ablations
-    from blockbatch.evaluation.problems import FAMILIES
+    from blockbatch.tasks import FAMILIES
 
     tasks = tuple(dict.fromkeys(options.tasks or FAMILIES))
     gen_length = default_length(tasks) if options.gen_length is None else options.gen_length

@@ -20,11 +20,11 @@ from blockbatch.cli.table import comparison_table, family_table
 from blockbatch.cli.terminal import escape
 from blockbatch.config import DecodeConfig
 from blockbatch.environment import describe
-from blockbatch.evaluation.problems import Problem
 from blockbatch.evaluation.runner import warm_up
 from blockbatch.evaluation.settings import TABLE_METHODS, table_settings
 from blockbatch.generation import Result
 from blockbatch.models import Model
+from blockbatch.tasks import Problem
 
 
 @dataclass

@@ -14,10 +14,10 @@ from blockbatch.cli.files import write_json, write_text
 
 if TYPE_CHECKING:
     from blockbatch.evaluation.presets import Preset
-    from blockbatch.evaluation.problems import Problem
     from blockbatch.evaluation.records import Run
     from blockbatch.evaluation.report import Report
     from blockbatch.evaluation.settings import Setting
+    from blockbatch.tasks import Problem
 
 DEFAULT_OUT = "blockbatch-eval"
 # Meant to keep an evaluation of the built-in model under a quarter of an hour on two cores.
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
 
 def default_length(tasks: Sequence[str]) -> int:
     """Tokens to generate for these tasks where nothing else says it."""
-    from blockbatch.evaluation.problems import FAMILIES
+    from blockbatch.tasks import FAMILIES
 
     return BUILT_IN_LENGTH if set(tasks) <= set(FAMILIES) else DEFAULT_LENGTH
 
@@ -238,7 +238,7 @@ def _preset(options: argparse.Namespace) -> Preset | None:
 
 
 def _default_tasks(preset: Preset | None) -> tuple[str, ...]:
-    from blockbatch.evaluation.problems import FAMILIES
+    from blockbatch.tasks import FAMILIES
 
     if preset is None:
         return FAMILIES
@@ -249,7 +249,7 @@ def _default_tasks(preset: Preset | None) -> tuple[str, ...]:
 
 def read_problems(options: argparse.Namespace, tasks: Sequence[str]) -> list[Problem]:
     """The problems of all tasks in turn: what is there when a run is cut off then holds some of each."""
-    from blockbatch.evaluation.problems import FAMILIES, load_task
+    from blockbatch.tasks import FAMILIES, load_task
 
     by_task = [
         load_task(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from blockbatch.cli.files import read_text
-from blockbatch.evaluation.problems import FAMILIES, Problem, built_in_problems, parse_problems
+from blockbatch.tasks import FAMILIES, Problem, built_in_problems, parse_problems
 
 DEFAULT_COUNT, DEFAULT_SEED = 2, 0
 

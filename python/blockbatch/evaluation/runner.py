@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from blockbatch import generation, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.environment import describe
-from blockbatch.evaluation.problems import Problem
 from blockbatch.evaluation.progress import Clock, Progress
 from blockbatch.evaluation.records import Record, RecordFile, Run
 from blockbatch.evaluation.settings import Setting, settings_header
 from blockbatch.generation import Result
 from blockbatch.models import Model
+from blockbatch.tasks import Problem
 from blockbatch.tracing import save_trace, trace_header
 
 # The first decodes of a process pay for memory and threads that later ones find ready; a short one is enough.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from blockbatch.tasks.built_in import DrawnProblem
 from blockbatch.tiny.evaluate import evaluate
-from blockbatch.tiny.tasks import Problem
 from blockbatch.tiny.train_model import TrainModel
 
 TEMPERATURES = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -30,7 +30,7 @@ def family_mean(result: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def fit_temperature(
-    model: TrainModel, tokenizer: Tokenizer, problems: Sequence[Problem], *, rows: int, canvas: int
+    model: TrainModel, tokenizer: Tokenizer, problems: Sequence[DrawnProblem], *, rows: int, canvas: int
 ) -> dict[str, Any]:
     """Divide the head by the lowest temperature at which blocks of 128 cost at most a point of accuracy.
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blockbatch.tasks.built_in import generate_problems
 from blockbatch.tiny.drills import draw_drill
-from blockbatch.tiny.tasks import generate_problems
 from blockbatch.tiny.tokenizer import EOS, load_tokenizer
 
 # Code is the easiest family to learn, the symbolic one has the most kinds. The remaining rows are drills.

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from blockbatch.tiny.tasks import Problem, check
+from blockbatch.tasks.built_in import DrawnProblem, check
 from blockbatch.tiny.tokenizer import EOS, MASK
 from blockbatch.tiny.train_model import TrainModel
 
@@ -69,7 +69,7 @@ def _before_eos(row: Tensor, start: Tensor, eos: int) -> list[int]:
 def evaluate(
     model: TrainModel,
     tokenizer: Tokenizer,
-    problems: Sequence[Problem],
+    problems: Sequence[DrawnProblem],
     *,
     rows: int,
     canvas: int,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from blockbatch.tasks.built_in import FAMILIES, generate_problems
 from blockbatch.tiny.drills import draw_drill
-from blockbatch.tiny.tasks import FAMILIES, generate_problems
 
 EOS = "<|endoftext|>"
 MASK = "<|mdm_mask|>"

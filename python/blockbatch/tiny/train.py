@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockbatch.tasks.built_in import FAMILIES, KINDS, DrawnProblem, generate_problems
 from blockbatch.tiny.calibrate import fit_temperature
 from blockbatch.tiny.corpus import Corpus, CorpusBuilder
 from blockbatch.tiny.evaluate import evaluate
 from blockbatch.tiny.export import export
 from blockbatch.tiny.masking import draw_masks, reveal_confident
-from blockbatch.tiny.tasks import FAMILIES, KINDS, Problem, generate_problems
 from blockbatch.tiny.tokenizer import MASK, load_tokenizer
 from blockbatch.tiny.train_model import ModelShape, Muon, TrainModel
 
@@ -175,7 +175,7 @@ def warm_up(model: TrainModel, tokens_per_step: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def draw_problems(split: str, count: int) -> list[Problem]:
+def draw_problems(split: str, count: int) -> list[DrawnProblem]:
     """About `count` problems of every kind."""
     return [p for f in FAMILIES for p in generate_problems(f, split, count * len(KINDS[f]), seed=7)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
-from blockbatch.tiny.tasks.problem import Problem
-from blockbatch.tiny.tasks.words import CITIES, COLORS, FRUITS, JOBS, NAMES, PETS, TEAMS
+from blockbatch.tasks.built_in.drawn import DrawnProblem
+from blockbatch.tasks.built_in.words import CITIES, COLORS, FRUITS, JOBS, NAMES, PETS, TEAMS
 
 FAMILY = "symbolic"
 
@@ -45,17 +45,17 @@ _JSON_REQUESTS = (
 )
 
 
-def draw_json(rng: random.Random) -> Problem:
+def draw_json(rng: random.Random) -> DrawnProblem:
     count = rng.randint(1, 3)
     fields = rng.sample(list(_FIELDS), rng.randint(5, 6) if count == 1 else rng.randint(3, 4))
     records = _records(rng, fields, count)
     request, form = rng.randrange(len(_JSON_REQUESTS)), rng.randrange(3)
     prompt = _JSON_REQUESTS[request].format(data=_spoken(records, form))
     shape = f"{request} {form} {count} {' '.join(fields)}"
-    return Problem(FAMILY, "json", prompt, json.dumps(records), shape, {"records": records})
+    return DrawnProblem(FAMILY, "json", prompt, json.dumps(records), shape, {"records": records})
 
 
-def check_json(problem: Problem, text: str) -> bool:
+def check_json(problem: DrawnProblem, text: str) -> bool:
     """True if `text` is JSON equal to the records (order of keys and white space do not matter)."""
     try:
         return json.dumps(json.loads(text), sort_keys=True) == json.dumps(
@@ -73,7 +73,7 @@ _TABLE_REQUESTS = (
 )
 
 
-def draw_table(rng: random.Random) -> Problem:
+def draw_table(rng: random.Random) -> DrawnProblem:
     fields = rng.sample(list(_FIELDS), rng.randint(2, 4))
     columns = rng.sample(fields, rng.randint(2, min(3, len(fields))))
     records = _records(rng, fields, 4 if len(columns) == 2 else rng.randint(3, 4))
@@ -82,10 +82,10 @@ def draw_table(rng: random.Random) -> Problem:
     rows = [columns, ["---"] * len(columns), *([str(record[key]) for key in columns] for record in records)]
     answer = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     shape = f"{request} {form} {len(records)} {' '.join(fields)} / {' '.join(columns)}"
-    return Problem(FAMILY, "table", prompt, answer, shape, {"rows": [rows[0], *rows[2:]]})
+    return DrawnProblem(FAMILY, "table", prompt, answer, shape, {"rows": [rows[0], *rows[2:]]})
 
 
-def check_table(problem: Problem, text: str) -> bool:
+def check_table(problem: DrawnProblem, text: str) -> bool:
     """True if `text` is a markdown table with a rule below its head and the expected cells."""
     lines = [line.strip() for line in text.strip().split("\n")]
     if len(lines) < 2 or any(len(line) < 2 or line[0] != "|" or line[-1] != "|" for line in lines):
@@ -103,7 +103,7 @@ _SORT_REQUESTS = (
 )
 
 
-def draw_sort(rng: random.Random) -> Problem:
+def draw_sort(rng: random.Random) -> DrawnProblem:
     request, descending = rng.randrange(len(_SORT_REQUESTS)), rng.randrange(2)
     named = rng.random() < 0.5
     count = rng.randint(7, 8) if named else rng.randint(8, 10)
@@ -114,9 +114,11 @@ def draw_sort(rng: random.Random) -> Problem:
     prompt = _SORT_REQUESTS[request][descending].format(data=" " + ", ".join(entries))
     answer = ", ".join(entries[index] for index in order)
     shape = f"{request} {descending} {named} {' '.join(map(str, order))}"
-    return Problem(FAMILY, "sort", prompt, answer, shape, {"entries": [entries[index] for index in order]})
+    return DrawnProblem(
+        FAMILY, "sort", prompt, answer, shape, {"entries": [entries[index] for index in order]}
+    )
 
 
-def check_sort(problem: Problem, text: str) -> bool:
+def check_sort(problem: DrawnProblem, text: str) -> bool:
     """True if the entries between the commas are the expected ones in the expected order."""
     return [" ".join(entry.split()) for entry in text.split(",")] == problem.payload["entries"]

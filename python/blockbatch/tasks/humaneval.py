@@ -11,8 +11,9 @@ import re
 from functools import partial
 from typing import Any
 
-from blockbatch.evaluation.problems import Problem, installed_file
-from blockbatch.evaluation.sandbox import run_python
+from blockbatch.sandbox import run_python
+from blockbatch.tasks.installed import installed_file
+from blockbatch.tasks.problem import Problem
 
 # With these a base model goes on once the function's body has ended.
 STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")

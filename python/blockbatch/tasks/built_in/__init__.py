@@ -1,18 +1,20 @@
-"""Problems with checkable answers in three families, and their checkers."""
+"""The families that the built-in model is trained on: problems with checkable answers, and their checkers."""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 
-from blockbatch.tiny.tasks import arithmetic, code, symbolic
-from blockbatch.tiny.tasks.problem import SPLITS, Problem, split_of
+from blockbatch.tasks.built_in import arithmetic, code, symbolic
+from blockbatch.tasks.built_in.drawn import SPLITS, DrawnProblem, split_of
+from blockbatch.tasks.problem import Problem
 
 _MODULES = {"arithmetic": arithmetic, "code": code, "symbolic": symbolic}
 FAMILIES = tuple(_MODULES)
 KINDS = {family: module.KINDS for family, module in _MODULES.items()}
 
 
-def generate_problems(family: str, split: str, count: int, seed: int) -> list[Problem]:
+def generate_problems(family: str, split: str, count: int, seed: int) -> list[DrawnProblem]:
     """Draw `count` different problems of one family and split.
 
     The same arguments give the same problems on every machine and Python version, and a larger `count` only
@@ -28,7 +30,7 @@ def generate_problems(family: str, split: str, count: int, seed: int) -> list[Pr
         raise ValueError(f"count must be at least 0, got {count}")
     module = _MODULES[family]
     rng = random.Random(f"{family} {split} {seed}")
-    problems: list[Problem] = []
+    problems: list[DrawnProblem] = []
     seen: set[str] = set()
     while len(problems) < count:
         problem = module.draw(rng)
@@ -39,7 +41,7 @@ def generate_problems(family: str, split: str, count: int, seed: int) -> list[Pr
     return problems
 
 
-def check(problem: Problem, text: str) -> bool:
+def check(problem: DrawnProblem, text: str) -> bool:
     """True if `text`, the model's answer up to its EOS, solves `problem`.
 
     Arithmetic: the last `#### n` line holds the right number. Code: the function passes the problem's tests
@@ -48,4 +50,27 @@ def check(problem: Problem, text: str) -> bool:
     return _MODULES[problem.family].check(problem, text)
 
 
-__all__ = ["FAMILIES", "KINDS", "SPLITS", "Problem", "check", "generate_problems", "split_of"]
+def built_in_problems(family: str, *, split: str, count: int, seed: int, run_code: bool) -> list[Problem]:
+    """`count` problems of a family; see `generate_problems`. Code is judged only if it may `run_code`."""
+    return [
+        Problem(
+            family,
+            f"{split}/{seed}/{index}",
+            drawn.prompt,
+            drawn.answer,
+            partial(check, drawn) if run_code or family != "code" else None,
+        )
+        for index, drawn in enumerate(generate_problems(family, split, count, seed))
+    ]
+
+
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "SPLITS",
+    "DrawnProblem",
+    "built_in_problems",
+    "check",
+    "generate_problems",
+    "split_of",
+]

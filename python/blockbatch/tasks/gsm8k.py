@@ -10,7 +10,8 @@ import re
 from decimal import Decimal
 from functools import partial
 
-from blockbatch.evaluation.problems import Problem, installed_file
+from blockbatch.tasks.installed import installed_file
+from blockbatch.tasks.problem import Problem
 
 INSTRUCTION = (
     "Solve the problem step by step. Then write the result on a line of its own: "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from blockbatch.tiny.tasks import chains, records
-from blockbatch.tiny.tasks.problem import Problem
+from blockbatch.tasks.built_in import chains, records
+from blockbatch.tasks.built_in.drawn import DrawnProblem
 
 FAMILY = "symbolic"
 _KINDS = {
@@ -20,11 +20,11 @@ _KINDS = {
 KINDS = tuple(_KINDS)
 
 
-def draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random) -> DrawnProblem:
     """One random problem of a random kind."""
     return _KINDS[rng.choice(KINDS)][0](rng)
 
 
-def check(problem: Problem, text: str) -> bool:
+def check(problem: DrawnProblem, text: str) -> bool:
     """True if `text` says the same as the reference answer; what may differ depends on the kind."""
     return _KINDS[problem.kind][1](problem, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from blockbatch.tiny.tasks.problem import Problem
+from blockbatch.tasks.built_in.drawn import DrawnProblem
 
 FAMILY = "symbolic"
 
@@ -38,7 +38,7 @@ def _trace_line(rng: random.Random, target: str, values: dict[str, int]) -> tupl
             return f"{left}{sign}{right}", f"{values[left]}{sign}{k}", value, f"{target}={left}{sign}{name}"
 
 
-def draw_trace(rng: random.Random) -> Problem:
+def draw_trace(rng: random.Random) -> DrawnProblem:
     values = {"a": rng.randint(1, 20)}
     source, lines, structure = [f"a={values['a']}"], [f"a={values['a']}"], ["a"]
     for _ in range(rng.randint(3, 6)):
@@ -51,7 +51,7 @@ def draw_trace(rng: random.Random) -> Problem:
     lines.append("end " + " ".join(f"{name}={values[name]}" for name in sorted(values)))
     request = rng.randrange(len(_TRACE_REQUESTS))
     prompt = _TRACE_REQUESTS[request].format(program="\n".join(source))
-    return Problem(
+    return DrawnProblem(
         FAMILY, "trace", prompt, "\n".join(lines), f"{request} {' '.join(structure)}", {"lines": lines}
     )
 
@@ -64,7 +64,7 @@ _MODULAR_REQUESTS = (
 )
 
 
-def draw_modular(rng: random.Random) -> Problem:
+def draw_modular(rng: random.Random) -> DrawnProblem:
     a, b, m, k = rng.randint(2, 9), rng.randint(1, 9), rng.choice((5, 7, 10, 11, 13)), rng.randint(3, 6)
     start = x = rng.randrange(m)
     lines = []
@@ -75,7 +75,7 @@ def draw_modular(rng: random.Random) -> Problem:
     lines.append(f"x={x}")
     request = rng.randrange(len(_MODULAR_REQUESTS))
     prompt = _MODULAR_REQUESTS[request].format(x=start, a=a, b=b, m=m, k=k)
-    return Problem(
+    return DrawnProblem(
         FAMILY, "modular", prompt, "\n".join(lines), f"{request} {a} {b} {m} {k}", {"lines": lines}
     )
 
@@ -92,7 +92,7 @@ _EUCLID_REQUESTS = (
 )
 
 
-def draw_euclid(rng: random.Random) -> Problem:
+def draw_euclid(rng: random.Random) -> DrawnProblem:
     while True:
         quotients = [rng.randint(1, 5) for _ in range(rng.randint(3, 4))]
         quotients[-1] = max(quotients[-1], 2)
@@ -112,7 +112,7 @@ def draw_euclid(rng: random.Random) -> Problem:
     request = rng.randrange(len(_EUCLID_REQUESTS))
     prompt = _EUCLID_REQUESTS[request].format(a=a, b=b)
     shape = f"{request} {' '.join(map(str, quotients))}"
-    return Problem(FAMILY, "euclid", prompt, "\n".join(lines), shape, {"lines": lines})
+    return DrawnProblem(FAMILY, "euclid", prompt, "\n".join(lines), shape, {"lines": lines})
 
 
 _COLLATZ_REQUESTS = (
@@ -127,7 +127,7 @@ _COLLATZ_REQUESTS = (
 )
 
 
-def draw_collatz(rng: random.Random) -> Problem:
+def draw_collatz(rng: random.Random) -> DrawnProblem:
     while True:
         start = n = rng.randint(2, 99)
         b, k = rng.choice((1, 3, 5, 7)), rng.randint(5, 9)
@@ -145,10 +145,12 @@ def draw_collatz(rng: random.Random) -> Problem:
     lines.append(f"n={n}")
     request = rng.randrange(len(_COLLATZ_REQUESTS))
     prompt = _COLLATZ_REQUESTS[request].format(n=start, rule=f"3*n+{b}", k=k)
-    return Problem(FAMILY, "collatz", prompt, "\n".join(lines), f"{request} {b} {shape}", {"lines": lines})
+    return DrawnProblem(
+        FAMILY, "collatz", prompt, "\n".join(lines), f"{request} {b} {shape}", {"lines": lines}
+    )
 
 
-def check_lines(problem: Problem, text: str) -> bool:
+def check_lines(problem: DrawnProblem, text: str) -> bool:
     """True if every line is the expected one, white space aside: the steps are the answer."""
     lines = ["".join(line.split()) for line in text.strip().split("\n")]
     return lines == ["".join(line.split()) for line in problem.payload["lines"]]

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from blockbatch.tiny.sandbox import call_function
-from blockbatch.tiny.tasks.problem import Problem, stable_hash
-from blockbatch.tiny.tasks.words import NOUNS, VERBS
+from blockbatch.sandbox import call_function
+from blockbatch.tasks.built_in.drawn import DrawnProblem, stable_hash
+from blockbatch.tasks.built_in.words import NOUNS, VERBS
 
 FAMILY = "code"
 KINDS = ("list", "text", "rules", "loop")
@@ -236,15 +236,15 @@ def _pick(
 
 def _assemble(
     rng: random.Random, kind: str, argument: str, parts: Sequence[str], request: str, body: str
-) -> Problem:
+) -> DrawnProblem:
     function = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
     lead = rng.randrange(len(_LEADS))
     prompt = _LEADS[lead].format(call=f"{function}({argument})") + request
     answer = f"def {function}({argument}):\n{body}"
-    return Problem(FAMILY, kind, prompt, answer, f"{lead} {' '.join(parts)}", {"function": function})
+    return DrawnProblem(FAMILY, kind, prompt, answer, f"{lead} {' '.join(parts)}", {"function": function})
 
 
-def _list(rng: random.Random) -> Problem:
+def _list(rng: random.Random) -> DrawnProblem:
     steps = [_pick(rng, _LIST_STEPS) for _ in range(rng.randint(3, 4))]
     end = _pick(rng, _LIST_RETURNS)
     request = f"{', then '.join(phrase for _, phrase, _ in steps)} and returns {end[1]}."
@@ -252,7 +252,7 @@ def _list(rng: random.Random) -> Problem:
     return _assemble(rng, "list", "items", [name for name, _, _ in [*steps, end]], request, body)
 
 
-def _text(rng: random.Random) -> Problem:
+def _text(rng: random.Random) -> DrawnProblem:
     steps = []
     for _ in range(rng.randint(3, 4)):
         a, b = rng.sample(_LETTERS, 2)
@@ -263,7 +263,7 @@ def _text(rng: random.Random) -> Problem:
     return _assemble(rng, "text", "text", [name for name, _, _ in [*steps, end]], request, body)
 
 
-def _rules(rng: random.Random) -> Problem:
+def _rules(rng: random.Random) -> DrawnProblem:
     names, phrases, lines = [], [], []
     for _ in range(rng.randint(2, 3)):
         condition, result = _pick(rng, _CONDITIONS), _pick(rng, _RESULTS)
@@ -276,7 +276,7 @@ def _rules(rng: random.Random) -> Problem:
     return _assemble(rng, "rules", "n", [*names, end[0]], request, body)
 
 
-def _loop(rng: random.Random) -> Problem:
+def _loop(rng: random.Random) -> DrawnProblem:
     term, test, span, end = (_pick(rng, table) for table in (_TERMS, _FILTERS, _RANGES, _ENDS))
     if not test[2] and end[2] == "total":
         return _loop(rng)  # too short an answer
@@ -291,7 +291,7 @@ def _loop(rng: random.Random) -> Problem:
 _DRAW = {"list": _list, "text": _text, "rules": _rules, "loop": _loop}
 
 
-def draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random) -> DrawnProblem:
     """One random problem of a random kind; `finish` adds its tests."""
     return _DRAW[rng.choice(KINDS)](rng)
 
@@ -307,7 +307,7 @@ def _arguments(kind: str, rng: random.Random) -> list[Any]:
     return [0, 1, 2, 5, 12, 23]
 
 
-def finish(problem: Problem) -> Problem:
+def finish(problem: DrawnProblem) -> DrawnProblem:
     """Add the tests: arguments drawn by the prompt's hash, and what the reference answer returns for them."""
     arguments = _arguments(problem.kind, random.Random(stable_hash(problem.prompt)))
     namespace: dict[str, Any] = {}
@@ -317,7 +317,7 @@ def finish(problem: Problem) -> Problem:
     return problem
 
 
-def check(problem: Problem, text: str) -> bool:
+def check(problem: DrawnProblem, text: str) -> bool:
     """True if the function in `text` gives the expected value, of the same type, for every test."""
     arguments = [argument for argument, _ in problem.payload["tests"]]
     returned = call_function(text, problem.payload["function"], arguments)

@@ -1,4 +1,4 @@
-"""What a problem is, and how problems are divided into training, held-out and test splits."""
+"""What a generated problem is, and how they are divided into training, held-out and test splits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPLITS = ("train", "held_out", "test")
 
 
 @dataclass(frozen=True)
-class Problem:
+class DrawnProblem:
     """One task with a checkable answer.
 
     `prompt` is the text given to the model (no trailing newline), `answer` a reference answer, `structure` a
@@ -36,7 +36,7 @@ def _part(text: str) -> str:
     return "test" if bucket == 0 else "held_out" if bucket == 1 else "train"
 
 
-def split_of(problem: Problem) -> str | None:
+def split_of(problem: DrawnProblem) -> str | None:
     """The split that owns `problem`, or None for a problem that no split may use.
 
     The structure and the content (kind and reference answer, so the same task in other words is the same

@@ -1,4 +1,4 @@
-"""Call a model's Python function in `blockbatch.evaluation.sandbox`, with a few harmless modules."""
+"""Call a model's Python function in the sandbox, with a few harmless modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from blockbatch.evaluation.sandbox import run_python
+from blockbatch.sandbox.run import run_python
 
 # The audit hook cannot be removed again. It refuses files, processes and sockets on every system, also where
 # the sandbox has no walls for them.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 
-from blockbatch.tiny.tasks.problem import Problem
-from blockbatch.tiny.tasks.words import ITEMS, NAMES
+from blockbatch.tasks.built_in.drawn import DrawnProblem
+from blockbatch.tasks.built_in.words import ITEMS, NAMES
 
 FAMILY = "arithmetic"
 KINDS = ("running", "shopping", "compare")
@@ -45,7 +45,7 @@ _RUNNING_QUESTIONS = (
 )
 
 
-def _running(rng: random.Random) -> Problem:
+def _running(rng: random.Random) -> DrawnProblem:
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     value = rng.randint(6, 30)
@@ -81,7 +81,7 @@ def _running(rng: random.Random) -> Problem:
     story.append(_RUNNING_QUESTIONS[question].format(name=name, item=item))
     lines.append(f"#### {value}")
     shape = f"{opening} {' '.join(structure)} {question}"
-    return Problem(FAMILY, "running", " ".join(story), "\n".join(lines), shape, {"result": value})
+    return DrawnProblem(FAMILY, "running", " ".join(story), "\n".join(lines), shape, {"result": value})
 
 
 _PRICES = (
@@ -105,7 +105,7 @@ _CHANGE_QUESTIONS = (
 )
 
 
-def _shopping(rng: random.Random) -> Problem:
+def _shopping(rng: random.Random) -> DrawnProblem:
     name = rng.choice(NAMES)
     items = rng.sample(ITEMS, rng.randint(2, 3))
     opening = rng.randrange(len(_SHOP_OPENINGS))
@@ -144,7 +144,7 @@ def _shopping(rng: random.Random) -> Problem:
     structure.append(f"question{question}")
     story.append(questions[question].format(name=name))
     lines.append(f"#### {total}")
-    return Problem(
+    return DrawnProblem(
         FAMILY, "shopping", " ".join(story), "\n".join(lines), " ".join(structure), {"result": total}
     )
 
@@ -160,7 +160,7 @@ _ALL_QUESTIONS = (
 _ONE_QUESTIONS = ("How many {item} does {name} have?", "Find the number of {item} that {name} has.")
 
 
-def _compare(rng: random.Random) -> Problem:
+def _compare(rng: random.Random) -> DrawnProblem:
     ask_all = rng.random() < 0.6
     names = rng.sample(NAMES, 3 if ask_all and rng.random() < 0.6 else 4)
     item = rng.choice(ITEMS)
@@ -204,7 +204,7 @@ def _compare(rng: random.Random) -> Problem:
         result = values[-1]
         structure.append(f"one{question}")
     lines.append(f"#### {result}")
-    return Problem(
+    return DrawnProblem(
         FAMILY, "compare", " ".join(story), "\n".join(lines), " ".join(structure), {"result": result}
     )
 
@@ -212,12 +212,12 @@ def _compare(rng: random.Random) -> Problem:
 _DRAW = {"running": _running, "shopping": _shopping, "compare": _compare}
 
 
-def draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random) -> DrawnProblem:
     """One random problem of a random kind."""
     return _DRAW[rng.choice(KINDS)](rng)
 
 
-def check(problem: Problem, text: str) -> bool:
+def check(problem: DrawnProblem, text: str) -> bool:
     """True if the last `#### n` line of `text` gives the right number; the steps are not judged."""
     found = re.findall(r"^#### (-?\d+)[ \t]*$", text, flags=re.MULTILINE)
     return bool(found) and int(found[-1]) == problem.payload["result"]
