@@ -23,7 +23,7 @@ from pathlib import Path
 import blockbatch
 from blockbatch import tiny
 from blockbatch.cli import main as command
-from blockbatch.config import PAPER_BLOCK_SIZES
+from blockbatch.methods import PAPER_BLOCK_SIZES
 from blockbatch.tracing import trace_header
 
 RESULTS = Path(__file__).parent / "results"

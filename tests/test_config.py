@@ -6,6 +6,9 @@ import re
 import pytest
 
 from blockbatch import METHODS, DecodeConfig
+from blockbatch.config import METHOD_OPTIONS
+from blockbatch.decoding import METHOD_BUILDERS
+from blockbatch.methods import METHOD_TABLE, OPTIONS
 
 
 def test_defaults_are_the_papers():
@@ -22,6 +25,18 @@ def test_defaults_are_the_papers():
         assert (config.block_size, config.block_sizes, config.eos_exit) == (32, None, "none")
     assert DecodeConfig(method="vanilla").steps == 256
     assert DecodeConfig(method="vanilla").threshold is None
+
+
+def test_the_tables_of_methods_and_options_are_whole():
+    fields = [field.name for field in dataclasses.fields(DecodeConfig)]
+    assert sorted(option.name for option in OPTIONS) == sorted(set(fields) - {"trace", "trace_kv"})
+    common = {"method", "gen_length", "eos_token_ids", "stop"}
+    assert {name for options in METHOD_OPTIONS.values() for name in options} == set(fields[:-2]) - common
+    assert METHODS == tuple(METHOD_TABLE) == tuple(METHOD_BUILDERS)
+    for name, row in METHOD_TABLE.items():
+        assert METHOD_BUILDERS[name].__module__ == row.module
+        assert set(row.published) <= set(row.options)
+        assert "arXiv" in row.summary and "\n" not in row.summary
 
 
 def test_default_block_sizes_are_those_that_divide():

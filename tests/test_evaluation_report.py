@@ -5,7 +5,6 @@ import argparse
 import pytest
 
 import blockbatch
-from blockbatch import tiny
 from blockbatch.cli import evaluate, main
 from blockbatch.evaluation import report
 from blockbatch.evaluation.markdown import markdown
@@ -13,6 +12,7 @@ from blockbatch.evaluation.presets import get_preset
 from blockbatch.evaluation.progress import Clock, Progress, duration, progress_bar
 from blockbatch.evaluation.records import Run, read_run
 from blockbatch.evaluation.settings import parse_setting
+from blockbatch.tasks import built_in
 from test_statistics import record
 
 
@@ -60,7 +60,7 @@ def test_code_that_did_not_run_is_not_judged():
 
 def test_code_runs_only_by_request(tmp_path, monkeypatch):
     judged = []
-    monkeypatch.setattr(tiny, "check", lambda problem, text: judged.append(text) or True)
+    monkeypatch.setattr(built_in, "check", lambda problem, text: judged.append(text) or True)
     options = ["--tasks", "code", "--methods", "blockbatch", "--gen-length", "16", "--device", "cpu"]
     options += ["--set", "small:block_sizes=4", "--limit", "1"]
     for more, verdicts in (([], [None, None]), (["--run-code", "--accept-weaker-sandbox"], [True, True])):

@@ -16,6 +16,10 @@ def test_the_bare_package_does_not_import_torch():
     assert "torch" not in modules_after("import blockbatch.cli")
 
 
+def test_settings_and_traces_do_without_torch():
+    assert "torch" not in modules_after("import blockbatch.config, blockbatch.tracing, blockbatch.tasks")
+
+
 def test_every_public_name_is_there():
     names = modules_after(
         "import blockbatch\nfor name in blockbatch.__all__: getattr(blockbatch, name)\n"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blockbatch.branches import NFE, BranchResult
-    from blockbatch.config import METHODS, DecodeConfig
+    from blockbatch.config import DecodeConfig
     from blockbatch.generation import generate, stream
+    from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
     from blockbatch.result import Result
     from blockbatch.tracing import load_trace, save_trace
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # Where each name lives. They are imported when they are first asked for: torch takes seconds to import, which
 # `blockbatch --help` and a mistyped option should not wait for.
 _HOMES = {
-    "METHODS": "blockbatch.config",
+    "METHODS": "blockbatch.methods",
     "NFE": "blockbatch.branches",
     "BranchResult": "blockbatch.branches",
     "CheckpointError": "blockbatch.models",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch_kernels import EOS_EXITS
+from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS
 
 COMMIT_RULES = ("threshold", "local_leap")
-PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 
 
 class _Default:
@@ -20,27 +19,6 @@ class _Default:
 
 DEFAULT: Any = _Default()
 
-# The options of each method and their defaults; an option that is not listed does not exist for that method.
-_BASELINE = {"block_size": 32, "eos_exit": "none"}
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "blockbatch": {
-        "block_sizes": PAPER_BLOCK_SIZES,
-        "threshold": 0.9,
-        "tail_threshold": None,
-        "merge_threshold": 0.5,
-        "sync_threshold": 8,
-        "refresh_interval": 32,
-        "eos_exit": "prefix",
-        "commit": "threshold",
-        "leap_radius": 4,
-        "leap_threshold": None,
-    },
-    "vanilla": {**_BASELINE, "steps": None},
-    "prefix_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
-    "dual_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
-    "local_leap": {**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
-}
-METHODS = tuple(METHOD_OPTIONS)
 _COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
 
 
@@ -49,8 +27,8 @@ class DecodeConfig:
     """How to decode. Options that a method does not have must be left out (they read None afterwards).
 
     Attributes:
-        method: "blockbatch" (arXiv 2605.29233), "vanilla", "prefix_cache" or "dual_cache" (Fast-dLLM, arXiv
-            2505.22618), "local_leap" (arXiv 2510.07081 on the dual cache).
+        method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
+            "local_leap".
         gen_length: tokens to generate, G.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it.
@@ -78,7 +56,7 @@ class DecodeConfig:
         ValueError, TypeError: naming the option, what was expected and what came.
     """
 
-    method: str = "blockbatch"
+    method: str = DEFAULT_METHOD
     gen_length: int = 256
     block_sizes: tuple[int, ...] | None = DEFAULT
     block_size: int | None = DEFAULT
@@ -98,6 +76,8 @@ class DecodeConfig:
     trace_kv: bool = False
 
     def __post_init__(self) -> None:
+        from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for
+
         if self.method not in METHOD_OPTIONS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         _check_int("gen_length", self.gen_length, 1)
@@ -140,7 +120,8 @@ class DecodeConfig:
             object.__setattr__(self, name, value)
 
     def _check_blocks(self) -> None:
-        if self.method == "blockbatch":
+        options = METHOD_OPTIONS[self.method]
+        if "block_sizes" in options:
             sizes = _as_tuple("block_sizes", self.block_sizes)
             if not sizes:
                 raise ValueError("block_sizes: expected at least one size, got none")
@@ -151,7 +132,7 @@ class DecodeConfig:
             object.__setattr__(self, "block_sizes", tuple(sorted(sizes)))
             return
         self._check_block_size("block_size", self.block_size)
-        if "steps" in METHOD_OPTIONS[self.method]:
+        if "steps" in options:
             blocks = self.gen_length // self.block_size
             if self.steps is None:
                 object.__setattr__(self, "steps", self.gen_length)

@@ -22,7 +22,7 @@ except ImportError as error:
         f"expected the package lm_eval 0.4.13 or newer: pip install 'blockbatch[lm-eval]' ({error})"
     ) from error
 
-from blockbatch.config import METHOD_OPTIONS, DecodeConfig
+from blockbatch.config import DecodeConfig
 from blockbatch.evaluation.harness_options import (
     DEFAULT_GEN_LENGTH,
     Wishes,
@@ -31,6 +31,7 @@ from blockbatch.evaluation.harness_options import (
     read_batch_size,
 )
 from blockbatch.generation import Result, generate
+from blockbatch.methods import METHOD_OPTIONS
 from blockbatch.models import load_model
 from blockbatch.stops import cut
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from blockbatch.config import METHOD_OPTIONS, DecodeConfig
+from blockbatch.config import DecodeConfig
 from blockbatch.evaluation.presets import get_preset
+from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS
 
 DEFAULT_GEN_LENGTH = 256
 # The names under which tasks say how long a text may become, the first one given counts.
@@ -74,7 +75,7 @@ def decode_options(preset: str | None, options: Mapping[str, Any]) -> dict[str, 
             given[name] = _integers(name, given[name])
     if preset is None:
         return given
-    return {**get_preset(preset).options(given.get("method", "blockbatch")), **given}
+    return {**get_preset(preset).options(given.get("method", DEFAULT_METHOD)), **given}
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...] | None:
@@ -91,7 +92,7 @@ def length_unit(options: Mapping[str, Any], length: int) -> int:
 
     Sizes that are none are passed over: `DecodeConfig` refuses them.
     """
-    defaults = METHOD_OPTIONS.get(options.get("method", "blockbatch"), {})
+    defaults = METHOD_OPTIONS.get(options.get("method", DEFAULT_METHOD), {})
     if "block_sizes" in defaults:
         # Of the usual sizes none that a short text would have to be padded for.
         sizes = options.get("block_sizes") or [size for size in defaults["block_sizes"] if size <= length]

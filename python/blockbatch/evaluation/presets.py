@@ -10,28 +10,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from blockbatch.config import DecodeConfig
+from blockbatch.config import DecodeConfig
+from blockbatch.methods import DEFAULT_METHOD, METHOD_TABLE
 
-# Written out although most are the defaults of `DecodeConfig`: a default may change, what was published not.
-# The baselines run as their authors published them and fill the canvas; with `eos_exit="prefix"` they stop as
-# BlockBatch does.
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "blockbatch": {
-        "block_sizes": (4, 8, 16, 32, 64, 128),
-        "threshold": 0.9,
-        "merge_threshold": 0.5,
-        "sync_threshold": 8,
-        "refresh_interval": 32,
-        "eos_exit": "prefix",
-    },
-    "vanilla": {"block_size": 32, "eos_exit": "none"},
-    "prefix_cache": {"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
-    "dual_cache": {"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
-    "local_leap": {"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
-}
+METHOD_SETTINGS = {name: row.published for name, row in METHOD_TABLE.items()}
 PAPER_MODELS = ("GSAI-ML/LLaDA-1.5", "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Base-7B")
 
 
@@ -55,7 +39,7 @@ class Preset:
     runs_code: bool = False
     extra: str | None = None
 
-    def options(self, method: str = "blockbatch") -> dict[str, Any]:
+    def options(self, method: str = DEFAULT_METHOD) -> dict[str, Any]:
         """The arguments of `DecodeConfig` for a method.
 
         Raises:
@@ -65,17 +49,15 @@ class Preset:
             raise ValueError(f"method: expected one of {', '.join(METHOD_SETTINGS)}, got {method!r}")
         return {"method": method, "gen_length": self.gen_length, **METHOD_SETTINGS[method]}
 
-    def config(self, method: str = "blockbatch", **changes: Any) -> DecodeConfig:
+    def config(self, method: str = DEFAULT_METHOD, **changes: Any) -> DecodeConfig:
         """The settings of a method, with some of them changed.
 
         Raises:
             ValueError, TypeError: as `DecodeConfig`.
         """
-        from blockbatch.config import DecodeConfig
-
         return DecodeConfig(**{**self.options(method), **changes})
 
-    def command(self, model: str = "GSAI-ML/LLaDA-8B-Instruct", method: str = "blockbatch") -> str:
+    def command(self, model: str = "GSAI-ML/LLaDA-8B-Instruct", method: str = DEFAULT_METHOD) -> str:
         """The shell command that runs this benchmark with lm-evaluation-harness."""
         self.options(method)
         parts = ["lm_eval", "--model", "blockbatch"]
@@ -120,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", default=PAPER_MODELS[1], help=f"a folder or hub id; the paper's: {', '.join(PAPER_MODELS)}"
     )
-    parser.add_argument("--method", default="blockbatch", help=", ".join(METHOD_SETTINGS))
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=", ".join(METHOD_SETTINGS))
     options = parser.parse_args(arguments)
     try:
         for name in options.names or PRESETS:

@@ -162,7 +162,7 @@ def warm_up(
             generation.generate(model, prompts, config)
         else:
             gen_length = min(_WARM_UP_TOKENS, config.gen_length)
-            one_block = {} if config.method == "blockbatch" else {"block_size": gen_length}
+            one_block = {"block_size": gen_length} if config.block_sizes is None else {}
             short = DecodeConfig(method=config.method, gen_length=gen_length, **one_block)
             generation.generate(model, prompts[0], short)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch.config import METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES, DecodeConfig, decode_settings
+from blockbatch.config import DecodeConfig, decode_settings
+from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
@@ -107,7 +108,7 @@ def parse_setting(text: str, gen_length: int) -> Setting:
         if not equals:
             raise ValueError(f"--set: {label}: expected name=value, got {part!r}")
         options[name] = _parse_value(label, name, value)
-    method = options.get("method", "blockbatch")
+    method = options.get("method", DEFAULT_METHOD)
     # A setting of one's own is compared with the rows that stop with the text, unless it says otherwise.
     if "eos_exit" in METHOD_OPTIONS.get(method, {}):
         options.setdefault("eos_exit", "prefix")

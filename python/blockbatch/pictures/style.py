@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from blockbatch.methods import METHOD_TABLE, METHODS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,20 +47,17 @@ class Look(NamedTuple):
     marker: str
 
 
-METHOD_LOOKS = {
-    "blockbatch": Look(VERMILLION, "o"),
-    "vanilla": Look(BLACK, "x"),
-    "prefix_cache": Look(PURPLE, "^"),
-    "dual_cache": Look(BLUE, "s"),
-    "local_leap": Look(GREEN, "D"),
-}
-_METHOD_NAMES = {
-    "blockbatch": "BlockBatch",
-    "vanilla": "vanilla",
-    "prefix_cache": "prefix cache",
-    "dual_cache": "dual cache",
-    "local_leap": "LocalLeap",
-}
+# Of the methods in their order; the last are for methods to come.
+_LOOKS = (
+    Look(VERMILLION, "o"),
+    Look(BLACK, "x"),
+    Look(PURPLE, "^"),
+    Look(BLUE, "s"),
+    Look(GREEN, "D"),
+    Look(ORANGE, "v"),
+    Look(SKY_BLUE, "P"),
+)
+METHOD_LOOKS = dict(zip(METHODS, _LOOKS))
 
 # Of the powers of two from 1 on; lightness grows up to 128, and none is too pale for white.
 _SIZE_COLORS = (
@@ -159,7 +158,7 @@ def method_look(method: str) -> Look:
 
 def method_name(method: str) -> str:
     """A method's name as pictures write it."""
-    return _METHOD_NAMES.get(method, method)
+    return METHOD_TABLE[method].title if method in METHOD_TABLE else method
 
 
 def block_size_look(size: int) -> Look:

@@ -1,0 +1,185 @@
+"""The decoding methods, a row for each, and the options that they may have, a row for each.
+
+Whatever lists methods or options reads these two tables: settings, command line, builders, presets, pictures.
+A new method is a row and a module of `blockbatch.decoding`. A new option is a row here, a default in the rows
+of the methods that have it, and a field with its checks in `DecodeConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method.
+
+    Attributes:
+        name: what settings call it.
+        title: what pictures call it.
+        summary: what it does and where it is from, in one line.
+        module: its function `method` turns settings into blocks and a policy (see `decoding.method`).
+        options: those that it has, with their defaults; others do not exist for it.
+        published: the options with which it was published.
+    """
+
+    name: str
+    title: str
+    summary: str
+    module: str
+    options: Mapping[str, Any]
+    published: Mapping[str, Any]
+
+
+# Published settings are written out although most are defaults: a default may change, what was published not.
+# The baselines run as their authors published them and fill the canvas; with `eos_exit="prefix"` they stop as
+# BlockBatch does.
+_BASELINE = {"block_size": 32, "eos_exit": "none"}
+_ROWS = (
+    MethodRow(
+        name="blockbatch",
+        title="BlockBatch",
+        summary="several block sizes of one request as branches of one batch (arXiv 2605.29233)",
+        module="blockbatch.decoding.blockbatch",
+        options={
+            "block_sizes": PAPER_BLOCK_SIZES,
+            "threshold": 0.9,
+            "tail_threshold": None,
+            "merge_threshold": 0.5,
+            "sync_threshold": 8,
+            "refresh_interval": 32,
+            "eos_exit": "prefix",
+            "commit": "threshold",
+            "leap_radius": 4,
+            "leap_threshold": None,
+        },
+        published={
+            "block_sizes": (4, 8, 16, 32, 64, 128),
+            "threshold": 0.9,
+            "merge_threshold": 0.5,
+            "sync_threshold": 8,
+            "refresh_interval": 32,
+            "eos_exit": "prefix",
+        },
+    ),
+    MethodRow(
+        name="vanilla",
+        title="vanilla",
+        summary="no cache, a fixed number of tokens a step (LLaDA, arXiv 2502.09992)",
+        module="blockbatch.decoding.vanilla",
+        options={**_BASELINE, "steps": None},
+        published={"block_size": 32, "eos_exit": "none"},
+    ),
+    MethodRow(
+        name="prefix_cache",
+        title="prefix cache",
+        summary="K/V of all before the block is kept (Fast-dLLM, arXiv 2505.22618)",
+        module="blockbatch.decoding.prefix_cache",
+        options={**_BASELINE, "threshold": 0.9, "steps": None},
+        published={"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
+    ),
+    MethodRow(
+        name="dual_cache",
+        title="dual cache",
+        summary="K/V of all around the block is kept (Fast-dLLM, arXiv 2505.22618)",
+        module="blockbatch.decoding.dual_cache",
+        options={**_BASELINE, "threshold": 0.9, "steps": None},
+        published={"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
+    ),
+    MethodRow(
+        name="local_leap",
+        title="LocalLeap",
+        summary="the dual cache, with less confidence needed near a sure token (arXiv 2510.07081)",
+        module="blockbatch.decoding.local_leap",
+        options={**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
+        published={"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
+    ),
+)
+METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+METHODS = tuple(METHOD_TABLE)
+METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in _ROWS}
+DEFAULT_METHOD = METHODS[0]
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """One option of a decode, for the command line.
+
+    Attributes:
+        name: the field of `DecodeConfig`.
+        kind: "name", "integer", "number", "integers" (with commas between them) or "texts" (one each time
+            that it is given).
+        metavar: what help shows for a value.
+        help: what it does, in a line, with the default.
+        none: whether the word none switches its rule off.
+    """
+
+    name: str
+    kind: str
+    metavar: str
+    help: str
+    none: bool = False
+
+
+_NAMES = f"{DEFAULT_METHOD} (default), {', '.join(METHODS[1:-1])} or {METHODS[-1]}"
+# In the order of the help.
+OPTIONS = (
+    OptionRow("method", "name", "NAME", _NAMES),
+    OptionRow("gen_length", "integer", "N", "tokens to generate (256)"),
+    OptionRow("block_sizes", "integers", "4,8,16", "blockbatch: a branch for each (4 to 128)"),
+    OptionRow("block_size", "integer", "N", "other methods: the one block size (32)"),
+    OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
+    OptionRow(
+        "tail_threshold",
+        "number",
+        "P",
+        "blockbatch: the same behind a window's first unsure token (as threshold)",
+        none=True,
+    ),
+    OptionRow(
+        "merge_threshold",
+        "number",
+        "P",
+        "blockbatch: confidence to take another branch's token (0.5)",
+        none=True,
+    ),
+    OptionRow(
+        "sync_threshold",
+        "integer",
+        "N",
+        "blockbatch: a branch this far behind the leader follows it (8)",
+        none=True,
+    ),
+    OptionRow(
+        "refresh_interval",
+        "integer",
+        "N",
+        "blockbatch: tokens of finished blocks between full forwards (32)",
+        none=True,
+    ),
+    OptionRow("eos_exit", "name", "MODE", "prefix or window: stop with the text; none: fill the canvas"),
+    OptionRow("eos_token_ids", "integers", "1,2", "ids that end the text (the model's)"),
+    OptionRow("stop", "texts", "TEXT", "end the text before this text; repeatable"),
+    OptionRow(
+        "steps",
+        "integer",
+        "N",
+        "vanilla, and the caches with --threshold none: forwards in all (gen-length)",
+        none=True,
+    ),
+    OptionRow(
+        "commit", "name", "RULE", "blockbatch: threshold (default), or local_leap for LocalLeap's rule"
+    ),
+    OptionRow("leap_radius", "integer", "N", "LocalLeap: distance to a sure token (4)"),
+    OptionRow(
+        "leap_threshold",
+        "number",
+        "P",
+        "LocalLeap: confidence that is enough within that distance",
+        none=True,
+    ),
+)
