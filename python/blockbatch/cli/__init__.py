@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from blockbatch.cli.options import build_parser
+from blockbatch.cli.parser import build_parser
 from blockbatch.cli.terminal import escape
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

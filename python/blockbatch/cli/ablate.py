@@ -8,21 +8,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blockbatch.cli.evaluate import (
-    add_decoding,
+from blockbatch.cli.arguments import add_model
+from blockbatch.cli.files import write_json, write_text
+from blockbatch.cli.recorded import (
+    add_lengths,
     add_output,
     add_problems,
     decode_recorded,
     default_length,
     output_folder,
 )
-from blockbatch.cli.files import write_json, write_text
+from blockbatch.cli.terminal import escape
+from blockbatch.evaluation.progress import duration
+from blockbatch.tasks import FAMILIES
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `blockbatch`."""
-    from blockbatch.cli.options import add_model
-
     parser = commands.add_parser(
         "ablate",
         help="turn one knob of blockbatch: accuracy, forwards, time",
@@ -36,14 +38,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("kind", metavar="KIND", help="what to vary, of the list above")
     add_model(parser)
     add_problems(parser)
-    add_decoding(parser.add_argument_group("settings"))
+    add_lengths(parser.add_argument_group("settings"))
     add_output(parser, "blockbatch-ablate-KIND")
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the ablation, or goes on with it, and reports."""
     from blockbatch.evaluation import ablations
-    from blockbatch.tasks import FAMILIES
 
     tasks = tuple(dict.fromkeys(options.tasks or FAMILIES))
     gen_length = default_length(tasks) if options.gen_length is None else options.gen_length
@@ -77,9 +78,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _print(report: dict[str, Any], folder: Path, seconds: float) -> None:
-    from blockbatch.cli.terminal import escape
     from blockbatch.evaluation.ablations import ablation_table
-    from blockbatch.evaluation.progress import duration
 
     print(escape(ablation_table(report)))
     names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))

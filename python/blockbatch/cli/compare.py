@@ -10,51 +10,71 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from blockbatch import generation
+from blockbatch.cli.arguments import add_model, chat_prompt, load, methods_note, names
 from blockbatch.cli.files import check_output, write_json
-from blockbatch.cli.options import chat_prompt, load
 from blockbatch.cli.problems import read_problems
-from blockbatch.cli.table import comparison_table, family_table
+from blockbatch.cli.table import Row, comparison_table, family_table
 from blockbatch.cli.terminal import escape
-from blockbatch.config import DecodeConfig
-from blockbatch.environment import describe
-from blockbatch.evaluation.runner import warm_up
 from blockbatch.evaluation.settings import TABLE_METHODS, table_settings
-from blockbatch.generation import Result
-from blockbatch.models import Model
-from blockbatch.tasks import Problem
+
+if TYPE_CHECKING:
+    from blockbatch.models import Model
+    from blockbatch.tasks import Problem
+
+GEN_LENGTH = 128
 
 
-@dataclass
-class Row:
-    """One method with one way to end, and what it made of every problem."""
-
-    label: str
-    config: DecodeConfig
-    results: list[Result] = field(default_factory=list)
-    right: list[bool | None] = field(default_factory=list)
-
-    @property
-    def nfe(self) -> float:
-        """Mean forwards for an answer."""
-        return sum(result.nfe.total for result in self.results) / len(self.results)
-
-    @property
-    def seconds(self) -> float:
-        """Mean seconds for an answer."""
-        return sum(result.seconds for result in self.results) / len(self.results)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens before the end of the texts; what a method fills in behind it does not count."""
-        tokens = sum(len(result.tokens) for result in self.results)
-        return tokens / sum(result.seconds for result in self.results)
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `blockbatch`."""
+    parser = commands.add_parser(
+        "compare",
+        help="decode the same prompts by every method",
+        description="Decode the same prompts by every method and print what each needed. Baselines run as "
+        "published (the canvas is filled) and, marked +eos, with the same end as blockbatch.",
+        epilog=methods_note(),
+    )
+    parser.set_defaults(run=run)
+    add_model(parser)
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--family",
+        action="append",
+        metavar="NAME",
+        help="take this family of the built-in problems; repeatable",
+    )
+    prompts.add_argument("--count", type=int, metavar="N", help="problems of each family (2)")
+    prompts.add_argument("--seed", type=int, metavar="N", help="draws the problems (0)")
+    prompts.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help='own problems instead (-: standard input): JSON lines {"prompt": ..., "answer": ...}. A text '
+        "is right if the answer stands in it on its own, not inside a longer word or number",
+    )
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument("--methods", type=names, metavar="A,B", help="methods to run (all)")
+    decoding.add_argument(
+        "--gen-length",
+        type=int,
+        default=GEN_LENGTH,
+        metavar="N",
+        help=f"tokens to generate ({GEN_LENGTH})",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--show", action="store_true", help="also print the first prompt and every method's text"
+    )
+    output.add_argument(
+        "--json", metavar="FILE", help="save figures and texts (-: print them instead of the table)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Compares and prints as the options say."""
+    from blockbatch import generation
+    from blockbatch.evaluation.runner import warm_up
+
     methods = TABLE_METHODS if options.methods is None else options.methods
     rows = [Row(setting.label, setting.config) for setting in table_settings(methods, options.gen_length)]
     if options.json not in (None, "-"):
@@ -151,6 +171,8 @@ def _indented(text: str) -> str:
 
 
 def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: int) -> dict:
+    from blockbatch.environment import describe
+
     return {
         "model": model.name,
         **describe(model.device),

@@ -7,24 +7,64 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blockbatch import generation, memory
 from blockbatch.cli import canvas
+from blockbatch.cli.arguments import (
+    add_decoding,
+    add_model,
+    chat_prompt,
+    decode_config,
+    int_list,
+    load,
+    methods_note,
+)
 from blockbatch.cli.files import check_output, read_text
-from blockbatch.cli.options import chat_prompt, decode_config, load
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
 from blockbatch.config import DecodeConfig, decode_settings
-from blockbatch.generation import Result
-from blockbatch.models import Model
 from blockbatch.tracing import open_recorder, save_trace, trace_header
+
+if TYPE_CHECKING:
+    from blockbatch.models import Model
+    from blockbatch.result import Result
 
 # Seconds between two frames: often enough to look alive, seldom enough to cost little.
 _FRAME_INTERVAL = 0.05
 
 
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `blockbatch`."""
+    parser = commands.add_parser(
+        "generate",
+        help="decode one prompt",
+        description="Decode one prompt. A terminal shows the text while it denoises; elsewhere only "
+        "the text is written.",
+        epilog=methods_note(),
+    )
+    parser.set_defaults(run=run)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="file with the prompt (-: standard input); its last newline is left out",
+    )
+    group.add_argument("--prompt-ids", type=int_list, metavar="1,2,3", help="the prompt as token ids")
+    add_model(parser)
+    add_decoding(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of the text")
+    output.add_argument("--trace", metavar="FILE", help="save what every forward did, as JSON")
+    output.add_argument(
+        "--trace-kv", action="store_true", help="the trace also holds where the K/V cache of each branch goes"
+    )
+    output.add_argument("--no-live", action="store_true", help="a terminal, too, gets the text alone")
+
+
 def run(options: argparse.Namespace) -> None:
     """Decodes and writes as the options say."""
+    from blockbatch import generation
+
     if options.trace_kv and options.trace is None:
         raise ValueError("--trace-kv: expected only together with --trace, got it alone")
     config = decode_config(options, trace=options.trace is not None, trace_kv=options.trace_kv)
@@ -51,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _tell_memory(model: Model, ids: list[int], config: DecodeConfig) -> None:
     """What the decode will take of the GPU's memory, on standard error."""
+    from blockbatch import memory
+
     free = memory.free_bytes(model) / 2**20
     needed = memory.needs(model, config, 1, len(ids))
     print(f"{model.device}: {needed}; {free:,.0f} MiB free beside the weights", file=sys.stderr)
@@ -78,6 +120,8 @@ def _encode(model: Model, text: str, chat: bool) -> list[int]:
 
 def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:
     """Decodes with the canvas drawn on standard output, and takes the drawing away again."""
+    from blockbatch import generation
+
     session = generation.open_session(model, ids, config)
     recorder = open_recorder(session, config)
     pieces, glyphs = canvas.token_pieces(model.tokenizer), _glyphs()

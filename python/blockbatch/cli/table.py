@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from blockbatch.config import DecodeConfig
+
 if TYPE_CHECKING:
-    from blockbatch.cli.compare import Row
+    from blockbatch.result import Result
 
 _COLUMNS = (("right", 7), ("NFE", 7), ("seconds", 8), ("tokens/s", 9))
 _FACTORS = (("speed", 10), ("NFE", 6))
@@ -19,6 +22,32 @@ _NOTES = (
     "tokens/s  tokens before the end of the text; filling behind it does not count",
 )
 _FACTOR_NOTE = "vs        times as fast (speed), times fewer forwards (NFE)"
+
+
+@dataclass
+class Row:
+    """One method with one way to end, and what it made of every problem."""
+
+    label: str
+    config: DecodeConfig
+    results: list[Result] = field(default_factory=list)
+    right: list[bool | None] = field(default_factory=list)
+
+    @property
+    def nfe(self) -> float:
+        """Mean forwards for an answer."""
+        return sum(result.nfe.total for result in self.results) / len(self.results)
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds for an answer."""
+        return sum(result.seconds for result in self.results) / len(self.results)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens before the end of the texts; what a method fills in behind it does not count."""
+        tokens = sum(len(result.tokens) for result in self.results)
+        return tokens / sum(result.seconds for result in self.results)
 
 
 def comparison_table(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,99 @@
+"""Arguments that several commands share, and the settings and models made of them. It imports no command."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from blockbatch.config import DecodeConfig
+from blockbatch.methods import METHOD_TABLE, OPTIONS
+
+if TYPE_CHECKING:
+    from blockbatch.models import Model
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model runs where, and how it is prompted."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="tiny", help="tiny (built in, default), a HuggingFace folder or a hub id"
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
+    )
+    group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
+    group.add_argument(
+        "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
+    )
+    group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """The options that `decode_config` reads: one for each row of `blockbatch.methods.OPTIONS`."""
+    group = parser.add_argument_group(
+        "decoding", "What is left out has the method's own default; none switches a rule off."
+    )
+    kinds = {"name": str, "integer": int, "number": float, "integers": int_list}
+    for option in OPTIONS:
+        flag = "--" + option.name.replace("_", "-")
+        shown = {"metavar": option.metavar, "help": option.help, "default": argparse.SUPPRESS}
+        if option.kind == "texts":
+            group.add_argument(flag, action="append", **shown)
+        else:
+            kind = kinds[option.kind]
+            group.add_argument(flag, type=_or_none(kind) if option.none else kind, **shown)
+
+
+def methods_note() -> str:
+    """What each method is, for the end of a help text."""
+    return "Methods: " + "; ".join(f"{name}: {row.summary}" for name, row in METHOD_TABLE.items()) + "."
+
+
+def load(options: argparse.Namespace) -> Model:
+    """The model that the options name."""
+    from blockbatch.models import load_model
+
+    return load_model(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
+
+
+def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:
+    """The settings: only what was given on the command line, the rest is left to the method's defaults."""
+    given = {
+        option.name: getattr(options, option.name) for option in OPTIONS if hasattr(options, option.name)
+    }
+    return DecodeConfig(**given, **more)
+
+
+def chat_prompt(model: Model, text: str) -> str:
+    """`text` as a user's message in the model's chat format."""
+    if model.tokenizer is None:
+        raise ValueError("--chat: expected a model with a tokenizer, got one without")
+    return model.tokenizer.chat(text, model.spec.family)
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """Integers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers such as 4,8,16, got {text!r}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _or_none(kind: type) -> Any:
+    """An argument type that also takes the word none."""
+
+    def convert(text: str) -> Any:
+        if text.lower() == "none":
+            return None
+        try:
+            return kind(text)
+        except ValueError:
+            expected = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {expected} or none, got {text!r}") from None
+
+    return convert
