@@ -9,8 +9,8 @@ import pytest
 from blockbatch.cli import main
 from blockbatch.config import DecodeConfig
 from blockbatch.evaluation import ablations
-from blockbatch.evaluation.ablation_chart import draw_ablation
 from blockbatch.evaluation.records import Record, Run
+from blockbatch.pictures.ablation import draw_ablation
 
 
 @pytest.mark.parametrize("kind", ablations.KINDS)

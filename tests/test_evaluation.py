@@ -14,9 +14,10 @@ import pytest
 import blockbatch
 from blockbatch import models
 from blockbatch.cli import main
-from blockbatch.evaluation import charts, runner, statistics
+from blockbatch.evaluation import runner, statistics
 from blockbatch.evaluation.records import read_run
 from blockbatch.evaluation.settings import Setting, parse_setting, table_settings
+from blockbatch.pictures import evaluation as picture
 from blockbatch.tasks import Problem, load_task
 from blockbatch.tracing import load_trace
 
@@ -61,7 +62,7 @@ def whole(model, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Drawing takes longer than decoding here; `whole` has its picture before this comes into force."""
-    monkeypatch.setattr(charts, "draw", lambda *arguments, **options: None)
+    monkeypatch.setattr(picture, "draw", lambda *arguments, **options: None)
 
 
 def environment():

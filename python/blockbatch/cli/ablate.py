@@ -59,9 +59,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    from blockbatch.evaluation.ablation_chart import draw_ablation
     from blockbatch.evaluation.ablations import ablation_table
     from blockbatch.evaluation.markdown import facts
+    from blockbatch.pictures.ablation import draw_ablation
 
     picture = folder / "report.png"
     try:

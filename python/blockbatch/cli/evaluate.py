@@ -131,8 +131,8 @@ def _default_tasks(preset: Preset | None) -> tuple[str, ...]:
 
 
 def _write(report: Report, methods: dict[str, str], folder: Path) -> None:
-    from blockbatch.evaluation.charts import draw
     from blockbatch.evaluation.markdown import heading, markdown
+    from blockbatch.pictures.evaluation import draw
 
     picture = folder / "report.png"
     if any(summary.accuracy is not None for summary in report.overall.values()):

@@ -1,1 +1,1 @@
-"""Pictures of decodes, made from saved traces: PNG files and self-contained HTML pages."""
+"""Pictures of decodes and of evaluations: PNG files and self-contained HTML pages."""
