@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py", "accuracy.py")
+ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py")
 ON_A_GPU = ("step_latency.py", "refresh.py", "ops.py", "gemm.py", "decode.py", "agreement.py", "plots.py")
 
 
