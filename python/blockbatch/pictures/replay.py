@@ -46,7 +46,7 @@ def page(trace: dict[str, Any]) -> str:
         return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
 
     parts = {
-        "STYLE": read("page.css"),
+        "STYLE": read("page.css", "controls.css", "branches.css", "detail.css"),
         # As references: half a surrogate pair, which JSON can hold, has no place in a file.
         "TITLE": html.escape(_title(trace)).encode("ascii", "xmlcharrefreplace").decode(),
         "DECODE": script_json(_content(trace)),
