@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import blockbatch
+from blockbatch import kv_trace, trace, trace_file
+
 
 def modules_after(statement):
     code = f"{statement}\nimport sys\nprint(*sorted(sys.modules))"
@@ -26,6 +29,16 @@ def test_every_public_name_is_there():
         "assert set(blockbatch.__all__) <= set(dir(blockbatch))"
     )
     assert "torch" in names and "blockbatch_kernels._C" not in names
+
+
+def test_traces_answer_to_their_old_names():
+    assert trace.load_trace is trace_file.load_trace is blockbatch.load_trace
+    assert trace.save_trace is blockbatch.save_trace
+    assert kv_trace.KVSketcher.__module__ == "blockbatch.tracing.kv_states"
+    assert {name for module in (trace, trace_file, kv_trace) for name in module.__all__} == {
+        "KINDS", "KVSketcher", "Record", "SKETCH_SIZE", "TraceRecorder", "check_trace", "decode_settings",
+        "load_trace", "open_recorder", "replay", "save_trace", "trace_header",
+    }  # fmt: skip
 
 
 def test_unknown_name():

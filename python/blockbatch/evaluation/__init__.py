@@ -1,1 +1,1 @@
-"""Measuring decoding methods: problems, judged answers, statistics, reports."""
+"""Measuring decoding methods: settings, recorded runs, statistics, reports, lm-evaluation-harness."""
