@@ -44,8 +44,8 @@ UNIT_INTEGERS = 22
 # A stretch of units gets no shorter than this for the sake of another processor.
 MIN_STRETCH_UNITS = 2
 STRETCH_INTEGERS = 4
-# Microseconds a layer on an H100: six rows of Dream-7B with pages of their own take 19.9 with 1, 22.8 with 0.
-# With 2, LLaDA-8B's private windows behind a shared prompt would be kept whole: 29.1 instead of 27.3.
+# With 0 the tiles of a few kv heads are cut more often than they gain by it; with 2 private windows behind a
+# shared prompt would be kept whole.
 _MAX_SLACK = 1
 _BLOCK_ROWS = 64
 
@@ -78,13 +78,8 @@ def plans_units(
     """Whether the kernel that takes its work in units is the fastest for attention on `device`.
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
-    Microseconds a layer on an H100 in bf16 (the faster of the others); 32 heads of 128 elements, or
-    Dream-7B's 28 with 4 kv heads. 252 tokens in six rows: on the same pages 21.3 (23.6); a shared prompt of
-    1024 and private windows 26.4 (33.3), the same over 512 keys 20.4 (26.0), over 4352 51.3 (81.3); pages of
-    their own 53.0 (50.8), over 4352 keys 155 (159); Dream-7B 19.8 (29.2), pages of their own 20.5 (22.9).
-    Pages of their own in fewer rows: 224 tokens in three 32.0 (35.2), 192 in two 26.0 (28.5). One row of 8
-    tokens 15.1 (16.2), of 128 19.2 (21.3), of 256 21.0 (23.1), of 1280 62 (83), of 4096 551 (689). Whole rows
-    of 1280 tokens: two 120 (140), three 219 (218), six 501 (421), six of Dream-7B 306 (370).
+    A rule with two bounds and no look-up, since sizes may be symbols here; `rows.ATTENTION` holds what was
+    measured, and tests hold the rule to it.
 
     Args:
         page_size: keys a page.
@@ -123,8 +118,7 @@ def attention_shape(
         max_pieces=max_pieces,
         # Every group may end with a tile that is not full: `attention_plan` adds the rows.
         max_tiles=max_pieces * -(-num_tokens // tile_tokens),
-        # With fewer, some processors get one tile and others two: 252 queries on shared pages take 30 us in
-        # 128 products of the whole length, 23 in twice as many of half. More only add partial results.
+        # With fewer, some processors get one tile and others two. More only add partial results.
         target_tiles=processors // num_kv_heads + 1,
         min_segments=max(1, _MIN_PIECE_KEYS // (segment_pages * page_size)),
         num_heads=num_heads,
@@ -140,7 +134,7 @@ def cuda_attention_is_faster(
 ) -> bool:
     """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
 
-    Where the plan has units it does, see `plans_units`; without, for packs of whole rows.
+    Where the plan has units it does, see `plans_units`; without, for packs of whole rows (`rows.ATTENTION`).
     """
     if element_size != 2 or head_dim not in (64, 128):
         return False  # not on the tensor cores

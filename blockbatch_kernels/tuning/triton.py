@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton versions; times are those of an H100 in bf16."""
+"""Launch configurations of the Triton versions."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ class TritonLmHead(NamedTuple):
     num_warps: int
 
 
-# Parts that stay in L2 save less than the smaller products lose: at 256 rows 475 us in one part, 491 in parts
-# of 16 MiB. The bound keeps long prompts' logits small.
+# Parts that stay in L2 save less than the smaller products lose. The bound keeps long prompts' logits small.
 TRITON_LM_HEAD = TritonLmHead(part_bytes=64 << 20, block=4096, num_warps=8)
-# 4.0 us at 256 x 24,576; 512 elements take 5.3, more change nothing.
+# Fewer elements are slower, more change nothing.
 TRITON_ELEMENTWISE = TritonBlock(block=1024, num_warps=4)
-# 512 to 2048 elements take the same 4 us at 256 tokens of 3 x 32 heads.
+# More elements change nothing.
 TRITON_ROPE = TritonBlock(block=512, num_warps=4)
-# 3.1 us for 252 queries x 32 heads in two pieces, 1.7 where there is one; blocks of 512 take 3.5 and 3.7.
+# Smaller blocks are slower, whether there is one piece or two.
 TRITON_COMBINE = TritonCombine(block_pieces=2, block=2048, num_warps=4)
 
 
@@ -58,15 +57,14 @@ def triton_row_warps(block: int) -> int:
 
 
 # Attention programs a processor, of which two run at a time: the later ones go where a place becomes free.
-# With two, which loop over the tiles, 252 queries that share 1024 of 1280 keys take 41 us instead of 33.
+# With two, which loop over the tiles, some end long after the others.
 TRITON_ATTENTION_PROGRAMS = 8
 
 
 def triton_attention(tile_rows: int, block_d: int, element_size: int, shared_bytes: int) -> TritonAttention:
     """For tiles of `tile_rows` rows of `block_d` elements (head_dim as a power of two).
 
-    A program takes at most `shared_bytes` of shared memory. Times are those of 32 heads of 128 elements and
-    1280 keys on an H100.
+    A program takes at most `shared_bytes` of shared memory.
     """
     block_m = min(128, max(16, 1 << (tile_rows - 1).bit_length()))
     if element_size == 4:
@@ -77,11 +75,11 @@ def triton_attention(tile_rows: int, block_d: int, element_size: int, shared_byt
     elif block_d > 128:
         config = TritonAttention(block_m, 32, num_warps=8 if block_m == 128 else 4, num_stages=2)
     elif block_m == 128:
-        # One row of 1280 queries: 91 us, 95 with steps of 64 keys, 101 with two stages.
+        # Whole rows: shorter steps and fewer stages are slower.
         config = TritonAttention(block_m, 128, num_warps=8, num_stages=3)
     else:
-        # 252 queries of 6 rows, a part of the keys shared: 33 us, 37 with steps of 32 keys or two stages (two
-        # programs a processor either way), 40 with four (one program), 45 with steps of 128.
+        # Windows: two programs a processor, which longer steps or more stages leave no memory for; shorter
+        # steps and fewer stages are slower.
         config = TritonAttention(block_m, 64, num_warps=4, num_stages=3)
     while config.shared_bytes(block_d, element_size) > shared_bytes and config.num_stages > 1:
         config = config._replace(num_stages=config.num_stages - 1)
