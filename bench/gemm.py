@@ -1,6 +1,6 @@
 """The products of a transformer's layers, ours against cuBLAS, by tokens.
 
-    python bench/gemm.py [--shapes llada-8b] [--tokens 64 128 192 252]
+    python bench/gemm.py [--candidates] [--shapes llada-8b] [--tokens 64 128 192 252]
 
 For each product: microseconds a call and the share of the floor, which is the larger of the bytes (weight,
 tokens, result) over the measured copy rate and the FLOP over the measured rate of a product. A call goes
@@ -11,6 +11,11 @@ where the GPU is warm. Both sides take turns on the clock.
 `gate_up` holds the activation on our side and does not on cuBLAS's; in "layers" cuBLAS's side has it too, as
 a kernel of its own. Each product is compared with fp32 before it is timed: more than twice torch's error ends
 the run with status 1.
+
+With --candidates a line also holds the microseconds of every compiled tile that takes the product and of
+cuBLAS, with everything that the operator adds on all sides (q and k rotated and the cache written behind qkv,
+the activation behind gate_up), and lines "lm_head" those of the LM head's two ways. The fastest is `choice`;
+`python bench/tuning_rows.py` makes the tables of `blockbatch_kernels.tuning` from them.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from candidates import ROUNDING, layer_products, time_lm_head, time_product
 from random_models import DTYPES, random_model
 from timing import as_graph, ceilings, clean, device_of, event_ms, parser, rounded, write_report
 from torch import Tensor
@@ -30,8 +36,8 @@ from verify import Wrong, relative_error
 import blockbatch_kernels as bbk
 from blockbatch_kernels import tuning
 
-_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 _TURNS = 5
+_TOKENS, _QUICK_TOKENS = (8, 16, 32, 64, 96, 128, 160, 192, 224, 252), (64, 252)
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +68,7 @@ def check(name: str, x: Tensor, weight: Tensor, ours: Product) -> dict[str, floa
 
     truth = with_torch(x.float(), weight.float())
     error, torchs = relative_error(ours(x, weight), truth), relative_error(with_torch(x, weight), truth)
-    allowed = 2 * torchs + _ROUNDING[x.dtype]
+    allowed = 2 * torchs + ROUNDING[x.dtype]
     if not error <= allowed:
         raise Wrong(f"{name}, {len(x)} tokens: expected an error of at most {allowed:.2e}, got {error:.2e}")
     return {"error": error, "torch_error": torchs}
@@ -87,6 +93,23 @@ def by_turns(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: 
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def floor_us(tokens: int, rows: int, columns: int, dtype: torch.dtype, limits: dict) -> float:
+    moved = dtype.itemsize * (rows * columns + tokens * (columns + rows))
+    flops = 2 * tokens * rows * columns
+    return 1e6 * max(moved / limits["copy_gb_per_s"] / 1e9, flops / limits["matmul_tflops"] / 1e12)
+
+
+def measure_lm_head(
+    model, rows: int, device: torch.device, dtype: torch.dtype, limits: dict, options
+) -> dict[str, Any]:
+    vocabulary, columns = model.weights.lm_head.shape
+    taken = time_lm_head(model, rows, device, dtype, options.repeats)
+    # What is kept of the logits is small.
+    floor = floor_us(rows, vocabulary, columns, dtype, limits)
+    sizes = {"product": "lm_head", "tokens": rows, "rows": vocabulary, "columns": columns}
+    return {**sizes, "floor_us": floor, "candidates": taken, "choice": min(taken, key=taken.get)}
+
+
 def measure(
     model, tokens: int, device: torch.device, dtype: torch.dtype, limits: dict, options
 ) -> list[dict[str, Any]]:
@@ -97,6 +120,7 @@ def measure(
         for name, every in weights.items()
     }
     ours = {name: ours_of(name, options.backend) for name in weights}
+    operators = layer_products(model, tokens, dtype) if options.candidates else {}
     lines, floors = [], 0.0
     for name, every in weights.items():
         rows, columns = every[0].shape
@@ -108,11 +132,7 @@ def measure(
             device,
             options.repeats,
         )
-        moved = dtype.itemsize * (rows * columns + tokens * (columns + rows))
-        floor = 1e6 * max(
-            moved / limits["copy_gb_per_s"] / 1e9,
-            2 * tokens * rows * columns / limits["matmul_tflops"] / 1e12,
-        )
+        floor = floor_us(tokens, rows, columns, dtype, limits)
         floors += floor * count / 1e3
         gated = name == "gate_up"
         parts = tuning.linear_parts(tokens, rows // 2 if gated else rows, columns, gated=gated)
@@ -129,6 +149,9 @@ def measure(
                 **checks,
             }
         )
+        if options.candidates:
+            taken = time_product(operators[name], tokens, device, dtype, options.repeats)
+            lines[-1] |= {"candidates": taken, "choice": min(taken, key=taken.get)}
 
     def cublas_layers() -> None:
         for qkv, out, gate_up, down in zip(*weights.values(), strict=True):
@@ -161,32 +184,41 @@ def measure(
 
 def show(line: dict[str, Any]) -> str:
     unit = "ms" if line["product"] == "layers" else "us"
-    times = ", ".join(
-        f"{side} {line[f'{side}_{unit}']:.2f} ({line[f'{side}_percent_of_floor']:.0f}%)"
-        for side in ("cublas", "ours")
-    )
-    return f"{line['tokens']:4} tokens, {line['product']:8} floor {line[f'floor_{unit}']:.2f} {unit}: {times}"
+    text = f"{line['tokens']:4} tokens, {line['product']:8} floor {line[f'floor_{unit}']:.2f} {unit}"
+    if f"ours_{unit}" in line:
+        text += ": " + ", ".join(
+            f"{side} {line[f'{side}_{unit}']:.2f} ({line[f'{side}_percent_of_floor']:.0f}%)"
+            for side in ("cublas", "ours")
+        )
+    for name, taken in sorted(line.get("candidates", {}).items(), key=lambda item: item[1]):
+        text += f"\n{'':20}{taken:8.2f} {name}"
+    return text
 
 
 @torch.inference_mode()
 def main() -> None:
     arguments = parser(__doc__, "gemm", ["llada-8b", "dream-7b"])
-    arguments.add_argument("--tokens", nargs="*", type=int, default=[8, 16, 32, 64, 128, 160, 192, 224, 252])
+    arguments.add_argument("--candidates", action="store_true", help="also every tile, and the LM head")
+    arguments.add_argument("--tokens", nargs="*", type=int, default=None)
     arguments.add_argument("--repeats", type=int, default=5)
     options = arguments.parse_args()
     device, dtype = device_of(options), DTYPES[options.dtype]
     limits = ceilings(device, dtype)
-    models = {}
+    models, counts = {}, options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
     for name in options.shapes:
         model = random_model(name, device, dtype)
         models[name] = []
-        for tokens in [64, 252] if options.quick else options.tokens:
-            for line in measure(model, tokens, device, dtype, limits, options):
-                models[name].append(rounded(line))
+        for tokens in counts:
+            lines = measure(model, tokens, device, dtype, limits, options)
+            if options.candidates:
+                lines.append(measure_lm_head(model, tokens, device, dtype, limits, options))
+            models[name] += map(rounded, lines)
+            for line in lines:
                 print(f"{name} {show(line)}", flush=True)
         del model
         clean(device)
-    write_report(options, device, ceilings=limits, models=models)
+    kind = tuning.device_kind(device)._asdict()
+    write_report(options, device, device_kind=kind, ceilings=limits, models=models)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,23 @@ from pathlib import Path
 import torch
 
 ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py")
-ON_A_GPU = ("step_latency.py", "refresh.py", "ops.py", "gemm.py", "decode.py", "agreement.py", "plots.py")
+ON_A_GPU = (
+    "step_latency.py",
+    "refresh.py",
+    "ops.py",
+    "gemm.py --candidates",
+    "attention.py",
+    "decode.py",
+    "agreement.py",
+    "plots.py",
+)
 
 
 def main() -> None:
-    for name in ANYWHERE + (ON_A_GPU if torch.cuda.is_available() else ()):
-        print(f"== {name}", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).parent / name)], check=True)
+    for command in ANYWHERE + (ON_A_GPU if torch.cuda.is_available() else ()):
+        print(f"== {command}", flush=True)
+        name, *options = command.split()
+        subprocess.run([sys.executable, str(Path(__file__).parent / name), *options], check=True)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,46 @@ def test_ops(tmp_path):
             assert {"us", "gb_per_s", "tflops", "percent_of_floor"} <= set(version)
 
 
+def test_gemm_candidates(tmp_path):
+    report = run(
+        "gemm.py", tmp_path / "gemm.json", "--candidates", "--dtype", "float32", "--shapes", "small-dream",
+        "--tokens", "12", "70", "--repeats", "1",
+    )  # fmt: skip
+    lines = report["models"]["small-dream"]
+    products = ["qkv", "out", "gate_up", "down", "layers", "lm_head"]
+    assert [(line["product"], line["tokens"]) for line in lines] == [
+        (p, t) for t in (12, 70) for p in products
+    ]
+    for line in lines:
+        if line["product"] == "layers":
+            assert line["ours_ms"] > 0 and line["cublas_ms"] > 0
+            continue
+        taken = line["candidates"]
+        assert {"cublas"} < set(taken) and all(value > 0 for value in taken.values())
+        assert taken[line["choice"]] == min(taken.values())
+    # Tiles without room for the tokens are left out.
+    assert "16x64" in lines[0]["candidates"] and "16x64" not in lines[6]["candidates"]
+    assert set(lines[5]["candidates"]) == {"cublas", "16", "64", "128"}
+    assert set(lines[11]["candidates"]) == {"cublas", "128"}
+
+
+def test_attention(tmp_path):
+    report = run(
+        "attention.py",
+        tmp_path / "attention.json",
+        "--dtype",
+        "float32",
+        "--shapes",
+        "small-llada",
+        "--quick",
+    )
+    lines = report["models"]["small-llada"]
+    assert [(line["tokens"], line["distinct_rows"]) for line in lines] == [(12, 1), (12, 2), (64, 1)]
+    for line in lines:
+        assert set(line["candidates"]) == set(line["plan_us"]) == {"units", "tiles", "triton"}
+        assert line["candidates"][line["choice"]] == min(line["candidates"].values())
+
+
 def test_decode(tmp_path):
     report = run(
         "decode.py", tmp_path / "decode.json", "--dtype", "float32", "--shapes", "small-llada",

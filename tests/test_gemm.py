@@ -39,7 +39,7 @@ def test_every_rotated_tile_serves_a_published_model():
     served = set()
     for rows, in_features, most in ((12288, 4096, 256), (4608, 3584, 128)):  # LLaDA-8B, Dream-7B
         for num_tokens in range(1, most + 1):
-            (part,) = tuning.linear_parts(num_tokens, rows, in_features, gated=False)
+            (part,) = tuning.linear_rule(num_tokens, rows, in_features, gated=False)
             served.add(part.tile)
     assert served == set(tuning.ROTATED_TILES) <= set(tuning.LINEAR_TILES)
 
@@ -62,7 +62,7 @@ def test_shapes_without_a_tile(num_tokens, out_features, in_features, gated):
 
 @pytest.mark.parametrize("num_tokens", [130, 192, 252])
 def test_gates_that_fill_one_wave_and_a_half_are_cut_in_two(num_tokens):
-    whole, half = tuning.linear_parts(num_tokens, 18944, 3584, gated=True)
+    whole, half = tuning.linear_rule(num_tokens, 18944, 3584, gated=True)
     assert (whole.features, whole.tile.split_k) == (132 * 96, 1)
     assert (half.features, half.tile.split_k) == (18944 - 132 * 96, 2)
     # A sum too short to share.

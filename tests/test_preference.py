@@ -51,9 +51,9 @@ def test_attention_by_shape(change, first):
 def test_units_by_shape(monkeypatch, change, planned):
     sizes = dict(num_heads=32, num_kv_heads=32, page_size=16, pages_per_row=80) | change
     device = torch.device("cuda")
-    monkeypatch.setattr(tuning, "_runs_units", lambda device: True)
+    monkeypatch.setattr(tuning.attention, "_runs_units", lambda device: True)
     assert tuning.plans_units(**sizes, device=device) == planned
-    monkeypatch.setattr(tuning, "_runs_units", lambda device: False)
+    monkeypatch.setattr(tuning.attention, "_runs_units", lambda device: False)
     assert not tuning.plans_units(**sizes, device=device)
 
 

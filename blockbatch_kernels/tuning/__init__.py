@@ -1,0 +1,85 @@
+"""Launch choices and default backends as tables: each row names the result in bench/results that decides it.
+
+`rows` is written by `python bench/tuning_rows.py --write` from these results.
+"""
+
+from blockbatch_kernels.tuning.attention import (
+    MAX_HEAD_DIM,
+    MAX_PARTIALS,
+    MIN_STRETCH_UNITS,
+    STRETCH_INTEGERS,
+    UNIT_INTEGERS,
+    UNIT_KEYS,
+    AttentionShape,
+    attention_shape,
+    plans_units,
+)
+from blockbatch_kernels.tuning.backends import PROGRAMMATIC_LAUNCH, preference
+from blockbatch_kernels.tuning.devices import device_kind, num_processors
+from blockbatch_kernels.tuning.gemm import (
+    GATED_TILES,
+    LINEAR_TILES,
+    LM_HEAD_LOGITS_BYTES,
+    LM_HEAD_TILES,
+    ROTATED_TILES,
+    candidates,
+    linear_parts,
+    linear_rule,
+    lm_head_tile,
+    name_of,
+)
+from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearTile
+from blockbatch_kernels.tuning.triton import (
+    TRITON_ATTENTION_PROGRAMS,
+    TRITON_COMBINE,
+    TRITON_ELEMENTWISE,
+    TRITON_LM_HEAD,
+    TRITON_ROPE,
+    TritonAttention,
+    TritonBlock,
+    TritonCombine,
+    TritonLmHead,
+    triton_attention,
+    triton_row_warps,
+)
+
+__all__ = [
+    "GATED_TILES",
+    "H100",
+    "LINEAR_TILES",
+    "LM_HEAD_LOGITS_BYTES",
+    "LM_HEAD_TILES",
+    "MAX_HEAD_DIM",
+    "MAX_PARTIALS",
+    "MIN_STRETCH_UNITS",
+    "PROGRAMMATIC_LAUNCH",
+    "ROTATED_TILES",
+    "STRETCH_INTEGERS",
+    "TRITON_ATTENTION_PROGRAMS",
+    "TRITON_COMBINE",
+    "TRITON_ELEMENTWISE",
+    "TRITON_LM_HEAD",
+    "TRITON_ROPE",
+    "UNIT_INTEGERS",
+    "UNIT_KEYS",
+    "AttentionShape",
+    "DeviceKind",
+    "LinearPart",
+    "LinearTile",
+    "TritonAttention",
+    "TritonBlock",
+    "TritonCombine",
+    "TritonLmHead",
+    "attention_shape",
+    "candidates",
+    "device_kind",
+    "linear_parts",
+    "linear_rule",
+    "lm_head_tile",
+    "name_of",
+    "num_processors",
+    "plans_units",
+    "preference",
+    "triton_attention",
+    "triton_row_warps",
+]

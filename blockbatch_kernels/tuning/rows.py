@@ -1,0 +1,130 @@
+"""What was measured to be the fastest; written by `python bench/tuning_rows.py --write`."""
+
+from blockbatch_kernels.tuning.records import AttentionRow, DeviceKind, LinearRow, LmHeadRow
+
+PRODUCTS: dict[DeviceKind, tuple[LinearRow, ...]] = {
+    DeviceKind((9, 0), 132): (
+        LinearRow(
+            result="gemm.json: llada-8b/qkv",
+            out_features=12288,
+            in_features=4096,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64"),
+                (64, "64x64"),
+                (128, "128x128"),
+                (192, "192x128"),
+                (224, "256x192 multicast 2"),
+                (252, "256x192 multicast 2"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: llada-8b/out",
+            out_features=4096,
+            in_features=4096,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64 split_k 2"),
+                (64, "64x64 split_k 2"),
+                (128, "128x64 split_k 2"),
+                (160, "cublas"),
+                (192, "cublas"),
+                (224, "cublas"),
+                (252, "cublas"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: llada-8b/gate_up",
+            out_features=12288,
+            in_features=4096,
+            gated=True,
+            choices=(
+                (8, "16x192"),
+                (16, "16x192"),
+                (32, "64x192"),
+                (64, "64x192"),
+                (128, "128x192"),
+                (160, "192x192"),
+                (192, "192x192"),
+                (224, "256x192"),
+                (252, "256x192"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: llada-8b/down",
+            out_features=4096,
+            in_features=12288,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64 split_k 2"),
+                (64, "64x64 split_k 2"),
+                (128, "128x64 split_k 2"),
+                (160, "192x64 split_k 2"),
+                (192, "192x64 split_k 2"),
+                (224, "cublas"),
+                (252, "256x64 multicast 2"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: dream-7b/qkv",
+            out_features=4608,
+            in_features=3584,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64"),
+                (64, "64x64"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: dream-7b/out",
+            out_features=3584,
+            in_features=3584,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64 split_k 2"),
+                (64, "64x64 split_k 2"),
+                (128, "128x64 split_k 2"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: dream-7b/gate_up",
+            out_features=18944,
+            in_features=3584,
+            gated=True,
+            choices=(
+                (8, "16x192"),
+                (16, "16x192"),
+                (32, "64x192"),
+                (64, "64x192"),
+                (128, "128x192"),
+                (160, "192x192 + 192x192 split_k 2"),
+                (192, "192x192 + 192x192 split_k 2"),
+            ),
+        ),
+        LinearRow(
+            result="gemm.json: dream-7b/down",
+            out_features=3584,
+            in_features=18944,
+            gated=False,
+            choices=(
+                (8, "16x64"),
+                (16, "16x64"),
+                (32, "64x64 split_k 2"),
+                (64, "64x64 split_k 2"),
+                (128, "128x64 split_k 2"),
+            ),
+        ),
+    ),
+}
+LM_HEADS: dict[DeviceKind, tuple[LmHeadRow, ...]] = {}
+ATTENTION: dict[DeviceKind, tuple[AttentionRow, ...]] = {}
