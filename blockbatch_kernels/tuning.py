@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, UNIT_KEYS  # noqa: F401 (aliases)
+
 # Of attention, by either compiled backend.
 MAX_HEAD_DIM = 256
 # Sizes beyond which a compiled backend refuses an operator.
@@ -71,12 +73,8 @@ class AttentionShape(NamedTuple):
         return 1 + (num_tokens // self.block_tokens + num_rows) * units
 
 
-# Keys of a unit at most, and integers of its record.
-UNIT_KEYS = 128
-UNIT_INTEGERS = 22
 # A stretch of units gets no shorter than this for the sake of another processor.
 MIN_STRETCH_UNITS = 2
-STRETCH_INTEGERS = 4
 # Microseconds a layer on an H100: six rows of Dream-7B with pages of their own take 19.9 with 1, 22.8 with 0.
 # With 2, LLaDA-8B's private windows behind a shared prompt would be kept whole: 29.1 instead of 27.3.
 _MAX_SLACK = 1
