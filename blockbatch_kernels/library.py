@@ -14,6 +14,7 @@ Outputs are contiguous and share no memory with anything. None has a derivative.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from blockbatch_kernels import ops, shapes
-from blockbatch_kernels.contracts import REQUIRED, Operator, RecordArg, Result, Scalar, TensorArg
+from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, TensorArg
 from blockbatch_kernels.operators import OPERATORS
 from blockbatch_kernels.registered import Registered, as_registered
 
@@ -55,16 +56,20 @@ def _traced(row: Operator, function: Callable) -> Callable:
     op_out = None
     if len(inputs) < len(arguments):
         op_out = _register(f"{row.name}_out", replace(row, results=()), arguments, function)
-    names = (*(argument.name for argument in arguments), "backend")
-    defaults = {argument.name: argument.default for argument in arguments if argument.default is not REQUIRED}
-    defaults["backend"] = None
-    needed = tuple(name for name in names if name not in defaults)
+    parameters = inspect.signature(function).parameters.values()
+    positional = tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    needed, number = tuple(one.name for one in parameters if one.name not in defaults), len(parameters)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        values = {**defaults, **dict(zip(names, args)), **kwargs}
+        values = {**defaults, **dict(zip(positional, args)), **kwargs}
         for name in needed:
             if name not in values:
                 raise TypeError(f"{name}: expected an argument of {row.name}, got none")
+        if len(args) > len(positional) or len(values) > number:
+            raise TypeError(
+                f"{row.name}: expected its arguments, got others too: {len(args)}, {list(kwargs)}"
+            )
         out = values.get("out")
         tensors, options = [], {"backend": values["backend"]}
         for argument in inputs if out is None else arguments:

@@ -16,10 +16,10 @@ from blockbatch_kernels.structs import BranchState
 
 
 class Registered:
-    """Attributes: name, default of the public function, and the schema's `positional` and keyword parts."""
+    """Attributes: its name, and the positional and keyword parts of the schema."""
 
-    def __init__(self, name: str, default: Any, positional: Sequence[str] = (), options: Sequence[str] = ()):
-        self.name, self.default = name, default
+    def __init__(self, name: str, positional: Sequence[str] = (), options: Sequence[str] = ()):
+        self.name = name
         self.positional, self.options = tuple(positional), tuple(options)
 
     def take_apart(self, value: Any, tensors: list[Any], options: dict[str, Any]) -> None:
@@ -44,8 +44,7 @@ def as_registered(argument: Argument) -> Registered:
 class _Tensor(Registered):
     def __init__(self, argument: TensorArg):
         written, optional = "(!)" if argument.written else "", "?" if argument.optional else ""
-        default = None if argument.optional else REQUIRED
-        super().__init__(argument.name, default, [f"Tensor{written}{optional} {argument.name}"])
+        super().__init__(argument.name, [f"Tensor{written}{optional} {argument.name}"])
         self.pinned = argument.pinned
 
     def take_apart(self, value, tensors, options):
@@ -62,7 +61,8 @@ class _Number(Registered):
         kind = "SymInt" if argument.symbolic else argument.kind.__name__
         optional = "?" if argument.default is None else ""
         default = "" if argument.default is REQUIRED else f"={argument.default}"
-        super().__init__(argument.name, argument.default, (), [f"{kind}{optional} {argument.name}{default}"])
+        super().__init__(argument.name, (), [f"{kind}{optional} {argument.name}{default}"])
+        self.default = argument.default
 
     def take_apart(self, value, tensors, options):
         options[self.name] = value
@@ -78,9 +78,7 @@ class _Settings(Registered):
         hints = typing.get_type_hints(argument.kind)
         self.kind, self.names = argument.kind, tuple(field.name for field in fields(argument.kind))
         self.lists = tuple(name for name in self.names if typing.get_origin(hints[name]) is tuple)
-        super().__init__(
-            argument.name, REQUIRED, (), [f"{_schema_type(hints[name])} {name}" for name in self.names]
-        )
+        super().__init__(argument.name, (), [f"{_schema_type(hints[name])} {name}" for name in self.names])
 
     def take_apart(self, value, tensors, options):
         for name in self.names:
@@ -107,7 +105,7 @@ class _State(Registered):
 
     def __init__(self, argument: RecordArg):
         written = "(!)" if argument.written else ""
-        super().__init__(argument.name, REQUIRED, ["Tensor[] read", f"Tensor{written}[] written"])
+        super().__init__(argument.name, ["Tensor[] read", f"Tensor{written}[] written"])
         layouts = shapes.fields_of(BranchState)
         self.read = tuple(field.name for field in layouts if field.layout.given)
         self.written = tuple(field.name for field in layouts if not field.layout.given)
@@ -138,7 +136,6 @@ class _Record(Registered):
         written = "(!)" if argument.written else ""
         super().__init__(
             argument.name,
-            None if argument.optional else REQUIRED,
             [f"Tensor{written}[] {argument.name}"],
             [f"int[] {self.sizes}"] if self.numbers else [],
         )

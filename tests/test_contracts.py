@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import ops
-from blockbatch_kernels.contracts import REQUIRED, RecordArg
+from blockbatch_kernels.contracts import REQUIRED, RecordArg, TensorArg
 from blockbatch_kernels.operators import OPERATORS
 from blockbatch_kernels.ops import dispatch
 from blockbatch_kernels.shapes import fields_of
@@ -54,7 +54,10 @@ def test_a_row_is_the_signature(operator):
         if getattr(argument, "optional", False):
             default = None
         missing = parameter.default is parameter.empty
-        assert (default is REQUIRED or argument.name == "bias") if missing else default == parameter.default
+        if missing:  # None may have to be said
+            assert default is REQUIRED or default is None and isinstance(argument, TensorArg)
+        else:
+            assert default == parameter.default
     written = any(getattr(argument, "written", False) for argument in row.arguments)
     assert ("*written*" in function.__doc__) == written
 
@@ -150,6 +153,22 @@ def test_fakes_are_as_the_real(operator, change, mode, device):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride()), path
     if isinstance(expected, bbk.AttentionPlan):
         assert got[-3:] == expected[-3:]
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ((torch.ones(2, 4),), {}, "weight: expected an argument of rms_norm, got none"),
+        ((torch.ones(2, 4), torch.ones(4)), dict(eps=1e-5, bias=None), "rms_norm: expected its arguments"),
+        ((torch.ones(2, 4), torch.ones(4), 1e-5), {}, "eps: expected an argument of rms_norm, got none"),
+        ((torch.ones(2, 4), torch.ones(4), 1e-5), dict(eps=1e-5), "rms_norm: expected its arguments"),
+    ],
+)
+def test_a_traced_call_takes_the_same_arguments(args, kwargs, message):
+    with pytest.raises(TypeError):
+        bbk.rms_norm(*args, **kwargs)
+    with Recorder(), pytest.raises(TypeError, match=message):
+        bbk.rms_norm(*args, **kwargs)
 
 
 # What is written, and what comes out, by every backend.
