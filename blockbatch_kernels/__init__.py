@@ -7,27 +7,13 @@ The operators work on plain tensors and know no checkpoint, tokenizer or decodin
     packed = bbk.pack_windows(...)
     out = bbk.varlen_attention(q, k_cache, v_cache, page_table, packed.cu_seqlens_q, seqlens_k)
 
-`ops` holds the contracts (shapes, dtypes, what is written in place, errors) and picks the backend,
-`reference` the semantics in plain torch.
+`operators` is the table of what each takes, writes and returns, `ops` says what they mean and picks the
+backend, `reference` holds the semantics in plain torch.
 """
 
-from blockbatch_kernels.ops import (
-    attention_plan,
-    backend_of,
-    copy_pages,
-    decode_policy,
-    initial_plan,
-    linear,
-    linear_rope_kv_write,
-    linear_swiglu,
-    lm_head_confidence,
-    pack_windows,
-    rms_norm,
-    rope_kv_write,
-    share_pages,
-    swiglu,
-    varlen_attention,
-)
+from blockbatch_kernels import ops
+from blockbatch_kernels.library import traceable
+from blockbatch_kernels.ops import backend_of
 from blockbatch_kernels.structs import (
     EOS_EXITS,
     PHASES,
@@ -41,6 +27,22 @@ from blockbatch_kernels.structs import (
     Predictions,
     StepPlan,
 )
+
+# Plain calls of `ops`; while PyTorch traces, calls of the registered operators.
+attention_plan = traceable(ops.attention_plan)
+copy_pages = traceable(ops.copy_pages)
+decode_policy = traceable(ops.decode_policy)
+initial_plan = traceable(ops.initial_plan)
+linear = traceable(ops.linear)
+linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
+linear_swiglu = traceable(ops.linear_swiglu)
+lm_head_confidence = traceable(ops.lm_head_confidence)
+pack_windows = traceable(ops.pack_windows)
+rms_norm = traceable(ops.rms_norm)
+rope_kv_write = traceable(ops.rope_kv_write)
+share_pages = traceable(ops.share_pages)
+swiglu = traceable(ops.swiglu)
+varlen_attention = traceable(ops.varlen_attention)
 
 __version__ = "0.1.0"
 

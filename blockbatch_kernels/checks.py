@@ -1,48 +1,33 @@
-"""Checks of the operators' arguments: shape, dtype and device, never a value on the device."""
+"""Checks of the operators' arguments: type, shape, dtype and device, never a value on the device.
+
+The checks of an operator follow from its row in the table. They are written out as one straight Python
+function when the module is loaded, since they run in front of every launch.
+"""
 
 from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.structs import BranchState, PolicyEvents, Predictions, StepPlan
+from blockbatch_kernels.contracts import Argument, Operator, RecordArg, Scalar, SettingsArg, TensorArg
+from blockbatch_kernels.operators import OPERATORS
+from blockbatch_kernels.shapes import Dim, Field, dims, fields_of
 
-# Of everything that a model computes with.
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# What a scalar may be, and how messages say it.
+_KINDS = {
+    bool: ("bool", "True or False"),
+    int: ("int", "an int"),
+    float: ("(float, int)", "a number"),
+}
 
-_INT, _BOOL, _FLOAT = torch.int32, torch.bool, torch.float32
-# Field -> its shape and dtype; R rows, Q requests, G generated positions, * anything.
-_STATE = {
-    "prompt_tokens": ("Q*", _INT),
-    "prompt_length": ("Q", _INT),
-    "tokens": ("RG", _INT),
-    "block_size": ("R", _INT),
-    "window_start": ("R", _INT),
-    "window_end": ("R", _INT),
-    "decoded": ("R", _INT),
-    "progress": ("R", _INT),
-    "blocks_since_refresh": ("R", _INT),
-    "steps_in_block": ("R", _INT),
-    "needs_refresh": ("R", _BOOL),
-    "done": ("R", _BOOL),
-    "top_token": ("RG", _INT),
-    "confidence": ("RG", _FLOAT),
-    "committed": ("R", _INT),
-    "merged": ("R", _INT),
-    "synced": ("R", _INT),
-    "nfe": ("Q3", _INT),
-    "finished": ("Q", _BOOL),
-    "winner": ("Q", _INT),
-    "stop_reason": ("Q", _INT),
-}
-_PLAN = {
-    "query_start": ("R", _INT),
-    "query_end": ("R", _INT),
-    "source_row": ("R", _INT),
-    "predict": ("RG", _BOOL),
-    "flags": ("5", _INT),
-}
-_EVENTS = {"committed": ("RG", _BOOL), "merged": ("RG", _BOOL), "sync_source": ("R", _INT)}
+
+def checker(name: str) -> Callable[..., None]:
+    """The checks of the operator: a function of its arguments in the order of the row, without `backend`."""
+    return _Writer(OPERATORS[name]).function()
 
 
 def check_tensor(
@@ -67,42 +52,196 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
-def check_state(state: BranchState) -> None:
-    """Every field against `tokens` (rows, generation length, device) and `prompt_length` (requests)."""
-    check_tensor("state.tokens", state.tokens, (None, None), (_INT,))
-    check_tensor("state.prompt_length", state.prompt_length, (None,), (_INT,))
-    if state.num_requests < 1 or state.num_rows % state.num_requests:
-        raise ValueError(
-            f"state.prompt_length: expected a divisor of the {state.num_rows} rows, got {state.num_requests}"
+def _wrong_record(name: str, kind: type | tuple[type, ...], value: Any) -> NoReturn:
+    if isinstance(kind, type):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    expected = ", ".join(one.__name__ for one in kind)
+    raise TypeError(f"{name}: expected a tuple of {expected}, got {type(value).__name__}")
+
+
+def _wrong_scalar(name: str, value: Any, expected: str) -> NoReturn:
+    raise TypeError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _too_small(name: str, value: int, least: int) -> NoReturn:
+    raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _not_divisible(name: str, symbol: str, by: int, size: int) -> NoReturn:
+    expected = f"an even {symbol}" if by == 2 else f"a {symbol} divisible by {by}"
+    raise ValueError(f"{name}: expected {expected}, got {size}")
+
+
+_HELPERS = (check_tensor, _wrong_record, _wrong_scalar, _too_small, _not_divisible, isinstance, len, Tensor)
+
+
+class _Writer:
+    """Writes the function: `size_x` is what the symbol x stands for, `dtype_x` the dtype of argument x."""
+
+    def __init__(self, operator: Operator):
+        self.operator = operator
+        self.lines: list[str] = []
+        self.scope: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
+        self.owners: dict[str, str] = {}  # symbol -> the argument that gives it its size
+        self.has_device = False
+
+    def function(self) -> Callable[..., None]:
+        names = [argument.name for argument in self.operator.arguments]
+        for argument in self._in_order():
+            self._argument(argument)
+        body = "\n".join(f"    {line}" for line in self.lines)
+        source = f"def check_{self.operator.name}({', '.join(names)}):\n{body}\n"
+        file = f"<checks of {self.operator.name}>"
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
+        exec(compile(source, file, "exec"), self.scope)
+        return self.scope[f"check_{self.operator.name}"]
+
+    def _in_order(self) -> Iterator[Argument]:
+        """As in the row, but what needs the size of a symbol behind the argument that gives it."""
+        bound: set[str] = set()
+        waiting = list(self.operator.arguments)
+        while waiting:
+            ready = next((one for one in waiting if _needs(one) <= bound), None)
+            if ready is None:
+                raise ValueError(f"{self.operator.name}: no argument gives {_needs(waiting[0]) - bound}")
+            waiting.remove(ready)
+            bound |= _gives(ready)
+            yield ready
+
+    def _argument(self, argument: Argument) -> None:
+        start = len(self.lines)
+        known = dict(self.owners)
+        if isinstance(argument, TensorArg):
+            self._tensor(argument.name, argument.name, dims(argument.shape), argument.dtype)
+        elif isinstance(argument, RecordArg):
+            self._records(argument)
+        elif isinstance(argument, SettingsArg):
+            self._record(argument.name, argument.kind)
+            self.lines.append(f"{argument.name}.check()")
+        else:
+            self._scalar(argument)
+        if getattr(argument, "optional", False):
+            # What it gives holds inside alone.
+            self.owners = known
+            inside = self.lines[start:]
+            self.lines[start:] = [f"if {argument.name} is not None:", *(f"    {line}" for line in inside)]
+
+    def _records(self, argument: RecordArg) -> None:
+        name, kinds = argument.name, argument.kind
+        if isinstance(kinds, type):
+            self._record(name, kinds)
+            self._fields(name, kinds)
+            return
+        kind = self._constant(kinds)
+        self.lines.append(f"if not isinstance({name}, tuple) or len({name}) != {len(kinds)}:")
+        self.lines.append(f"    _wrong_record({name!r}, {kind}, {name})")
+        for index, one in enumerate(kinds):
+            self._record(f"{name}[{index}]", one)
+            self._fields(f"{name}[{index}]", one)
+
+    def _record(self, name: str, kind: type) -> None:
+        constant = self._constant(kind)
+        self.lines.append(
+            f"if not isinstance({name}, {constant}): _wrong_record({name!r}, {constant}, {name})"
         )
-    _check_fields("state", state, _STATE, state)
+
+    def _fields(self, name: str, kind: type) -> None:
+        tensors = [field for field in fields_of(kind) if field.layout is not None]
+        for field in sorted(tensors, key=self._rank):
+            path, shape = f"{name}.{field.name}", dims(field.layout.shape)
+            self.lines.append(f"tensor = {path}")
+            start = len(self.lines)
+            self._tensor(path, "tensor", shape, (field.layout.dtype,))
+            if field.optional:
+                inside = self.lines[start:]
+                self.lines[start:] = ["if tensor is not None:", *(f"    {line}" for line in inside)]
+
+    def _rank(self, field: Field) -> int:
+        """Fields of known sizes are checked first, those that need what another field gives last."""
+        unknown = [dim for dim in dims(field.layout.shape) if dim.symbol and dim.symbol not in self.owners]
+        return 0 if not unknown else 1 if all(dim.binds for dim in unknown) else 2
+
+    def _tensor(
+        self, name: str, tensor: str, shape: tuple[Dim, ...], dtypes: tuple[torch.dtype, ...] | str
+    ) -> None:
+        """Compares in one expression; what is wrong, `check_tensor` says."""
+        for dim in shape:
+            if dim.symbol in self.owners and dim.over > 1:
+                size, owner = f"size_{dim.symbol}", self.owners[dim.symbol]
+                self.lines.append(
+                    f"if {size} % {dim.over}: _not_divisible({owner!r}, {dim.symbol!r}, {dim.over}, {size})"
+                )
+        known = [self._known(dim) for dim in shape]
+        wanted = ", ".join(known)
+        wanted = f"({wanted},)" if shape else "()"
+        if isinstance(dtypes, str):
+            allowed, wrong_dtype = f"(dtype_{dtypes},)", f"{tensor}.dtype != dtype_{dtypes}"
+        else:
+            allowed = self._constant(dtypes)
+            wrong_dtype = f"{tensor}.dtype not in {allowed}"
+        wrong = [f"not isinstance({tensor}, Tensor)", wrong_dtype]
+        if "None" not in known:
+            wrong.append(f"{tensor}.shape != {wanted}")
+        else:
+            wrong.append(f"len(shape := {tensor}.shape) != {len(shape)}")
+            wrong += [f"shape[{index}] != {size}" for index, size in enumerate(known) if size != "None"]
+        if self.has_device:
+            wrong.append(f"{tensor}.device != device")
+        self.lines.append(f"if {' or '.join(wrong)}:")
+        device = "device" if self.has_device else "None"
+        self.lines.append(f"    check_tensor({name!r}, {tensor}, {wanted}, {allowed}, {device})")
+        if not self.has_device:
+            self.lines.append(f"device = {tensor}.device")
+            self.has_device = True
+        if any(getattr(other, "dtype", None) == name for other in self.operator.arguments):
+            self.lines.append(f"dtype_{name} = {tensor}.dtype")
+        self._bind(name, shape)
+
+    def _bind(self, name: str, shape: tuple[Dim, ...]) -> None:
+        for index, dim in enumerate(shape):
+            if dim.binds and dim.symbol not in self.owners:
+                self.owners[dim.symbol] = name
+                over = f" // {dim.times}" if dim.times > 1 else ""
+                self.lines.append(f"size_{dim.symbol} = shape[{index}]{over}")
+
+    def _known(self, dim: Dim) -> str:
+        """The size as an expression, "None" where any will do."""
+        if dim.symbol is None:
+            return str(dim.plus)
+        if dim.symbol not in self.owners:
+            return "None"
+        return str(dim._replace(symbol=f"size_{dim.symbol}"))
+
+    def _scalar(self, scalar: Scalar) -> None:
+        name, (kinds, expected) = scalar.name, _KINDS[scalar.kind]
+        self.lines.append(
+            f"if not isinstance({name}, {kinds}): _wrong_scalar({name!r}, {name}, {expected!r})"
+        )
+        if scalar.least is not None:
+            self.lines.append(f"if {name} < {scalar.least}: _too_small({name!r}, {name}, {scalar.least})")
+
+    def _constant(self, value: Any) -> str:
+        name = f"constant_{len(self.scope)}"
+        self.scope[name] = value
+        return name
 
 
-def check_plan(name: str, plan: StepPlan, state: BranchState) -> None:
-    _check_fields(name, plan, _PLAN, state)
+def _shapes(argument: Argument) -> list[tuple[Dim, ...]]:
+    if isinstance(argument, TensorArg):
+        return [dims(argument.shape)]
+    if isinstance(argument, RecordArg):
+        kinds = (argument.kind,) if isinstance(argument.kind, type) else argument.kind
+        return [dims(field.layout.shape) for kind in kinds for field in fields_of(kind) if field.layout]
+    return []
 
 
-def check_events(name: str, events: PolicyEvents, state: BranchState) -> None:
-    _check_fields(name, events, _EVENTS, state)
+def _gives(argument: Argument) -> set[str]:
+    if getattr(argument, "optional", False):
+        return set()
+    return {dim.symbol for shape in _shapes(argument) for dim in shape if dim.binds}
 
 
-def check_predictions(predictions: Predictions, device: torch.device) -> None:
-    check_tensor("predictions.target", predictions.target, (None,), (torch.int64,), device)
-    size = predictions.target.shape
-    check_tensor("predictions.top_token", predictions.top_token, size, (_INT,), device)
-    check_tensor("predictions.confidence", predictions.confidence, size, (_FLOAT,), device)
-    if predictions.probe_probability is not None:
-        check_tensor("predictions.probe_probability", predictions.probe_probability, size, (_FLOAT,), device)
-
-
-def _check_fields(
-    owner: str,
-    record: BranchState | StepPlan | PolicyEvents,
-    fields: dict[str, tuple[str, torch.dtype]],
-    state: BranchState,
-) -> None:
-    rows, gen_length = state.tokens.shape
-    sizes = {"R": rows, "Q": state.num_requests, "G": gen_length, "3": 3, "5": 5, "*": None}
-    for name, (letters, dtype) in fields.items():
-        shape = tuple(sizes[letter] for letter in letters)
-        check_tensor(f"{owner}.{name}", getattr(record, name), shape, (dtype,), state.tokens.device)
+def _needs(argument: Argument) -> set[str]:
+    """Symbols that the argument uses without saying by its own sizes what they stand for."""
+    own = {dim.symbol for shape in _shapes(argument) for dim in shape if dim.binds}
+    return {dim.symbol for shape in _shapes(argument) for dim in shape if dim.symbol} - own

@@ -1,17 +1,24 @@
 """The plain records that operators take and return.
 
-A step works on *rows*: row `r` is branch `r % num_branches` of request `r // num_branches`. Below, `R` is the
-number of rows, `Q` of requests, `N` of branches per request (R = Q * N), `G` the generation length. Positions
-of the generation region run from 0 to G; on the canvas they stand behind the request's prompt.
+A step works on *rows*: row `r` is branch `r % num_branches` of request `r // num_branches`. Below, R is the
+number of rows (in shapes `rows`), Q of requests, N of branches per request (R = Q * N), G the generation
+length. Positions of the generation region run from 0 to G; on the canvas they stand behind the request's
+prompt.
+
+A field says its shape and dtype (int32 if none) once, here, by its `Layout`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+import math
+import typing
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
+
+from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, Layout, fields_of, zeros
 
 PHASES = ("init", "block", "refresh")
 QUERY_SPANS = ("window", "suffix", "canvas")
@@ -29,27 +36,31 @@ class BranchState:
     Window bounds, `progress` and `first_eos` count from the start of the generation region.
     """
 
-    prompt_tokens: Tensor  # [Q, max prompt length] int32, zero behind the prompt
-    prompt_length: Tensor  # [Q] int32
-    tokens: Tensor  # [R, G] int32, MASK where nothing is decoded yet
-    block_size: Tensor  # [R] int32
-    window_start: Tensor  # [R] int32
-    window_end: Tensor  # [R] int32
-    decoded: Tensor  # [R] int32, tokens that the branch (or the leader it was synced to) committed
-    progress: Tensor  # [R] int32, start of the window, G when done
-    blocks_since_refresh: Tensor  # [R] int32
-    steps_in_block: Tensor  # [R] int32, commits since the last advance; read by fixed schedules alone
-    needs_refresh: Tensor  # [R] bool
-    done: Tensor  # [R] bool
-    top_token: Tensor  # [R, G] int32, argmax of the latest forward that computed the position
-    confidence: Tensor  # [R, G] float32, its softmax probability; 0 before the first forward
-    committed: Tensor  # [R] int32, tokens that this branch committed itself
-    merged: Tensor  # [R] int32, tokens that it took from other branches by merge
-    synced: Tensor  # [R] int32, how often it took over the leader's state
-    nfe: Tensor  # [Q, 3] int32, forwards by phase: init, block, refresh
-    finished: Tensor  # [Q] bool
-    winner: Tensor  # [Q] int32, branch index; valid where finished
-    stop_reason: Tensor  # [Q] int32, index into STOP_REASONS
+    prompt_tokens: Annotated[Tensor, Layout("requests max_prompt", given=True)]  # zero behind the prompt
+    prompt_length: Annotated[Tensor, Layout("requests", given=True)]
+    tokens: Annotated[Tensor, Layout("rows gen_length")]  # MASK where nothing is decoded yet
+    block_size: Annotated[Tensor, Layout("rows", given=True)]
+    window_start: Annotated[Tensor, Layout("rows")]
+    window_end: Annotated[Tensor, Layout("rows")]
+    # Tokens that the branch (or the leader it was synced to) committed.
+    decoded: Annotated[Tensor, Layout("rows")]
+    progress: Annotated[Tensor, Layout("rows")]  # start of the window, G when done
+    blocks_since_refresh: Annotated[Tensor, Layout("rows")]
+    # Commits since the last advance; read by fixed schedules alone.
+    steps_in_block: Annotated[Tensor, Layout("rows")]
+    needs_refresh: Annotated[Tensor, Layout("rows", torch.bool)]
+    done: Annotated[Tensor, Layout("rows", torch.bool)]
+    # Argmax of the latest forward that computed the position.
+    top_token: Annotated[Tensor, Layout("rows gen_length")]
+    # Its softmax probability; 0 before the first forward.
+    confidence: Annotated[Tensor, Layout("rows gen_length", torch.float32)]
+    committed: Annotated[Tensor, Layout("rows")]  # tokens that this branch committed itself
+    merged: Annotated[Tensor, Layout("rows")]  # tokens that it took from other branches by merge
+    synced: Annotated[Tensor, Layout("rows")]  # how often it took over the leader's state
+    nfe: Annotated[Tensor, Layout("requests 3")]  # forwards by phase: init, block, refresh
+    finished: Annotated[Tensor, Layout("requests", torch.bool)]
+    winner: Annotated[Tensor, Layout("requests")]  # branch index; valid where finished
+    stop_reason: Annotated[Tensor, Layout("requests")]  # index into STOP_REASONS
 
     @property
     def num_rows(self) -> int:
@@ -85,36 +96,18 @@ class BranchState:
             gen_length: positions to generate, G.
             mask_token_id: the id that marks an undecoded position.
         """
-        device = prompt_tokens.device
         num_requests, num_rows = prompt_tokens.shape[0], prompt_tokens.shape[0] * block_sizes.numel()
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        block_size = block_sizes.to(device=device, dtype=torch.int32).repeat(num_requests)
-        return cls(
+        device = prompt_tokens.device
+        sizes = dict(requests=num_requests, rows=num_rows, gen_length=gen_length)
+        sizes["max_prompt"] = prompt_tokens.shape[1]
+        given = dict(
             prompt_tokens=prompt_tokens,
             prompt_length=prompt_length,
-            tokens=torch.full((num_rows, gen_length), mask_token_id, dtype=torch.int32, device=device),
-            block_size=block_size,
-            window_start=zeros(num_rows),
-            window_end=block_size.clamp(max=gen_length),
-            decoded=zeros(num_rows),
-            progress=zeros(num_rows),
-            blocks_since_refresh=zeros(num_rows),
-            steps_in_block=zeros(num_rows),
-            needs_refresh=zeros(num_rows, dtype=torch.bool),
-            done=zeros(num_rows, dtype=torch.bool),
-            top_token=zeros(num_rows, gen_length),
-            confidence=zeros(num_rows, gen_length, dtype=torch.float32),
-            committed=zeros(num_rows),
-            merged=zeros(num_rows),
-            synced=zeros(num_rows),
-            nfe=zeros(num_requests, 3),
-            finished=zeros(num_requests, dtype=torch.bool),
-            winner=zeros(num_requests),
-            stop_reason=zeros(num_requests),
+            block_size=block_sizes.to(device=device, dtype=torch.int32).repeat(num_requests),
         )
+        state = cls(**{**zeros(cls, sizes, device, without=given), **given})
+        state._start(mask_token_id)
+        return state
 
     def reset(self, prompt_tokens: Tensor, prompt_length: Tensor, mask_token_id: int) -> None:
         """Back to the state before the first forward, in place, with new prompts.
@@ -124,19 +117,23 @@ class BranchState:
             prompt_length: [Q] int32.
             mask_token_id: the id that marks an undecoded position.
         """
-        kept = {"block_size", "prompt_length", "window_end", "tokens"}
-        for field in fields(self):
-            if field.name not in kept:
+        for field in fields_of(BranchState):
+            if not field.layout.given:
                 getattr(self, field.name).zero_()
+        self.prompt_tokens.zero_()
         self.prompt_tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
         self.prompt_length.copy_(prompt_length)
+        self._start(mask_token_id)
+
+    def _start(self, mask_token_id: int) -> None:
+        """What is not zero before the first forward."""
         self.tokens.fill_(mask_token_id)
         self.window_end.copy_(self.block_size.clamp(max=self.gen_length))
 
 
 @dataclass(frozen=True)
 class PolicyParams:
-    """The settings of `decode_policy`; validated by the operator's front door.
+    """The settings of `decode_policy`; its front door calls `check`.
 
     Attributes:
         mask_token_id: id of MASK.
@@ -150,7 +147,6 @@ class PolicyParams:
         leap_threshold: see `leap_radius`.
         tail_threshold: takes the place of `threshold` behind the first MASK of the window that is below
             `threshold`: what may depend on an undecided token has to be surer. None: `threshold` holds there.
-            Only the reference knows it, which then runs by default.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
         sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
             state.
@@ -172,9 +168,43 @@ class PolicyParams:
     merge_threshold: float = 0.5
     sync_threshold: int = 8
     refresh_interval: int | None = 32
-    eos_exit: str = "prefix"
-    query_span: str = "window"
-    prediction_offset: int = 0
+    eos_exit: Annotated[str, EOS_EXITS] = "prefix"
+    query_span: Annotated[str, QUERY_SPANS] = "window"
+    prediction_offset: Annotated[int, (0, 1)] = 0
+
+    def check(self) -> None:
+        """Raises ValueError, naming the setting, for values that the policy does not know."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}: expected {_one_of(choices)}, got {value!r}")
+        if not 0.5 <= self.merge_threshold <= 1.0:
+            # Below one half two different tokens could pass, and the rule would need the whole distribution.
+            raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {self.merge_threshold}")
+        if (self.threshold is None) == (self.steps_per_block is None):
+            raise ValueError("threshold: expected either threshold or steps_per_block, got both or neither")
+        if self.tail_threshold is None:
+            return
+        if self.threshold is None:
+            raise ValueError(f"tail_threshold: expected None without a threshold, got {self.tail_threshold}")
+        if not self.tail_threshold >= self.threshold:
+            raise ValueError(
+                f"tail_threshold: expected at least threshold = {self.threshold}, got {self.tail_threshold}"
+            )
+
+
+# Setting -> the values that it may have, of the settings that say so.
+CHOICES: dict[str, tuple] = {
+    name: hint.__metadata__[0]
+    for name, hint in typing.get_type_hints(PolicyParams, include_extras=True).items()
+    if typing.get_origin(hint) is Annotated
+}
+
+
+def _one_of(choices: tuple) -> str:
+    if isinstance(choices[0], str):
+        return f"one of {', '.join(choices)}"
+    return " or ".join(map(str, choices))
 
 
 class StepPlan(NamedTuple):
@@ -185,61 +215,75 @@ class StepPlan(NamedTuple):
     stalled when it has committed more tokens than there are: the model writes its own MASK.
     """
 
-    query_start: Tensor  # [R] int32, canvas positions [start, end) are computed; equal: the row sits out
-    query_end: Tensor  # [R] int32
-    source_row: Tensor  # [R] int32, the row whose predictions and K/V it takes; -1: not in this forward
-    predict: Tensor  # [R, G] bool, positions whose prediction can still matter
-    flags: Tensor  # [5] int32
+    # Canvas positions [start, end) are computed; equal: the row sits out.
+    query_start: Annotated[Tensor, Layout("rows")]
+    query_end: Annotated[Tensor, Layout("rows")]
+    # The row whose predictions and K/V it takes; -1: not in this forward.
+    source_row: Annotated[Tensor, Layout("rows")]
+    # Positions whose prediction can still matter.
+    predict: Annotated[Tensor, Layout("rows gen_length", torch.bool)]
+    flags: Annotated[Tensor, Layout("5")]
 
     @classmethod
     def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> StepPlan:
         """An empty plan to be written into. All of it but `predict` lies in one buffer: see `host_part`."""
-        buffer = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, device=device)
-        flags, *rows = buffer.split((5, num_rows, num_rows, num_rows))
-        predict = torch.zeros(num_rows, gen_length, dtype=torch.bool, device=device)
-        return cls(*rows, predict, flags)
+        sizes = dict(rows=num_rows, gen_length=gen_length)
+        host = [
+            math.prod(shape)
+            for shape in (fields_of(cls)[cls._fields.index(name)].layout.sizes(sizes) for name in _HOST_PART)
+        ]
+        buffer = torch.zeros(sum(host), dtype=torch.int32, device=device)
+        parts = dict(zip(_HOST_PART, buffer.split(host)))
+        return cls(**zeros(cls, sizes, device, without=parts), **parts)
 
     def host_part(self) -> Tensor:
         """[5 + 3 R] int32: flags, query_start, query_end, source_row of an allocated plan, for one copy."""
-        size = 5 + 3 * self.query_start.shape[0]
+        size = sum(getattr(self, name).numel() for name in _HOST_PART)
         return self.flags.as_strided((size,), (1,))
+
+
+# What the host reads of an allocated plan in one copy, in this order.
+_HOST_PART = ("flags", "query_start", "query_end", "source_row")
 
 
 class PackedQueries(NamedTuple):
     """The query tokens of all rows back to back, padded to a fixed capacity."""
 
-    input_ids: Tensor  # [capacity] int32, 0 in the padding
-    positions: Tensor  # [capacity] int32, canvas positions; 0 in the padding
-    row_index: Tensor  # [capacity] int32, -1 in the padding
-    cu_seqlens_q: Tensor  # [R + 1] int32
-    slot_mapping: Tensor  # [capacity] int64, page * page_size + offset; -1 in the padding
-    predict_index: Tensor  # [predict_capacity] int64, packed token that predicts; 0 in the padding
-    predict_target: Tensor  # [predict_capacity] int64, row * G + generation position; -1 in the padding
+    input_ids: Annotated[Tensor, Layout("capacity")]  # 0 in the padding
+    positions: Annotated[Tensor, Layout("capacity")]  # canvas positions; 0 in the padding
+    row_index: Annotated[Tensor, Layout("capacity")]  # -1 in the padding
+    cu_seqlens_q: Annotated[Tensor, Layout("rows+1")]
+    # Page * page_size + offset; -1 in the padding.
+    slot_mapping: Annotated[Tensor, Layout("capacity", torch.int64)]
+    # Packed token that predicts; 0 in the padding.
+    predict_index: Annotated[Tensor, Layout("predict_capacity", torch.int64)]
+    # Row * G + generation position; -1 in the padding.
+    predict_target: Annotated[Tensor, Layout("predict_capacity", torch.int64)]
 
 
 class Predictions(NamedTuple):
     """What the LM head says about the predicted positions of a forward, aligned with `target`."""
 
-    target: Tensor  # [M] int64, row * G + generation position; -1: padding
-    top_token: Tensor  # [M] int32, argmax of the logits, the lowest id on a tie
-    confidence: Tensor  # [M] float32, its softmax probability
-    probe_probability: Tensor | None = (
-        None  # [M] float32, probability of the token that the position holds now
-    )
+    # Row * G + generation position; -1: padding.
+    target: Annotated[Tensor, Layout("predictions", torch.int64)]
+    top_token: Annotated[Tensor, Layout("predictions")]  # argmax of the logits, the lowest id on a tie
+    confidence: Annotated[Tensor, Layout("predictions", torch.float32)]  # its softmax probability
+    # Probability of the token that the position holds now.
+    probe_probability: Annotated[Tensor | None, Layout("predictions", torch.float32)] = None
 
 
 class PolicyEvents(NamedTuple):
     """What one `decode_policy` call changed; the tokens and confidences stand in the state."""
 
-    committed: Tensor  # [R, G] bool
-    merged: Tensor  # [R, G] bool
-    sync_source: Tensor  # [R] int32, the leader's row where the row was synced, else the row itself
+    committed: Annotated[Tensor, Layout("rows gen_length", torch.bool)]
+    merged: Annotated[Tensor, Layout("rows gen_length", torch.bool)]
+    # The leader's row where the row was synced, else the row itself.
+    sync_source: Annotated[Tensor, Layout("rows")]
 
     @classmethod
     def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> PolicyEvents:
         """Empty events to be written into."""
-        committed, merged = torch.zeros(2, num_rows, gen_length, dtype=torch.bool, device=device)
-        return cls(committed, merged, torch.zeros(num_rows, dtype=torch.int32, device=device))
+        return cls(**zeros(cls, dict(rows=num_rows, gen_length=gen_length), device))
 
 
 class AttentionPlan(NamedTuple):
@@ -255,20 +299,22 @@ class AttentionPlan(NamedTuple):
     are there, so a plan serves one stream at a time.
     """
 
-    tiles: Tensor  # [max_tiles, 4] int32: piece, first and number in query_order, a row of the group
-    query_order: Tensor  # [max_pieces, tokens] int32, queries of each piece sorted by group; -1 behind
-    pieces: Tensor  # [max_pieces, 2] int32, first key and the key behind the last
-    token_row: Tensor  # [tokens] int32, row of each packed query; -1 in the padding
-    counts: Tensor  # [2] int32, tiles and pieces in use; the rest is zero
-    # [1 + max_units, 22] int32, or nothing. First the number of units, then for each: units from where to
+    # Piece, first and number in query_order, a row of the group.
+    tiles: Annotated[Tensor, Layout("max_tiles 4")]
+    # Queries of each piece sorted by group; -1 behind.
+    query_order: Annotated[Tensor, Layout("max_pieces tokens")]
+    pieces: Annotated[Tensor, Layout("max_pieces 2")]  # first key and the key behind the last
+    token_row: Annotated[Tensor, Layout("tokens")]  # row of each packed query; -1 in the padding
+    counts: Annotated[Tensor, Layout("2")]  # tiles and pieces in use; the rest is zero
+    # Nothing, or first the number of units, then for each: units from where to
     # where its tile has; first token and number of tokens of either block; number of keys, place of the first
     # in its page; a bit for every token of the blocks that reads the keys (4 integers); the page of each copy
     # (8); whether no other tile reads these keys; 0.
-    units: Tensor
-    # [processors, 4] int32: of the units of all kv heads, one head after the other, from where to where a
+    units: Annotated[Tensor, Layout(f"max_units {UNIT_INTEGERS}")]
+    # Of the units of all kv heads, one head after the other, from where to where a
     # processor has them; the first processor that shares its first tile; 0.
-    stretches: Tensor
-    arrivals: Tensor  # [2 * processors] int32, zero between calls
+    stretches: Annotated[Tensor, Layout(f"processors {STRETCH_INTEGERS}")]
+    arrivals: Annotated[Tensor, Layout("2*processors")]  # zero between calls
     tile_tokens: int
     num_heads: int  # of the queries that it is for, and of their keys
     num_kv_heads: int

@@ -74,27 +74,9 @@ def policy(device):
     return state, plan, bbk.Predictions(target, top_token, confidence, confidence / 2)
 
 
-OPERATORS = (
-    "rms_norm",
-    "swiglu",
-    "linear",
-    "linear_swiglu",
-    "rope_kv_write",
-    "linear_rope_kv_write",
-    "attention_plan",
-    "varlen_attention",
-    "lm_head_confidence",
-    "pack_windows",
-    "share_pages",
-    "copy_pages",
-    "initial_plan",
-    "decode_policy",
-)
-
-
-def arguments_of(operator, device="cpu", dtype=torch.float32):
-    """Keyword arguments that the operator takes; float tensors in `dtype`."""
-    torch.manual_seed(0)
+def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
+    """Keyword arguments that the operator takes, all of them; float tensors in `dtype`."""
+    torch.manual_seed(seed)
 
     def rand(*shape):
         return torch.randn(shape).to(device, dtype)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from blockbatch_kernels import cuda, reference, tuning
-from blockbatch_kernels.checks import FLOATS, check_tensor
-from blockbatch_kernels.library import traceable
+from blockbatch_kernels import tuning
+from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch
 from blockbatch_kernels.structs import AttentionPlan
 
+_check_attention_plan = checker("attention_plan")
+_check_varlen_attention = checker("varlen_attention")
 
-@traceable
+
 def attention_plan(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -42,38 +42,26 @@ def attention_plan(
             share most of theirs count once; None: all rows. The result of the attention does not depend on
             it, its speed does.
     """
-    check_tensor("page_table", page_table, (None, None), (torch.int32,))
-    rows, device = page_table.shape[0], page_table.device
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (rows + 1,), (torch.int32,), device)
-    check_tensor("seqlens_k", seqlens_k, (rows,), (torch.int32,), device)
-    if distinct_rows is None:
-        distinct_rows = rows
-    for name, value, least in (
-        ("page_size", page_size, 1),
-        ("num_tokens", num_tokens, 0),
-        ("num_heads", num_heads, 1),
-        ("distinct_rows", distinct_rows, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    tensors = (page_table, cu_seqlens_q, seqlens_k)
+    _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
     module = dispatch.module_for(backend, "attention_plan", page_table)
-    heads, pages_per_row = (num_heads, num_kv_heads), page_table.shape[1]
+    heads, (rows, pages_per_row), device = (num_heads, num_kv_heads), page_table.shape, page_table.device
+    if distinct_rows is None:
+        distinct_rows = rows
     shape = tuning.attention_shape(
         num_tokens,
         *heads,
         page_size,
         pages_per_row,
         tuning.num_processors(device),
-        units=module is cuda and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+        units=dispatch.is_backend(module, "cuda")
+        and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
     )
-    return module.attention_plan(
-        page_table, cu_seqlens_q, seqlens_k, page_size=page_size, num_tokens=num_tokens, shape=shape
-    )
+    return module.attention_plan(*tensors, page_size=page_size, num_tokens=num_tokens, shape=shape)
 
 
-@traceable
 def varlen_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -100,17 +88,13 @@ def varlen_attention(
     Returns:
         [tokens, num_heads, head_dim]; padding tokens and rows without keys are zero.
     """
-    check_tensor("q", q, (None, None, None), FLOATS)
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    _check_varlen_attention(*tensors, softmax_scale, plan)
     head_dim = q.shape[2]
-    check_tensor("k_cache", k_cache, (None, None, None, head_dim), (q.dtype,), q.device)
-    check_tensor("v_cache", v_cache, tuple(k_cache.shape), (q.dtype,), q.device)
-    if q.shape[1] % k_cache.shape[2]:
+    if k_cache.shape[2] < 1 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(
             f"k_cache: expected a number of kv heads that divides {q.shape[1]}, got {k_cache.shape[2]}"
         )
-    check_tensor("page_table", page_table, (None, None), (torch.int32,), q.device)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,), (torch.int32,), q.device)
-    check_tensor("seqlens_k", seqlens_k, (page_table.shape[0],), (torch.int32,), q.device)
     if plan is not None:
         _check_plan(plan, q, k_cache.shape[2])
     if softmax_scale is None:
@@ -132,7 +116,7 @@ def varlen_attention(
         head_dim=head_dim,
         element_size=q.element_size(),
     )
-    if plan is None and module is not reference:
+    if plan is None and not dispatch.is_backend(module, "reference"):
         plan = attention_plan(
             page_table,
             cu_seqlens_q,
@@ -143,16 +127,7 @@ def varlen_attention(
             num_kv_heads=k_cache.shape[2],
             backend=backend,
         )
-    return module.varlen_attention(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        cu_seqlens_q,
-        seqlens_k,
-        softmax_scale=softmax_scale,
-        plan=plan,
-    )
+    return module.varlen_attention(*tensors, softmax_scale=softmax_scale, plan=plan)
 
 
 def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:
@@ -161,27 +136,14 @@ def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:
 
 
 def _check_plan(plan: AttentionPlan, q: Tensor, num_kv_heads: int) -> None:
-    heads, tokens = (q.shape[1], num_kv_heads), q.shape[0]
+    heads = (q.shape[1], num_kv_heads)
     if (plan.num_heads, plan.num_kv_heads) != heads:
         raise ValueError(
             "plan: expected one for {} heads and {} kv heads, got one for {} and {}".format(
                 *heads, plan.num_heads, plan.num_kv_heads
             )
         )
-
-    def check(name: str, *shape: int | None) -> None:
-        check_tensor(f"plan.{name}", getattr(plan, name), shape, (torch.int32,), q.device)
-
-    check("tiles", None, 4)
-    check("token_row", tokens)
-    check("pieces", None, 2)
-    check("query_order", plan.pieces.shape[0], tokens)
-    check("counts", 2)
-    check("units", None, tuning.UNIT_INTEGERS)
-    check("stretches", None, tuning.STRETCH_INTEGERS)
-    processors = plan.stretches.shape[0]
-    check("arrivals", 2 * processors)
-    if plan.units.shape[0] > 0 and processors == 0:
+    if plan.units.shape[0] > 0 and plan.stretches.shape[0] == 0:
         raise ValueError(
             "plan.stretches: expected one for each processor, since the plan has units, got none"
         )

@@ -51,4 +51,9 @@ def backend_of(op: str, device: torch.device, backend: str | None = None, **size
             num_eos_tokens of `initial_plan` and `decode_policy`.
     """
     module = module_for(backend, op, torch.empty(0, device=device), **sizes)
-    return next(name for name, candidate in MODULES.items() if candidate is module)
+    return next(name for name in MODULES if is_backend(module, name))
+
+
+def is_backend(module: ModuleType, name: str) -> bool:
+    """Whether `module`, as `module_for` gave it, is the backend of that name."""
+    return module is MODULES[name]

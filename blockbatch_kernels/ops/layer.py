@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from blockbatch_kernels.checks import FLOATS, check_tensor
-from blockbatch_kernels.library import traceable
+from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch
 
+_check_rms_norm = checker("rms_norm")
+_check_swiglu = checker("swiglu")
+_check_linear = checker("linear")
+_check_linear_swiglu = checker("linear_swiglu")
+_check_rope_kv_write = checker("rope_kv_write")
+_check_linear_rope_kv_write = checker("linear_rope_kv_write")
+_check_lm_head_confidence = checker("lm_head_confidence")
 
-@traceable
+
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
@@ -28,14 +33,10 @@ def rms_norm(
     Returns:
         [tokens, dim], same dtype.
     """
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x.device)
-    if residual is not None:
-        check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device)
+    _check_rms_norm(x, weight, eps, residual)
     return dispatch.module_for(backend, "rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
 
 
-@traceable
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """`silu(gate) * up` in fp32, rounded once.
 
@@ -45,13 +46,12 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         [tokens, intermediate], same dtype.
     """
-    check_tensor("gate_up", gate_up, (None, None), FLOATS)
+    _check_swiglu(gate_up)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension (gate and up), got {gate_up.shape[1]}")
     return dispatch.module_for(backend, "swiglu", gate_up).swiglu(gate_up)
 
 
-@traceable
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -76,12 +76,11 @@ def linear(
     Returns:
         [tokens, out], same dtype.
     """
-    _check_product(x, weight, bias, static_weight)
+    _check_linear(x, weight, bias, static_weight)
     module = dispatch.module_for(backend, "linear", x)
     return module.linear(x, weight, bias, static_weight=static_weight)
 
 
-@traceable
 def linear_swiglu(
     x: Tensor, weight: Tensor, *, static_weight: bool = False, backend: str | None = None
 ) -> Tensor:
@@ -98,23 +97,13 @@ def linear_swiglu(
     Returns:
         [tokens, intermediate], same dtype.
     """
-    _check_product(x, weight, None, static_weight)
+    _check_linear_swiglu(x, weight, static_weight)
     if weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
     module = dispatch.module_for(backend, "linear_swiglu", x)
     return module.linear_swiglu(x, weight, static_weight=static_weight)
 
 
-def _check_product(x: Tensor, weight: Tensor, bias: Tensor | None, static_weight: bool) -> None:
-    check_tensor("x", x, (None, None), FLOATS)
-    check_tensor("weight", weight, (None, x.shape[1]), (x.dtype,), x.device)
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],), (x.dtype,), x.device)
-    if not isinstance(static_weight, bool):
-        raise TypeError(f"static_weight: expected True or False, got {static_weight!r}")
-
-
-@traceable
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -139,16 +128,11 @@ def rope_kv_write(
         k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after
             rotation.
     """
-    check_tensor("q", q, (None, None, None), FLOATS)
-    tokens, _, head_dim = q.shape
-    check_tensor("k", k, (tokens, None, head_dim), (q.dtype,), q.device)
-    check_tensor("v", v, tuple(k.shape), (q.dtype,), q.device)
-    _check_rope(q, positions, slot_mapping, cos, sin, k_cache, v_cache, heads=(k.shape[1], head_dim))
+    _check_rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
     module = dispatch.module_for(backend, "rope_kv_write", q)
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
 
 
-@traceable
 def linear_rope_kv_write(
     x: Tensor,
     weight: Tensor,
@@ -186,12 +170,8 @@ def linear_rope_kv_write(
     Returns:
         [tokens, num_heads, head_dim], q after rotation, same dtype; may be a view of the whole product.
     """
-    _check_product(x, weight, bias, static_weight)
-    _check_rope(x, positions, slot_mapping, cos, sin, k_cache, v_cache)
-    if not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
-    if num_heads < 1:
-        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
+    _check_linear_rope_kv_write(x, weight, bias, *where, num_heads, static_weight)
     num_kv_heads, head_dim = k_cache.shape[2:]
     rows = (num_heads + 2 * num_kv_heads) * head_dim
     if weight.shape[0] != rows:
@@ -201,44 +181,10 @@ def linear_rope_kv_write(
         )
     module = dispatch.module_for(backend, "linear_rope_kv_write", x)
     return module.linear_rope_kv_write(
-        x,
-        weight,
-        bias,
-        positions,
-        slot_mapping,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        num_heads=num_heads,
-        static_weight=static_weight,
+        x, weight, bias, *where, num_heads=num_heads, static_weight=static_weight
     )
 
 
-def _check_rope(
-    tokens: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    heads: tuple[int | None, int | None] = (None, None),
-) -> None:
-    """Against `tokens` [tokens, ...] and `heads` (num_kv_heads, head_dim), None: those of the cache."""
-    dtype, device = tokens.dtype, tokens.device
-    check_tensor("k_cache", k_cache, (None, None, *heads), (dtype,), device)
-    check_tensor("v_cache", v_cache, tuple(k_cache.shape), (dtype,), device)
-    head_dim = k_cache.shape[3]
-    if head_dim % 2:
-        raise ValueError(f"k_cache: expected an even head_dim, got {head_dim}")
-    check_tensor("positions", positions, tokens.shape[:1], (torch.int32,), device)
-    check_tensor("slot_mapping", slot_mapping, tokens.shape[:1], (torch.int64,), device)
-    check_tensor("cos", cos, (None, head_dim // 2), (torch.float32,), device)
-    check_tensor("sin", sin, tuple(cos.shape), (torch.float32,), device)
-
-
-@traceable
 def lm_head_confidence(
     hidden: Tensor,
     weight: Tensor,
@@ -261,10 +207,7 @@ def lm_head_confidence(
         top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or
         None.
     """
-    check_tensor("hidden", hidden, (None, None), FLOATS)
-    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
-    if probe_tokens is not None:
-        check_tensor("probe_tokens", probe_tokens, (hidden.shape[0],), (torch.int32,), hidden.device)
+    _check_lm_head_confidence(hidden, weight, probe_tokens, suppress_token)
     if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
         raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
     return dispatch.module_for(backend, "lm_head_confidence", hidden).lm_head_confidence(

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from blockbatch_kernels.checks import (
-    FLOATS,
-    check_events,
-    check_plan,
-    check_predictions,
-    check_state,
-    check_tensor,
-)
-from blockbatch_kernels.library import traceable
+from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch
 from blockbatch_kernels.structs import (
-    EOS_EXITS,
-    QUERY_SPANS,
     BranchState,
     PackedQueries,
     PolicyEvents,
@@ -26,8 +15,13 @@ from blockbatch_kernels.structs import (
     StepPlan,
 )
 
+_check_pack_windows = checker("pack_windows")
+_check_share_pages = checker("share_pages")
+_check_copy_pages = checker("copy_pages")
+_check_initial_plan = checker("initial_plan")
+_check_decode_policy = checker("decode_policy")
 
-@traceable
+
 def pack_windows(
     state: BranchState,
     plan: StepPlan,
@@ -50,16 +44,8 @@ def pack_windows(
         predict_capacity: predictions to make room for, at least the plan's.
         prediction_offset: a query at position p predicts p + prediction_offset.
     """
-    check_state(state)
-    check_plan("plan", plan, state)
-    check_tensor("page_table", page_table, (state.num_rows, None), (torch.int32,), state.tokens.device)
-    for name, value, least in (
-        ("page_size", page_size, 1),
-        ("capacity", capacity, 0),
-        ("predict_capacity", predict_capacity, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    _check_pack_windows(state, plan, page_table, page_size, capacity, predict_capacity, prediction_offset)
+    _check_requests(state)
     return dispatch.module_for(backend, "pack_windows", state.tokens).pack_windows(
         state,
         plan,
@@ -71,7 +57,6 @@ def pack_windows(
     )
 
 
-@traceable
 def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None = None) -> None:
     """Lets each row use the pages of its source row: no K or V moves.
 
@@ -79,12 +64,10 @@ def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None =
         page_table: [R, pages_per_row] int32; *written*. All rows read the table as it was before.
         source_row: [R] int32; the row itself or -1 leaves the row as it is.
     """
-    check_tensor("page_table", page_table, (None, None), (torch.int32,))
-    check_tensor("source_row", source_row, (page_table.shape[0],), (torch.int32,), page_table.device)
+    _check_share_pages(page_table, source_row)
     dispatch.module_for(backend, "share_pages", page_table).share_pages(page_table, source_row)
 
 
-@traceable
 def copy_pages(
     kv_cache: Tensor,
     page_table: Tensor,
@@ -107,11 +90,8 @@ def copy_pages(
         write_start, write_end: [R] int32, positions that the row will write; equal: none.
         num_branches: rows per request.
     """
-    check_tensor("page_table", page_table, (None, None), (torch.int32,))
-    check_tensor("kv_cache", kv_cache, (None, 2, None, None, None, None), FLOATS, page_table.device)
+    _check_copy_pages(kv_cache, page_table, write_start, write_end, num_branches)
     rows = page_table.shape[0]
-    check_tensor("write_start", write_start, (rows,), (torch.int32,), page_table.device)
-    check_tensor("write_end", write_end, (rows,), (torch.int32,), page_table.device)
     if num_branches < 1 or rows % num_branches:
         raise ValueError(f"num_branches: expected a divisor of the {rows} rows, got {num_branches}")
     if kv_cache.shape[2] < page_table.numel():
@@ -120,7 +100,6 @@ def copy_pages(
     module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
 
 
-@traceable
 def initial_plan(
     state: BranchState, params: PolicyParams, *, out: StepPlan | None = None, backend: str | None = None
 ) -> StepPlan:
@@ -128,14 +107,12 @@ def initial_plan(
 
     `out` (`StepPlan.allocate`) is *written* and returned if given.
     """
-    _check_policy(state, params)
-    if out is not None:
-        check_plan("out", out, state)
+    _check_initial_plan(state, params, out)
+    _check_requests(state)
     module = dispatch.module_for(backend, "initial_plan", state.tokens, **_policy_sizes(state, params))
     return module.initial_plan(state, params, out=out)
 
 
-@traceable
 def decode_policy(
     state: BranchState,
     predictions: Predictions,
@@ -162,12 +139,8 @@ def decode_policy(
         the plan of the next forward, and what changed (for traces; `sync_source` also tells `share_pages`
         which rows to repoint).
     """
-    _check_policy(state, params)
-    check_plan("plan", plan, state)
-    if out is not None:
-        check_plan("out[0]", out[0], state)
-        check_events("out[1]", out[1], state)
-    check_predictions(predictions, state.tokens.device)
+    _check_decode_policy(state, predictions, plan, params, out)
+    _check_requests(state)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
     module = dispatch.module_for(backend, "decode_policy", state.tokens, **_policy_sizes(state, params))
@@ -178,26 +151,8 @@ def _policy_sizes(state: BranchState, params: PolicyParams) -> dict[str, int]:
     return dict(num_branches=state.num_branches, num_eos_tokens=len(params.eos_token_ids))
 
 
-def _check_policy(state: BranchState, params: PolicyParams) -> None:
-    check_state(state)
-    if params.eos_exit not in EOS_EXITS:
-        raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {params.eos_exit!r}")
-    if params.query_span not in QUERY_SPANS:
-        raise ValueError(f"query_span: expected one of {', '.join(QUERY_SPANS)}, got {params.query_span!r}")
-    if params.prediction_offset not in (0, 1):
-        raise ValueError(f"prediction_offset: expected 0 or 1, got {params.prediction_offset}")
-    if not 0.5 <= params.merge_threshold <= 1.0:
-        # Below one half two different tokens could pass, and the rule would need the whole distribution.
-        raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {params.merge_threshold}")
-    if (params.threshold is None) == (params.steps_per_block is None):
-        raise ValueError("threshold: expected either threshold or steps_per_block, got both or neither")
-    if params.tail_threshold is not None:
-        if params.threshold is None:
-            raise ValueError(
-                f"tail_threshold: expected None without a threshold, got {params.tail_threshold}"
-            )
-        if not params.tail_threshold >= params.threshold:
-            raise ValueError(
-                f"tail_threshold: expected at least threshold = {params.threshold}, got "
-                f"{params.tail_threshold}"
-            )
+def _check_requests(state: BranchState) -> None:
+    if state.num_requests < 1 or state.num_rows % state.num_requests:
+        raise ValueError(
+            f"state.prompt_length: expected a divisor of the {state.num_rows} rows, got {state.num_requests}"
+        )

@@ -21,13 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.tuning import (
-    MIN_STRETCH_UNITS,
-    STRETCH_INTEGERS,
-    UNIT_INTEGERS,
-    UNIT_KEYS,
-    AttentionShape,
-)
+from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, UNIT_KEYS
+from blockbatch_kernels.tuning import MIN_STRETCH_UNITS, AttentionShape
 
 
 def attention_units(

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS
 from blockbatch_kernels.structs import AttentionPlan
 from blockbatch_kernels.triton.launch import on_device_of_first
-from blockbatch_kernels.tuning import STRETCH_INTEGERS, UNIT_INTEGERS, AttentionShape
+from blockbatch_kernels.tuning import AttentionShape
 
 _BLOCK_COLUMNS = 16
 _BLOCK_TOKENS = 256

@@ -3,13 +3,11 @@
 `rows` is written by `python bench/tuning_rows.py --write` from these results.
 """
 
+from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, UNIT_KEYS
 from blockbatch_kernels.tuning.attention import (
     MAX_HEAD_DIM,
     MAX_PARTIALS,
     MIN_STRETCH_UNITS,
-    STRETCH_INTEGERS,
-    UNIT_INTEGERS,
-    UNIT_KEYS,
     AttentionShape,
     attention_shape,
     plans_units,

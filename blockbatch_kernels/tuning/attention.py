@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from blockbatch_kernels.shapes import UNIT_KEYS
 from blockbatch_kernels.tuning.devices import device_kind
 
 # Of either compiled backend.
@@ -38,12 +39,8 @@ class AttentionShape(NamedTuple):
         return 1 + (num_tokens // self.block_tokens + num_rows) * units
 
 
-# Keys of a unit at most, and integers of its record.
-UNIT_KEYS = 128
-UNIT_INTEGERS = 22
 # A stretch of units gets no shorter than this for the sake of another processor.
 MIN_STRETCH_UNITS = 2
-STRETCH_INTEGERS = 4
 # With 0 the tiles of a few kv heads are cut more often than they gain by it; with 2 private windows behind a
 # shared prompt would be kept whole.
 _MAX_SLACK = 1

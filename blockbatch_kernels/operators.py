@@ -1,0 +1,230 @@
+"""The table of operators: what each takes, writes and returns.
+
+Checks (`checks`), registration with PyTorch (`library`) and the contract tests read it. What a row cannot
+say, such as a number of heads that must divide another, stands in `ops`; what an operator means stands in
+its docstring there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from blockbatch_kernels import tuning
+from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, SettingsArg, TensorArg
+from blockbatch_kernels.structs import (
+    AttentionPlan,
+    BranchState,
+    PackedQueries,
+    PolicyEvents,
+    PolicyParams,
+    Predictions,
+    StepPlan,
+)
+
+# Of everything that a model computes with.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT = (torch.float32,)
+INT = (torch.int32,)
+LONG = (torch.int64,)
+
+
+def _attention_plan_symbols(
+    sizes: dict[str, int], device: torch.device, backend: str | None
+) -> dict[str, int]:
+    """Sizes of a plan, which follow from how the work may be cut."""
+    heads, page_size = (sizes["num_heads"], sizes["num_kv_heads"]), sizes["page_size"]
+    rows, pages_per_row = sizes["rows"], sizes["pages_per_row"]
+    distinct_rows = rows if sizes.get("distinct_rows") is None else sizes["distinct_rows"]
+    # Without the caches of these functions: sizes that are symbols cannot be looked up.
+    processors = tuning.num_processors.__wrapped__(device)
+    shape = tuning.attention_shape.__wrapped__(
+        sizes["num_tokens"],
+        *heads,
+        page_size,
+        pages_per_row,
+        processors,
+        units=backend == "cuda"
+        and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+    )
+    return dict(
+        tokens=sizes["num_tokens"],
+        max_tiles=shape.max_tiles + shape.max_pieces * rows,
+        max_pieces=shape.max_pieces,
+        max_units=shape.max_units(sizes["num_tokens"], rows, page_size),
+        processors=shape.processors,
+        tile_tokens=shape.tile_tokens,
+    )
+
+
+_ROPE = (
+    TensorArg("positions", "tokens", INT),
+    TensorArg("slot_mapping", "tokens", LONG),
+    TensorArg("cos", "max_positions head_dim/2", FLOAT),
+    TensorArg("sin", "max_positions head_dim/2", FLOAT),
+)
+
+
+def _caches(dtype: str, **options) -> tuple[TensorArg, TensorArg]:
+    shape = "pages page_size num_kv_heads head_dim"
+    return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
+
+
+_TABLE = (
+    Operator(
+        "rms_norm",
+        (
+            TensorArg("x", "tokens dim", FLOATS),
+            TensorArg("weight", "dim", "x"),
+            Scalar("eps", float),
+            TensorArg("residual", "tokens dim", "x", optional=True, written=True, pinned=True),
+        ),
+        (Result("tokens dim", "x"),),
+    ),
+    Operator(
+        "swiglu",
+        (TensorArg("gate_up", "tokens 2*intermediate", FLOATS),),
+        (Result("tokens intermediate", "gate_up"),),
+    ),
+    Operator(
+        "linear",
+        (
+            TensorArg("x", "tokens in_features", FLOATS),
+            TensorArg("weight", "out_features in_features", "x"),
+            TensorArg("bias", "out_features", "x", optional=True),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens out_features", "x"),),
+    ),
+    Operator(
+        "linear_swiglu",
+        (
+            TensorArg("x", "tokens in_features", FLOATS),
+            TensorArg("weight", "2*intermediate in_features", "x"),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens intermediate", "x"),),
+    ),
+    Operator(
+        "rope_kv_write",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS, written=True, pinned=True),
+            TensorArg("k", "tokens num_kv_heads head_dim", "q", pinned=True),
+            TensorArg("v", "tokens num_kv_heads head_dim", "q", pinned=True),
+            *_ROPE,
+            *_caches("q", written=True, pinned="whole"),
+        ),
+    ),
+    Operator(
+        "linear_rope_kv_write",
+        (
+            TensorArg("x", "tokens in_features", FLOATS),
+            TensorArg("weight", "out_features in_features", "x"),
+            TensorArg("bias", "out_features", "x", optional=True),
+            *_ROPE,
+            *_caches("x", written=True, pinned="whole"),
+            Scalar("num_heads", int, least=1),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens num_heads head_dim", "x"),),
+    ),
+    Operator(
+        "attention_plan",
+        (
+            TensorArg("page_table", "rows pages_per_row", INT),
+            TensorArg("cu_seqlens_q", "rows+1", INT),
+            TensorArg("seqlens_k", "rows", INT),
+            Scalar("page_size", int, least=1, symbolic=True),
+            Scalar("num_tokens", int, least=0, symbolic=True),
+            Scalar("num_heads", int, least=1),
+            Scalar("num_kv_heads", int),
+            Scalar("distinct_rows", int, None, least=0, symbolic=True),
+        ),
+        (AttentionPlan,),
+        symbols=_attention_plan_symbols,
+    ),
+    Operator(
+        "varlen_attention",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS),
+            *_caches("q"),
+            TensorArg("page_table", "rows pages_per_row", INT),
+            TensorArg("cu_seqlens_q", "rows+1", INT),
+            TensorArg("seqlens_k", "rows", INT),
+            Scalar("softmax_scale", float, None),
+            RecordArg("plan", AttentionPlan, optional=True),
+        ),
+        (Result("tokens num_heads head_dim", "q"),),
+    ),
+    Operator(
+        "lm_head_confidence",
+        (
+            TensorArg("hidden", "predictions dim", FLOATS),
+            TensorArg("weight", "vocabulary dim", "hidden"),
+            TensorArg("probe_tokens", "predictions", INT, optional=True),
+            Scalar("suppress_token", int, None),
+        ),
+        (
+            Result("predictions", torch.int32),
+            Result("predictions", torch.float32),
+            Result("predictions", torch.float32, given="probe_tokens"),
+        ),
+    ),
+    Operator(
+        "pack_windows",
+        (
+            RecordArg("state", BranchState),
+            RecordArg("plan", StepPlan),
+            TensorArg("page_table", "rows pages_per_row", INT),
+            Scalar("page_size", int, least=1, symbolic=True),
+            Scalar("capacity", int, least=0, symbolic=True),
+            Scalar("predict_capacity", int, least=0, symbolic=True),
+            Scalar("prediction_offset", int, 0),
+        ),
+        (PackedQueries,),
+    ),
+    Operator(
+        "share_pages",
+        (
+            TensorArg("page_table", "rows pages_per_row", INT, written=True, pinned=True),
+            TensorArg("source_row", "rows", INT),
+        ),
+    ),
+    Operator(
+        "copy_pages",
+        (
+            TensorArg(
+                "kv_cache",
+                "layers 2 pages page_size num_kv_heads head_dim",
+                FLOATS,
+                written=True,
+                pinned=True,
+            ),
+            TensorArg("page_table", "rows pages_per_row", INT, written=True, pinned=True),
+            TensorArg("write_start", "rows", INT),
+            TensorArg("write_end", "rows", INT),
+            Scalar("num_branches", int),
+        ),
+    ),
+    Operator(
+        "initial_plan",
+        (
+            RecordArg("state", BranchState),
+            SettingsArg("params", PolicyParams),
+            RecordArg("out", StepPlan, optional=True, written=True),
+        ),
+        (StepPlan,),
+    ),
+    Operator(
+        "decode_policy",
+        (
+            RecordArg("state", BranchState, written=True),
+            RecordArg("predictions", Predictions),
+            RecordArg("plan", StepPlan),
+            SettingsArg("params", PolicyParams),
+            RecordArg("out", (StepPlan, PolicyEvents), optional=True, written=True),
+        ),
+        (StepPlan, PolicyEvents),
+    ),
+)
+
+OPERATORS = {operator.name: operator for operator in _TABLE}

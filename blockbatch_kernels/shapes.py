@@ -1,0 +1,140 @@
+"""Shapes written with names, and what the backends share about them.
+
+A shape is text such as "rows+1 head_dim/2": one word for each dimension. A word is a number, `*` for any
+size, or a name, which stands for the same size wherever the arguments of one call use it; a name may be
+multiplied in front ("2*intermediate") and divided or added to behind it. Records say the shape and dtype of
+each field once, as `Annotated[Tensor, Layout(...)]`; checks, schemas, fakes and allocation follow from that.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Keys of a unit of an attention plan at most, integers of its record, and of the record of a stretch.
+UNIT_KEYS = 128
+UNIT_INTEGERS = 22
+STRETCH_INTEGERS = 4
+
+_WORD = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?:/(\d+))?(?:\+(\d+))?")
+
+
+class Dim(NamedTuple):
+    """The size symbol * times // over + plus; without a symbol `plus`, where None stands for any size."""
+
+    symbol: str | None
+    times: int = 1
+    over: int = 1
+    plus: int | None = 0
+
+    def __str__(self) -> str:
+        """As Python: what a size is, from variables named as the symbols."""
+        if self.symbol is None:
+            return str(self.plus)
+        times = f"{self.times} * " if self.times > 1 else ""
+        over = f" // {self.over}" if self.over > 1 else ""
+        return f"{times}{self.symbol}{over}" + (f" + {self.plus}" if self.plus else "")
+
+    def size(self, sizes: dict[str, int]) -> int | None:
+        if self.symbol is None:
+            return self.plus
+        return sizes[self.symbol] * self.times // self.over + self.plus
+
+    @property
+    def binds(self) -> bool:
+        """Whether a size says what the symbol stands for."""
+        return self.symbol is not None and self.over == 1 and self.plus == 0
+
+
+@functools.cache
+def dims(shape: str) -> tuple[Dim, ...]:
+    """Raises ValueError where the text is no shape."""
+
+    def dim(word: str) -> Dim:
+        if word == "*" or word.isdecimal():
+            return Dim(None, plus=None if word == "*" else int(word))
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise ValueError(f"shape: expected numbers, * and names such as 2*rows, rows/2, got {shape!r}")
+        times, symbol, over, plus = match.groups()
+        return Dim(symbol, int(times or 1), int(over or 1), int(plus or 0))
+
+    return tuple(dim(word) for word in shape.split())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a tensor of a record is.
+
+    Attributes:
+        shape: in words, see the module.
+        dtype: the only one that it may have.
+        given: of a state: it is set when the state is made; operators read it alone.
+    """
+
+    shape: str
+    dtype: torch.dtype = torch.int32
+    given: bool = False
+
+    def sizes(self, symbols: dict[str, int]) -> tuple[int | None, ...]:
+        """The shape where the symbols stand for these sizes."""
+        return tuple(dim.size(symbols) for dim in dims(self.shape))
+
+
+class Field(NamedTuple):
+    """A field of a record: a tensor with its layout, or a plain number (`layout` is None)."""
+
+    name: str
+    layout: Layout | None
+    optional: bool
+
+
+@functools.cache
+def fields_of(record: type) -> tuple[Field, ...]:
+    """The fields of a record class in order, as their annotations say."""
+    fields = []
+    for name, hint in typing.get_type_hints(record, include_extras=True).items():
+        layout = next(
+            (found for found in getattr(hint, "__metadata__", ()) if isinstance(found, Layout)), None
+        )
+        fields.append(Field(name, layout, is_optional(hint)))
+    return tuple(fields)
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether None is allowed by the annotation."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return type(None) in alternatives(hint)
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def zeros(
+    record: type, sizes: dict[str, int], device: torch.device, without: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Field -> a tensor of zeros, for the tensors of the record but those in `without`."""
+    return {
+        name: torch.zeros(layout.sizes(sizes), dtype=layout.dtype, device=device)
+        for name, layout, _ in fields_of(record)
+        if layout is not None and name not in without
+    }
+
+
+def split_heads(product: Tensor, num_heads: int, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads of q, k and v as views of their product [tokens, all heads * head_dim]."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    return product.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
