@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "attention/sm90.cuh"
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
 
 namespace bbk {
@@ -216,13 +217,6 @@ void launch_sm90(const Sm90Params& params, const Launch& launch) {
   launch_sm90<T, 128>(params, launch);
 }
 
-// Code for another architecture than sm_90a leaves the kernel empty: it needs hardly a register.
-bool has_machine_code() {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, attention_sm90_kernel<__half, 64, 1>), kOp);
-  return attributes.numRegs > 32;
-}
-
 }  // namespace
 
 Sm90Params sm90_params(const AttentionParams& params) {
@@ -246,12 +240,8 @@ bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) 
                                params.v_page_stride, params.v_token_stride, params.v_head_stride}) {
     if (stride <= 0) return false;
   }
-  if (params.page_size % 8 != 0 || !attention_mma_serves(params)) return false;
-  int major = 0;
-  int minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device), kOp);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device), kOp);
-  return major == 9 && minor == 0 && has_machine_code();
+  return params.page_size % 8 == 0 && attention_mma_serves(params) &&
+         has_code_for(launch.device) == Code::kSm90a;
 }
 
 void attention_sm90(const AttentionParams& params, const Launch& launch) {

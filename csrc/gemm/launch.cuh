@@ -1,6 +1,7 @@
 // Matrix products of a step's few tokens with the transformer's weights, on sm_90: checks and launch.
 #pragma once
 
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
 #include "gemm/gemm.h"
 #include "gemm/kernel.cuh"
@@ -44,8 +45,8 @@ void dispatch_gemm_dtype(const char* op, DType dtype, Use&& use) {
   }
 }
 
-inline void check_gemm_is_available(const char* op, int device) {
-  if (gemm_is_available(device)) return;
+inline void check_has_sm90a_code(const char* op, int device) {
+  if (has_code_for(device) == Code::kSm90a) return;
   throw std::runtime_error(std::string("blockbatch_kernels.") + op +
                            ": expected a GPU of sm_90 and an extension built for 90a");
 }

@@ -4,8 +4,8 @@
 // reduced.
 #include <climits>
 
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
-#include "gemm/gemm.h"
 #include "gemm/kernel.cuh"
 #include "gemm/lm_head.h"
 #include "gemm/lm_head_math.cuh"
@@ -315,7 +315,7 @@ void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Lau
   }
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  if (!gemm_is_available(launch.device)) {
+  if (has_code_for(launch.device) != Code::kSm90a) {
     throw std::runtime_error(
         "blockbatch_kernels.lm_head_confidence: expected a GPU of sm_90 and an extension built for 90a");
   }
