@@ -126,7 +126,8 @@ void check(const PolicyParams& params, const char* op) {
                                 ": num_branches: expected at most " + std::to_string(kMaxBranches) +
                                 ", got " + std::to_string(params.num_branches));
   }
-  if (params.settings.scheduled) check_at_least(op, "steps_per_block", params.settings.steps_per_block, 1);
+  if (is_scheduled(params.settings))
+    check_at_least(op, "steps_per_block", params.settings.steps_per_block.value, 1);
 }
 
 void launch_plan(const PolicyParams& params, bool is_init, const Launch& launch, const char* op) {

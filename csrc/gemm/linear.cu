@@ -43,8 +43,6 @@ void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
 
 }  // namespace
 
-bool gemm_is_available(int device) { return has_code_for(device) == Code::kSm90a; }
-
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch) {
   check_gemm(kOp, params, tile);
