@@ -201,8 +201,11 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
 template <typename T, int kHeadDim, int kWarpgroups>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
   using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
-  launch_persistent<attention_sm90_kernel<T, kHeadDim, kWarpgroups>>(S::kThreads, S::kSharedBytes, S::kRows,
-                                                                     params.attention, launch, kOp, params);
+  constexpr auto kKernel = attention_sm90_kernel<T, kHeadDim, kWarpgroups>;
+  const dim3 grid =
+      persistent_grid<kKernel>(kOp, launch, params.attention, S::kThreads, S::kSharedBytes, S::kRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T, int kHeadDim>

@@ -183,10 +183,9 @@ template <typename T, int kHeadDim>
 void launch_even(const Sm90Params& params, const Launch& launch) {
   using S = Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>;
   constexpr auto kKernel = attention_even_kernel<T, kHeadDim>;
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
-             kOp);
-  launch_shared<kKernel>(dim3(static_cast<unsigned>(params.attention.num_processors)), S::kThreads,
-                         S::kSharedBytes, params.attention, launch, kOp, params);
+  const dim3 grid(static_cast<unsigned>(params.attention.num_processors));
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T>

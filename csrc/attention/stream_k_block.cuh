@@ -89,7 +89,7 @@ class Block {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           pairs[i] =
-              bbk::pack<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
+              pack_pair<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
         }
         trade_pairs(pairs, lane);
         if (source.x >= 0) {

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "common/common.cuh"
+#include "common/elements.cuh"
 #include "common/sm90.cuh"
 
 namespace bbk {

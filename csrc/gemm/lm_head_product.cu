@@ -263,14 +263,10 @@ void launch_product(const LmHeadProductParams& p, const Launch& launch) {
 
   constexpr int kSharedBytes = kProductSharedBytes<S>;
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
-  check_cuda(cudaFuncSetAttribute(lm_head_product_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes),
-             kOp);
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), kOp);
-  const dim3 grid(static_cast<unsigned>(p.num_pieces < processors ? p.num_pieces : processors));
-  lm_head_product_kernel<S><<<grid, S::kThreads, kSharedBytes, launch.stream>>>(hidden_map, weight_map, args);
-  check_launch(kOp);
+  const int sms = num_sms(kOp, launch.device);
+  const dim3 grid(static_cast<unsigned>(p.num_pieces < sms ? p.num_pieces : sms));
+  launch_kernel<lm_head_product_kernel<S>>(kOp, launch, {grid, S::kThreads, kSharedBytes}, hidden_map,
+                                           weight_map, args);
 }
 
 template <typename T>
@@ -315,10 +311,7 @@ void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Lau
   }
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  if (has_code_for(launch.device) != Code::kSm90a) {
-    throw std::runtime_error(
-        "blockbatch_kernels.lm_head_confidence: expected a GPU of sm_90 and an extension built for 90a");
-  }
+  check_sm90a(kOp, launch.device);
   if (params.dtype == DType::kFloat16) return launch_product<__half>(params, tile_rows, launch);
   launch_product<__nv_bfloat16>(params, tile_rows, launch);
 }
