@@ -96,10 +96,11 @@ class UnitLoader {
     }
     if (key_ < source.num_keys) {
       const uint32_t target = ring.tile() + target_;
+      const int from[4] = {64 * slice_, source.slot, portion_.kv_head, source.page};
       if (source.read_once) {
-        copy_box_once(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full(), evict_first_policy());
       } else {
-        copy_box(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full());
       }
     }
     ring.advance();

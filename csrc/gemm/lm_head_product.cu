@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           const uint32_t barrier = full + 8 * stage, target = stages + stage * S::kStageBytes;
           const int k = block * S::kBlockK;
           barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_rows * S::kBlockK * 2);
-          load_tile(target, &weight_map, k, first_token, barrier, read_once);
-          load_tile(target + S::kWeightBytes, &hidden_map, k, 0, barrier, keep);
+          copy_box(target, &weight_map, {k, first_token}, barrier, read_once);
+          copy_box(target + S::kWeightBytes, &hidden_map, {k, 0}, barrier, keep);
           advance();
         }
       }
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint64_t b = matrix_descriptor(base + S::kWeightBytes);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < S::kBlockK / 16; ++k) {
+        for (int k = 0; k < S::kBlockK / Product::kK; ++k) {
           Product::run(sums, a + 2 * k, b + 2 * k, block > 0 || k > 0);
         }
         wgmma_commit();
@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
       wgmma_wait<0>();
       release(before);
-#pragma unroll
-      for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");  // not before the wait
+      keep_in_registers(sums);
       const int first_token = piece * kLmHeadTileTokens;
       named_barrier(1, kConsumerWarps * 32);  // the table has been read
       reduce_warp<S>(sums, table, args.vocab_size - first_token, args.suppress_token - first_token);

@@ -4,7 +4,8 @@
 #include <type_traits>
 
 #include "common/elements.cuh"
-#include "gemm/sm90.cuh"
+#include "common/sm90.cuh"
+#include "common/wgmma.cuh"
 #include "layer/rope.h"
 
 namespace bbk {
