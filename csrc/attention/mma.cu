@@ -6,6 +6,7 @@
 // every stage over the warps that are left, which shortens the chain of products per stage; their results are
 // joined at the end, in a fixed order.
 #include <initializer_list>
+#include <type_traits>
 
 #include "attention/tile.cuh"
 
@@ -301,8 +302,9 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
 template <typename T, int kHeadDim, int kWarps>
 void launch_mma(const AttentionParams& params, const Launch& launch) {
   using S = Shape<T, kHeadDim, kWarps>;
-  launch_persistent<attention_mma_kernel<T, kHeadDim, kWarps>>(S::kThreads, S::kSharedBytes, S::kRows, params,
-                                                               launch, kOp, params);
+  constexpr auto kKernel = attention_mma_kernel<T, kHeadDim, kWarps>;
+  const dim3 grid = persistent_grid<kKernel>(kOp, launch, params, S::kThreads, S::kSharedBytes, S::kRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.programmatic}, params);
 }
 
 template <typename T, int kHeadDim>

@@ -7,6 +7,7 @@ namespace {
 
 constexpr char kOp[] = "varlen_attention";
 constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpRows = 4;
 constexpr int kItemRows = kWarps * kWarpRows;
 constexpr int kKeys = 32;
@@ -35,7 +36,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 // kSlices: multiples of 32 that cover head_dim.
 template <typename T, int kSlices>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kThreads)
     attention_plain_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ float4 shared[];
   const int head_dim = params.head_dim, width = padded(head_dim), stride = key_stride(head_dim);
@@ -167,8 +168,10 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 template <typename T, int kSlices>
 void launch_plain(const AttentionParams& params, const Launch& launch) {
-  launch_persistent<attention_plain_kernel<T, kSlices>>(kWarps * 32, shared_bytes(params.head_dim), kItemRows,
-                                                        params, launch, kOp, params);
+  constexpr auto kKernel = attention_plain_kernel<T, kSlices>;
+  const int bytes = shared_bytes(params.head_dim);
+  const dim3 grid = persistent_grid<kKernel>(kOp, launch, params, kThreads, bytes, kItemRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, kThreads, bytes, params.programmatic}, params);
 }
 
 }  // namespace

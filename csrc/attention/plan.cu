@@ -392,8 +392,8 @@ void attention_plan(const AttentionPlanParams& params, const Launch& launch) {
   const bool in_shared_memory = 4 * size <= kMaxSharedBytes;
   const int ctas = params.block_tokens > 0 ? 2 : 1;
   const int64_t shared_bytes = in_shared_memory ? 4 * size : 0;
-  attention_plan_kernel<<<ctas, kThreads, shared_bytes, launch.stream>>>(params, in_shared_memory, size);
-  check_launch(kOp);
+  launch_kernel<attention_plan_kernel>(kOp, launch, {dim3(ctas), kThreads, shared_bytes}, params,
+                                       in_shared_memory, size);
 }
 
 void attention_plan_on_host(const AttentionPlanParams& params) {

@@ -4,7 +4,6 @@
 #include <climits>
 
 #include "attention/attention.h"
-#include "common/common.cuh"
 
 namespace bbk {
 

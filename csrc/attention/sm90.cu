@@ -65,7 +65,7 @@ class Loader {
       barrier_arrive_expecting(ring.full(), num_boxes * params_.box_keys * kSwizzledRowBytes * S::kSlices);
     }
     if (takes_part(first_key)) {
-      copy_box(ring.tile() + target_, map, ring.full(), 64 * slice_, source.y, item_.kv_head, source.x);
+      copy_box(ring.tile() + target_, map, {64 * slice_, source.y, item_.kv_head, source.x}, ring.full());
     }
     ring.advance();
   }
@@ -99,7 +99,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   barrier_wait(keys.full(), keys.phase);
   start_scores<S>(score, rows, keys.tile());
   wgmma_wait<0>();
-  keep_in_registers(score);
+  keep_in_registers(flat(score));
   release(keys);
   int first_key = item.key_start;
   if (has_rows) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
     barrier_wait(values.full(), values.phase);
     start_weighing<S>(state, weights, values.tile());
     wgmma_wait<1>();
-    keep_in_registers(score);
+    keep_in_registers(flat(score));
     release(keys);
     const int next_key = first_key + kStageKeys;
     if (has_rows) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
       state.weigh(score, scale, correction);
     }
     wgmma_wait<0>();
-    keep_in_registers(state.out);
+    keep_in_registers(flat(state.out));
     release(values);
     if (has_rows) {
       pack_weights<T>(score, weights);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   }
   start_weighing<S>(state, weights, values.tile());
   wgmma_wait<0>();
-  keep_in_registers(state.out);
+  keep_in_registers(flat(state.out));
   release(values);
   state.finish();
   state.store(params, item, rows, scale);
@@ -201,8 +201,11 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
 template <typename T, int kHeadDim, int kWarpgroups>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
   using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
-  launch_persistent<attention_sm90_kernel<T, kHeadDim, kWarpgroups>>(S::kThreads, S::kSharedBytes, S::kRows,
-                                                                     params.attention, launch, kOp, params);
+  constexpr auto kKernel = attention_sm90_kernel<T, kHeadDim, kWarpgroups>;
+  const dim3 grid =
+      persistent_grid<kKernel>(kOp, launch, params.attention, S::kThreads, S::kSharedBytes, S::kRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T, int kHeadDim>

@@ -96,10 +96,11 @@ class UnitLoader {
     }
     if (key_ < source.num_keys) {
       const uint32_t target = ring.tile() + target_;
+      const int from[4] = {64 * slice_, source.slot, portion_.kv_head, source.page};
       if (source.read_once) {
-        copy_box_once(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full(), evict_first_policy());
       } else {
-        copy_box(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full());
       }
     }
     ring.advance();
@@ -183,10 +184,9 @@ template <typename T, int kHeadDim>
 void launch_even(const Sm90Params& params, const Launch& launch) {
   using S = Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>;
   constexpr auto kKernel = attention_even_kernel<T, kHeadDim>;
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
-             kOp);
-  launch_shared<kKernel>(dim3(static_cast<unsigned>(params.attention.num_processors)), S::kThreads,
-                         S::kSharedBytes, params.attention, launch, kOp, params);
+  const dim3 grid(static_cast<unsigned>(params.attention.num_processors));
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T>

@@ -89,7 +89,7 @@ class Block {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           pairs[i] =
-              bbk::pack<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
+              pack_pair<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
         }
         trade_pairs(pairs, lane);
         if (source.x >= 0) {
@@ -239,7 +239,7 @@ class Block {
     start_scores<S>(score, rows_, keys_.tile());
     Task next = look_up(unit + 1);
     wgmma_wait<0>();
-    keep_in_registers(score);
+    keep_in_registers(flat(score));
     release(keys_);
     bool takes_part = weigh(score, task, correction);
     pack(score, takes_part, weights);
@@ -253,11 +253,11 @@ class Block {
       task = next;
       next = look_up(++unit + 1);
       wgmma_wait<1>();
-      keep_in_registers(score);
+      keep_in_registers(flat(score));
       release(keys_);
       takes_part = weigh(score, task, correction);
       wgmma_wait<0>();
-      keep_in_registers(state_.out);
+      keep_in_registers(flat(state_.out));
       release(values_);
       pack(score, takes_part, weights);
       if (takes_part) state_.shrink(correction);
@@ -266,7 +266,7 @@ class Block {
     clear_missing_values(task);
     start_weighing<S>(state_, weights, values_.tile());
     wgmma_wait<0>();
-    keep_in_registers(state_.out);
+    keep_in_registers(flat(state_.out));
     release(values_);
     task = next;
     return unit + 1;

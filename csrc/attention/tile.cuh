@@ -2,23 +2,9 @@
 // l / 4 + 8 ("halves") of a 16 x 8 accumulator, columns 2 * (l % 4) + {0, 1}.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/work_tiles.cuh"
 
 namespace bbk {
-
-// Two neighbouring 16-bit elements.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -150,7 +136,7 @@ struct RowState {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           *reinterpret_cast<uint32_t*>(target + 8 * n) =
-              pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+              pack_pair<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
         }
       } else {
         const int64_t partial =
@@ -188,7 +174,7 @@ __device__ __forceinline__ void pack_weights(const float (&score)[kScoreTiles][4
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&tile)[4] = score[2 * k + i / 2];
-      weights[k][i] = pack<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+      weights[k][i] = pack_pair<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
     }
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/elements.cuh"
 #include "common/launch.cuh"
 
 namespace bbk {
@@ -101,44 +102,14 @@ __device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
   prefetch(params.token_row, 4 * params.num_tokens);
 }
 
-// Launches a kernel that calls wait_for_predecessors() first.
-template <auto kKernel, typename Params>
-void launch_shared(dim3 grid, int threads, int shared_bytes, const AttentionParams& attention,
-                   const Launch& launch, const char* op, const Params& params) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = launch.stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (attention.programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
-}
-
-// Launches a persistent kernel, which calls wait_for_predecessors() first: as many CTAs as run at once, but
-// no more than items.
-template <auto kKernel, typename Params>
-void launch_persistent(int threads, int shared_bytes, int rows_per_item, const AttentionParams& attention,
-                       const Launch& launch, const char* op, const Params& params) {
-  // A microsecond of host time on every call, and right on every device.
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
-  int per_processor = 0;
-  int processors = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kKernel, threads, shared_bytes),
-             op);
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), op);
-  const int64_t items = static_cast<int64_t>(attention.max_tiles) * attention.num_kv_heads *
-                        parts_of_tile(attention, rows_per_item);
-  const int64_t resident = static_cast<int64_t>(per_processor > 0 ? per_processor : 1) * processors;
-  launch_shared<kKernel>(dim3(static_cast<unsigned>(items < 1          ? 1
-                                                    : items < resident ? items
-                                                                       : resident)),
-                         threads, shared_bytes, attention, launch, op, params);
+// The grid of a persistent kernel: as many CTAs as run at once, but no more than items.
+template <auto kKernel>
+dim3 persistent_grid(const char* op, const Launch& launch, const AttentionParams& params, int threads,
+                     int shared_bytes, int rows_per_item) {
+  const int64_t items =
+      static_cast<int64_t>(params.max_tiles) * params.num_kv_heads * parts_of_tile(params, rows_per_item);
+  const int64_t resident = resident_ctas<kKernel>(op, launch.device, threads, shared_bytes);
+  return dim3(static_cast<unsigned>(items < 1 ? 1 : items < resident ? items : resident));
 }
 
 // Keys that one copy moves: the largest power of two that divides a page, up to 64.

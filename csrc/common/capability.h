@@ -12,4 +12,7 @@ enum class Code : int { kNone = 0, kPortable = 1, kSm90a = 2 };
 // where there is no such device, or no driver.
 Code has_code_for(int device);
 
+// Throws std::runtime_error in the name of `op` where the kernels of sm_90a are missing.
+void check_sm90a(const char* op, int device);
+
 }  // namespace bbk

@@ -63,8 +63,8 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
       }
       if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
       const DeviceGuard guard(launch.device, kOp);
-      check_has_sm90a_code(kOp, launch.device);
-      launch_gemm<S>(kOp, params, GemmArgs(), static_weight, programmatic, launch.stream);
+      check_sm90a(kOp, launch.device);
+      launch_gemm<S>(kOp, params, GemmArgs(), static_weight, programmatic, launch);
     });
   });
 }
