@@ -54,7 +54,7 @@ def _why_unavailable(device_index: int | None) -> str | None:
     if _major(driver) < _major(info["cuda_version"]):
         return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
     index = torch.cuda.current_device() if device_index is None else device_index
-    if code_for(index) == "none":
+    if extension.has_code_for(index) == "none":
         arch = "{}{}".format(*torch.cuda.get_device_capability(index))
         return (
             f"the extension is built for the architectures {', '.join(info['cuda_archs'])}, "

@@ -21,16 +21,13 @@ void Call::join(const TensorView& view) {
     first_ = view.label;
     device_ = view.device;
   } else if (view.device != device_) {
-    view.fail("expected a tensor in " + place_of(device_) + " as " + first_.field() + ", got one in " +
-              place_of(view.device));
+    view.refuse("expected a tensor in " + place_of(device_) + " as " + first_.field() + ", got one in " +
+                place_of(view.device));
   }
 }
 
 Launch Call::launch_on_gpu() const {
-  if (device_ < 0) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + op_ +
-                                ": expected tensors on a GPU, got host memory");
-  }
+  if (device_ < 0) refuse(op_, "expected tensors on a GPU, got host memory");
   return launch();
 }
 
@@ -43,12 +40,12 @@ void Record::throw_missing(const Label& label) {
 DType float_dtype(std::initializer_list<const TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
   if (!is_float(first.dtype)) {
-    first.fail(std::string("expected float32, float16 or bfloat16, got ") + name_of(first.dtype));
+    first.refuse(std::string("expected float32, float16 or bfloat16, got ") + name_of(first.dtype));
   }
   for (const TensorView* tensor : tensors) {
     if (tensor->is_none() || tensor->dtype == first.dtype) continue;
-    tensor->fail(std::string("expected ") + name_of(first.dtype) + " as " + first.label.field() + ", got " +
-                 name_of(tensor->dtype));
+    tensor->refuse(std::string("expected ") + name_of(first.dtype) + " as " + first.label.field() + ", got " +
+                   name_of(tensor->dtype));
   }
   return first.dtype;
 }
@@ -62,13 +59,12 @@ void throw_wrong_name(const Label& label, const char* const* names, int count, P
   for (int i = 0; i < count; ++i) {
     expected += (i == 0 ? "'" : i == count - 1 ? "' or '" : "', '") + std::string(names[i]);
   }
-  throw std::invalid_argument(label.text() + "expected " + expected + "', got " +
-                              std::string(py::repr(object)));
+  refuse(label.op, label.field() + ": expected " + expected + "', got " + std::string(py::repr(object)));
 }
 
 void throw_too_many(const Label& label, int most, int64_t count) {
-  throw std::invalid_argument(label.text() + "expected at most " + std::to_string(most) + " ids, got " +
-                              std::to_string(count));
+  refuse(label.op,
+         label.field() + ": expected at most " + std::to_string(most) + " ids, got " + std::to_string(count));
 }
 
 void Arguments::set(const char* op, const char* const* names, size_t count) {

@@ -150,7 +150,7 @@ T convert(Call& call, const Label& label, PyObject* object) {
     try {
       loaded = caster.load(object, true);
     } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument(label.text() + error.what());
+      refuse(label.op, label.field() + ": " + error.what());
     }
     if (!loaded) throw_wrong_type(label, expected_type<T>(), object);
     T value = pybind11::detail::cast_op<T>(caster);

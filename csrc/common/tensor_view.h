@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "common/check.h"
 #include "common/dtype.h"
 
 namespace bbk {
@@ -35,12 +35,14 @@ struct TensorView {
   bool is_none() const { return dims < 0; }
 
   // Throws std::invalid_argument in the name of the argument.
-  [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(label.text() + what); }
+  [[noreturn]] void refuse(const std::string& what) const {
+    bbk::refuse(label.op, label.field() + ": " + what);
+  }
 
   // The elements as T: refuses None and any other dtype. `void` takes every dtype, uint8_t bools too.
   template <typename T>
   T* data() const {
-    if (is_none()) fail("expected a tensor, got None");
+    if (is_none()) refuse("expected a tensor, got None");
     return data_or_null<T>();
   }
 
@@ -69,8 +71,8 @@ struct TensorView {
   int int_size(int dim) const {
     const int64_t value = size(dim);
     if (value > std::numeric_limits<int>::max()) {
-      fail("expected fewer than 2^31 entries in dimension " + std::to_string(dim) + ", got " +
-           std::to_string(value));
+      refuse("expected fewer than 2^31 entries in dimension " + std::to_string(dim) + ", got " +
+             std::to_string(value));
     }
     return static_cast<int>(value);
   }
@@ -78,7 +80,7 @@ struct TensorView {
   // From a row of a matrix to the next; the elements of a row must be neighbours.
   int64_t row_stride() const {
     if (size(0) > 0 && size(1) > 1 && stride(1) != 1) {
-      fail("expected a last stride of 1, got " + std::to_string(stride(1)));
+      refuse("expected a last stride of 1, got " + std::to_string(stride(1)));
     }
     return stride(0);
   }
@@ -103,21 +105,21 @@ struct TensorView {
     if (dense || empty) return *this;
     std::string got;
     for (int dim = 0; dim < dims; ++dim) got += (dim > 0 ? ", " : "") + std::to_string(strides[dim]);
-    fail("expected a contiguous tensor, got strides (" + got + ")");
+    refuse("expected a contiguous tensor, got strides (" + got + ")");
   }
 
  private:
   void expect(DType expected) const {
     if (dtype != expected) {
-      fail(std::string("expected ") + name_of(expected) + ", got " + name_of(dtype));
+      refuse(std::string("expected ") + name_of(expected) + ", got " + name_of(dtype));
     }
   }
 
   int checked(int dim) const {
     if (dim >= dims) {
-      fail(is_none()
-               ? std::string("expected a tensor, got None")
-               : "expected at least " + std::to_string(dim + 1) + " dimensions, got " + std::to_string(dims));
+      refuse(is_none() ? std::string("expected a tensor, got None")
+                       : "expected at least " + std::to_string(dim + 1) + " dimensions, got " +
+                             std::to_string(dims));
     }
     return dim;
   }
