@@ -91,7 +91,7 @@ void varlen_attention(const AttentionParams& params, const Launch& launch) {
   if (params.num_tokens == 0) return;
   const DeviceGuard guard(launch.device, kOp);
   if (attention_sm90_serves(params, launch)) {
-    if (params.max_units > 0) return attention_even(params, launch);
+    if (params.max_units > 0) return attention_stream_k(params, launch);
     attention_sm90(params, launch);
   } else if (attention_mma_serves(params)) {
     attention_mma(params, launch);

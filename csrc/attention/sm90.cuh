@@ -13,7 +13,7 @@ struct Shape {
   static constexpr int kStageKeys = kKeys;
   static constexpr int kRows = 64 * kWarpgroups;
   // With one warpgroup of products, two independent halves share a CTA, so that one's softmax runs under the
-  // other's products. As two CTAs they could not be kept from meeting on one processor while others idle.
+  // other's products. As two CTAs they could not be kept from meeting on one SM while others idle.
   static constexpr int kHalves = kWarpgroups == 1 ? 2 : 1;
   static constexpr int kHalfThreads = 128 * (kWarpgroups + 1);
   static constexpr int kThreads = kHalves * kHalfThreads;
@@ -21,7 +21,7 @@ struct Shape {
   static constexpr int kSliceBytes = kKeys * kSwizzledRowBytes;  // 64 elements of all keys of a stage
   static constexpr int kTileBytes = kSlices * kSliceBytes;       // K or V of a stage
   static constexpr int kStageBytes = 2 * kTileBytes;
-  // More bytes on their way make all processors wait longer for their first; 64 keys of two warpgroups are
+  // More bytes on their way make all SMs wait longer for their first; 64 keys of two warpgroups are
   // what whole rows take, whose products wait for nothing else: 128 and 192 KiB.
   static constexpr int kBytesOnTheirWay = (kWarpgroups == 2 && kKeys == 64 ? 192 : 128) * 1024 / kHalves;
   static constexpr int kStages = kBytesOnTheirWay / kStageBytes;

@@ -30,13 +30,13 @@ struct QueryRows {
   bool direct[2];  // the row reaches into one piece alone, so that the result is final
   uint32_t values[kHeadDim / 16][4];
 
-  __device__ __forceinline__ void load(const AttentionParams& params, const AttentionItem& item, int row0) {
+  __device__ __forceinline__ void load(const AttentionParams& params, const WorkTile& work, int row0) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane / 4 + 8 * half;
-      const bool exists = row < item.num_rows;
-      source[half] = exists ? token_and_head(params, item, row) : make_int2(-1, 0);
+      const bool exists = row < work.num_rows;
+      source[half] = exists ? token_and_head(params, work, row) : make_int2(-1, 0);
       direct[half] = exists && single_piece(params, source[half].x);
     }
     load_values(params);
@@ -122,7 +122,7 @@ struct RowState {
   }
 
   // Writes the rows' results, or their part of them.
-  __device__ __forceinline__ void store(const AttentionParams& params, const AttentionItem& item,
+  __device__ __forceinline__ void store(const AttentionParams& params, const WorkTile& work,
                                         const QueryRows<T, kHeadDim>& rows, float scale) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -140,7 +140,7 @@ struct RowState {
         }
       } else {
         const int64_t partial =
-            static_cast<int64_t>(item.piece) * params.num_tokens * params.num_heads + place;
+            static_cast<int64_t>(work.piece) * params.num_tokens * params.num_heads + place;
         float* target = params.partial_out + partial * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -153,7 +153,7 @@ struct RowState {
   }
 };
 
-// Scores of keys behind the item's last one count as minus infinity. `key`: of the scores' first column.
+// Scores of keys behind the work tile's last one count as minus infinity. `key`: of the scores' first column.
 template <int kScoreTiles>
 __device__ __forceinline__ void mask_scores(float (&score)[kScoreTiles][4], int key, int key_end) {
 #pragma unroll

@@ -32,9 +32,4 @@ inline void check_at_least(const char* op, const char* argument, int64_t value, 
                  std::to_string(value));
 }
 
-template <typename Integer>
-constexpr Integer ceil_div(Integer value, Integer divisor) {
-  return (value + divisor - 1) / divisor;
-}
-
 }  // namespace bbk

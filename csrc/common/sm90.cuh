@@ -10,7 +10,7 @@
 
 namespace bbk {
 
-// --- barriers in shared memory
+// Barriers in shared memory
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -48,7 +48,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- clusters
+// Clusters
 
 // Arrives at a barrier of another CTA of the cluster. It orders no writes beyond the CTA, which would cost a
 // fence of the whole GPU: such an arrival says that reads are over.
@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_remote(uint32_t remote, const float* value
                : "memory");
 }
 
-// --- the copy engine
+// The copy engine
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -103,9 +103,9 @@ __device__ __forceinline__ uint64_t evict_last_policy() {
   return policy;
 }
 
-// Copies a box of the tensor, of the map's size, from the coordinates `at` (innermost first) to shared
-// memory; its bytes count towards the barrier. With `policy` as L2 is told; the multicast into every CTA of
-// `cta_mask`, at the same address and barrier.
+// copy_box brings a box of the tensor, as large as the map says, from the coordinates `at` (innermost first)
+// to shared memory; its bytes count towards the barrier. `policy` tells L2 how to treat what is read.
+// copy_box_multicast brings it to every CTA of `cta_mask`, to the same address and barrier there.
 #define BBK_COPY(OPTIONS, DIMS, AT, BEHIND, ...)                                                       \
   asm volatile("cp.async.bulk.tensor." DIMS                                                            \
                "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes" OPTIONS " [%0], [%1, {" AT \
@@ -173,7 +173,7 @@ __device__ __forceinline__ void copy_box_multicast(uint32_t target, const CUtens
 #undef BBK_PLACE_4
 #undef BBK_PLACE_5
 
-// --- registers: warpgroups trade them, and all warps of one call the same of these
+// Registers: warpgroups trade them, and all warps of one call the same of these
 
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// --- stores
+// Stores
 
 // Stores 8x8 matrices of 16-bit elements transposed: lanes 8 m .. 8 m + 7 hold the addresses of matrix m's
 // columns.

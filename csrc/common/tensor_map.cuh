@@ -4,6 +4,7 @@
 #include <cudaTypedefs.h>
 
 #include "common/check.h"
+#include "common/integers.h"
 #include "common/params.h"
 
 namespace bbk {
