@@ -1,6 +1,6 @@
 // A tensor is read in one of two ways: through the table of C functions that newer versions of torch publish
-// for DLPack's exchange of tensors (some 15 ns), or through its Python attributes (some 350 ns), which serve
-// every version of torch, subclasses of its tensors, and what only looks like one.
+// for DLPack's exchange of tensors, within some tens of nanoseconds, or through its Python attributes, within
+// some hundreds, which serve every version of torch, subclasses of its tensors, and what only looks like one.
 #include "bind/caster.h"
 
 #include "bind/dlpack.h"
@@ -21,16 +21,17 @@ struct Torch {
   dlpack::FromPyObject exchange;  // null: torch has no table, or one of another major version
 };
 
-Torch torch_names{};
+Torch known{};
 
-struct Steal {  // owns a reference for a scope
+// Owns a reference for a scope; null stands for a Python exception.
+struct Owned {
   PyObject* object;
-  explicit Steal(PyObject* owned) : object(owned) {
+  explicit Owned(PyObject* owned) : object(owned) {
     if (owned == nullptr) throw py::error_already_set();
   }
-  ~Steal() { Py_DECREF(object); }
-  Steal(const Steal&) = delete;
-  Steal& operator=(const Steal&) = delete;
+  ~Owned() { Py_DECREF(object); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
 };
 
 void check_dims(int64_t dims) {
@@ -45,7 +46,7 @@ void check_dims(int64_t dims) {
   for (int i = 0; i < kNumDTypes; ++i) {
     expected += (i == 0 ? "" : i == kNumDTypes - 1 ? " or " : ", ") + std::string(kDTypeNames[i]);
   }
-  const Steal dtype(PyObject_GetAttr(tensor, torch_names.dtype));
+  const Owned dtype(PyObject_GetAttr(tensor, known.dtype));
   throw std::invalid_argument("expected " + expected + ", got " + std::string(py::str(dtype.object)));
 }
 
@@ -67,23 +68,21 @@ int integers(PyObject* tuple, int64_t* values) {
 void read_attributes(PyObject* tensor, PyObject* address, TensorView* view) {
   view->ptr = PyLong_AsVoidPtr(address);
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  view->dims = integers(Steal(PyObject_GetAttr(tensor, torch_names.shape)).object, view->sizes);
-  if (integers(Steal(PyObject_CallMethodNoArgs(tensor, torch_names.stride)).object, view->strides) !=
-      view->dims) {
+  view->dims = integers(Owned(PyObject_GetAttr(tensor, known.shape)).object, view->sizes);
+  if (integers(Owned(PyObject_CallMethodNoArgs(tensor, known.stride)).object, view->strides) != view->dims) {
     throw std::invalid_argument("expected as many strides as sizes");
   }
-  view->device =
-      static_cast<int>(integer(Steal(PyObject_CallMethodNoArgs(tensor, torch_names.get_device)).object));
-  const Steal dtype(PyObject_GetAttr(tensor, torch_names.dtype));
+  view->device = static_cast<int>(integer(Owned(PyObject_CallMethodNoArgs(tensor, known.get_device)).object));
+  const Owned dtype(PyObject_GetAttr(tensor, known.dtype));
   int code = 0;
-  while (code < kNumDTypes && torch_names.dtypes[code] != dtype.object) ++code;
+  while (code < kNumDTypes && known.dtypes[code] != dtype.object) ++code;
   if (code == kNumDTypes) refuse_dtype(tensor);
   view->dtype = static_cast<DType>(code);
 }
 
 void read_exchanged(PyObject* tensor, TensorView* view) {
   dlpack::Tensor exchanged{};
-  if (torch_names.exchange(tensor, &exchanged) != 0) throw py::error_already_set();
+  if (known.exchange(tensor, &exchanged) != 0) throw py::error_already_set();
   check_dims(exchanged.dims);
   view->ptr = static_cast<char*>(exchanged.data) + exchanged.byte_offset;
   view->dims = exchanged.dims;
@@ -116,37 +115,36 @@ void read_exchanged(PyObject* tensor, TensorView* view) {
 
 void prepare_tensors() {
   const py::module_ torch = py::module_::import("torch");
-  torch_names.data_ptr = PyUnicode_InternFromString("data_ptr");
-  torch_names.shape = PyUnicode_InternFromString("shape");
-  torch_names.stride = PyUnicode_InternFromString("stride");
-  torch_names.dtype = PyUnicode_InternFromString("dtype");
-  torch_names.get_device = PyUnicode_InternFromString("get_device");
+  known.data_ptr = PyUnicode_InternFromString("data_ptr");
+  known.shape = PyUnicode_InternFromString("shape");
+  known.stride = PyUnicode_InternFromString("stride");
+  known.dtype = PyUnicode_InternFromString("dtype");
+  known.get_device = PyUnicode_InternFromString("get_device");
   for (int i = 0; i < kNumDTypes; ++i)
-    torch_names.dtypes[i] = py::object(torch.attr(kDTypeNames[i])).release().ptr();
+    known.dtypes[i] = py::object(torch.attr(kDTypeNames[i])).release().ptr();
   const py::object tensor = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
-  torch_names.exchange = dlpack::find_exchange(tensor.ptr());
-  if (dlpack::find_exchange(parameter.ptr()) == torch_names.exchange) {
-    torch_names.exchanged[1] = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  known.exchange = dlpack::find_exchange(tensor.ptr());
+  if (dlpack::find_exchange(parameter.ptr()) == known.exchange) {
+    known.exchanged[1] = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   }
-  torch_names.exchanged[0] = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  known.exchanged[0] = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
 }
 
 bool read_tensor(PyObject* object, TensorView* view) {
   *view = TensorView();
   if (object == Py_None) return true;
   const PyTypeObject* type = Py_TYPE(object);
-  if (torch_names.exchange != nullptr &&
-      (type == torch_names.exchanged[0] || type == torch_names.exchanged[1])) {
+  if (known.exchange != nullptr && (type == known.exchanged[0] || type == known.exchanged[1])) {
     read_exchanged(object, view);
     return true;
   }
-  PyObject* address = PyObject_CallMethodNoArgs(object, torch_names.data_ptr);
+  PyObject* address = PyObject_CallMethodNoArgs(object, known.data_ptr);
   if (address == nullptr) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();
     return false;
   }
-  read_attributes(object, Steal(address).object, view);
+  read_attributes(object, Owned(address).object, view);
   return true;
 }
 
