@@ -199,6 +199,7 @@ class TestWithoutACompiledBackend:
                 "compiler": "gcc",
             }
             self.driver_version = lambda: "13.0"
+            self.has_code_for = lambda device: "none" if archs == ("80-real",) else "portable"
 
     @pytest.mark.parametrize(
         "extension, reason",
@@ -210,7 +211,7 @@ class TestWithoutACompiledBackend:
             (ImportError("undefined symbol"), "cannot be loaded: undefined symbol"),
             (
                 Built("80-real"),
-                "built for the architectures 80-real, the GPU is sm_90; build with BBK_CUDA_ARCHS=90",
+                "built for the architectures 80-real, the GPU is sm_90; build with BBK_CUDA_ARCHS=90a",
             ),
         ],
     )

@@ -9,6 +9,7 @@ import torch
 from blockbatch_kernels import ops, reference, tuning
 from blockbatch_kernels.cuda import attention as compiled
 from blockbatch_kernels.structs import AttentionPlan
+from described_tensors import Described, change
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -309,49 +310,51 @@ def test_wrong_layouts_raise():
 @pytest.fixture
 def arguments():
     # Never launched: each test makes one of them wrong, or leaves nothing to do.
-    pointers = ("q", "k_cache", "v_cache", "out", "partial_out", "partial_lse", "page_table", "seqlens_k")
-    plan = ("tiles", "query_order", "pieces", "token_row", "counts", "units", "stretches", "arrivals")
-    return dict.fromkeys((*pointers, *plan), 0) | dict(
-        page_table_stride=4,
-        q_strides=(256, 64),
-        k_strides=(4096, 256, 64),
-        v_strides=(4096, 256, 64),
-        num_rows=1,
-        num_pages=4,
-        num_tokens=8,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=64,
-        page_size=16,
-        pages_per_row=4,
+    cache, heads = Described((4, 16, 4, 64), torch.bfloat16), Described((8, 4, 64), torch.bfloat16)
+    index = {
+        "page_table": (1, 4),
+        "seqlens_k": (1,),
+        "tiles": (3, 4),
+        "query_order": (1, 8),
+        "pieces": (1, 2),
+        "token_row": (8,),
+        "counts": (2,),
+        "units": (0, 22),
+        "stretches": (0, 4),
+        "arrivals": (0,),
+    }
+    return {name: Described(shape, torch.int32) for name, shape in index.items()} | dict(
+        q=heads,
+        k_cache=cache,
+        v_cache=cache,
+        out=heads,
+        partials=Described((0,)),
         tile_tokens=64,
-        max_tiles=3,
-        max_pieces=1,
-        max_units=0,
-        num_processors=0,
         softmax_scale=0.125,
-        dtype=2,
         programmatic=False,
-        device=0,
         stream=0,
     )
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("num_tokens", -1, "num_tokens: expected at least 0, got -1"),
-        ("num_kv_heads", 0, "num_kv_heads: expected at least 1, got 0"),
-        ("head_dim", 257, "head_dim: expected at most 256, got 257"),
-        ("page_size", 0, "page_size: expected at least 1, got 0"),
+        ("q", dict(shape=(-1, 4, 64)), "num_tokens: expected at least 0, got -1"),
+        ("k_cache", dict(shape=(4, 16, 0, 64)), "num_kv_heads: expected at least 1, got 0"),
+        ("q", dict(shape=(8, 4, 257)), "head_dim: expected at most 256, got 257"),
+        ("k_cache", dict(shape=(4, 0, 4, 64)), "page_size: expected at least 1, got 0"),
         ("softmax_scale", -0.5, "softmax_scale: expected a positive number, got -0.5"),
         ("softmax_scale", float("nan"), "softmax_scale: expected a positive number, got nan"),
+        ("k_cache", dict(dtype=torch.float16), "k_cache: expected bfloat16 as q, got float16"),
+        ("seqlens_k", dict(dtype=torch.int64), "seqlens_k: expected int32, got int64"),
+        ("arrivals", dict(device=-1), "arrivals: expected a tensor in cuda:0 as q, got one in host memory"),
     ],
 )
-def test_wrong_values_raise(arguments, argument, value, message):
+def test_wrong_values_raise(arguments, name, value, message):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    arguments = change(arguments, name, **value) if isinstance(value, dict) else {**arguments, name: value}
     with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
-        extension.varlen_attention(**{**arguments, argument: value})
+        extension.varlen_attention(**arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -359,4 +362,4 @@ def test_a_launch_without_a_gpu_names_the_operator(arguments):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
     with pytest.raises(RuntimeError, match="blockbatch_kernels.varlen_attention: cuda"):
         extension.varlen_attention(**arguments)
-    extension.varlen_attention(**{**arguments, "num_tokens": 0})  # nothing to launch
+    extension.varlen_attention(**change(arguments, "q", shape=(0, 4, 64)))  # nothing to launch

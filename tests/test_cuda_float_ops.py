@@ -1,4 +1,4 @@
-"""rms_norm, rope_kv_write and lm_head_confidence of the compiled backend, on inputs of any layout.
+"""rms_norm and rope_kv_write of the compiled backend, on inputs of any layout; a chain of float operators.
 
 Their errors against an fp64 truth are compared with torch's own in the same dtype. swiglu: test_extension.py.
 """
@@ -10,39 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import blockbatch_kernels as bbk
-from blockbatch_kernels import cuda, tuning
+from blockbatch_kernels import cuda
+from cuda_float_checks import DTYPES, assert_no_worse_than_torch, draw, strided
+from described_tensors import Described, change
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Added to a row's length, and elements before the first row: aligned vectors, and three ways to have none.
 LAYOUTS = [(0, 0), (64, 0), (3, 0), (0, 1), (5, 3)]
-
-
-def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
-
-
-def strided(values, padding, offset):
-    """`values` as a view of a larger storage of NaN, and the mask of what lies beside it there."""
-    rows, columns = values.shape
-    storage = torch.full(
-        (offset + rows * (columns + padding),),
-        math.nan,
-        dtype=values.dtype,
-        device="cuda",
-    )
-    view = storage[offset:].view(rows, columns + padding)[:, :columns]
-    view.copy_(values)
-    beside = torch.ones_like(storage, dtype=torch.bool)
-    beside[offset:].view(rows, columns + padding)[:, :columns] = False
-    return view, storage, beside
-
-
-def assert_no_worse_than_torch(got, torchs, truth):
-    error = (got.double() - truth).abs().max().item()  # NaN, and so a failure, where an element was left out
-    torch_error = (torchs.double() - truth).abs().max().item()
-    rounding = torch.finfo(torchs.dtype).eps * truth.abs().max().item()  # torch may be exact on few elements
-    assert error <= 2 * torch_error + rounding
 
 
 @pytest.mark.gpu
@@ -201,111 +174,6 @@ def test_rope_kv_write_with_a_permuted_cache_and_what_lies_outside():
     bbk.rope_kv_write(**nothing, backend="cuda")
 
 
-def head_of(logits):
-    """Hidden states and weights whose product is exactly `logits`."""
-    return torch.eye(logits.shape[0], dtype=logits.dtype, device="cuda"), logits.t().contiguous()
-
-
-def check_lm_head(logits, probes, suppress, **got):
-    """Results against the definition in fp64, and torch's own softmax in fp32."""
-    wide = logits.double()
-    if suppress is not None:
-        wide[:, suppress] = -math.inf
-    truth, torchs = wide.softmax(-1), wide.float().softmax(-1)
-    assert torch.equal(got["top"].long(), wide.argmax(-1))
-    index = got["top"].long().unsqueeze(1)
-    assert_no_worse_than_torch(got["confidence"], torchs.gather(1, index)[:, 0], truth.gather(1, index)[:, 0])
-    index = probes.long().unsqueeze(1)
-    assert_no_worse_than_torch(got["probe"], torchs.gather(1, index)[:, 0], truth.gather(1, index)[:, 0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 7, 50, 4096, 4097, 12289, 126464])
-@pytest.mark.parametrize("scale", [0.05, 4.0, 3000.0])
-def test_lm_head_confidence(poisoned, dtype, vocab_size, scale):
-    for rows in (1, 5, 256) if vocab_size < 50000 else (9,):
-        # Few different values, so that ties are common; the last rows are below any starting value.
-        logits = draw(rows, vocab_size, scale=scale, seed=rows).mul(4).round().div(4)
-        logits[-1] -= 30000
-        logits = logits.to(dtype)
-        hidden, weight = head_of(logits)
-        generator = torch.Generator().manual_seed(vocab_size)
-        probes = torch.randint(0, vocab_size, (rows,), dtype=torch.int32, generator=generator).cuda()
-        for suppress in (
-            (None,) if vocab_size == 1 else (None, vocab_size - 1, int(logits[0].float().argmax()))
-        ):
-            top, confidence, probe = bbk.lm_head_confidence(
-                hidden,
-                weight,
-                probe_tokens=probes,
-                suppress_token=suppress,
-                backend="cuda",
-            )
-            check_lm_head(logits, probes, suppress, top=top, confidence=confidence, probe=probe)
-        top, confidence, probe = bbk.lm_head_confidence(hidden, weight, backend="cuda")
-        assert probe is None and torch.equal(top.long(), logits.float().argmax(-1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [3, 600, 1100])
-def test_lm_head_of_random_hidden_states(poisoned, dtype, rows):
-    hidden = draw(rows, 256, dtype=dtype)
-    embedding = draw(9000, 256, dtype=dtype, scale=0.25, seed=1)
-    weight = embedding[:8888]  # the tied embedding may have more rows than the vocabulary
-    top, confidence, _ = bbk.lm_head_confidence(hidden, weight, suppress_token=11, backend="cuda")
-    wide = hidden.double() @ weight.double().t()
-    logits = F.linear(hidden, weight)
-    wide[:, 11] = logits[:, 11] = -math.inf
-    # Its logit is the highest, up to the rounding of logits.
-    chosen = wide.gather(1, top.long().unsqueeze(1))[:, 0]
-    assert (chosen >= wide.amax(-1) - 2 * torch.finfo(dtype).eps * wide.amax(-1).abs() - 1e-6).all()
-    torchs = logits.float().softmax(-1).amax(-1)
-    assert_no_worse_than_torch(confidence, torchs.to(dtype), wide.softmax(-1).amax(-1))
-
-
-@pytest.mark.gpu
-def test_lm_head_of_a_row_does_not_depend_on_rows_and_chunks(monkeypatch):
-    logits = draw(300, 20000, scale=5.0).bfloat16()
-    hidden, weight = head_of(logits)
-    together = bbk.lm_head_confidence(hidden, weight, backend="cuda")
-    few = bbk.lm_head_confidence(hidden[7:9], weight, backend="cuda")
-    monkeypatch.setattr(tuning, "LM_HEAD_LOGITS_BYTES", 1)
-    chunked = bbk.lm_head_confidence(hidden, weight, backend="cuda")
-    for one, two, three in zip(together[:2], few[:2], chunked[:2], strict=True):
-        assert torch.equal(one[7:9], two) and torch.equal(one, three)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
-def test_lm_head_takes_special_values_as_torch_does(dtype, special):
-    hidden = torch.ones(1, 1, dtype=dtype, device="cuda")
-    for places in ([0], [9001], [4095, 4096], [77, 78, 9001], range(10000)):
-        weight = draw(10000, 1, dtype=dtype)
-        weight[list(places)] = special
-        expected = bbk.lm_head_confidence(hidden, weight, backend="reference")
-        got = bbk.lm_head_confidence(hidden, weight, backend="cuda")
-        assert torch.equal(got[0], expected[0])
-        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=0, equal_nan=True)
-
-
-@pytest.mark.gpu
-def test_lm_head_of_nothing_and_probes_outside():
-    hidden, weight = draw(4, 16), draw(5000, 16, seed=1)
-    probes = torch.tensor([-1, 5000, 4999, 2**31 - 1], dtype=torch.int32, device="cuda")
-    probe = bbk.lm_head_confidence(hidden, weight, probe_tokens=probes, backend="cuda")[2]
-    assert probe.isnan().tolist() == [True, True, False, True]
-    top, confidence, _ = bbk.lm_head_confidence(hidden[:0], weight, backend="cuda")
-    assert top.shape == confidence.shape == (0,)
-    # Neither side has to be contiguous, and a weight may be a parameter.
-    weight.requires_grad_()
-    expected = bbk.lm_head_confidence(hidden, weight, backend="cuda")
-    turned = bbk.lm_head_confidence(hidden.t().contiguous().t(), weight.t().contiguous().t(), backend="cuda")
-    assert torch.equal(turned[0], expected[0])
-
-
 @pytest.mark.gpu
 def test_chain_in_a_graph_equals_the_same_with_waits():
     """Every kernel is captured on the current stream and reads what the one before it wrote."""
@@ -363,63 +231,45 @@ def test_chain_in_a_graph_equals_the_same_with_waits():
         assert not got.isnan().any()
 
 
+@pytest.fixture
 def rope_arguments():
-    heads, cache = (0, 64, 8), (0, 512, 64, 8)
+    # Never launched: each test makes one of them wrong.
+    heads, cache, angles = Described((3, 8, 8)), Described((2, 8, 8, 8)), Described((9, 4))
     return dict(
         q=heads,
         k=heads,
         v=heads,
         k_cache=cache,
         v_cache=cache,
-        positions=0,
-        slots=0,
-        cos=0,
-        sin=0,
-        cos_row_stride=4,
-        sin_row_stride=4,
-        num_tokens=3,
-        num_positions=9,
-        num_pages=2,
-        page_size=8,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=8,
-        dtype=0,
+        positions=Described((3,), torch.int32),
+        slot_mapping=Described((3,), torch.int64),
+        cos=angles,
+        sin=angles,
         programmatic=False,
-        device=0,
         stream=0,
     )
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("name", "fields", "message"),
     [
-        ("num_tokens", -1, "rope_kv_write: num_tokens: expected at least 0, got -1"),
-        ("page_size", 0, "rope_kv_write: page_size: expected at least 1, got 0"),
-        ("head_dim", 7, "rope_kv_write: head_dim: expected an even size, got 7"),
+        ("q", dict(shape=(-1, 8, 8)), "num_tokens: expected at least 0, got -1"),
+        ("k_cache", dict(shape=(2, 0, 8, 8)), "page_size: expected at least 1, got 0"),
+        ("q", dict(shape=(3, 8, 7)), "head_dim: expected an even size, got 7"),
         (
-            "num_pages",
-            2**29,
+            "k_cache",
+            dict(shape=(2**29, 8, 8, 8)),
             "k_cache: expected fewer than 2\\^31 slots, got 536870912 pages of 8",
         ),
-        ("dtype", 3, "rope_kv_write: dtype: expected code 0, 1 or 2, got 3"),
+        ("q", dict(dtype=torch.int32), "q: expected float32, float16 or bfloat16, got int32"),
+        ("v_cache", dict(dtype=torch.float16), "v_cache: expected float32 as q, got float16"),
+        ("slot_mapping", dict(dtype=torch.int32), "slot_mapping: expected int64, got int32"),
     ],
 )
-def test_wrong_sizes_of_rope_raise(argument, value, message):
+def test_wrong_arguments_of_rope_raise(rope_arguments, name, fields, message):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
-    with pytest.raises(ValueError, match=message):
-        extension.rope_kv_write(**{**rope_arguments(), argument: value})
-
-
-def test_wrong_chunks_of_the_vocabulary_raise():
-    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
-    sizes = dict(num_rows=2, num_tokens=8, row_stride=8, num_pieces=2, dtype=0)
-    others = dict(logits=0, probe_tokens=0, partials=0, suppress_token=-1)
-    launch = dict(device=0, stream=0)
-    with pytest.raises(ValueError, match="first_token: expected a multiple of 4096, got 8"):
-        extension.lm_head_reduce(**sizes, **others, **launch, first_token=8)
-    with pytest.raises(ValueError, match="num_pieces: expected at least 3, got 2"):
-        extension.lm_head_reduce(**sizes, **others, **launch, first_token=8192)
+    with pytest.raises(ValueError, match=f"rope_kv_write: {message}"):
+        extension.rope_kv_write(**change(rope_arguments, name, **fields))
 
 
 def test_written_tensors_that_a_kernel_cannot_write_raise():

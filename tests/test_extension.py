@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from blockbatch_kernels import cuda
 from blockbatch_kernels.cuda import extension as loader
+from blockbatch_kernels.cuda import gemm
+from described_tensors import Described, change
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -20,17 +22,7 @@ def extension():
 @pytest.fixture
 def swiglu_arguments():
     # Never launched: each test makes one of them wrong, or leaves nothing to do.
-    return dict(
-        gate_up=0,
-        out=0,
-        num_tokens=3,
-        intermediate_size=8,
-        gate_up_row_stride=16,
-        out_row_stride=8,
-        dtype=0,
-        device=0,
-        stream=0,
-    )
+    return dict(gate_up=Described((3, 16)), out=Described((3, 8)), stream=0)
 
 
 def test_build_info(extension):
@@ -49,62 +41,47 @@ def test_links_no_torch_and_no_shared_cuda_runtime(extension):
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("fields", "message"),
     [
-        ("num_tokens", -1, "swiglu: num_tokens: expected at least 0, got -1"),
+        (dict(shape=(-1, 16)), "swiglu: num_tokens: expected at least 0, got -1"),
+        (dict(shape=(3, -16)), "swiglu: intermediate_size: expected at least 0, got -8"),
         (
-            "intermediate_size",
-            -8,
-            "swiglu: intermediate_size: expected at least 0, got -8",
+            dict(dtype=torch.int32),
+            "swiglu: gate_up: expected float32, float16 or bfloat16, got int32",
         ),
-        ("dtype", 7, "swiglu: dtype: expected code 0, 1 or 2, got 7"),
     ],
 )
-def test_wrong_sizes_raise(extension, swiglu_arguments, argument, value, message):
+def test_wrong_sizes_raise(extension, swiglu_arguments, fields, message):
     with pytest.raises(ValueError, match=message):
-        extension.swiglu(**{**swiglu_arguments, argument: value})
-
-
-def test_wrong_types_raise(extension, swiglu_arguments):
-    with pytest.raises(TypeError):
-        extension.swiglu(**{**swiglu_arguments, "gate_up": torch.zeros(3, 16)})
+        extension.swiglu(**change(swiglu_arguments, "gate_up", **fields))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_launch_without_a_gpu_names_the_operator(extension, swiglu_arguments):
     with pytest.raises(RuntimeError, match="blockbatch_kernels.swiglu: cuda"):
         extension.swiglu(**swiglu_arguments)
-    extension.swiglu(**{**swiglu_arguments, "num_tokens": 0})  # nothing to launch
+    extension.swiglu(**change(swiglu_arguments, "gate_up", shape=(0, 16)))  # nothing to launch
+    with pytest.raises(RuntimeError, match="blockbatch_kernels.has_code_for: cuda"):
+        extension.has_code_for(device=0)
 
 
-@pytest.mark.parametrize(
-    ("arch", "capability", "runs"),
-    [
-        ("80", (8, 0), True),
-        ("80", (8, 6), True),
-        ("80", (10, 0), True),  # from its PTX
-        ("80", (7, 5), False),
-        ("80-real", (8, 9), True),
-        ("80-real", (9, 0), False),
-        ("86-real", (8, 0), False),
-        ("80-virtual", (12, 0), True),
-        ("90a", (9, 0), True),
-        ("90a", (10, 0), False),
-        ("90a-real", (9, 0), True),
-        ("100", (10, 0), True),
-        ("100", (9, 0), False),
-    ],
-)
-def test_which_gpus_an_architecture_runs_on(arch, capability, runs):
-    assert loader._runs_on(arch, capability) is runs
+@pytest.mark.gpu
+def test_what_runs_on_this_gpu(extension):
+    code = extension.has_code_for(device=torch.cuda.current_device())
+    assert code == loader.code_for(torch.cuda.current_device())
+    archs = {arch.partition("-")[0] for arch in cuda.build_info()["cuda_archs"]}
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert code == ("sm90a" if "90a" in archs else "portable")
+    else:
+        assert code in ("none", "portable")
 
 
 class TestWhyUnavailable:
     """The reasons in turn, each against an extension and a GPU that are described rather than there."""
 
     class Extension:
-        def __init__(self, archs=("80", "90a"), driver="13.0", api=loader.API):
-            self.archs, self.driver, self.api = archs, driver, api
+        def __init__(self, archs=("80", "90a"), driver="13.0", api=loader.API, code="sm90a"):
+            self.archs, self.driver, self.api, self.code = archs, driver, api, code
 
         def build_info(self):
             return {
@@ -117,6 +94,9 @@ class TestWhyUnavailable:
         def driver_version(self):
             return self.driver
 
+        def has_code_for(self, device):
+            return self.code
+
     @pytest.fixture
     def machine(self, monkeypatch):
         def describe(extension, gpu=True, capability=(9, 0)):
@@ -127,16 +107,23 @@ class TestWhyUnavailable:
 
             monkeypatch.setattr(loader, "load", load)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+            forget()
+
+        def forget():
             loader._why_unavailable.cache_clear()
+            loader.code_for.cache_clear()
 
         yield describe
-        loader._why_unavailable.cache_clear()
+        forget()
 
-    def test_available(self, machine):
-        machine(self.Extension())
+    @pytest.mark.parametrize("code", ["sm90a", "portable"])
+    def test_available(self, machine, code):
+        machine(self.Extension(code=code))
         assert cuda.why_unavailable() is None
         assert cuda.is_available(torch.device("cuda", 0))
+        assert gemm.kernel_exists(0) is (code == "sm90a")
 
     @pytest.mark.parametrize(
         ("description", "reason"),
@@ -153,12 +140,20 @@ class TestWhyUnavailable:
                 "built with CUDA 13.0, the driver serves up to 12.8",
             ),
             (
-                dict(extension=Extension(), capability=(7, 5)),
-                "80, 90a, the GPU is sm_75",
+                dict(extension=Extension(code="none"), capability=(7, 5)),
+                "built for the architectures 80, 90a, the GPU is sm_75; build with BBK_CUDA_ARCHS=75",
             ),
             (
-                dict(extension=Extension(archs=("90a",)), capability=(8, 0)),
-                "BBK_CUDA_ARCHS=80",
+                dict(extension=Extension(archs=("90a",), code="none"), capability=(8, 0)),
+                "built for the architectures 90a, the GPU is sm_80; build with BBK_CUDA_ARCHS=80",
+            ),
+            (
+                dict(extension=Extension(archs=("100",), code="none"), capability=(9, 0)),
+                "the GPU is sm_90; build with BBK_CUDA_ARCHS=90a",
+            ),
+            (
+                dict(extension=Extension(archs=("90a",), code="none"), capability=(12, 0)),
+                "the GPU is sm_120; build with BBK_CUDA_ARCHS=120",
             ),
         ],
     )

@@ -5,17 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from blockbatch_kernels import cuda, reference, tuning
-from blockbatch_kernels.cuda import gemm, linear_rope
-from blockbatch_kernels.reference.gemm import split_heads
+from blockbatch_kernels.cuda import gemm
+from described_tensors import Described, change
+from gemm_checks import DTYPES, compare, name_of, poison_new_tensors, random_arguments, with_tile
 
-DTYPES = [torch.bfloat16, torch.float16]
 TILES = [(tile, False) for tile in tuning.LINEAR_TILES] + [(tile, True) for tile in tuning.GATED_TILES]
 
 
-def name_of(value):
-    if isinstance(value, tuning.LinearTile):
-        return f"tokens{value.tokens}rows{value.rows}split_k{value.split_k}multicast{value.multicast}"
-    return str(value)
+@pytest.fixture
+def poison(monkeypatch):
+    poison_new_tensors(monkeypatch)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -33,15 +32,6 @@ def test_every_tile_has_room_for_the_tokens_it_serves(gated):
                     assert (features * (1 + gated)) % tile.rows == 0 or features == parts[-1].features
                     served.add(tile)
     assert served == set(tiles)  # nothing is compiled that nobody uses
-
-
-def test_every_rotated_tile_serves_a_published_model():
-    served = set()
-    for rows, in_features, most in ((12288, 4096, 256), (4608, 3584, 128)):  # LLaDA-8B, Dream-7B
-        for num_tokens in range(1, most + 1):
-            (part,) = tuning.linear_rule(num_tokens, rows, in_features, gated=False)
-            served.add(part.tile)
-    assert served == set(tuning.ROTATED_TILES) <= set(tuning.LINEAR_TILES)
 
 
 @pytest.mark.parametrize(
@@ -85,172 +75,84 @@ def arguments():
     # Never launched: each test makes one of them wrong.
     tile = tuning.LINEAR_TILES[0]
     return dict(
-        x=0,
-        weight=0,
-        bias=0,
-        out=0,
-        num_tokens=tile.tokens,
-        in_features=64,
-        out_features=64,
-        x_row_stride=64,
-        weight_row_stride=64,
-        out_row_stride=64,
-        up_distance=64,
+        x=Described((tile.tokens, 64), torch.bfloat16),
+        weight=Described((64, 64), torch.bfloat16),
+        bias=None,
+        out=Described((tile.tokens, 64), torch.bfloat16),
+        first=0,
+        features=64,
+        tile=tile,
         gated=False,
-        dtype=2,
-        tile_tokens=tile.tokens,
-        tile_rows=tile.rows,
-        split_k=tile.split_k,
-        multicast=tile.multicast,
         static_weight=False,
         programmatic=False,
-        device=0,
         stream=0,
     )
 
 
+def wrong(arguments, name, value):
+    """`arguments` with another value, with other fields of a tensor, or with another tile."""
+    if name == "tile":
+        return {**arguments, "tile": arguments["tile"]._replace(**value)}
+    return change(arguments, name, **value) if isinstance(value, dict) else {**arguments, name: value}
+
+
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("num_tokens", -1, "linear: num_tokens: expected at least 0, got -1"),
-        ("num_tokens", 1000, "linear: num_tokens: expected at most the tile's"),
-        ("in_features", 0, "linear: in_features: expected at least 1, got 0"),
-        ("in_features", 60, "linear: in_features: expected a multiple of 8, got 60"),
-        ("out_features", -8, "linear: out_features: expected at least 0, got -8"),
-        ("out_features", 63, "linear: out_features: expected a multiple of 8, got 63"),
-        ("x", 2, "linear: x: expected rows aligned to 16 bytes, got .* 2 bytes past"),
+        ("x", dict(shape=(-1, 64)), "num_tokens: expected at least 0, got -1"),
+        ("x", dict(shape=(1000, 64)), "num_tokens: expected at most the tile's"),
+        ("x", dict(shape=(4, 0)), "in_features: expected at least 1, got 0"),
+        ("x", dict(shape=(4, 60)), "in_features: expected a multiple of 8, got 60"),
+        ("features", -8, "out_features: expected at least 0, got -8"),
+        ("features", 63, "out_features: expected a multiple of 8, got 63"),
+        ("x", dict(address=2), "x: expected rows aligned to 16 bytes, got .* 2 bytes past"),
         (
-            "weight_row_stride",
-            65,
-            "linear: weight: expected rows aligned to 16 bytes, got a row stride of 65",
+            "weight",
+            dict(strides=(65, 1)),
+            "weight: expected rows aligned to 16 bytes, got a row stride of 65",
         ),
-        ("out", 8, "linear: out: expected rows aligned to 16 bytes"),
-        ("dtype", 0, "linear: dtype: expected code 1 or 2, got 0"),
-        ("tile_rows", 65, "linear: tile: expected a compiled one, got tokens"),
-        ("split_k", 7, "linear: tile: expected a compiled one, got tokens .* split_k 7"),
-        ("multicast", 3, "linear: tile: expected a compiled one, got tokens .* multicast 3"),
+        ("out", dict(address=8), "out: expected rows aligned to 16 bytes"),
+        ("tile", dict(rows=65), "tile: expected a compiled one, got tokens"),
+        ("tile", dict(split_k=7), "tile: expected a compiled one, got tokens .* split_k 7"),
+        ("tile", dict(multicast=3), "tile: expected a compiled one, got tokens .* multicast 3"),
+        ("weight", dict(dtype=torch.float16), "weight: expected bfloat16 as x, got float16"),
+        ("out", dict(device=1), "out: expected a tensor in cuda:0 as x, got one in cuda:1"),
+        ("bias", Described((64,)), "bias: expected bfloat16 as x, got float32"),
     ],
 )
-def test_wrong_arguments_raise(arguments, argument, value, message):
+def test_wrong_arguments_raise(arguments, name, value, message):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
-    with pytest.raises(ValueError, match=message):
-        extension.gemm(**{**arguments, argument: value})
+    with pytest.raises(ValueError, match=f"linear: {message}|gemm: {message}"):
+        extension.gemm(**wrong(arguments, name, value))
+
+
+def test_fp32_raises(arguments):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    for name in ("x", "weight", "out"):
+        arguments = change(arguments, name, dtype=torch.float32)
+    with pytest.raises(ValueError, match="linear: dtype: expected code 1 or 2, got 0"):
+        extension.gemm(**arguments)
+
+
+def test_wrong_tiles_raise(arguments):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    with pytest.raises(TypeError, match="gemm: tile.rows: expected an integer, got NoneType"):
+        extension.gemm(**wrong(arguments, "tile", dict(rows=None)))
+    with pytest.raises(TypeError, match="gemm: tile.tokens: missing"):
+        extension.gemm(**{**arguments, "tile": (16, 64, 1, 1)})
 
 
 def test_a_bias_with_gates_raises(arguments):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    bias = Described((64,), torch.bfloat16, address=16)
     with pytest.raises(ValueError, match="linear: bias: expected none with gated, got one"):
-        extension.gemm(**{**arguments, "gated": True, "bias": 16})
+        extension.gemm(**{**change(arguments, "weight", shape=(128, 64)), "gated": True, "bias": bias})
 
 
 def test_ups_among_the_gates_raise(arguments):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
     with pytest.raises(ValueError, match="linear: up_distance: expected at least out_features, 64, got 56"):
-        extension.gemm(**{**arguments, "gated": True, "up_distance": 56})
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "message"),
-    [
-        ("num_tokens", 17, "linear_rope_kv_write: num_tokens: expected at most the tile's 16, got 17"),
-        ("in_features", 60, "linear_rope_kv_write: in_features: expected a multiple of 8, got 60"),
-        ("head_dim", 96, "linear_rope_kv_write: head_dim: expected a multiple of 64, got 96"),
-        ("num_pages", 2**31, "linear_rope_kv_write: k_cache: expected fewer than 2.31 slots"),
-        ("x", 2, "linear_rope_kv_write: x: expected rows aligned to 16 bytes, got .* 2 bytes past"),
-        ("cos", 8, "linear_rope_kv_write: q, k_cache, v_cache, cos, sin: expected addresses and strides of"),
-        ("q", (0, 64, 63), "linear_rope_kv_write: q, k_cache, v_cache, cos, sin: expected addresses and"),
-        ("k_cache", (8, 64, 64, 64), "linear_rope_kv_write: q, k_cache, v_cache, cos, sin: expected addre"),
-        ("sin_row_stride", 31, "linear_rope_kv_write: q, k_cache, v_cache, cos, sin: expected addresses"),
-        ("dtype", 0, "linear_rope_kv_write: dtype: expected code 1 or 2, got 0"),
-        ("tile_rows", 192, "linear_rope_kv_write: tile: expected a compiled one, got tokens 16, rows 192"),
-        (
-            "split_k",
-            2,
-            "linear_rope_kv_write: tile: expected a compiled one, got tokens 16, rows 64, split_k 2",
-        ),
-    ],
-)
-def test_wrong_arguments_of_the_rotated_product_raise(argument, value, message):
-    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
-    arguments = dict(
-        x=0,
-        weight=0,
-        bias=0,
-        in_features=64,
-        x_row_stride=64,
-        weight_row_stride=64,
-        tile_tokens=16,
-        tile_rows=64,
-        split_k=1,
-        multicast=1,
-        static_weight=False,
-        q=(0, 64, 64),
-        k_cache=(0, 64, 64, 64),
-        v_cache=(0, 64, 64, 64),
-        positions=0,
-        slots=0,
-        cos=0,
-        sin=0,
-        cos_row_stride=32,
-        sin_row_stride=32,
-        num_tokens=16,
-        num_positions=8,
-        num_pages=1,
-        page_size=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=64,
-        dtype=2,
-        programmatic=False,
-        device=0,
-        stream=0,
-    )
-    with pytest.raises(ValueError, match=message):
-        extension.linear_rope_kv_write(**{**arguments, argument: value})
-
-
-@pytest.fixture
-def poison(monkeypatch):
-    """Outputs start as NaN, so that an element that nobody writes is seen."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(tensor, *size, **options):
-        return empty(tensor, *size, **options).fill_(float("nan"))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
-def random_arguments(num_tokens, out_features, in_features, dtype, *, bias=False, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed + 1000 * num_tokens + out_features + in_features)
-
-    def randn(*size):
-        return torch.randn(*size, device="cuda", generator=generator)
-
-    x = randn(num_tokens, in_features).to(dtype)
-    weight = (randn(out_features, in_features) * in_features**-0.5).to(dtype)
-    return x, weight, randn(out_features).to(dtype) if bias else None
-
-
-def with_tile(x, weight, bias, tile, **options):
-    """The product in one launch of this tile."""
-    features = weight.shape[0] // (2 if options["gated"] else 1)
-    return gemm._gemm(x, weight, bias, (tuning.LinearPart(features, tile),), **options)
-
-
-def compare(x, weight, bias, gated, result):
-    """Ours errs at most twice as much as torch in the same dtype, plus a rounding, against fp64."""
-    truth = x.double() @ weight.double().T
-    if gated:
-        gate, up = truth.chunk(2, dim=-1)
-        truth = F.silu(gate) * up
-        by_torch = reference.linear_swiglu(x, weight)
-    else:
-        truth = truth if bias is None else truth + bias.double()
-        by_torch = F.linear(x, weight, bias)
-    rounding = torch.finfo(x.dtype).eps * truth.abs().max()
-    assert result.dtype == x.dtype and result.shape == by_torch.shape
-    error = (result.double() - truth).abs().max()  # NaN, and so a failure, where an element was left out
-    assert error <= 2 * (by_torch.double() - truth).abs().max() + rounding
+        extension.gemm(**{**change(arguments, "weight", shape=(112, 64)), "gated": True})
 
 
 @pytest.mark.gpu
@@ -310,136 +212,6 @@ def test_parts_are_computed_as_if_alone(sm90, poison, gated):
             alone = with_tile(x, rows, part_bias, tile, gated=gated, static_weight=False)
             assert torch.equal(out[:, begin : begin + number], alone)
             begin += number
-
-
-def rope_arguments(num_tokens, kv_heads, head_dim, dtype, *, page_size=16, seed=0):
-    """positions, slot_mapping, cos, sin and caches [2, ...] of NaN; some tokens are not stored, some stand at
-    positions without an angle."""
-    generator = torch.Generator("cuda").manual_seed(seed + num_tokens)
-    pages = -(-num_tokens // page_size) + 3
-    angle = 6.3 * torch.rand(300, head_dim // 2, device="cuda", generator=generator)
-    positions = torch.randint(300, (num_tokens,), device="cuda", generator=generator, dtype=torch.int32)
-    positions[3::11] = 300
-    slots = torch.randperm(pages * page_size, device="cuda", generator=generator)[:num_tokens]
-    slots[1::5] = -1
-    caches = torch.full((2, pages, page_size, kv_heads, head_dim), float("nan"), device="cuda", dtype=dtype)
-    return positions, slots, angle.cos(), angle.sin(), caches
-
-
-def compare_rotated(heads, where, caches, product, q):
-    """Bit for bit the rotation and the write of `product`, where nothing else was written."""
-    expected, k, v = split_heads(product.clone(), heads, caches[0])
-    plain = torch.full_like(caches, float("nan"))
-    cuda.rope_kv_write(expected, k, v, *where, *plain)
-    assert torch.isfinite(expected).any() and torch.isfinite(plain).any()
-    torch.testing.assert_close(q, expected, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(caches, plain, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", tuning.ROTATED_TILES, ids=name_of)
-def test_every_rotated_tile_is_its_product_rotated(sm90, poison, tile, dtype):
-    cases = [
-        (tile.tokens, 4, 4, 128, 1024),
-        (tile.tokens - 4, 7, 1, 128, 3584),
-        (1, 1, 1, 64, 8),
-        (min(7, tile.tokens), 5, 2, 64, 1224),
-        (tile.tokens // 2 + 1, 3, 1, 192, 264),
-    ]
-    for num_tokens, heads, kv_heads, head_dim, in_features in cases:
-        for bias in (False, True):
-            rows = (heads + 2 * kv_heads) * head_dim
-            x, weight, b = random_arguments(num_tokens, rows, in_features, dtype, bias=bias)
-            *where, caches = rope_arguments(num_tokens, kv_heads, head_dim, dtype)
-            product = with_tile(x, weight, b, tile, gated=False, static_weight=False)
-            for static_weight in (False, True):
-                torch.cuda.synchronize()
-                caches.fill_(float("nan"))
-                q = linear_rope._launch(
-                    x, weight, b, *where, *caches, num_heads=heads, tile=tile, static_weight=static_weight
-                )
-                compare_rotated(heads, where, caches, product, q)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
-@pytest.mark.parametrize("num_tokens", [0, 1, 8, 33, 100, 160, 252, 256, 257])
-def test_linear_rope_kv_write(sm90, poison, num_tokens, dtype):
-    # The shapes of LLaDA-8B, Dream-7B and others, some of which no kernel of ours takes.
-    shapes = [(32, 32, 128, 512), (28, 4, 128, 512), (16, 8, 64, 256), (40, 4, 96, 256), (30, 2, 80, 104)]
-    for heads, kv_heads, head_dim, in_features in shapes:
-        rows = (heads + 2 * kv_heads) * head_dim
-        x, weight, bias = random_arguments(num_tokens, rows, in_features, dtype, bias=True)
-        *where, caches = rope_arguments(num_tokens, kv_heads, head_dim, dtype)
-        q = cuda.linear_rope_kv_write(x, weight, bias, *where, *caches, num_heads=heads)
-        assert q.shape == (num_tokens, heads, head_dim) and q.dtype == dtype
-        if num_tokens:
-            compare_rotated(heads, where, caches, cuda.linear(x, weight, bias), q)
-
-
-@pytest.mark.gpu
-def test_any_layout_of_the_rotated_product(sm90):
-    heads, kv_heads, head_dim = 28, 4, 128
-    x, weight, bias = random_arguments(40, 36 * 128, 256, torch.bfloat16, bias=True)
-    product = cuda.linear(x, weight, bias)
-    positions, slots, cos, sin, caches = rope_arguments(40, kv_heads, head_dim, torch.bfloat16)
-    pages, page_size = caches.shape[1:3]
-    nan = float("nan")
-    wide = torch.zeros(40, 300, device="cuda").bfloat16()
-    wide[:, 3:259] = x
-    by_head = torch.full((2, pages, kv_heads, page_size, head_dim), nan, device="cuda").bfloat16()
-    odd = torch.full((2, pages, page_size, kv_heads, head_dim + 1), nan, device="cuda").bfloat16()[..., 1:]
-    for inputs in (x, wide[:, 3:259], x.t().contiguous().t()):
-        for cache in (caches, by_head.transpose(2, 3), odd):
-            for angles in ((cos, sin), (cos.t().contiguous().t(), sin.repeat(1, 2)[:, :64])):
-                cache.fill_(nan)
-                where = (positions, slots, *angles)
-                q = cuda.linear_rope_kv_write(inputs, weight, bias, *where, *cache, num_heads=heads)
-                compare_rotated(heads, where, cache, product, q)
-    where = (positions.repeat_interleave(2)[::2], slots.repeat_interleave(2)[::2], cos, sin)
-    caches.fill_(nan)
-    q = cuda.linear_rope_kv_write(x, weight, bias.repeat_interleave(2)[::2], *where, *caches, num_heads=heads)
-    compare_rotated(heads, where, caches, product, q)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [16, 60, 128, 180, 252])
-def test_a_rotated_product_in_a_graph_waits_for_what_it_reads(sm90, num_tokens):
-    """Its inputs come from the kernel just before, what it writes is read by the kernel just behind."""
-    first, qkv, last = (
-        random_arguments(1, rows, columns, torch.bfloat16, seed=seed)[1]
-        for seed, (rows, columns) in enumerate([(4096, 1024), (12288, 4096), (1024, 4096)])
-    )
-    x = torch.zeros(num_tokens, 1024, device="cuda", dtype=torch.bfloat16)
-    positions, slots, cos, sin, caches = rope_arguments(num_tokens, 32, 128, torch.bfloat16)
-    slots.copy_(torch.randperm(caches[0].shape[0] * 16, device="cuda")[:num_tokens])
-    positions.clamp_(max=299)
-    flat = caches.flatten(1, 2)
-
-    def chain(static):
-        y = cuda.linear(x, first, static_weight=static)
-        where = (positions, slots, cos, sin, *caches)
-        q = cuda.linear_rope_kv_write(y, qkv, None, *where, num_heads=32, static_weight=static)
-        read = cuda.linear(q.flatten(1), last, static_weight=static)
-        stored = flat[:, slots].flatten(2)
-        return read, cuda.linear(stored[0], last, static_weight=static), stored
-
-    chain(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(True)
-    for seed in range(3):
-        x.copy_(random_arguments(num_tokens, 8, 1024, torch.bfloat16, seed=seed)[0])
-        caches.fill_(float("nan"))
-        graph.replay()
-        got = [tensor.clone() for tensor in out]
-        caches.fill_(float("nan"))
-        torch.cuda.synchronize()
-        for tensor, expected in zip(got, chain(False)):
-            assert torch.isfinite(expected).all()
-            assert torch.equal(tensor, expected)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from blockbatch_kernels import cuda, reference, tuning
 from blockbatch_kernels.cuda import lm_head
+from described_tensors import Described, change
 
 DTYPES = [torch.bfloat16, torch.float16]
 ROWS = [1, 7, 16, 17, 33, 64, 65, 100, 128]
@@ -27,41 +28,49 @@ def test_sizes_that_have_a_tile():
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("num_rows", -1, "num_rows: expected at least 0, got -1"),
-        ("num_rows", 17, "num_rows: expected at most tile_rows, 16, got 17"),
-        ("dim", 0, "dim: expected at least 1, got 0"),
-        ("dim", 60, "dim: expected a multiple of 8, got 60"),
-        ("vocab_size", 0, "vocab_size: expected at least 1, got 0"),
-        ("num_pieces", 3, "num_pieces: expected 2, got 3"),
-        ("hidden", 2, "hidden: expected rows aligned to 16 bytes, got .* 2 bytes past"),
-        ("weight_row_stride", 65, "weight: expected rows aligned to 16 bytes, got a row stride of 65"),
-        ("dtype", 0, "dtype: expected code 1 or 2, got 0"),
+        ("hidden", dict(shape=(-1, 64)), "num_rows: expected at least 0, got -1"),
+        ("hidden", dict(shape=(17, 64)), "num_rows: expected at most tile_rows, 16, got 17"),
+        ("hidden", dict(shape=(16, 0)), "dim: expected at least 1, got 0"),
+        ("hidden", dict(shape=(16, 60)), "dim: expected a multiple of 8, got 60"),
+        ("weight", dict(shape=(0, 64)), "vocab_size: expected at least 1, got 0"),
+        ("partials", dict(shape=(16, 3, 4)), "num_pieces: expected 2, got 3"),
+        ("hidden", dict(address=2), "hidden: expected rows aligned to 16 bytes, got .* 2 bytes past"),
+        (
+            "weight",
+            dict(strides=(65, 1)),
+            "weight: expected rows aligned to 16 bytes, got a row stride of 65",
+        ),
         ("tile_rows", 256, "tile_rows: expected 16, 64 or 128, got 256"),
     ],
 )
-def test_wrong_arguments_raise(argument, value, message):
+def test_wrong_arguments_raise(arguments, name, value, message):
     extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
-    # Never launched: each case makes one of them wrong.
-    arguments = dict(
-        hidden=0,
-        weight=0,
-        partials=0,
-        num_rows=16,
-        dim=64,
-        vocab_size=300,
-        hidden_row_stride=64,
-        weight_row_stride=64,
-        suppress_token=-1,
-        num_pieces=2,
-        dtype=2,
+    arguments = change(arguments, name, **value) if isinstance(value, dict) else {**arguments, name: value}
+    with pytest.raises(ValueError, match=f"lm_head_confidence: {message}"):
+        extension.lm_head_product(**arguments)
+
+
+def test_fp32_raises(arguments):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    for name in ("hidden", "weight"):
+        arguments = change(arguments, name, dtype=torch.float32)
+    with pytest.raises(ValueError, match="lm_head_confidence: dtype: expected code 1 or 2, got 0"):
+        extension.lm_head_product(**arguments)
+
+
+@pytest.fixture
+def arguments():
+    # Never launched: each test makes one of them wrong.
+    return dict(
+        hidden=Described((16, 64), torch.bfloat16),
+        weight=Described((300, 64), torch.bfloat16),
+        partials=Described((16, 2, 4)),
+        suppress_token=None,
         tile_rows=16,
-        device=0,
         stream=0,
     )
-    with pytest.raises(ValueError, match=f"lm_head_confidence: {message}"):
-        extension.lm_head_product(**{**arguments, argument: value})
 
 
 def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):

@@ -1,7 +1,7 @@
 """The compiled backend: one thin line per operator over the extension `blockbatch_kernels._C`.
 
-Callers go through `blockbatch_kernels.ops`, which states the contracts and checks the tensors; here they are
-only unpacked into addresses, sizes and strides.
+Callers go through `blockbatch_kernels.ops`, which states the contracts and checks the tensors; here the tile
+is chosen, outputs are allocated, and what a kernel cannot read where it is gets copied.
 """
 
 from blockbatch_kernels.cuda.activation import swiglu

@@ -14,18 +14,7 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     """
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
-    num_tokens, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
     if out is None:
-        out = gate_up.new_empty(num_tokens, intermediate_size)
-    extension.load().swiglu(
-        gate_up=gate_up.data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=num_tokens,
-        intermediate_size=intermediate_size,
-        gate_up_row_stride=gate_up.stride(0),
-        out_row_stride=out.stride(0),
-        dtype=extension.DTYPE_CODES[gate_up.dtype],
-        device=gate_up.device.index,
-        stream=extension.stream_of(gate_up),
-    )
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    extension.load().swiglu(gate_up=gate_up, out=out, stream=extension.stream_of(gate_up))
     return out

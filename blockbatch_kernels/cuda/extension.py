@@ -1,4 +1,4 @@
-"""The extension `blockbatch_kernels._C`: whether it can run, and what its calls take.
+"""The extension `blockbatch_kernels._C`: whether it can run, and on which stream.
 
 It is imported at its first use, and no GPU is touched before.
 """
@@ -8,8 +8,7 @@ import importlib
 
 import torch
 
-API = 8  # kApi in csrc/bind/module.cpp
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/common/params.h
+API = 9  # kApi in csrc/bind/module.cpp
 
 
 @functools.cache
@@ -17,17 +16,18 @@ def load():
     return importlib.import_module("blockbatch_kernels._C")
 
 
-def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for `arch` (as in CMake's CUDA_ARCHITECTURES) runs on a GPU of `capability`."""
-    number, _, kind = arch.partition("-")
-    specific = number.endswith("a")
-    number = number.rstrip("a")
-    built = (int(number[:-1]), int(number[-1]))
-    if specific:  # "90a": that very architecture
-        return capability == built
-    if kind == "real":  # machine code: the same major version, this minor or a later one
-        return capability[0] == built[0] and capability[1] >= built[1]
-    return capability >= built  # PTX, which the driver compiles for any later architecture
+@functools.cache
+def code_for(device_index: int) -> str:
+    """What of the loaded extension runs on a GPU: "none", "portable" or, with the kernels of sm_90a, "sm90a".
+
+    Found once and kept. Raises RuntimeError where there is no such GPU.
+    """
+    return load().has_code_for(device_index)
+
+
+def _build_for(arch: str) -> str:
+    """The architecture to build for: a build for plain 90 has no products with the weights."""
+    return "90a" if arch == "90" else arch
 
 
 def _major(version: str) -> int:
@@ -53,12 +53,12 @@ def _why_unavailable(device_index: int | None) -> str | None:
     driver = extension.driver_version()
     if _major(driver) < _major(info["cuda_version"]):
         return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
-    capability = torch.cuda.get_device_capability(device_index)
-    if not any(_runs_on(arch, capability) for arch in info["cuda_archs"]):
-        major, minor = capability
+    index = torch.cuda.current_device() if device_index is None else device_index
+    if extension.has_code_for(index) == "none":
+        arch = "{}{}".format(*torch.cuda.get_device_capability(index))
         return (
             f"the extension is built for the architectures {', '.join(info['cuda_archs'])}, "
-            f"the GPU is sm_{major}{minor}; build with BBK_CUDA_ARCHS={major}{minor}"
+            f"the GPU is sm_{arch}; build with BBK_CUDA_ARCHS={_build_for(arch)}"
         )
     return None
 
@@ -87,5 +87,5 @@ def build_info() -> dict:
 
 
 def stream_of(tensor: torch.Tensor) -> int:
-    """The current stream of the tensor's device, as the integer that the extension takes."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    """The current stream of the tensor's device, as the integer that the extension takes; 0 on the host."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

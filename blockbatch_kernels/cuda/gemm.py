@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,15 +37,15 @@ def linear_swiglu(x: Tensor, weight: Tensor, *, static_weight: bool = False) -> 
     return _gemm(x, weight, None, parts, gated=True, static_weight=static_weight)
 
 
-@functools.cache
 def kernel_exists(device_index: int) -> bool:
     """Whether the device and the extension's build have the products of sm_90."""
-    return extension.load().gemm_is_available(device_index)
+    return extension.code_for(device_index) == "sm90a"
 
 
 def parts_of(x: Tensor, weight: Tensor, out_features: int, *, gated: bool) -> tuple[tuning.LinearPart, ...]:
     """The launches of the extension's kernel for this product; none: torch computes it."""
-    parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated)
+    kind = tuning.device_kind(x.device)
+    parts = tuning.linear_parts(x.shape[0], out_features, x.shape[1], gated=gated, device_kind=kind)
     if not parts or x.dtype == torch.float32 or not is_aligned(weight) or not kernel_exists(x.device.index):
         return ()
     return parts
@@ -76,31 +74,20 @@ def _gemm(
     x = aligned(x)
     if bias is not None:
         bias = bias.contiguous()
-    out_features = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(x.shape[0], out_features)
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
     first = 0
     for features, tile in parts:
         extension.load().gemm(
-            x=x.data_ptr(),
-            weight=weight[first:].data_ptr(),
-            bias=0 if bias is None else bias[first:].data_ptr(),
-            out=out[:, first:].data_ptr(),
-            num_tokens=x.shape[0],
-            in_features=x.shape[1],
-            out_features=features,
-            x_row_stride=x.stride(0),
-            weight_row_stride=weight.stride(0),
-            out_row_stride=out.stride(0),
-            up_distance=out_features,
+            x=x,
+            weight=weight,
+            bias=bias,
+            out=out,
+            first=first,
+            features=features,
+            tile=tile,
             gated=gated,
-            dtype=extension.DTYPE_CODES[x.dtype],
-            tile_tokens=tile.tokens,
-            tile_rows=tile.rows,
-            split_k=tile.split_k,
-            multicast=tile.multicast,
             static_weight=static_weight,
             programmatic=tuning.PROGRAMMATIC_LAUNCH,
-            device=x.device.index,
             stream=extension.stream_of(x),
         )
         first += features

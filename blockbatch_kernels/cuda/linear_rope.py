@@ -5,8 +5,8 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.cuda.gemm import aligned, linear, parts_of
-from blockbatch_kernels.cuda.rope import cache_view, heads_view, last_contiguous, rope_kv_write
-from blockbatch_kernels.reference.gemm import split_heads
+from blockbatch_kernels.cuda.rope import last_contiguous, rope_kv_write
+from blockbatch_kernels.shapes import split_heads
 
 
 def linear_rope_kv_write(
@@ -63,43 +63,22 @@ def _launch(
     static_weight: bool,
 ) -> Tensor:
     positions, slot_mapping, cos, sin, k_cache, v_cache = where
-    num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     x = aligned(x)
-    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    q = x.new_empty(x.shape[0], num_heads, head_dim)
+    q = x.new_empty(x.shape[0], num_heads, k_cache.shape[3])
     extension.load().linear_rope_kv_write(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        in_features=x.shape[1],
-        x_row_stride=x.stride(0),
-        weight_row_stride=weight.stride(0),
-        tile_tokens=tile.tokens,
-        tile_rows=tile.rows,
-        split_k=tile.split_k,
-        multicast=tile.multicast,
+        x=x,
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        positions=positions.contiguous(),
+        slot_mapping=slot_mapping.contiguous(),
+        cos=cos,
+        sin=sin,
+        tile=tile,
         static_weight=static_weight,
-        q=heads_view(q),
-        k_cache=cache_view(k_cache),
-        v_cache=cache_view(v_cache),
-        positions=positions.data_ptr(),
-        slots=slot_mapping.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        cos_row_stride=cos.stride(0),
-        sin_row_stride=sin.stride(0),
-        num_tokens=x.shape[0],
-        num_positions=cos.shape[0],
-        num_pages=num_pages,
-        page_size=page_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=extension.DTYPE_CODES[x.dtype],
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        device=x.device.index,
         stream=extension.stream_of(x),
     )
     return q

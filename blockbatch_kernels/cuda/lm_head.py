@@ -43,22 +43,18 @@ def lm_head_confidence(
         raise ValueError("weight: expected at least one row, got none")
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
-    suppress = -1 if suppress_token is None else suppress_token
     if _product_takes(hidden, weight) and probe_tokens is None:
-        partials, piece_tokens = _partials_by_product(hidden, weight, suppress)
+        partials, piece_tokens = _partials_by_product(hidden, weight, suppress_token)
     else:
-        partials, piece_tokens = _partials_of_logits(hidden, weight, suppress, probe_tokens)
+        partials, piece_tokens = _partials_of_logits(hidden, weight, suppress_token, probe_tokens)
     extension.load().lm_head_finish(
-        partials=partials.data_ptr(),
-        probe_tokens=0 if probe_tokens is None else probe_tokens.data_ptr(),
-        top_token=top_token.data_ptr(),
-        confidence=confidence.data_ptr(),
-        probe_probability=0 if probe_probability is None else probe_probability.data_ptr(),
-        num_rows=num_rows,
-        num_pieces=partials.shape[1],
+        partials=partials,
+        probe_tokens=probe_tokens,
+        top_token=top_token,
+        confidence=confidence,
+        probe_probability=probe_probability,
         piece_tokens=piece_tokens,
         vocab_size=vocab_size,
-        device=hidden.device.index,
         stream=extension.stream_of(hidden),
     )
     return top_token, confidence, probe_probability
@@ -66,7 +62,7 @@ def lm_head_confidence(
 
 def _product_takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        tuning.lm_head_tile(hidden.shape[0], *weight.shape) > 0
+        tuning.lm_head_tile(hidden.shape[0], *weight.shape, device_kind=tuning.device_kind(hidden.device)) > 0
         and hidden.dtype != torch.float32
         and is_aligned(weight)
         and kernel_exists(hidden.device.index)
@@ -74,7 +70,7 @@ def _product_takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _partials_by_product(
-    hidden: torch.Tensor, weight: torch.Tensor, suppress: int
+    hidden: torch.Tensor, weight: torch.Tensor, suppress_token: int | None
 ) -> tuple[torch.Tensor, int]:
     """Reductions [rows, pieces, 4] of the logits, and tokens of a piece."""
     library = extension.load()
@@ -84,26 +80,23 @@ def _partials_by_product(
     num_pieces = -(-vocab_size // library.LM_HEAD_TILE_TOKENS)
     partials = torch.empty(num_rows, num_pieces, _PARTIAL_WORDS, dtype=torch.float32, device=hidden.device)
     library.lm_head_product(
-        hidden=hidden.data_ptr(),
-        weight=weight.data_ptr(),
-        partials=partials.data_ptr(),
-        num_rows=num_rows,
-        dim=dim,
-        vocab_size=vocab_size,
-        hidden_row_stride=hidden.stride(0),
-        weight_row_stride=weight.stride(0),
-        suppress_token=suppress,
-        num_pieces=num_pieces,
-        dtype=extension.DTYPE_CODES[hidden.dtype],
-        tile_rows=tuning.lm_head_tile(num_rows, vocab_size, dim),
-        device=hidden.device.index,
+        hidden=hidden,
+        weight=weight,
+        partials=partials,
+        suppress_token=suppress_token,
+        tile_rows=tuning.lm_head_tile(
+            num_rows, vocab_size, dim, device_kind=tuning.device_kind(hidden.device)
+        ),
         stream=extension.stream_of(hidden),
     )
     return partials, library.LM_HEAD_TILE_TOKENS
 
 
 def _partials_of_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, suppress: int, probe_tokens: torch.Tensor | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    suppress_token: int | None,
+    probe_tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """The same, from logits in memory."""
     library = extension.load()
@@ -122,17 +115,11 @@ def _partials_of_logits(
             logits = workspace[: rows.shape[0] * chunk.shape[0]].view(rows.shape[0], chunk.shape[0])
             torch.mm(rows, chunk.t(), out=logits)
             library.lm_head_reduce(
-                logits=logits.data_ptr(),
-                probe_tokens=0 if probe_tokens is None else probe_tokens[row:].data_ptr(),
-                partials=partials[row:].data_ptr(),
-                num_rows=rows.shape[0],
-                num_tokens=chunk.shape[0],
-                row_stride=logits.stride(0),
+                logits=logits,
+                probe_tokens=None if probe_tokens is None else probe_tokens[row:],
+                partials=partials[row : row + slice_rows],
                 first_token=token,
-                suppress_token=suppress,
-                num_pieces=num_pieces,
-                dtype=extension.DTYPE_CODES[hidden.dtype],
-                device=hidden.device.index,
+                suppress_token=suppress_token,
                 stream=extension.stream_of(hidden),
             )
     return partials, piece_tokens

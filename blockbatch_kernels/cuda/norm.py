@@ -33,19 +33,12 @@ def rms_norm(
     if out is None:
         out = x.new_empty(num_tokens, dim)
     extension.load().rms_norm(
-        x=x.data_ptr(),
-        weight=weight.contiguous().data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        out=out.data_ptr(),
-        num_tokens=num_tokens,
-        dim=dim,
-        x_row_stride=x.stride(0),
-        residual_row_stride=0 if residual is None else residual.stride(0),
-        out_row_stride=out.stride(0),
+        x=x,
+        weight=weight.contiguous(),
+        residual=residual,
+        out=out,
         eps=eps,
-        dtype=extension.DTYPE_CODES[x.dtype],
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        device=x.device.index,
         stream=extension.stream_of(x),
     )
     return out

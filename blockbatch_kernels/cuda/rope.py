@@ -10,16 +10,6 @@ def last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def heads_view(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """What the extension takes for [tokens, heads, head_dim]."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
-
-
-def cache_view(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """What the extension takes for [pages, page_size, num_kv_heads, head_dim]."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def rope_kv_write(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -41,35 +31,22 @@ def rope_kv_write(
 
     Raises ValueError for an odd head_dim, a `q` or cache whose last stride is not 1, or 2^31 slots and more.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    if head_dim % 2:
-        raise ValueError(f"q: expected an even head_dim, got {head_dim}")
+    if q.shape[2] % 2:
+        raise ValueError(f"q: expected an even head_dim, got {q.shape[2]}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected last stride 1, got strides {tensor.stride()}")
     k, v, cos, sin = (last_contiguous(tensor) for tensor in (k, v, cos, sin))
-    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     extension.load().rope_kv_write(
-        q=heads_view(q),
-        k=heads_view(k),
-        v=heads_view(v),
-        k_cache=cache_view(k_cache),
-        v_cache=cache_view(v_cache),
-        positions=positions.data_ptr(),
-        slots=slot_mapping.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        cos_row_stride=cos.stride(0),
-        sin_row_stride=sin.stride(0),
-        num_tokens=num_tokens,
-        num_positions=cos.shape[0],
-        num_pages=k_cache.shape[0],
-        page_size=k_cache.shape[1],
-        num_heads=num_heads,
-        num_kv_heads=k.shape[1],
-        head_dim=head_dim,
-        dtype=extension.DTYPE_CODES[q.dtype],
+        q=q,
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        positions=positions.contiguous(),
+        slot_mapping=slot_mapping.contiguous(),
+        cos=cos,
+        sin=sin,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        device=q.device.index,
         stream=extension.stream_of(q),
     )

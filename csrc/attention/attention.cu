@@ -56,13 +56,12 @@ __global__ void __launch_bounds__(kCombineThreads)
 void combine_pieces(const AttentionParams& params, const Launch& launch) {
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     using T = decltype(zero);
-    const dim3 grid(static_cast<unsigned>(params.num_tokens));
+    const LaunchConfig config{dim3(static_cast<unsigned>(params.num_tokens)), kCombineThreads, 0,
+                              params.programmatic};
     if (params.head_dim % 4 == 0) {
-      launch_kernel<combine_pieces_kernel<T, 4>>(grid, kCombineThreads, launch, params.programmatic, kOp,
-                                                 params);
+      launch_kernel<combine_pieces_kernel<T, 4>>(kOp, launch, config, params);
     } else {
-      launch_kernel<combine_pieces_kernel<T, 1>>(grid, kCombineThreads, launch, params.programmatic, kOp,
-                                                 params);
+      launch_kernel<combine_pieces_kernel<T, 1>>(kOp, launch, config, params);
     }
   });
 }
@@ -76,14 +75,12 @@ void check_attention(const AttentionParams& params) {
   check_at_least(kOp, "tile_tokens", params.tile_tokens, 1);
   check_at_least(kOp, "max_pieces", params.max_pieces, 1);
   if (params.head_dim > kMaxHeadDim) {
-    throw std::invalid_argument("blockbatch_kernels.varlen_attention: head_dim: expected at most " +
-                                std::to_string(kMaxHeadDim) + ", got " + std::to_string(params.head_dim));
+    refuse(kOp, "head_dim: expected at most " + std::to_string(kMaxHeadDim) + ", got " +
+                    std::to_string(params.head_dim));
   }
   // The running maximum is kept before the scale, whose sign therefore matters.
   if (!(params.softmax_scale > 0.0f) || !std::isfinite(params.softmax_scale)) {
-    throw std::invalid_argument(
-        "blockbatch_kernels.varlen_attention: softmax_scale: expected a positive number, got " +
-        std::to_string(params.softmax_scale));
+    refuse(kOp, "softmax_scale: expected a positive number, got " + std::to_string(params.softmax_scale));
   }
 }
 
@@ -94,7 +91,7 @@ void varlen_attention(const AttentionParams& params, const Launch& launch) {
   if (params.num_tokens == 0) return;
   const DeviceGuard guard(launch.device, kOp);
   if (attention_sm90_serves(params, launch)) {
-    if (params.max_units > 0) return attention_even(params, launch);
+    if (params.max_units > 0) return attention_stream_k(params, launch);
     attention_sm90(params, launch);
   } else if (attention_mma_serves(params)) {
     attention_mma(params, launch);

@@ -2,10 +2,11 @@
 // through a ring of stages in shared memory, filled by cp.async with a page lookup per key, so that the
 // memory bus stays busy while the products run. Softmax is online, in fp32 and base 2.
 //
-// A warp holds 16 rows of the item. An item with fewer rows than the CTA has room for splits the keys of
+// A warp holds 16 rows of the work tile. One with fewer rows than the CTA has room for splits the keys of
 // every stage over the warps that are left, which shortens the chain of products per stage; their results are
 // joined at the end, in a fixed order.
 #include <initializer_list>
+#include <type_traits>
 
 #include "attention/tile.cuh"
 
@@ -75,20 +76,19 @@ struct Shape {
   static constexpr int kPasses = kStageKeys / kPassKeys;
 };
 
-// Copies stages of an item's K and V to shared memory. The 16-byte chunks of a key are stored at places
+// Copies stages of a work tile's K and V to shared memory. The 16-byte chunks of a key are stored at places
 // permuted by the key, so that ldmatrix reads eight keys of one chunk without bank conflicts.
 template <typename T, int kHeadDim, int kWarps>
 class KeyLoader {
   using S = Shape<T, kHeadDim, kWarps>;
 
  public:
-  __device__ __forceinline__ KeyLoader(const AttentionParams& params, const AttentionItem& item,
-                                       uint32_t shared)
-      : params_(params), end_(item.key_end), key_(item.key_start + threadIdx.x / 8), shared_(shared) {
-    table_ = params.page_table + item.row * params.page_table_stride;
+  __device__ __forceinline__ KeyLoader(const AttentionParams& params, const WorkTile& work, uint32_t shared)
+      : params_(params), end_(work.key_end), key_(work.key_start + threadIdx.x / 8), shared_(shared) {
+    table_ = params.page_table + work.row * params.page_table_stride;
     const int lane = threadIdx.x % 8;
-    k_ = static_cast<const T*>(params.k_cache) + item.kv_head * params.k_head_stride + 8 * lane;
-    v_ = static_cast<const T*>(params.v_cache) + item.kv_head * params.v_head_stride + 8 * lane;
+    k_ = static_cast<const T*>(params.k_cache) + work.kv_head * params.k_head_stride + 8 * lane;
+    v_ = static_cast<const T*>(params.v_cache) + work.kv_head * params.v_head_stride + 8 * lane;
     const int key = threadIdx.x / 8;
     place_ = key * S::kRowBytes + ((lane ^ (key & 7)) << 4);
     look_up();
@@ -142,7 +142,7 @@ class KeyLoader {
 
 // kSplit warps share the 16 rows and take a part of each stage's keys.
 template <typename T, int kHeadDim, int kWarps, int kSplit>
-__device__ __forceinline__ void attend(const AttentionParams& params, const AttentionItem& item,
+__device__ __forceinline__ void attend(const AttentionParams& params, const WorkTile& work,
                                        unsigned char* shared_memory) {
   using S = Shape<T, kHeadDim, kWarps>;
   constexpr int kRowGroups = kWarps / kSplit;
@@ -152,15 +152,15 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = warp % kRowGroups * 16;     // of this warp
   const int key0 = warp / kRowGroups * kKeys;  // in each stage
-  const bool has_rows = row0 < item.num_rows;
+  const bool has_rows = row0 < work.num_rows;
   const uint32_t shared = shared_address(shared_memory);
 
-  KeyLoader<T, kHeadDim, kWarps> loader(params, item, shared);
+  KeyLoader<T, kHeadDim, kWarps> loader(params, work, shared);
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) loader.load(stage);
 
   QueryRows<T, kHeadDim> rows;
-  rows.load(params, item, row0);
+  rows.load(params, work, row0);
   const float scale = params.softmax_scale * kLog2e;
   RowState<T, kHeadDim> state;
   state.clear();
@@ -175,7 +175,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   const uint32_t v_chunk = (lane / 16 ^ lane % 8) << 4;
 
   int stage = 0;
-  for (int first_key = item.key_start; first_key < item.key_end; first_key += kStageKeys) {
+  for (int first_key = work.key_start; first_key < work.key_end; first_key += kStageKeys) {
     wait_for_copies<S::kStages - 2>();
     __syncthreads();  // the stage has arrived for all, and the one before is free
     loader.load(stage == 0 ? S::kStages - 1 : stage - 1);
@@ -199,7 +199,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
           multiply<T>(score[n + 1], rows.values[k], keys[2], keys[3]);
         }
       }
-      if (first_key + kStageKeys > item.key_end) mask_scores(score, first_key + key0, item.key_end);
+      if (first_key + kStageKeys > work.key_end) mask_scores(score, first_key + key0, work.key_end);
       float correction[2];
       state.weigh(score, scale, correction);
       state.shrink(correction);
@@ -269,8 +269,8 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
     }
   }
 
-  if (warp < kRowGroups) state.store(params, item, rows, scale);
-  __syncthreads();  // the next item reuses the stages
+  if (warp < kRowGroups) state.store(params, work, rows, scale);
+  __syncthreads();  // the next work tile reuses the stages
 }
 
 template <typename T, int kHeadDim, int kWarps>
@@ -282,18 +282,18 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
   wait_for_predecessors();
   allow_successors();
   zero_padding<T>(params, threadIdx.x, blockDim.x);
-  const int num_items = params.counts[0] * parts_of_tile(params, kRows) * params.num_kv_heads;
-  for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
-    const int index = item_of_round(round, num_items, blockIdx.x, gridDim.x);
+  const int num_work_tiles = params.counts[0] * parts_of_tile(params, kRows) * params.num_kv_heads;
+  for (int round = 0; round * static_cast<int>(gridDim.x) < num_work_tiles; ++round) {
+    const int index = work_tile_of_round(round, num_work_tiles, blockIdx.x, gridDim.x);
     if (index < 0) continue;
-    const AttentionItem item = read_item(params, index, kRows);
-    if (item.num_rows == 0) continue;
-    if (item.num_rows <= kRows / 4) {
-      attend<T, kHeadDim, kWarps, 4>(params, item, shared_memory);
-    } else if (item.num_rows <= kRows / 2) {
-      attend<T, kHeadDim, kWarps, 2>(params, item, shared_memory);
+    const WorkTile work = read_work_tile(params, index, kRows);
+    if (work.num_rows == 0) continue;
+    if (work.num_rows <= kRows / 4) {
+      attend<T, kHeadDim, kWarps, 4>(params, work, shared_memory);
+    } else if (work.num_rows <= kRows / 2) {
+      attend<T, kHeadDim, kWarps, 2>(params, work, shared_memory);
     } else {
-      attend<T, kHeadDim, kWarps, 1>(params, item, shared_memory);
+      attend<T, kHeadDim, kWarps, 1>(params, work, shared_memory);
     }
   }
 }
@@ -301,8 +301,9 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
 template <typename T, int kHeadDim, int kWarps>
 void launch_mma(const AttentionParams& params, const Launch& launch) {
   using S = Shape<T, kHeadDim, kWarps>;
-  launch_persistent<attention_mma_kernel<T, kHeadDim, kWarps>>(S::kThreads, S::kSharedBytes, S::kRows, params,
-                                                               launch, kOp, params);
+  constexpr auto kKernel = attention_mma_kernel<T, kHeadDim, kWarps>;
+  const dim3 grid = persistent_grid<kKernel>(kOp, launch, params, S::kThreads, S::kSharedBytes, S::kRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.programmatic}, params);
 }
 
 template <typename T, int kHeadDim>

@@ -7,8 +7,9 @@ namespace {
 
 constexpr char kOp[] = "varlen_attention";
 constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpRows = 4;
-constexpr int kItemRows = kWarps * kWarpRows;
+constexpr int kWorkTileRows = kWarps * kWarpRows;
 constexpr int kKeys = 32;
 
 __host__ __device__ constexpr int padded(int head_dim) { return (head_dim + 3) / 4 * 4; }
@@ -16,7 +17,7 @@ __host__ __device__ constexpr int padded(int head_dim) { return (head_dim + 3) /
 __host__ __device__ constexpr int key_stride(int head_dim) { return padded(head_dim) + 4; }
 
 int shared_bytes(int head_dim) {
-  return 4 * ((kItemRows + kKeys) * padded(head_dim) + kKeys * key_stride(head_dim));
+  return 4 * ((kWorkTileRows + kKeys) * padded(head_dim) + kKeys * key_stride(head_dim));
 }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -35,12 +36,12 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 // kSlices: multiples of 32 that cover head_dim.
 template <typename T, int kSlices>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kThreads)
     attention_plain_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ float4 shared[];
   const int head_dim = params.head_dim, width = padded(head_dim), stride = key_stride(head_dim);
-  float* queries = reinterpret_cast<float*>(shared);  // [kItemRows, width], zero behind head_dim
-  float* values = queries + kItemRows * width;        // [kKeys, width]
+  float* queries = reinterpret_cast<float*>(shared);  // [kWorkTileRows, width], zero behind head_dim
+  float* values = queries + kWorkTileRows * width;    // [kKeys, width]
   float* keys = values + kKeys * width;               // [kKeys, stride], zero behind head_dim
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* q = static_cast<const T*>(params.q);
@@ -49,16 +50,16 @@ __global__ void __launch_bounds__(kWarps * 32)
   wait_for_predecessors();
   allow_successors();
   zero_padding<T>(params, threadIdx.x, blockDim.x);
-  const int num_items = params.counts[0] * parts_of_tile(params, kItemRows) * params.num_kv_heads;
-  for (int round = 0; round * static_cast<int>(gridDim.x) < num_items; ++round) {
-    const int index = item_of_round(round, num_items, blockIdx.x, gridDim.x);
+  const int num_work_tiles = params.counts[0] * parts_of_tile(params, kWorkTileRows) * params.num_kv_heads;
+  for (int round = 0; round * static_cast<int>(gridDim.x) < num_work_tiles; ++round) {
+    const int index = work_tile_of_round(round, num_work_tiles, blockIdx.x, gridDim.x);
     if (index < 0) continue;
-    const AttentionItem item = read_item(params, index, kItemRows);
-    if (item.num_rows == 0) continue;
+    const WorkTile work = read_work_tile(params, index, kWorkTileRows);
+    if (work.num_rows == 0) continue;
 
-    __syncthreads();  // the item before still reads its queries
-    for (int row = warp; row < item.num_rows; row += kWarps) {
-      const int2 source = token_and_head(params, item, row);
+    __syncthreads();  // the work tile before still reads its queries
+    for (int row = warp; row < work.num_rows; row += kWarps) {
+      const int2 source = token_and_head(params, work, row);
       const T* from = q + source.x * params.q_token_stride + source.y * params.q_head_stride;
       for (int d = lane; d < width; d += 32) {
         queries[row * width + d] = d < head_dim ? to_float(from[d]) * params.softmax_scale : 0.0f;
@@ -74,11 +75,11 @@ __global__ void __launch_bounds__(kWarps * 32)
       for (int j = 0; j < kSlices; ++j) out[r][j] = 0.0f;
     }
 
-    const int32_t* pages = params.page_table + item.row * params.page_table_stride;
-    const T* k_cache = static_cast<const T*>(params.k_cache) + item.kv_head * params.k_head_stride;
-    const T* v_cache = static_cast<const T*>(params.v_cache) + item.kv_head * params.v_head_stride;
-    for (int key0 = item.key_start; key0 < item.key_end; key0 += kKeys) {
-      const int num_keys = min(kKeys, item.key_end - key0);
+    const int32_t* pages = params.page_table + work.row * params.page_table_stride;
+    const T* k_cache = static_cast<const T*>(params.k_cache) + work.kv_head * params.k_head_stride;
+    const T* v_cache = static_cast<const T*>(params.v_cache) + work.kv_head * params.v_head_stride;
+    for (int key0 = work.key_start; key0 < work.key_end; key0 += kKeys) {
+      const int num_keys = min(kKeys, work.key_end - key0);
       __syncthreads();
       for (int key = warp; key < num_keys; key += kWarps) {
         const int64_t page = pages[(key0 + key) / params.page_size];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32)
         }
       }
       __syncthreads();
-      if (warp * kWarpRows >= item.num_rows) continue;
+      if (warp * kWarpRows >= work.num_rows) continue;
 
       float4 products[kWarpRows] = {};
       const float4* my_key = reinterpret_cast<const float4*>(keys + lane * stride);
@@ -144,11 +145,11 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       const int row = warp * kWarpRows + r;
-      if (row >= item.num_rows) continue;
-      const int2 target = token_and_head(params, item, row);
+      if (row >= work.num_rows) continue;
+      const int2 target = token_and_head(params, work, row);
       const int64_t place = static_cast<int64_t>(target.x) * params.num_heads + target.y;
       const bool direct = single_piece(params, target.x);
-      const int64_t partial = static_cast<int64_t>(item.piece) * params.num_tokens * params.num_heads + place;
+      const int64_t partial = static_cast<int64_t>(work.piece) * params.num_tokens * params.num_heads + place;
       if (!direct && lane == 0) params.partial_lse[partial] = (running_max[r] + logf(sum[r])) * kLog2e;
 #pragma unroll
       for (int j = 0; j < kSlices; ++j) {
@@ -167,8 +168,10 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 template <typename T, int kSlices>
 void launch_plain(const AttentionParams& params, const Launch& launch) {
-  launch_persistent<attention_plain_kernel<T, kSlices>>(kWarps * 32, shared_bytes(params.head_dim), kItemRows,
-                                                        params, launch, kOp, params);
+  constexpr auto kKernel = attention_plain_kernel<T, kSlices>;
+  const int bytes = shared_bytes(params.head_dim);
+  const dim3 grid = persistent_grid<kKernel>(kOp, launch, params, kThreads, bytes, kWorkTileRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, kThreads, bytes, params.programmatic}, params);
 }
 
 }  // namespace

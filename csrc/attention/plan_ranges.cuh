@@ -1,30 +1,32 @@
-// Cuts a plan's units into the stretches of the processors, as `_stretches` in
+// Cuts a plan's units into the work ranges of the stream-K kernel, one for each SM, as `_stretches` in
 // blockbatch_kernels/reference/attention_units.py defines them.
 #pragma once
 
-#include "attention/plan_group.cuh"
+#include "attention/attention.h"
+#include "common/group.cuh"
 
 namespace bbk {
 
-class StretchPlanner {
+class WorkRangePlanner {
  public:
   // tile_first: [tiles + 1] units in front of each tile of a head, and all of them.
   // parts: [tiles], any content.
-  __host__ __device__ StretchPlanner(const AttentionPlanParams& params, const int* tile_first, int tiles,
-                                     int* parts, const ThreadGroup& group)
+  __host__ __device__ WorkRangePlanner(const AttentionPlanParams& params, const int* tile_first, int tiles,
+                                       int* parts, const Group& group, int* scratch)
       : p_(params),
         tile_first_(tile_first),
         parts_(parts),
         group_(group),
+        scratch_(scratch),
         tiles_(tiles),
         units_(tile_first[tiles]),
         lines_(params.processors < params.num_kv_heads ? 1 : params.num_kv_heads),
         line_tiles_(tiles * (params.num_kv_heads / lines_)),
         line_units_(units_ * (params.num_kv_heads / lines_)),
-        processors_(params.processors / lines_) {}
+        num_sms_(params.processors / lines_) {}
 
   __host__ __device__ void run() const {
-    int number = 0;  // stretches of a line
+    int number = 0;  // work ranges of a line
     if (units_ > 0) {
       const int longest = lines_ == p_.num_kv_heads ? longest_of_whole_tiles() : INT_MAX;
       number = longest < INT_MAX ? keep_tiles_whole(longest) : cut_evenly();
@@ -34,21 +36,21 @@ class StretchPlanner {
   }
 
  private:
-  static constexpr int kMinStretch = 2;
+  static constexpr int kMinRange = 2;
 
   __host__ __device__ int tile_size(int tile) const { return tile_first_[tile + 1] - tile_first_[tile]; }
 
-  // The longest stretch where none holds units of two tiles; INT_MAX where it would be too long.
+  // The longest range where none holds units of two tiles; INT_MAX where it would be too long.
   __host__ __device__ int longest_of_whole_tiles() const {
-    if (tiles_ > processors_) return INT_MAX;
-    const int least = larger(quotient_up(units_, processors_), kMinStretch);
+    if (tiles_ > num_sms_) return INT_MAX;
+    const int least = larger(ceil_div(units_, num_sms_), kMinRange);
     int found = INT_MAX;
     for (int slack = group_.rank(); slack <= p_.max_slack && found == INT_MAX; slack += group_.size()) {
       int number = 0;
-      for (int tile = 0; tile < tiles_; ++tile) number += quotient_up(tile_size(tile), least + slack);
-      if (number <= processors_) found = least + slack;
+      for (int tile = 0; tile < tiles_; ++tile) number += ceil_div(tile_size(tile), least + slack);
+      if (number <= num_sms_) found = least + slack;
     }
-    return group_.minimum(found);
+    return group_.lowest(found, scratch_);
   }
 
   // Calls body(line, tile of its head, units of the line in front of it) for every tile of every line.
@@ -61,9 +63,9 @@ class StretchPlanner {
     });
   }
 
-  // Every tile in stretches of its own, as equal as they can be. Returns the number of a line's stretches.
+  // Every tile in ranges of its own, as equal as they can be. Returns the number of a line's ranges.
   __host__ __device__ int keep_tiles_whole(int longest) const {
-    group_.for_each(tiles_, [&](int tile) { parts_[tile] = quotient_up(tile_size(tile), longest); });
+    group_.for_each(tiles_, [&](int tile) { parts_[tile] = ceil_div(tile_size(tile), longest); });
     group_.sync();
     int number = 0;
     for (int tile = 0; tile < tiles_; ++tile) number += parts_[tile];
@@ -79,9 +81,9 @@ class StretchPlanner {
     return number;
   }
 
-  // Every line in equal stretches, whatever their tiles. Returns their number.
+  // Every line in equal ranges, whatever their tiles. Returns their number.
   __host__ __device__ int cut_evenly() const {
-    const int number = smaller(processors_, quotient_up(line_units_, kMinStretch));
+    const int number = smaller(ceil_div(line_units_, kMinRange), num_sms_);
     const auto cut = [&](int part) {
       return static_cast<int>(static_cast<int64_t>(line_units_) * part / number);
     };
@@ -99,8 +101,8 @@ class StretchPlanner {
     return number;
   }
 
-  __host__ __device__ void write(int processor, int begin, int end, int first) const {
-    int32_t* out = p_.stretches + 4 * processor;
+  __host__ __device__ void write(int sm, int begin, int end, int first) const {
+    int32_t* out = p_.stretches + 4 * sm;
     out[0] = begin;
     out[1] = end;
     out[2] = first;
@@ -110,13 +112,14 @@ class StretchPlanner {
   const AttentionPlanParams& p_;
   const int* tile_first_;
   int* parts_;
-  const ThreadGroup group_;
+  const Group group_;
+  int* scratch_;     // one integer that all threads see
   const int tiles_;  // of a head
   const int units_;  // of a head
-  const int lines_;  // a head each, or a single one of all heads where there are fewer processors
+  const int lines_;  // a head each, or a single one of all heads where there are fewer SMs
   const int line_tiles_;
   const int line_units_;
-  const int processors_;  // of a line
+  const int num_sms_;  // of a line
 };
 
 }  // namespace bbk

@@ -1,4 +1,6 @@
-// The units of a plan, which blockbatch_kernels/reference/attention_units.py defines.
+// The units of a plan, which blockbatch_kernels/reference/attention_units.py defines. A unit is one iteration
+// of the stream-K kernel (stream_k.cu): up to kUnitKeys keys, for the tokens of a tile that read them. The
+// units of a tile follow each other, and those of all tiles are what is shared out.
 #pragma once
 
 #include "attention/plan_ranges.cuh"
@@ -11,11 +13,12 @@ class UnitPlanner {
   // owner: [segments, rows] first row that reads the same pages; -1 where a row does not reach.
   // length: [rows] keys; 0 where a row takes no part.
   __host__ __device__ UnitPlanner(const AttentionPlanParams& params, int* memory, const int* owner,
-                                  const int* length, int segments, const ThreadGroup& group)
+                                  const int* length, int segments, const Group& group, int* scratch)
       : p_(params),
         owner_(owner),
         length_(length),
         group_(group),
+        scratch_(scratch),
         segments_(segments),
         segment_keys_(params.segment_pages * params.page_size) {
     const int most = most_blocks(params.num_tokens, params.num_rows, params.block_tokens);
@@ -32,13 +35,13 @@ class UnitPlanner {
     tile_first_ = take(most + 1);
     tile_parts_ = take(most);
     totals_ = take(3);
-    sums_ = take(kSums);
+    sums_ = take(kMaxTeams);
     place_ = take(most * params.max_segments + 1);
   }
 
   static int64_t workspace(int num_tokens, int num_rows, int block_tokens, int max_segments) {
     const int64_t most = most_blocks(num_tokens, num_rows, block_tokens);
-    return 7 * most + 6 + kSums + most * max_segments;
+    return 7 * most + 6 + kMaxTeams + most * max_segments;
   }
 
   __host__ __device__ void run() {
@@ -50,12 +53,10 @@ class UnitPlanner {
     count_units();
     add_up();
     write();
-    StretchPlanner(p_, tile_first_, tiles_, tile_parts_, group_).run();
+    WorkRangePlanner(p_, tile_first_, tiles_, tile_parts_, group_, scratch_).run();
   }
 
  private:
-  static constexpr int kSums = 32;  // as many as warps, at most
-
   // Also of the parts: a row adds at most one block that is not full to its full ones, and an empty one.
   __host__ __device__ static int most_blocks(int num_tokens, int num_rows, int block_tokens) {
     return num_tokens / block_tokens + 2 * num_rows;
@@ -63,7 +64,7 @@ class UnitPlanner {
 
   __host__ __device__ int first_token(int row) const { return p_.cu_seqlens_q[row]; }
   __host__ __device__ int end_token(int row) const {
-    return smaller(p_.cu_seqlens_q[row + 1], p_.num_tokens);
+    return smaller(p_.num_tokens, p_.cu_seqlens_q[row + 1]);
   }
 
   // Serial, since every block starts where the one before it ends.
@@ -100,7 +101,7 @@ class UnitPlanner {
       }
       if (!shares && stop - token > p_.block_tokens && block % 2 == 0) start_block(token, token);
       while (token < stop) {
-        start_block(token, smaller(token + p_.block_tokens, stop));
+        start_block(token, smaller(stop, token + p_.block_tokens));
         add_part(row);
         token = end;
       }
@@ -121,8 +122,8 @@ class UnitPlanner {
   }
 
   __host__ __device__ int num_keys(int part, int segment) const {
-    const int end = smaller(smaller(length_[part_row_[part]], (segment + 1) * segment_keys_),
-                            p_.pages_per_row * p_.page_size);
+    const int end = smaller(p_.pages_per_row * p_.page_size,
+                            smaller((segment + 1) * segment_keys_, length_[part_row_[part]]));
     return larger(0, end - segment * segment_keys_);
   }
 
@@ -138,7 +139,7 @@ class UnitPlanner {
   __host__ __device__ void count_units() const {
     group_.for_each(parts_ * segments_, [&](int index) {
       const int part = index / segments_, segment = index % segments_;
-      const int number = leads(part, segment) ? quotient_up(num_keys(part, segment), kUnitKeys) : 0;
+      const int number = leads(part, segment) ? ceil_div(num_keys(part, segment), kUnitKeys) : 0;
       place_[place(part, segment)] = number;
     });
     group_.sync();
@@ -147,11 +148,11 @@ class UnitPlanner {
   // Turns numbers into the units in front of each place.
   __host__ __device__ void add_up() const {
     const int number = parts_ * segments_;
-    const int each = larger(1, quotient_up(number, group_.size()));
-    const int first = smaller(number, group_.rank() * each), end = smaller(number, first + each);
+    const int each = larger(1, ceil_div(number, group_.size()));
+    const int first = smaller(group_.rank() * each, number), end = smaller(first + each, number);
     int sum = 0, total = 0;
     for (int i = first; i < end; ++i) sum += place_[i];
-    int before = group_.sum_before(sum, sums_, &total);
+    int before = group_.sum_below(sum, sums_, &total);
     for (int i = first; i < end; ++i) {
       const int here = place_[i];
       place_[i] = before;
@@ -168,7 +169,8 @@ class UnitPlanner {
     if (block >= blocks_) return 0;
     const int start = block_first_[block];
     const int first = larger(start, first_token(row));
-    const int last = smaller(start + block_size_[block], end_token(row));
+    const int end = start + block_size_[block];
+    const int last = smaller(end_token(row), end);
     if (last <= first) return 0;
     return ~0ull >> (64 - (last - first)) << (first - start);
   }
@@ -212,7 +214,7 @@ class UnitPlanner {
       int number = place_[place(part, segment)];
       for (int first = 0; first < keys; first += kUnitKeys, ++number) {
         const int key = segment * segment_keys_ + first;
-        unit.num_keys = smaller(kUnitKeys, keys - first);
+        unit.num_keys = smaller(keys - first, kUnitKeys);
         unit.first_slot = key % p_.page_size;
         for (int i = 0; i < 8; ++i) {
           unit.pages[i] = i * step < unit.num_keys ? pages[(key + i * step) / p_.page_size] : 0;
@@ -225,7 +227,8 @@ class UnitPlanner {
   const AttentionPlanParams& p_;
   const int* owner_;
   const int* length_;
-  const ThreadGroup group_;
+  const Group group_;
+  int* scratch_;  // one integer that all threads see
   const int segments_;
   const int segment_keys_;
   int* block_first_;  // [blocks] packed token
@@ -234,7 +237,7 @@ class UnitPlanner {
   int* part_tile_;
   int* tile_part_;   // [tiles + 1] first part
   int* tile_first_;  // [tiles + 1] units in front
-  int* tile_parts_;  // StretchPlanner's
+  int* tile_parts_;  // WorkRangePlanner's
   int* totals_;      // blocks, parts
   int* sums_;
   int* place_;  // [parts * segments + 1], by tile, segment and part: units, then units in front

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "attention/sm90.cuh"
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
 
 namespace bbk {
@@ -18,14 +19,14 @@ constexpr char kOp[] = "varlen_attention";
 template <class S>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const Sm90Params& params, const AttentionItem& item)
-      : params_(params), item_(item), first_key_(item.key_start) {
+  __device__ __forceinline__ Loader(const Sm90Params& params, const WorkTile& work)
+      : params_(params), work_(work), first_key_(work.key_start) {
     const int copy = static_cast<int>(threadIdx.x) % 32 * 4 + static_cast<int>(threadIdx.x) / 32 % 4;
     const int box = copy / S::kSlices;
     slice_ = copy % S::kSlices;
     key_ = box * params.box_keys;
     target_ = slice_ * S::kSliceBytes + key_ * kSwizzledRowBytes;
-    pages_ = params.attention.page_table + item.row * params.attention.page_table_stride;
+    pages_ = params.attention.page_table + work.row * params.attention.page_table_stride;
     now_ = look_up(first_key_);
     next_ = look_up(first_key_ + kStageKeys);
   }
@@ -33,7 +34,7 @@ class Loader {
   // Every tile of keys ahead of the values before it, which are used later.
   __device__ __forceinline__ void run(Ring<S>& keys, Ring<S>& values) {
     copy(&params_.k_map, first_key_, now_, keys);
-    while (first_key_ < item_.key_end) {
+    while (first_key_ < work_.key_end) {
       copy(&params_.k_map, first_key_ + kStageKeys, next_, keys);
       copy(&params_.v_map, first_key_, now_, values);
       first_key_ += kStageKeys;
@@ -44,7 +45,7 @@ class Loader {
 
  private:
   __device__ __forceinline__ bool takes_part(int first_key) const {
-    return key_ < kStageKeys && first_key + key_ < item_.key_end;
+    return key_ < kStageKeys && first_key + key_ < work_.key_end;
   }
 
   // Page of this thread's box in a tile, and the key in it.
@@ -56,21 +57,21 @@ class Loader {
 
   __device__ __forceinline__ void copy(const CUtensorMap* map, int first_key, int2 source,
                                        Ring<S>& ring) const {
-    if (first_key >= item_.key_end) return;
+    if (first_key >= work_.key_end) return;
     barrier_wait(ring.empty(), ring.phase ^ 1);
     if (threadIdx.x % 128 == 0) {
-      const int num_keys = min(kStageKeys, item_.key_end - first_key);
+      const int num_keys = min(kStageKeys, work_.key_end - first_key);
       const int num_boxes = (num_keys + params_.box_keys - 1) / params_.box_keys;
       barrier_arrive_expecting(ring.full(), num_boxes * params_.box_keys * kSwizzledRowBytes * S::kSlices);
     }
     if (takes_part(first_key)) {
-      copy_box(ring.tile() + target_, map, ring.full(), 64 * slice_, source.y, item_.kv_head, source.x);
+      copy_box(ring.tile() + target_, map, {64 * slice_, source.y, work_.kv_head, source.x}, ring.full());
     }
     ring.advance();
   }
 
   const Sm90Params& params_;
-  const AttentionItem& item_;
+  const WorkTile& work_;
   const int32_t* pages_;
   int first_key_;
   int slice_;
@@ -80,15 +81,16 @@ class Loader {
   int2 next_;
 };
 
-// Works through an item, 64 rows a warpgroup. The products of the next keys run under the softmax of these.
+// Works through a work tile, 64 rows a warpgroup. The products of the next keys run under the softmax of
+// these.
 template <typename T, int kHeadDim, class S>
-__device__ __forceinline__ void attend(const AttentionParams& params, const AttentionItem& item,
+__device__ __forceinline__ void attend(const AttentionParams& params, const WorkTile& work,
                                        unsigned char* shared_memory, Ring<S>& keys, Ring<S>& values) {
   const int row0 = static_cast<int>(threadIdx.x) % S::kHalfThreads / 32 * 16;
-  const bool has_rows = row0 < item.num_rows;  // of this warp
+  const bool has_rows = row0 < work.num_rows;  // of this warp
   const float scale = params.softmax_scale * kLog2e;
   QueryRows<T, kHeadDim> rows;
-  rows.load(params, item, row0);
+  rows.load(params, work, row0);
   RowState<T, kHeadDim> state;
   state.clear();
   float score[kStageKeys / 8][4];
@@ -98,29 +100,29 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
   barrier_wait(keys.full(), keys.phase);
   start_scores<S>(score, rows, keys.tile());
   wgmma_wait<0>();
-  keep_in_registers(score);
+  keep_in_registers(flat(score));
   release(keys);
-  int first_key = item.key_start;
+  int first_key = work.key_start;
   if (has_rows) {
-    if (first_key + kStageKeys > item.key_end) mask_scores(score, first_key, item.key_end);
+    if (first_key + kStageKeys > work.key_end) mask_scores(score, first_key, work.key_end);
     state.weigh(score, scale, correction);
     pack_weights<T>(score, weights);
   }
-  for (; first_key + kStageKeys < item.key_end; first_key += kStageKeys) {
+  for (; first_key + kStageKeys < work.key_end; first_key += kStageKeys) {
     barrier_wait(keys.full(), keys.phase);
     start_scores<S>(score, rows, keys.tile());
     barrier_wait(values.full(), values.phase);
     start_weighing<S>(state, weights, values.tile());
     wgmma_wait<1>();
-    keep_in_registers(score);
+    keep_in_registers(flat(score));
     release(keys);
     const int next_key = first_key + kStageKeys;
     if (has_rows) {
-      if (next_key + kStageKeys > item.key_end) mask_scores(score, next_key, item.key_end);
+      if (next_key + kStageKeys > work.key_end) mask_scores(score, next_key, work.key_end);
       state.weigh(score, scale, correction);
     }
     wgmma_wait<0>();
-    keep_in_registers(state.out);
+    keep_in_registers(flat(state.out));
     release(values);
     if (has_rows) {
       pack_weights<T>(score, weights);
@@ -128,16 +130,16 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Atte
     }
   }
   barrier_wait(values.full(), values.phase);
-  if (first_key + kStageKeys > item.key_end) {
+  if (first_key + kStageKeys > work.key_end) {
     clear_values<S>(shared_memory + (values.tile() - shared_address(shared_memory)),
-                    item.key_end - first_key);
+                    work.key_end - first_key);
   }
   start_weighing<S>(state, weights, values.tile());
   wgmma_wait<0>();
-  keep_in_registers(state.out);
+  keep_in_registers(flat(state.out));
   release(values);
   state.finish();
-  state.store(params, item, rows, scale);
+  state.store(params, work, rows, scale);
 }
 
 #endif
@@ -171,14 +173,14 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
   wait_for_predecessors();
   allow_successors();
 
-  const int num_items = p.counts[0] * parts_of_tile(p, S::kRows) * p.num_kv_heads;
-  const auto for_each_item = [&](auto work) {
+  const int num_work_tiles = p.counts[0] * parts_of_tile(p, S::kRows) * p.num_kv_heads;
+  const auto for_each_work_tile = [&](auto use) {
     const int num_places = S::kHalves * gridDim.x;
-    for (int round = 0; round * num_places < num_items; ++round) {
-      const int index = item_of_round(round, num_items, half * gridDim.x + blockIdx.x, num_places);
+    for (int round = 0; round * num_places < num_work_tiles; ++round) {
+      const int index = work_tile_of_round(round, num_work_tiles, half * gridDim.x + blockIdx.x, num_places);
       if (index < 0) continue;
-      const AttentionItem item = read_item(p, index, S::kRows);
-      if (item.num_rows > 0) work(item);
+      const WorkTile work = read_work_tile(p, index, S::kRows);
+      if (work.num_rows > 0) use(work);
     }
   };
   // Registers a thread: copies need few, and give theirs to the products. In all no more than at the launch,
@@ -187,12 +189,12 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
   constexpr int kProductRegisters = kWarpgroups == 1 ? 208 : 224;
   if (thread >= 128 * kWarpgroups) {
     give_registers<kLoaderRegisters>();
-    for_each_item([&](const AttentionItem& item) { Loader<S>(params, item).run(keys, values); });
+    for_each_work_tile([&](const WorkTile& work) { Loader<S>(params, work).run(keys, values); });
     zero_padding<T>(p, half * 128 + thread % 128, S::kHalves * 128);
   } else {
     take_registers<kProductRegisters>();
-    for_each_item(
-        [&](const AttentionItem& item) { attend<T, kHeadDim>(p, item, shared_memory, keys, values); });
+    for_each_work_tile(
+        [&](const WorkTile& work) { attend<T, kHeadDim>(p, work, shared_memory, keys, values); });
   }
 #endif
 }
@@ -200,8 +202,11 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
 template <typename T, int kHeadDim, int kWarpgroups>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
   using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
-  launch_persistent<attention_sm90_kernel<T, kHeadDim, kWarpgroups>>(S::kThreads, S::kSharedBytes, S::kRows,
-                                                                     params.attention, launch, kOp, params);
+  constexpr auto kKernel = attention_sm90_kernel<T, kHeadDim, kWarpgroups>;
+  const dim3 grid =
+      persistent_grid<kKernel>(kOp, launch, params.attention, S::kThreads, S::kSharedBytes, S::kRows);
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T, int kHeadDim>
@@ -214,13 +219,6 @@ template <typename T>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
   if (params.attention.head_dim == 64) return launch_sm90<T, 64>(params, launch);
   launch_sm90<T, 128>(params, launch);
-}
-
-// Code for another architecture than sm_90a leaves the kernel empty: it needs hardly a register.
-bool has_machine_code() {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, attention_sm90_kernel<__half, 64, 1>), kOp);
-  return attributes.numRegs > 32;
 }
 
 }  // namespace
@@ -246,12 +244,8 @@ bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) 
                                params.v_page_stride, params.v_token_stride, params.v_head_stride}) {
     if (stride <= 0) return false;
   }
-  if (params.page_size % 8 != 0 || !attention_mma_serves(params)) return false;
-  int major = 0;
-  int minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device), kOp);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, launch.device), kOp);
-  return major == 9 && minor == 0 && has_machine_code();
+  return params.page_size % 8 == 0 && attention_mma_serves(params) &&
+         has_code_for(launch.device) == Code::kSm90a;
 }
 
 void attention_sm90(const AttentionParams& params, const Launch& launch) {

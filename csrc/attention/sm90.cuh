@@ -3,7 +3,8 @@
 #pragma once
 
 #include "attention/tile.cuh"
-#include "attention/wgmma.cuh"
+#include "common/sm90.cuh"
+#include "common/wgmma.cuh"
 
 namespace bbk {
 
@@ -12,7 +13,7 @@ struct Shape {
   static constexpr int kStageKeys = kKeys;
   static constexpr int kRows = 64 * kWarpgroups;
   // With one warpgroup of products, two independent halves share a CTA, so that one's softmax runs under the
-  // other's products. As two CTAs they could not be kept from meeting on one processor while others idle.
+  // other's products. As two CTAs they could not be kept from meeting on one SM while others idle.
   static constexpr int kHalves = kWarpgroups == 1 ? 2 : 1;
   static constexpr int kHalfThreads = 128 * (kWarpgroups + 1);
   static constexpr int kThreads = kHalves * kHalfThreads;
@@ -20,7 +21,7 @@ struct Shape {
   static constexpr int kSliceBytes = kKeys * kSwizzledRowBytes;  // 64 elements of all keys of a stage
   static constexpr int kTileBytes = kSlices * kSliceBytes;       // K or V of a stage
   static constexpr int kStageBytes = 2 * kTileBytes;
-  // More bytes on their way make all processors wait longer for their first; 64 keys of two warpgroups are
+  // More bytes on their way make all SMs wait longer for their first; 64 keys of two warpgroups are
   // what whole rows take, whose products wait for nothing else: 128 and 192 KiB.
   static constexpr int kBytesOnTheirWay = (kWarpgroups == 2 && kKeys == 64 ? 192 : 128) * 1024 / kHalves;
   static constexpr int kStages = kBytesOnTheirWay / kStageBytes;
@@ -82,12 +83,12 @@ __device__ __forceinline__ void clear_values(unsigned char* values, int num_keys
 template <class S, typename T, int kHeadDim>
 __device__ __forceinline__ void start_scores(float (&score)[S::kStageKeys / 8][4],
                                              const QueryRows<T, kHeadDim>& rows, uint32_t keys) {
+  using Product = Wgmma<T, S::kStageKeys>;
   const uint64_t matrix = matrix_descriptor(keys);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    multiply_warpgroup<T, false>(score, rows.values[k], matrix + (k / 4 * S::kSliceBytes + k % 4 * 32) / 16,
-                                 k > 0);
+  for (int k = 0; k < kHeadDim / Product::kK; ++k) {
+    Product::run(flat(score), rows.values[k], matrix + (k / 4 * S::kSliceBytes + k % 4 * 32) / 16, k > 0);
   }
   wgmma_commit();
 }
@@ -96,12 +97,13 @@ template <class S, typename T, int kHeadDim>
 __device__ __forceinline__ void start_weighing(RowState<T, kHeadDim>& state,
                                                const uint32_t (&weights)[S::kStageKeys / 16][4],
                                                uint32_t values) {
+  using Product = Wgmma<T, kHeadDim, /*kTransposedB=*/true>;
   const uint64_t matrix = matrix_descriptor(values, S::kSliceBytes);
-  keep_in_registers(state.out);
+  keep_in_registers(flat(state.out));
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < S::kStageKeys / 16; ++k) {
-    multiply_warpgroup<T, true>(state.out, weights[k], matrix + k * kSwizzledRowBytes, true);
+  for (int k = 0; k < S::kStageKeys / Product::kK; ++k) {
+    Product::run(flat(state.out), weights[k], matrix + k * kSwizzledRowBytes, true);
   }
   wgmma_commit();
 }

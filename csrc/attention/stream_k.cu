@@ -1,7 +1,7 @@
-// Attention on sm_90a whose work is laid out in units (128 keys for up to 128 rows) that are cut into as many
-// stretches as there are processors. Shared pages are read once for all rows of a tile, and rows with pages
-// of their own follow in the same accumulators. Only a tile that crosses from one stretch into the next
-// leaves partial results, which the processor with the tile's last units adds to its own.
+// Attention on sm_90a, stream-K: its work is laid out in units (128 keys for up to 128 rows) that are cut
+// into as many work ranges as there are SMs. Shared pages are read once for all rows of a tile, and rows with
+// pages of their own follow in the same accumulators. Only a tile that crosses from one range into the next
+// leaves partial results, which the CTA with the tile's last units adds to its own.
 #include "attention/stream_k_block.cuh"
 
 namespace bbk {
@@ -96,10 +96,11 @@ class UnitLoader {
     }
     if (key_ < source.num_keys) {
       const uint32_t target = ring.tile() + target_;
+      const int from[4] = {64 * slice_, source.slot, portion_.kv_head, source.page};
       if (source.read_once) {
-        copy_box_once(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full(), evict_first_policy());
       } else {
-        copy_box(target, map, ring.full(), 64 * slice_, source.slot, portion_.kv_head, source.page);
+        copy_box(target, map, from, ring.full());
       }
     }
     ring.advance();
@@ -121,10 +122,10 @@ class UnitLoader {
 #endif
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::kThreads, 1)
-    attention_even_kernel(const __grid_constant__ Sm90Params params) {
+__global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>::kThreads, 1)
+    attention_stream_k_kernel(const __grid_constant__ Sm90Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>;
+  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const AttentionParams& p = params.attention;
   const uint32_t tiles = shared_address(shared_memory);
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
     prefetch_map(&params.v_map);
     for (int i = 0; i < 2 * S::kStages; ++i) {
       barrier_init(barriers + 16 * i, 1);
-      barrier_init(barriers + 16 * i + 8, 4 * kEvenWarpgroups);
+      barrier_init(barriers + 16 * i + 8, 4 * kStreamKWarpgroups);
     }
     publish_barriers();
   }
@@ -145,15 +146,15 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
 
   // The plan may be read before the wait: its kernel lets none behind it start early, so that it has ended
   // once anything behind it runs.
-  Stretch stretch(p);
-  Portion portion = stretch.take();
-  if (threadIdx.x >= kEvenThreads) {
+  WorkRange range(p);
+  Portion portion = range.take();
+  if (threadIdx.x >= kStreamKThreads) {
     give_registers<40>();
     while (!portion.is_empty()) {
       UnitLoader<S> loader(params, portion);
       wait_for_predecessors();
       loader.run(keys, values);
-      portion = stretch.take();
+      portion = range.take();
     }
     wait_for_predecessors();
     zero_padding<T>(p, threadIdx.x % 128, 128);
@@ -165,11 +166,11 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
     block.load_rows(portion);
     while (!portion.is_empty()) {
       block.attend(portion);
-      const Portion next = stretch.take();
+      const Portion next = range.take();
       if (portion.end < portion.tile_end) {
         block.leave(next);
       } else {
-        block.add_earlier(portion, stretch.first_processor());
+        block.add_earlier(portion, range.first_cta());
         block.store();
         block.load_rows(next);
       }
@@ -180,27 +181,26 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>::k
 }
 
 template <typename T, int kHeadDim>
-void launch_even(const Sm90Params& params, const Launch& launch) {
-  using S = Shape<kHeadDim, kEvenWarpgroups, kUnitKeys>;
-  constexpr auto kKernel = attention_even_kernel<T, kHeadDim>;
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes),
-             kOp);
-  launch_shared<kKernel>(dim3(static_cast<unsigned>(params.attention.num_processors)), S::kThreads,
-                         S::kSharedBytes, params.attention, launch, kOp, params);
+void launch_stream_k(const Sm90Params& params, const Launch& launch) {
+  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>;
+  constexpr auto kKernel = attention_stream_k_kernel<T, kHeadDim>;
+  const dim3 grid(static_cast<unsigned>(params.attention.num_processors));
+  launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
+                         params);
 }
 
 template <typename T>
-void launch_even(const Sm90Params& params, const Launch& launch) {
-  if (params.attention.head_dim == 64) return launch_even<T, 64>(params, launch);
-  launch_even<T, 128>(params, launch);
+void launch_stream_k(const Sm90Params& params, const Launch& launch) {
+  if (params.attention.head_dim == 64) return launch_stream_k<T, 64>(params, launch);
+  launch_stream_k<T, 128>(params, launch);
 }
 
 }  // namespace
 
-void attention_even(const AttentionParams& params, const Launch& launch) {
+void attention_stream_k(const AttentionParams& params, const Launch& launch) {
   const Sm90Params all = sm90_params(params);
-  if (params.dtype == DType::kBFloat16) return launch_even<__nv_bfloat16>(all, launch);
-  launch_even<__half>(all, launch);
+  if (params.dtype == DType::kBFloat16) return launch_stream_k<__nv_bfloat16>(all, launch);
+  launch_stream_k<__half>(all, launch);
 }
 
 }  // namespace bbk

@@ -1,5 +1,5 @@
-// The 64 rows of a warpgroup in stream_k.cu: their products with a stretch's units, and how the rows of
-// a tile that several processors share come together.
+// The 64 rows of a warpgroup in stream_k.cu: their products with a work range's units, and how the rows of a
+// tile that several CTAs share come together.
 #pragma once
 
 #include "attention/stream_k_ranges.cuh"
@@ -57,13 +57,13 @@ class Block {
     state_.finish();
   }
 
-  // Adds the partial results of the processors from `first` on that had earlier units of the tile, in order.
+  // Adds the partial results of the CTAs from `first` on that had earlier units of the tile, in order.
   __device__ __forceinline__ void add_earlier(const Portion& portion, int first) {
     if (portion.begin == portion.tile_begin) return;
     const int end = blockIdx.x;
     // A thread waits for each of them.
-    for (int processor = first + threadIdx.x % 128; processor < end; processor += 128) {
-      int32_t* arrival = params_.arrivals + kEvenWarpgroups * processor + index_;
+    for (int cta = first + threadIdx.x % 128; cta < end; cta += 128) {
+      int32_t* arrival = params_.arrivals + kStreamKWarpgroups * cta + index_;
       int arrived;
       do {
         asm volatile("ld.acquire.gpu.global.b32 %0, [%1];\n" : "=r"(arrived) : "l"(arrival) : "memory");
@@ -72,7 +72,7 @@ class Block {
     }
     sync();
     if (!has_rows()) return;
-    for (int processor = first; processor < end; ++processor) add(processor);
+    for (int cta = first; cta < end; ++cta) add(cta);
   }
 
   __device__ __forceinline__ void store() {
@@ -89,7 +89,7 @@ class Block {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           pairs[i] =
-              bbk::pack<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
+              pack_pair<T>(state_.out[n + i][2 * half] * inverse, state_.out[n + i][2 * half + 1] * inverse);
         }
         trade_pairs(pairs, lane);
         if (source.x >= 0) {
@@ -99,7 +99,7 @@ class Block {
     }
   }
 
-  // Leaves the sums for the processor that has the tile's last units, and takes the rows of `next`, which
+  // Leaves the sums for the CTA that has the tile's last units, and takes the rows of `next`, which
   // arrive under the stores.
   __device__ __forceinline__ void leave(const Portion& next) {
     const bool leaves = has_rows();
@@ -108,16 +108,16 @@ class Block {
       float4* out = partial(blockIdx.x);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        out[n * kEvenThreads] =
+        out[n * kStreamKThreads] =
             make_float4(state_.out[n][0], state_.out[n][1], state_.out[n][2], state_.out[n][3]);
       }
-      out[kHeadDim / 8 * kEvenThreads] =
+      out[kHeadDim / 8 * kStreamKThreads] =
           make_float4(state_.most[0], state_.most[1], state_.sum[0], state_.sum[1]);
     }
     sync();  // with which the release below counts for all threads
     if (threadIdx.x % 128 == 0) {
       asm volatile("st.release.gpu.global.b32 [%0], %1;\n" ::"l"(params_.arrivals +
-                                                                 kEvenWarpgroups * blockIdx.x + index_),
+                                                                 kStreamKWarpgroups * blockIdx.x + index_),
                    "r"(1)
                    : "memory");
     }
@@ -152,15 +152,14 @@ class Block {
     return __any_sync(0xffffffffu, rows_.source[0].x >= 0 || rows_.source[1].x >= 0);
   }
 
-  __device__ __forceinline__ float4* partial(int processor) const {
-    constexpr int kSize = (kHeadDim / 8 + 1) * kEvenThreads;
-    return reinterpret_cast<float4*>(params_.partial_out) + static_cast<int64_t>(processor) * kSize +
-           threadIdx.x;
+  __device__ __forceinline__ float4* partial(int cta) const {
+    constexpr int kSize = (kHeadDim / 8 + 1) * kStreamKThreads;
+    return reinterpret_cast<float4*>(params_.partial_out) + static_cast<int64_t>(cta) * kSize + threadIdx.x;
   }
 
-  __device__ __forceinline__ void add(int processor) {
-    const float4* other = partial(processor);
-    const float4 theirs = __ldcg(other + kHeadDim / 8 * kEvenThreads);
+  __device__ __forceinline__ void add(int cta) {
+    const float4* other = partial(cta);
+    const float4 theirs = __ldcg(other + kHeadDim / 8 * kStreamKThreads);
     const float most[2] = {theirs.x, theirs.y}, sum[2] = {theirs.z, theirs.w};
     float mine[2], weight[2];
 #pragma unroll
@@ -174,7 +173,7 @@ class Block {
     }
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      const float4 out = __ldcg(other + n * kEvenThreads);
+      const float4 out = __ldcg(other + n * kStreamKThreads);
       const float values[4] = {out.x, out.y, out.z, out.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -239,7 +238,7 @@ class Block {
     start_scores<S>(score, rows_, keys_.tile());
     Task next = look_up(unit + 1);
     wgmma_wait<0>();
-    keep_in_registers(score);
+    keep_in_registers(flat(score));
     release(keys_);
     bool takes_part = weigh(score, task, correction);
     pack(score, takes_part, weights);
@@ -253,11 +252,11 @@ class Block {
       task = next;
       next = look_up(++unit + 1);
       wgmma_wait<1>();
-      keep_in_registers(score);
+      keep_in_registers(flat(score));
       release(keys_);
       takes_part = weigh(score, task, correction);
       wgmma_wait<0>();
-      keep_in_registers(state_.out);
+      keep_in_registers(flat(state_.out));
       release(values_);
       pack(score, takes_part, weights);
       if (takes_part) state_.shrink(correction);
@@ -266,7 +265,7 @@ class Block {
     clear_missing_values(task);
     start_weighing<S>(state_, weights, values_.tile());
     wgmma_wait<0>();
-    keep_in_registers(state_.out);
+    keep_in_registers(flat(state_.out));
     release(values_);
     task = next;
     return unit + 1;

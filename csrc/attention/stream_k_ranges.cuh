@@ -1,12 +1,12 @@
-// The stretch of a plan's units that a processor works through, for stream_k.cu.
+// The range of a plan's units that an SM, with one CTA, works through in stream_k.cu.
 #pragma once
 
 #include "attention/sm90.cuh"
 
 namespace bbk {
 
-constexpr int kEvenWarpgroups = 2;
-constexpr int kEvenThreads = 128 * kEvenWarpgroups;  // that compute
+constexpr int kStreamKWarpgroups = 2;
+constexpr int kStreamKThreads = 128 * kStreamKWarpgroups;  // that compute
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ void prefetch_units(const AttentionParams& params) {
   }
 }
 
-// A stretch's units of one tile and kv head.
+// A work range's units of one tile and kv head.
 struct Portion {
   int kv_head;
   int begin;  // units of the head
@@ -38,20 +38,20 @@ struct Portion {
   __device__ __forceinline__ bool is_empty() const { return end == begin; }
 };
 
-// The portions of a processor's stretch, from the last to the first: what others wait for is done first, and
-// what waits for others last. A processor waits for earlier ones alone, so that some can always go on.
-class Stretch {
+// The portions of a CTA's work range, from the last to the first: what others wait for is done first, and
+// what waits for others last. A CTA waits for earlier ones alone, so that some can always go on.
+class WorkRange {
  public:
-  __device__ __forceinline__ explicit Stretch(const AttentionParams& params)
+  __device__ __forceinline__ explicit WorkRange(const AttentionParams& params)
       : params_(params), units_(params.units[0]) {
-    const int4 stretch = reinterpret_cast<const int4*>(params.stretches)[blockIdx.x];
-    begin_ = stretch.x;
-    end_ = stretch.y;
-    first_processor_ = stretch.z;
+    const int4 range = reinterpret_cast<const int4*>(params.stretches)[blockIdx.x];
+    begin_ = range.x;
+    end_ = range.y;
+    first_cta_ = range.z;
   }
 
-  // Of those that share the tile of the stretch's first unit.
-  __device__ __forceinline__ int first_processor() const { return first_processor_; }
+  // Of those that share the tile of the range's first unit.
+  __device__ __forceinline__ int first_cta() const { return first_cta_; }
 
   // The next portion; one without units where there is none.
   __device__ __forceinline__ Portion take() {
@@ -78,7 +78,7 @@ class Stretch {
   const int units_;  // of a head
   int begin_;
   int end_;
-  int first_processor_;
+  int first_cta_;
 };
 
 #endif

@@ -2,23 +2,9 @@
 // l / 4 + 8 ("halves") of a 16 x 8 accumulator, columns 2 * (l % 4) + {0, 1}.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/work_tiles.cuh"
 
 namespace bbk {
-
-// Two neighbouring 16-bit elements.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -44,13 +30,13 @@ struct QueryRows {
   bool direct[2];  // the row reaches into one piece alone, so that the result is final
   uint32_t values[kHeadDim / 16][4];
 
-  __device__ __forceinline__ void load(const AttentionParams& params, const AttentionItem& item, int row0) {
+  __device__ __forceinline__ void load(const AttentionParams& params, const WorkTile& work, int row0) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane / 4 + 8 * half;
-      const bool exists = row < item.num_rows;
-      source[half] = exists ? token_and_head(params, item, row) : make_int2(-1, 0);
+      const bool exists = row < work.num_rows;
+      source[half] = exists ? token_and_head(params, work, row) : make_int2(-1, 0);
       direct[half] = exists && single_piece(params, source[half].x);
     }
     load_values(params);
@@ -136,7 +122,7 @@ struct RowState {
   }
 
   // Writes the rows' results, or their part of them.
-  __device__ __forceinline__ void store(const AttentionParams& params, const AttentionItem& item,
+  __device__ __forceinline__ void store(const AttentionParams& params, const WorkTile& work,
                                         const QueryRows<T, kHeadDim>& rows, float scale) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -150,11 +136,11 @@ struct RowState {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           *reinterpret_cast<uint32_t*>(target + 8 * n) =
-              pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+              pack_pair<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
         }
       } else {
         const int64_t partial =
-            static_cast<int64_t>(item.piece) * params.num_tokens * params.num_heads + place;
+            static_cast<int64_t>(work.piece) * params.num_tokens * params.num_heads + place;
         float* target = params.partial_out + partial * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -167,7 +153,7 @@ struct RowState {
   }
 };
 
-// Scores of keys behind the item's last one count as minus infinity. `key`: of the scores' first column.
+// Scores of keys behind the work tile's last one count as minus infinity. `key`: of the scores' first column.
 template <int kScoreTiles>
 __device__ __forceinline__ void mask_scores(float (&score)[kScoreTiles][4], int key, int key_end) {
 #pragma unroll
@@ -188,7 +174,7 @@ __device__ __forceinline__ void pack_weights(const float (&score)[kScoreTiles][4
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&tile)[4] = score[2 * k + i / 2];
-      weights[k][i] = pack<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+      weights[k][i] = pack_pair<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
     }
   }
 }

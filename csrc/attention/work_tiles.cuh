@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/elements.cuh"
 #include "common/launch.cuh"
 
 namespace bbk {
@@ -9,9 +10,10 @@ namespace bbk {
 // Partial results carry their log-sum-exp in base 2.
 constexpr float kLog2e = 1.4426950408889634f;
 
-// One (tile, kv head) of the plan, or a part of its rows where they are more than a CTA holds. Row i stands
-// for query head `kv_head * group + i % group` of the token query_order[piece, first + i / group].
-struct AttentionItem {
+// What a persistent kernel works on at a time: one (tile, kv head) of the plan, or a part of its rows where
+// they are more than a CTA holds. Row i stands for query head `kv_head * group + i % group` of the token
+// query_order[piece, first + i / group].
+struct WorkTile {
   int kv_head;
   int piece;
   int first;
@@ -22,46 +24,45 @@ struct AttentionItem {
   int key_end;
 };
 
-// The places where items are worked on, CTAs or parts of them, walk over the items to and fro, so that one
-// with a long item early gets a late and so a short one. -1: none in this round.
-__device__ __forceinline__ int item_of_round(int round, int num_items, int place, int num_places) {
-  const int item = round * num_places + (round % 2 ? num_places - 1 - place : place);
-  return item < num_items ? item : -1;
+// The places where work tiles are worked on, CTAs or parts of them, walk over them to and fro, so that one
+// with a long work tile early gets a late and so a short one. -1: none in this round.
+__device__ __forceinline__ int work_tile_of_round(int round, int num_work_tiles, int place, int num_places) {
+  const int index = round * num_places + (round % 2 ? num_places - 1 - place : place);
+  return index < num_work_tiles ? index : -1;
 }
 
-__host__ __device__ inline int parts_of_tile(const AttentionParams& params, int rows_per_item) {
+__host__ __device__ inline int parts_of_tile(const AttentionParams& params, int rows_per_work_tile) {
   const int rows = params.tile_tokens * (params.num_heads / params.num_kv_heads);
-  return (rows + rows_per_item - 1) / rows_per_item;
+  return (rows + rows_per_work_tile - 1) / rows_per_work_tile;
 }
 
-__device__ __forceinline__ AttentionItem read_item(const AttentionParams& params, int item,
-                                                   int rows_per_item) {
-  const int parts = parts_of_tile(params, rows_per_item);
-  const int part = item / params.num_kv_heads % parts;
-  const int4 tile = reinterpret_cast<const int4*>(params.tiles)[item / params.num_kv_heads / parts];
-  AttentionItem out;
-  out.kv_head = item % params.num_kv_heads;
+__device__ __forceinline__ WorkTile read_work_tile(const AttentionParams& params, int index,
+                                                   int rows_per_work_tile) {
+  const int parts = parts_of_tile(params, rows_per_work_tile);
+  const int part = index / params.num_kv_heads % parts;
+  const int4 tile = reinterpret_cast<const int4*>(params.tiles)[index / params.num_kv_heads / parts];
+  WorkTile out;
+  out.kv_head = index % params.num_kv_heads;
   out.piece = tile.x;
   out.first = tile.y;
   out.row = tile.w;
-  out.first_row = part * rows_per_item;
+  out.first_row = part * rows_per_work_tile;
   const int rows = tile.z * (params.num_heads / params.num_kv_heads) - out.first_row;
   out.key_start = params.pieces[2 * out.piece];
   // The table's own end guards against lengths that it cannot hold.
   const int length = min(params.seqlens_k[out.row], params.pages_per_row * params.page_size);
   out.key_end = min(params.pieces[2 * out.piece + 1], length);
-  out.num_rows = out.key_end > out.key_start ? max(0, min(rows, rows_per_item)) : 0;
+  out.num_rows = out.key_end > out.key_start ? max(0, min(rows, rows_per_work_tile)) : 0;
   return out;
 }
 
-// Packed token and query head of an item's row.
-__device__ __forceinline__ int2 token_and_head(const AttentionParams& params, const AttentionItem& item,
-                                               int row) {
+// Packed token and query head of a work tile's row.
+__device__ __forceinline__ int2 token_and_head(const AttentionParams& params, const WorkTile& work, int row) {
   const int group = params.num_heads / params.num_kv_heads;
-  const int place = item.first_row + row;
+  const int place = work.first_row + row;
   const int token =
-      params.query_order[static_cast<int64_t>(item.piece) * params.num_tokens + item.first + place / group];
-  return make_int2(token, item.kv_head * group + place % group);
+      params.query_order[static_cast<int64_t>(work.piece) * params.num_tokens + work.first + place / group];
+  return make_int2(token, work.kv_head * group + place % group);
 }
 
 // Whether the row of a token reaches into one piece alone: then there is nothing to combine.
@@ -80,8 +81,8 @@ __device__ __forceinline__ void zero_padding(const AttentionParams& params, int 
   }
 }
 
-// The plan and the page table have mostly left L2 since the layer before; the first lookups of an item depend
-// on each other, and would each wait for memory. Hints alone, so that it may run before
+// The plan and the page table have mostly left L2 since the layer before; the first lookups of a work tile
+// depend on each other, and would each wait for memory. Hints alone, so that it may run before
 // wait_for_predecessors().
 __device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
   constexpr int64_t kLine = 128;
@@ -101,44 +102,14 @@ __device__ __forceinline__ void prefetch_plan(const AttentionParams& params) {
   prefetch(params.token_row, 4 * params.num_tokens);
 }
 
-// Launches a kernel that calls wait_for_predecessors() first.
-template <auto kKernel, typename Params>
-void launch_shared(dim3 grid, int threads, int shared_bytes, const AttentionParams& attention,
-                   const Launch& launch, const char* op, const Params& params) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = launch.stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (attention.programmatic && waits_for_predecessors<kKernel>(launch.device, op)) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, params), op);
-}
-
-// Launches a persistent kernel, which calls wait_for_predecessors() first: as many CTAs as run at once, but
-// no more than items.
-template <auto kKernel, typename Params>
-void launch_persistent(int threads, int shared_bytes, int rows_per_item, const AttentionParams& attention,
-                       const Launch& launch, const char* op, const Params& params) {
-  // A microsecond of host time on every call, and right on every device.
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
-  int per_processor = 0;
-  int processors = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kKernel, threads, shared_bytes),
-             op);
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), op);
-  const int64_t items = static_cast<int64_t>(attention.max_tiles) * attention.num_kv_heads *
-                        parts_of_tile(attention, rows_per_item);
-  const int64_t resident = static_cast<int64_t>(per_processor > 0 ? per_processor : 1) * processors;
-  launch_shared<kKernel>(dim3(static_cast<unsigned>(items < 1          ? 1
-                                                    : items < resident ? items
-                                                                       : resident)),
-                         threads, shared_bytes, attention, launch, op, params);
+// The grid of a persistent kernel: as many CTAs as run at once, but no more than work tiles.
+template <auto kKernel>
+dim3 persistent_grid(const char* op, const Launch& launch, const AttentionParams& params, int threads,
+                     int shared_bytes, int rows_per_work_tile) {
+  const int64_t work_tiles = static_cast<int64_t>(params.max_tiles) * params.num_kv_heads *
+                             parts_of_tile(params, rows_per_work_tile);
+  const int64_t resident = resident_ctas<kKernel>(op, launch.device, threads, shared_bytes);
+  return dim3(static_cast<unsigned>(work_tiles < 1 ? 1 : work_tiles < resident ? work_tiles : resident));
 }
 
 // Keys that one copy moves: the largest power of two that divides a page, up to 64.
@@ -153,7 +124,7 @@ bool attention_sm90_serves(const AttentionParams& params, const Launch& launch);
 void attention_sm90(const AttentionParams& params, const Launch& launch);
 
 // stream_k.cu: the same, from the plan's units, without partial results of pieces.
-void attention_even(const AttentionParams& params, const Launch& launch);
+void attention_stream_k(const AttentionParams& params, const Launch& launch);
 
 // mma.cu: bf16 and fp16 with a head_dim of 64 or 128 on the tensor cores.
 bool attention_mma_serves(const AttentionParams& params);

@@ -1,8 +1,6 @@
 #include "attention/attention.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
+#include <algorithm>
 
 #include "bind/bindings.h"
 
@@ -11,106 +9,109 @@ namespace py = pybind11;
 namespace bbk {
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// device -1: all addresses are host memory, and the plan is made there.
-void launch_plan(uintptr_t page_table, uintptr_t cu_seqlens_q, uintptr_t seqlens_k, uintptr_t tiles,
-                 uintptr_t query_order, uintptr_t pieces, uintptr_t token_row, uintptr_t counts,
-                 uintptr_t units, uintptr_t stretches, uintptr_t arrivals, uintptr_t workspace,
-                 int64_t page_table_stride, int num_rows, int pages_per_row, int page_size, int num_tokens,
-                 int tile_tokens, int segment_pages, int max_segments, int max_pieces, int max_tiles,
-                 int target_tiles, int min_segments, int block_tokens, int processors, int max_units,
-                 int num_kv_heads, int max_slack, int device, uintptr_t stream) {
-  const AttentionPlanParams params{pointer<const int32_t>(page_table),
-                                   pointer<const int32_t>(cu_seqlens_q),
-                                   pointer<const int32_t>(seqlens_k),
-                                   pointer<int32_t>(tiles),
-                                   pointer<int32_t>(query_order),
-                                   pointer<int32_t>(pieces),
-                                   pointer<int32_t>(token_row),
-                                   pointer<int32_t>(counts),
-                                   pointer<int32_t>(units),
-                                   pointer<int32_t>(stretches),
-                                   pointer<int32_t>(arrivals),
-                                   pointer<int32_t>(workspace),
-                                   page_table_stride,
-                                   num_rows,
-                                   pages_per_row,
-                                   page_size,
-                                   num_tokens,
-                                   tile_tokens,
-                                   segment_pages,
-                                   max_segments,
-                                   max_pieces,
-                                   max_tiles,
-                                   target_tiles,
-                                   min_segments,
-                                   block_tokens,
-                                   processors,
-                                   max_units,
-                                   num_kv_heads,
-                                   max_slack};
-  if (device < 0) {
+// `plan` has the tensors of an AttentionPlan, all contiguous, `shape` is the AttentionShape it is for.
+void call_attention_plan(Call& call, const TensorView& page_table, const TensorView& cu_seqlens_q,
+                         const TensorView& seqlens_k, const Record& plan, const TensorView& workspace,
+                         const Record& shape, int page_size, int num_tokens) {
+  AttentionPlanParams params{};
+  params.page_table = page_table.data<const int32_t>();
+  params.cu_seqlens_q = cu_seqlens_q.contiguous().data<const int32_t>();
+  params.seqlens_k = seqlens_k.contiguous().data<const int32_t>();
+  plan.read(BBK_KEY("tiles"), &params.tiles);
+  plan.read(BBK_KEY("query_order"), &params.query_order);
+  plan.read(BBK_KEY("pieces"), &params.pieces);
+  plan.read(BBK_KEY("token_row"), &params.token_row);
+  plan.read(BBK_KEY("counts"), &params.counts);
+  plan.read(BBK_KEY("units"), &params.units);
+  plan.read(BBK_KEY("stretches"), &params.stretches);
+  plan.read(BBK_KEY("arrivals"), &params.arrivals);
+  params.workspace = workspace.contiguous().data<int32_t>();
+  params.page_table_stride = page_table.row_stride();
+  params.num_rows = page_table.int_size(0);
+  params.pages_per_row = page_table.int_size(1);
+  params.page_size = page_size;
+  params.num_tokens = num_tokens;
+  shape.read(BBK_KEY("tile_tokens"), &params.tile_tokens);
+  shape.read(BBK_KEY("segment_pages"), &params.segment_pages);
+  shape.read(BBK_KEY("max_segments"), &params.max_segments);
+  shape.read(BBK_KEY("max_pieces"), &params.max_pieces);
+  params.max_tiles = plan.get<TensorView>(BBK_KEY("tiles")).int_size(0);
+  shape.read(BBK_KEY("target_tiles"), &params.target_tiles);
+  shape.read(BBK_KEY("min_segments"), &params.min_segments);
+  shape.read(BBK_KEY("block_tokens"), &params.block_tokens);
+  shape.read(BBK_KEY("processors"), &params.processors);
+  params.max_units = plan.get<TensorView>(BBK_KEY("units")).int_size(0);
+  shape.read(BBK_KEY("num_kv_heads"), &params.num_kv_heads);
+  shape.read(BBK_KEY("max_slack"), &params.max_slack);
+  const Launch launch = call.launch();
+  if (launch.device < 0) {
     attention_plan_on_host(params);
   } else {
-    attention_plan(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+    attention_plan(params, launch);
   }
 }
 
-void launch_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out, uintptr_t partial_out,
-                      uintptr_t partial_lse, uintptr_t page_table, uintptr_t seqlens_k, uintptr_t tiles,
-                      uintptr_t query_order, uintptr_t pieces, uintptr_t token_row, uintptr_t counts,
-                      uintptr_t units, uintptr_t stretches, uintptr_t arrivals, int64_t page_table_stride,
-                      const std::array<int64_t, 2>& q_strides, const std::array<int64_t, 3>& k_strides,
-                      const std::array<int64_t, 3>& v_strides, int num_rows, int num_pages, int num_tokens,
-                      int num_heads, int num_kv_heads, int head_dim, int page_size, int pages_per_row,
-                      int tile_tokens, int max_tiles, int max_pieces, int max_units, int num_processors,
-                      float softmax_scale, int dtype, bool programmatic, int device, uintptr_t stream) {
-  const AttentionParams params{pointer<const void>(q),
-                               pointer<const void>(k_cache),
-                               pointer<const void>(v_cache),
-                               pointer<void>(out),
-                               pointer<float>(partial_out),
-                               pointer<float>(partial_lse),
-                               pointer<const int32_t>(page_table),
-                               pointer<const int32_t>(seqlens_k),
-                               pointer<const int32_t>(tiles),
-                               pointer<const int32_t>(query_order),
-                               pointer<const int32_t>(pieces),
-                               pointer<const int32_t>(token_row),
-                               pointer<const int32_t>(counts),
-                               pointer<const int32_t>(units),
-                               pointer<const int32_t>(stretches),
-                               pointer<int32_t>(arrivals),
-                               page_table_stride,
-                               q_strides[0],
-                               q_strides[1],
-                               k_strides[0],
-                               k_strides[1],
-                               k_strides[2],
-                               v_strides[0],
-                               v_strides[1],
-                               v_strides[2],
-                               num_rows,
-                               num_pages,
-                               num_tokens,
-                               num_heads,
-                               num_kv_heads,
-                               head_dim,
-                               page_size,
-                               pages_per_row,
-                               tile_tokens,
-                               max_tiles,
-                               max_pieces,
-                               max_units,
-                               num_processors,
-                               softmax_scale,
-                               static_cast<DType>(dtype),
-                               programmatic};
-  varlen_attention(params, Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+// Partial results of all pieces: of each query and head a sum, its elements, and behind them all a logarithm.
+int64_t num_partials(const TensorView& q, const TensorView& pieces) {
+  return pieces.size(0) > 1 ? pieces.size(0) * q.size(0) * q.size(1) : 0;
+}
+
+void call_varlen_attention(Call& call, const TensorView& q, const TensorView& k_cache,
+                           const TensorView& v_cache, const TensorView& out, const TensorView& partials,
+                           const TensorView& page_table, const TensorView& seqlens_k, const TensorView& tiles,
+                           const TensorView& query_order, const TensorView& pieces,
+                           const TensorView& token_row, const TensorView& counts, const TensorView& units,
+                           const TensorView& stretches, const TensorView& arrivals, int tile_tokens,
+                           float softmax_scale, bool programmatic) {
+  AttentionParams params{};
+  params.dtype = float_dtype({&q, &k_cache, &v_cache, &out});
+  params.q = q.data<const void>();
+  params.k_cache = k_cache.data<const void>();
+  params.v_cache = v_cache.data<const void>();
+  params.out = out.contiguous().data<void>();
+  params.partial_out = partials.contiguous().data<float>();
+  params.partial_lse = params.partial_out + num_partials(q, pieces) * q.size(2);
+  params.page_table = page_table.data<const int32_t>();
+  params.seqlens_k = seqlens_k.contiguous().data<const int32_t>();
+  params.tiles = tiles.contiguous().data<const int32_t>();
+  params.query_order = query_order.contiguous().data<const int32_t>();
+  params.pieces = pieces.contiguous().data<const int32_t>();
+  params.token_row = token_row.contiguous().data<const int32_t>();
+  params.counts = counts.contiguous().data<const int32_t>();
+  params.units = units.contiguous().data<const int32_t>();
+  params.stretches = stretches.contiguous().data<const int32_t>();
+  params.arrivals = arrivals.contiguous().data<int32_t>();
+  params.page_table_stride = page_table.row_stride();
+  params.q_token_stride = q.stride(0);
+  params.q_head_stride = q.stride(1);
+  params.k_page_stride = k_cache.stride(0);
+  params.k_token_stride = k_cache.stride(1);
+  params.k_head_stride = k_cache.stride(2);
+  params.v_page_stride = v_cache.stride(0);
+  params.v_token_stride = v_cache.stride(1);
+  params.v_head_stride = v_cache.stride(2);
+  params.num_rows = page_table.int_size(0);
+  params.num_pages = k_cache.int_size(0);
+  params.num_tokens = q.int_size(0);
+  params.num_heads = q.int_size(1);
+  params.num_kv_heads = k_cache.int_size(2);
+  params.head_dim = q.int_size(2);
+  params.page_size = k_cache.int_size(1);
+  params.pages_per_row = page_table.int_size(1);
+  params.tile_tokens = tile_tokens;
+  params.max_tiles = tiles.int_size(0);
+  params.max_pieces = pieces.int_size(0);
+  params.max_units = units.int_size(0);
+  params.num_processors = stretches.int_size(0);
+  params.softmax_scale = softmax_scale;
+  params.programmatic = programmatic;
+  varlen_attention(params, call.launch_on_gpu());
+}
+
+// Floats of `partials`; which kernel runs is decided in the call.
+int64_t attention_partials(const TensorView& q, const TensorView& pieces, const TensorView& stretches) {
+  return std::max(num_partials(q, pieces) * (q.size(2) + 1),
+                  attention_even_partials(stretches.int_size(0), q.int_size(2), q.dtype));
 }
 
 }  // namespace
@@ -118,31 +119,15 @@ void launch_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr
 void bind_attention(py::module_& module) {
   module.def("attention_plan_workspace", &attention_plan_workspace, py::arg("num_rows"),
              py::arg("max_segments"), py::arg("max_pieces"), py::arg("num_tokens"), py::arg("block_tokens"));
-  module.def(
-      "attention_even_partials",
-      [](int num_processors, int head_dim, int dtype) {
-        return attention_even_partials(num_processors, head_dim, static_cast<DType>(dtype));
-      },
-      py::arg("num_processors"), py::arg("head_dim"), py::arg("dtype"));
-  module.def("attention_plan", &launch_plan, py::arg("page_table"), py::arg("cu_seqlens_q"),
-             py::arg("seqlens_k"), py::arg("tiles"), py::arg("query_order"), py::arg("pieces"),
-             py::arg("token_row"), py::arg("counts"), py::arg("units"), py::arg("stretches"),
-             py::arg("arrivals"), py::arg("workspace"), py::arg("page_table_stride"), py::arg("num_rows"),
-             py::arg("pages_per_row"), py::arg("page_size"), py::arg("num_tokens"), py::arg("tile_tokens"),
-             py::arg("segment_pages"), py::arg("max_segments"), py::arg("max_pieces"), py::arg("max_tiles"),
-             py::arg("target_tiles"), py::arg("min_segments"), py::arg("block_tokens"), py::arg("processors"),
-             py::arg("max_units"), py::arg("num_kv_heads"), py::arg("max_slack"), py::arg("device"),
-             py::arg("stream"));
-  module.def("varlen_attention", &launch_attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
-             py::arg("out"), py::arg("partial_out"), py::arg("partial_lse"), py::arg("page_table"),
-             py::arg("seqlens_k"), py::arg("tiles"), py::arg("query_order"), py::arg("pieces"),
-             py::arg("token_row"), py::arg("counts"), py::arg("units"), py::arg("stretches"),
-             py::arg("arrivals"), py::arg("page_table_stride"), py::arg("q_strides"), py::arg("k_strides"),
-             py::arg("v_strides"), py::arg("num_rows"), py::arg("num_pages"), py::arg("num_tokens"),
-             py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"),
-             py::arg("pages_per_row"), py::arg("tile_tokens"), py::arg("max_tiles"), py::arg("max_pieces"),
-             py::arg("max_units"), py::arg("num_processors"), py::arg("softmax_scale"), py::arg("dtype"),
-             py::arg("programmatic"), py::arg("device"), py::arg("stream"));
+  module.def("attention_partials", &attention_partials, py::arg("q"), py::arg("pieces"),
+             py::arg("stretches"));
+  define<&call_attention_plan>(
+      module, "attention_plan",
+      {"page_table", "cu_seqlens_q", "seqlens_k", "plan", "workspace", "shape", "page_size", "num_tokens"});
+  define<&call_varlen_attention>(module, "varlen_attention",
+                                 {"q", "k_cache", "v_cache", "out", "partials", "page_table", "seqlens_k",
+                                  "tiles", "query_order", "pieces", "token_row", "counts", "units",
+                                  "stretches", "arrivals", "tile_tokens", "softmax_scale", "programmatic"});
 }
 
 }  // namespace bbk

@@ -1,44 +1,140 @@
 #include "gemm/gemm.h"
 
 #include "bind/bindings.h"
+#include "gemm/lm_head.h"
 
 namespace py = pybind11;
 
 namespace bbk {
 namespace {
 
-void launch_gemm(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t num_tokens,
-                 int64_t in_features, int64_t out_features, int64_t x_row_stride, int64_t weight_row_stride,
-                 int64_t out_row_stride, int64_t up_distance, bool gated, int dtype, int tile_tokens,
-                 int tile_rows, int split_k, int multicast, bool static_weight, bool programmatic, int device,
-                 uintptr_t stream) {
-  const GemmParams params{reinterpret_cast<const void*>(x),
-                          reinterpret_cast<const void*>(weight),
-                          reinterpret_cast<const void*>(bias),
-                          reinterpret_cast<void*>(out),
-                          num_tokens,
-                          in_features,
-                          out_features,
-                          x_row_stride,
-                          weight_row_stride,
-                          out_row_stride,
-                          up_distance,
-                          gated,
-                          static_cast<DType>(dtype)};
-  gemm(params, GemmTile{tile_tokens, tile_rows, split_k, multicast}, static_weight, programmatic,
-       Launch{device, reinterpret_cast<cudaStream_t>(stream)});
+BBK_READER(GemmTile, BBK_GEMM_TILE)
+
+GemmTile tile_of(const Record& record) {
+  GemmTile tile{};
+  read_record(record, &tile);
+  return tile;
+}
+
+// `features` of the product from feature `first` on, into their columns of `out`.
+void call_gemm(Call& call, const TensorView& x, const TensorView& weight, const TensorView& bias,
+               const TensorView& out, int64_t first, int64_t features, const Record& tile, bool gated,
+               bool static_weight, bool programmatic) {
+  GemmParams params{};
+  params.dtype = float_dtype({&x, &weight, &bias, &out});
+  params.x = x.data<const void>();
+  params.weight = weight.from(0, first).data<const void>();
+  params.bias = bias.is_none() ? nullptr : bias.contiguous().from(0, first).data<const void>();
+  params.out = out.from(1, first).data<void>();
+  params.num_tokens = x.size(0);
+  params.in_features = x.size(1);
+  params.out_features = features;
+  params.x_row_stride = x.row_stride();
+  params.weight_row_stride = weight.row_stride();
+  params.out_row_stride = out.row_stride();
+  params.up_distance = gated ? weight.size(0) / 2 : weight.size(0);
+  params.gated = gated;
+  gemm(params, tile_of(tile), static_weight, programmatic, call.launch_on_gpu());
+}
+
+void call_linear_rope_kv_write(Call& call, const TensorView& x, const TensorView& weight,
+                               const TensorView& bias, const TensorView& q, const TensorView& k_cache,
+                               const TensorView& v_cache, const TensorView& positions,
+                               const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
+                               const Record& tile, bool static_weight, bool programmatic) {
+  RopeKvWriteParams rope{};
+  rope.dtype = float_dtype({&x, &weight, &bias, &q, &k_cache, &v_cache});
+  read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &rope);
+  GemmParams params{};
+  params.dtype = rope.dtype;
+  params.x = x.data<const void>();
+  params.weight = weight.data<const void>();
+  params.bias = bias.contiguous().data_or_null<const void>();
+  params.num_tokens = x.size(0);
+  params.in_features = x.size(1);
+  params.out_features = (rope.num_heads + 2LL * rope.num_kv_heads) * rope.head_dim;
+  params.x_row_stride = x.row_stride();
+  params.weight_row_stride = weight.row_stride();
+  linear_rope_kv_write(params, rope, tile_of(tile), static_weight, programmatic, call.launch_on_gpu());
+}
+
+// [rows, pieces, 4] floats
+LmHeadPartial* partials_of(const TensorView& partials) {
+  static_assert(sizeof(LmHeadPartial) == 4 * sizeof(float));
+  return reinterpret_cast<LmHeadPartial*>(partials.contiguous().data<float>());
+}
+
+int64_t token_or_none(const Optional<int64_t>& token) { return token.given ? token.value : -1; }
+
+void call_lm_head_product(Call& call, const TensorView& hidden, const TensorView& weight,
+                          const TensorView& partials, const Optional<int64_t>& suppress_token,
+                          int tile_rows) {
+  LmHeadProductParams params{};
+  params.dtype = float_dtype({&hidden, &weight});
+  params.hidden = hidden.data<const void>();
+  params.weight = weight.data<const void>();
+  params.partials = partials_of(partials);
+  params.num_rows = hidden.size(0);
+  params.dim = hidden.size(1);
+  params.vocab_size = weight.size(0);
+  params.hidden_row_stride = hidden.row_stride();
+  params.weight_row_stride = weight.row_stride();
+  params.suppress_token = token_or_none(suppress_token);
+  params.num_pieces = partials.size(1);
+  lm_head_product(params, tile_rows, call.launch_on_gpu());
+}
+
+void call_lm_head_reduce(Call& call, const TensorView& logits, const TensorView& probe_tokens,
+                         const TensorView& partials, int64_t first_token,
+                         const Optional<int64_t>& suppress_token) {
+  LmHeadReduceParams params{};
+  params.dtype = float_dtype({&logits});
+  params.logits = logits.data<const void>();
+  params.probe_tokens = probe_tokens.contiguous().data_or_null<const int32_t>();
+  params.partials = partials_of(partials);
+  params.num_rows = logits.size(0);
+  params.num_tokens = logits.size(1);
+  params.row_stride = logits.row_stride();
+  params.first_token = first_token;
+  params.suppress_token = token_or_none(suppress_token);
+  params.num_pieces = partials.size(1);
+  lm_head_reduce(params, call.launch_on_gpu());
+}
+
+void call_lm_head_finish(Call& call, const TensorView& partials, const TensorView& probe_tokens,
+                         const TensorView& top_token, const TensorView& confidence,
+                         const TensorView& probe_probability, int64_t piece_tokens, int64_t vocab_size) {
+  LmHeadFinishParams params{};
+  params.partials = partials_of(partials);
+  params.probe_tokens = probe_tokens.contiguous().data_or_null<const int32_t>();
+  params.top_token = top_token.contiguous().data<int32_t>();
+  params.confidence = confidence.contiguous().data<float>();
+  params.probe_probability = probe_probability.contiguous().data_or_null<float>();
+  params.num_rows = partials.size(0);
+  params.num_pieces = partials.size(1);
+  params.piece_tokens = piece_tokens;
+  params.vocab_size = vocab_size;
+  lm_head_finish(params, call.launch_on_gpu());
 }
 
 }  // namespace
 
 void bind_gemm(py::module_& module) {
-  module.def("gemm", &launch_gemm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-             py::arg("num_tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("x_row_stride"),
-             py::arg("weight_row_stride"), py::arg("out_row_stride"), py::arg("up_distance"),
-             py::arg("gated"), py::arg("dtype"), py::arg("tile_tokens"), py::arg("tile_rows"),
-             py::arg("split_k"), py::arg("multicast"), py::arg("static_weight"), py::arg("programmatic"),
-             py::arg("device"), py::arg("stream"));
-  module.def("gemm_is_available", &gemm_is_available, py::arg("device"));
+  module.attr("LM_HEAD_PIECE_TOKENS") = kLmHeadPieceTokens;
+  module.attr("LM_HEAD_TILE_TOKENS") = kLmHeadTileTokens;
+  define<&call_gemm>(
+      module, "gemm",
+      {"x", "weight", "bias", "out", "first", "features", "tile", "gated", "static_weight", "programmatic"});
+  define<&call_linear_rope_kv_write>(module, "linear_rope_kv_write",
+                                     {"x", "weight", "bias", "q", "k_cache", "v_cache", "positions",
+                                      "slot_mapping", "cos", "sin", "tile", "static_weight", "programmatic"});
+  define<&call_lm_head_product>(module, "lm_head_product",
+                                {"hidden", "weight", "partials", "suppress_token", "tile_rows"});
+  define<&call_lm_head_reduce>(module, "lm_head_reduce",
+                               {"logits", "probe_tokens", "partials", "first_token", "suppress_token"});
+  define<&call_lm_head_finish>(module, "lm_head_finish",
+                               {"partials", "probe_tokens", "top_token", "confidence", "probe_probability",
+                                "piece_tokens", "vocab_size"});
 }
 
 }  // namespace bbk

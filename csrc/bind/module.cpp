@@ -1,13 +1,13 @@
-// The Python module blockbatch_kernels._C. Tensors arrive as addresses with sizes and strides in elements,
-// streams as the integer of torch.cuda.Stream.cuda_stream; the package blockbatch_kernels/cuda is the only
-// caller and passes checked tensors. std::invalid_argument becomes ValueError, std::runtime_error
-// RuntimeError.
+// The Python module blockbatch_kernels._C. Tensors and records of them arrive as they are, streams as the
+// integer of torch.cuda.Stream.cuda_stream; the package blockbatch_kernels/cuda is the only caller and passes
+// checked tensors. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
 #include <cuda_runtime_api.h>
 
 #include <sstream>
 #include <string>
 
 #include "bind/bindings.h"
+#include "common/capability.h"
 
 namespace py = pybind11;
 
@@ -20,7 +20,7 @@ std::string version_text(int version) {
 
 // Raised with every change to what the functions of this module take; `API` in
 // blockbatch_kernels/cuda/extension.py is the same number.
-constexpr int kApi = 8;
+constexpr int kApi = 9;
 
 py::dict build_info() {
   py::list archs;
@@ -48,6 +48,18 @@ std::string driver_version() {
   return version_text(version);
 }
 
+const char* code_for(int device) {
+  switch (has_code_for(device)) {
+    case Code::kNone:
+      return "none";
+    case Code::kPortable:
+      return "portable";
+    case Code::kSm90a:
+      return "sm90a";
+  }
+  return "none";
+}
+
 }  // namespace
 }  // namespace bbk
 
@@ -57,13 +69,12 @@ PYBIND11_MODULE(_C, module) {
              "What the extension was built for and with: api, cuda_archs, cuda_version, compiler.");
   module.def("driver_version", &bbk::driver_version,
              "The newest CUDA version that the installed driver serves; '0.0' without a driver.");
-  bbk::bind_activation(module);
+  module.def(
+      "has_code_for", &bbk::code_for, py::arg("device"),
+      "What of the extension runs on a GPU: 'none', 'portable' (all but the kernels of sm_90a), 'sm90a'.");
+  bbk::prepare_tensors();
   bbk::bind_attention(module);
+  bbk::bind_decode(module);
   bbk::bind_gemm(module);
-  bbk::bind_lm_head(module);
-  bbk::bind_norm(module);
-  bbk::bind_pack(module);
-  bbk::bind_pages(module);
-  bbk::bind_policy(module);
-  bbk::bind_rope(module);
+  bbk::bind_layer(module);
 }

@@ -6,7 +6,10 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <cstdint>
+
+#include "common/integers.h"
 
 namespace bbk {
 
@@ -58,6 +61,37 @@ struct Group {
     const int before = team_sum(lane() < team() ? of_team : 0);
     return before + __popc(flags & ((1u << lane()) - 1));
   }
+
+  // The sum over lower ranks; `total` is that over all. `scratch` as above.
+  __device__ int sum_below(int value, int* scratch, int* total) const {
+    const int lane = threadIdx.x % kTeamSize, team = threadIdx.x / kTeamSize;
+    int up_to_here = value;
+#pragma unroll
+    for (int step = 1; step < kTeamSize; step *= 2) {
+      const int before = __shfl_up_sync(kWholeTeam, up_to_here, step);
+      if (lane >= step) up_to_here += before;
+    }
+    if (lane == kTeamSize - 1) scratch[team] = up_to_here;
+    sync();
+    int before = 0;
+    *total = 0;
+    for (int other = 0; other < num_teams(); ++other) {
+      if (other < team) before += scratch[other];
+      *total += scratch[other];
+    }
+    return before + up_to_here - value;
+  }
+
+  // The lowest value of the group, the same for every rank; also a barrier. `scratch`: one integer.
+  __device__ int lowest(int value, int* scratch) const {
+    sync();
+    if (rank() == 0) *scratch = INT_MAX;
+    sync();
+    value = team_min(value);
+    if (lane() == 0) lower_to(scratch, value);
+    sync();
+    return *scratch;
+  }
 #else
   int rank() const { return 0; }
   int size() const { return 1; }
@@ -89,28 +123,19 @@ struct Group {
     *total = flag ? 1 : 0;
     return 0;
   }
+  int sum_below(int value, int*, int* total) const {
+    *total = value;
+    return 0;
+  }
+  int lowest(int value, int*) const { return value; }
 #endif
+
+  // Calls body(i) for every i below `number`, spread over the ranks.
+  template <typename Body>
+  __host__ __device__ void for_each(int number, Body body) const {
+    for (int i = rank(); i < number; i += size()) body(i);
+  }
 };
-
-#define BBK_HD __host__ __device__ inline
-
-BBK_HD int lowest_bit(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __ffs(static_cast<int>(bits)) - 1;
-#else
-  return __builtin_ctz(bits);
-#endif
-}
-
-template <typename T>
-__host__ __device__ constexpr T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-
-template <typename T>
-__host__ __device__ constexpr T larger(T a, T b) {
-  return a < b ? b : a;
-}
 
 // Calls visit(row, first, behind) for stretches of positions that together are all rows, a team per stretch.
 // A position always falls to the same lane of the same team: what a lane wrote there it may read again

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace bbk {
+#include "common/dtype.h"
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace bbk {
 
 // Where an operator runs: a stream of the device with this index.
 struct Launch {

@@ -3,7 +3,9 @@
 
 #include <cudaTypedefs.h>
 
-#include "common/common.cuh"
+#include "common/check.h"
+#include "common/integers.h"
+#include "common/params.h"
 
 namespace bbk {
 
@@ -17,8 +19,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* op) {
                                                 &found),
                op);
     if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error(std::string("blockbatch_kernels.") + op +
-                               ": the driver has no cuTensorMapEncodeTiled");
+      fail(op, "the driver has no cuTensorMapEncodeTiled");
     }
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(pointer);
   }();
@@ -59,8 +60,7 @@ CUtensorMap tensor_map(const char* op, const char* name, const void* pointer, DT
       kDims, const_cast<void*>(pointer), size, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    throw std::runtime_error(std::string("blockbatch_kernels.") + op + ": " + name +
-                             ": cuTensorMapEncodeTiled returned error " + std::to_string(status));
+    fail(op, std::string(name) + ": cuTensorMapEncodeTiled returned error " + std::to_string(status));
   }
   return map;
 }

@@ -1,5 +1,5 @@
 // Bound by latency: a few hundred tokens in the usual step, tens of thousands where whole rows are packed.
-#include "common/common.cuh"
+#include "common/launch.cuh"
 #include "decode/pack.cuh"
 
 namespace bbk {
@@ -24,8 +24,8 @@ void pack_windows(const PackParams& params, const Launch& launch) {
   check_at_least(kOp, "gen_length", params.gen_length, 1);
   check_at_least(kOp, "page_size", params.page_size, 1);
   if (params.num_rows > kMaxGridY) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + kOp + ": num_rows: expected at most " +
-                                std::to_string(kMaxGridY) + ", got " + std::to_string(params.num_rows));
+    refuse(kOp, "num_rows: expected at most " + std::to_string(kMaxGridY) + ", got " +
+                    std::to_string(params.num_rows));
   }
   if (launch.device < 0) {
     PackScratch scratch;
@@ -37,8 +37,7 @@ void pack_windows(const PackParams& params, const Launch& launch) {
   const int64_t longest =
       smaller(params.capacity, static_cast<int64_t>(params.pages_per_row) * params.page_size);
   const unsigned columns = static_cast<unsigned>(larger<int64_t>(ceil_div<int64_t>(longest, kStretch), 1));
-  pack_kernel<<<dim3(columns, params.num_rows), kThreads, 0, launch.stream>>>(params);
-  check_launch(kOp);
+  launch_kernel<pack_kernel>(kOp, launch, {dim3(columns, params.num_rows), kThreads}, params);
 }
 
 }  // namespace bbk

@@ -105,22 +105,22 @@ BBK_HD void pack_token(const PackParams& params, int row, int position, int64_t 
     const int64_t page = params.page_table[row * params.page_table_stride + column];
     slot = page * params.page_size + position % params.page_size;
   }
-  params.input_ids[index] = token;
-  params.positions[index] = position;
-  params.row_index[index] = row;
-  params.slot_mapping[index] = slot;
+  params.packed.input_ids[index] = token;
+  params.packed.positions[index] = position;
+  params.packed.row_index[index] = row;
+  params.packed.slot_mapping[index] = slot;
 }
 
 BBK_HD void pad(const PackParams& params, const PackOffsets& offsets, int64_t rank, int64_t size) {
   for (int64_t i = offsets.num_tokens + rank; i < params.capacity; i += size) {
-    params.input_ids[i] = 0;
-    params.positions[i] = 0;
-    params.row_index[i] = -1;
-    params.slot_mapping[i] = -1;
+    params.packed.input_ids[i] = 0;
+    params.packed.positions[i] = 0;
+    params.packed.row_index[i] = -1;
+    params.packed.slot_mapping[i] = -1;
   }
   for (int64_t i = offsets.num_predictions + rank; i < params.predict_capacity; i += size) {
-    params.predict_index[i] = 0;
-    params.predict_target[i] = -1;
+    params.packed.predict_index[i] = 0;
+    params.packed.predict_target[i] = -1;
   }
 }
 
@@ -147,8 +147,8 @@ BBK_HD void pack_stretch(const Group& group, const PackParams& params, int row, 
     if (wanted && at < params.predict_capacity) {
       // What found no room among the tokens must not be looked up there.
       const bool has_room = index < params.capacity;
-      params.predict_index[at] = has_room ? index : 0;
-      params.predict_target[at] = has_room ? flat_target : -1;
+      params.packed.predict_index[at] = has_room ? index : 0;
+      params.packed.predict_target[at] = has_room ? flat_target : -1;
     }
     rank += total;
     turn ^= 1;
@@ -163,8 +163,8 @@ BBK_HD void pack_group(const Group& group, const PackParams& params, int row, in
   int start = column * kStretch;
   PackOffsets offsets = count_before(group, params, row, smaller(start, length), scratch);
   if (column == 0 && group.rank() == 0) {
-    params.cu_seqlens_q[row] = offsets.tokens_before;
-    if (row == params.num_rows - 1) params.cu_seqlens_q[params.num_rows] = offsets.num_tokens;
+    params.packed.cu_seqlens_q[row] = offsets.tokens_before;
+    if (row == params.num_rows - 1) params.packed.cu_seqlens_q[params.num_rows] = offsets.num_tokens;
   }
   const int64_t group_index = static_cast<int64_t>(row) * num_columns + column;
   pad(params, offsets, group_index * group.size() + group.rank(),

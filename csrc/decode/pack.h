@@ -1,11 +1,11 @@
 #pragma once
 
 #include "common/params.h"
+#include "decode/records.h"
 
 namespace bbk {
 
-// The query tokens of all rows of a plan back to back; blockbatch_kernels.structs.PackedQueries. R rows, G
-// generated positions.
+// The query tokens of all rows of a plan back to back; R rows, G generated positions.
 struct PackParams {
   const int32_t* prompt_tokens;  // [requests, max_prompt]
   const int32_t* prompt_length;  // [requests]
@@ -15,13 +15,7 @@ struct PackParams {
   const uint8_t* predict;        // [R, G]
   const int32_t* page_table;     // [R, pages_per_row]
   int64_t page_table_stride;     // from a row to the next
-  int32_t* input_ids;            // [capacity], written, as all below
-  int32_t* positions;            // [capacity]
-  int32_t* row_index;            // [capacity]
-  int32_t* cu_seqlens_q;         // [R + 1]
-  int64_t* slot_mapping;         // [capacity]
-  int64_t* predict_index;        // [predict_capacity]
-  int64_t* predict_target;       // [predict_capacity]
+  PackedQueriesView packed;      // written
   int64_t capacity;
   int64_t predict_capacity;
   int32_t num_rows;

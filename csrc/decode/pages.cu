@@ -3,18 +3,17 @@
 #include <cstring>
 #include <vector>
 
-#include "common/common.cuh"
+#include "common/launch.cuh"
 #include "decode/pages.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kCtasPerProcessor = 4;
+constexpr int kCtasPerSm = 4;
 constexpr int kLoadsInFlight = 4;       // per thread
 constexpr int kTableColumns = 32;       // of the tables that a CTA moves: a full cache line a row
-constexpr int64_t kMaxShared = 163000;  // bytes that every GPU from sm_80 on has for a CTA
-constexpr int64_t kDefaultShared = 48 * 1024;
+constexpr int64_t kMaxShared = 163000;  // bytes that hold them, where the device has as much for a CTA
 
 __global__ void __launch_bounds__(kThreads)
     share_pages_kernel(const __grid_constant__ SharePagesParams params, int columns) {
@@ -79,9 +78,8 @@ void check(const CopyPagesParams& params, const char* op) {
   check_at_least(op, "page_size", params.page_size, 1);
   check_at_least(op, "num_branches", params.num_branches, 1);
   if (params.num_branches > kMaxPageBranches) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + op +
-                                ": num_branches: expected at most " + std::to_string(kMaxPageBranches) +
-                                ", got " + std::to_string(params.num_branches));
+    refuse(op, "num_branches: expected at most " + std::to_string(kMaxPageBranches) + ", got " +
+                   std::to_string(params.num_branches));
   }
 }
 
@@ -111,23 +109,18 @@ void share_pages(const SharePagesParams& params, const Launch& launch) {
   check_at_least(kOp, "pages_per_row", params.pages_per_row, 0);
   if (params.num_rows == 0 || params.pages_per_row == 0) return;
   const int64_t column_bytes = sizeof(int32_t) * static_cast<int64_t>(params.num_rows);
-  if (column_bytes > kMaxShared) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + kOp + ": num_rows: expected at most " +
-                                std::to_string(kMaxShared / sizeof(int32_t)) + ", got " +
-                                std::to_string(params.num_rows));
+  const int64_t shared_limit =
+      launch.device < 0 ? kMaxShared : smaller<int64_t>(kMaxShared, max_shared_bytes(kOp, launch.device));
+  if (column_bytes > shared_limit) {
+    refuse(kOp, "num_rows: expected at most " + std::to_string(shared_limit / sizeof(int32_t)) + ", got " +
+                    std::to_string(params.num_rows) + ", whose column of " + std::to_string(column_bytes) +
+                    " bytes must lie in the shared memory of a CTA");
   }
   if (launch.device < 0) return share_on_host(params);
   const DeviceGuard guard(launch.device, kOp);
-  const int columns = static_cast<int>(smaller<int64_t>(kTableColumns, kMaxShared / column_bytes));
-  const int64_t shared_bytes = columns * column_bytes;
-  if (shared_bytes > kDefaultShared) {
-    check_cuda(
-        cudaFuncSetAttribute(share_pages_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared),
-        kOp);
-  }
-  const unsigned grid = static_cast<unsigned>(ceil_div(params.pages_per_row, columns));
-  share_pages_kernel<<<grid, kThreads, static_cast<size_t>(shared_bytes), launch.stream>>>(params, columns);
-  check_launch(kOp);
+  const int columns = static_cast<int>(smaller<int64_t>(kTableColumns, shared_limit / column_bytes));
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.pages_per_row, columns)));
+  launch_kernel<share_pages_kernel>(kOp, launch, {grid, kThreads, columns * column_bytes}, params, columns);
 }
 
 void copy_pages(const CopyPagesParams& params, const Launch& launch) {
@@ -139,16 +132,12 @@ void copy_pages(const CopyPagesParams& params, const Launch& launch) {
   const DeviceGuard guard(launch.device, kOp);
   const int num_lists =
       static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(columns, kThreads), kMaxMoveLists));
-  choose_pages_kernel<<<num_lists, kThreads, 0, launch.stream>>>(params);
-  check_launch(kOp);
+  launch_kernel<choose_pages_kernel>(kOp, launch, {dim3(num_lists), kThreads}, params);
   if (params.num_layers == 0 || params.chunk_bytes == 0) return;
 
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), kOp);
-  const int grid = processors * kCtasPerProcessor;
+  const dim3 grid(static_cast<unsigned>(num_sms(kOp, launch.device) * kCtasPerSm));
   const auto copy = [&](auto element) {
-    copy_pages_kernel<decltype(element)><<<grid, kThreads, 0, launch.stream>>>(params, num_lists);
-    check_launch(kOp);
+    launch_kernel<copy_pages_kernel<decltype(element)>>(kOp, launch, {grid, kThreads}, params, num_lists);
   };
   if (fits<uint4>(params)) return copy(uint4());
   if (fits<uint32_t>(params)) return copy(uint32_t());

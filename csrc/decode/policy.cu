@@ -3,7 +3,7 @@
 // wrote.
 #include <memory>
 
-#include "common/common.cuh"
+#include "common/launch.cuh"
 #include "decode/policy_plan.cuh"
 
 namespace bbk {
@@ -11,10 +11,9 @@ namespace {
 
 constexpr int kMinThreads = 128;
 constexpr int kMaxThreads = 1024;
-// Tokens of a request that are worked on in shared memory; longer ones stay in global memory. Every GPU from
-// sm_80 on has this much.
-constexpr size_t kMaxTokenBytes = 156 * 1024;
-constexpr size_t kDefaultSharedBytes = 40 * 1024;  // beyond it a kernel asks for more
+// Tokens of a request that are worked on in shared memory, at most and where the device has as much; longer
+// ones stay in global memory.
+constexpr int64_t kMaxTokenBytes = 156 * 1024;
 
 __device__ void copy_tokens(const Group& group, int32_t* to, const int32_t* from, int64_t count) {
   for (int64_t i = group.rank(); i < count; i += group.size()) to[i] = from[i];
@@ -122,17 +121,16 @@ void check(const PolicyParams& params, const char* op) {
   check_at_least(op, "gen_length", params.gen_length, 1);
   check_at_least(op, "num_requests", params.num_requests, 1);
   if (params.num_branches > kMaxBranches) {
-    throw std::invalid_argument(std::string("blockbatch_kernels.") + op +
-                                ": num_branches: expected at most " + std::to_string(kMaxBranches) +
-                                ", got " + std::to_string(params.num_branches));
+    refuse(op, "num_branches: expected at most " + std::to_string(kMaxBranches) + ", got " +
+                   std::to_string(params.num_branches));
   }
-  if (params.settings.scheduled) check_at_least(op, "steps_per_block", params.settings.steps_per_block, 1);
+  if (is_scheduled(params.settings))
+    check_at_least(op, "steps_per_block", params.settings.steps_per_block.value, 1);
 }
 
 void launch_plan(const PolicyParams& params, bool is_init, const Launch& launch, const char* op) {
-  const unsigned grid = static_cast<unsigned>(params.num_requests);
-  plan_kernel<<<grid, num_threads(params), 0, launch.stream>>>(params, is_init);
-  check_launch(op);
+  const dim3 grid(static_cast<unsigned>(params.num_requests));
+  launch_kernel<plan_kernel>(op, launch, {grid, num_threads(params)}, params, is_init);
 }
 
 }  // namespace
@@ -150,19 +148,17 @@ void decode_policy(const PolicyParams& params, const Launch& launch) {
     return;
   }
   const DeviceGuard guard(launch.device, kOp);
-  const size_t token_bytes = sizeof(int32_t) * params.num_branches * static_cast<size_t>(params.gen_length);
-  const bool in_shared = token_bytes <= kMaxTokenBytes;
-  const size_t shared_bytes = in_shared ? token_bytes : 0;
-  const bool one_request = params.num_requests == 1;
-  const auto kernel = one_request ? policy_and_plan_kernel : policy_kernel;
-  if (shared_bytes > kDefaultSharedBytes) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxTokenBytes),
-               kOp);
+  const int64_t token_bytes = static_cast<int64_t>(sizeof(int32_t)) * params.num_branches * params.gen_length;
+  const int64_t beside_scratch =
+      max_shared_bytes(kOp, launch.device) - static_cast<int64_t>(sizeof(RequestScratch));
+  const bool in_shared = token_bytes <= smaller(kMaxTokenBytes, beside_scratch);
+  const dim3 grid(static_cast<unsigned>(params.num_requests));
+  const LaunchConfig config{grid, num_threads(params), in_shared ? token_bytes : 0};
+  if (params.num_requests == 1) {
+    return launch_kernel<policy_and_plan_kernel>(kOp, launch, config, params, in_shared);
   }
-  const unsigned grid = static_cast<unsigned>(params.num_requests);
-  kernel<<<grid, num_threads(params), shared_bytes, launch.stream>>>(params, in_shared);
-  check_launch(kOp);
-  if (!one_request) launch_plan(params, false, launch, kOp);
+  launch_kernel<policy_kernel>(kOp, launch, config, params, in_shared);
+  launch_plan(params, false, launch, kOp);
 }
 
 void initial_plan(const PolicyParams& params, const Launch& launch) {

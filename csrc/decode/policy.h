@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "decode/records.h"
 
 namespace bbk {
 
@@ -13,78 +14,45 @@ constexpr int kMaxEosTokens = 32;
 // In the order of blockbatch_kernels.structs.
 enum Phase : int32_t { kPhaseInit = 0, kPhaseBlock = 1, kPhaseRefresh = 2 };
 enum StopReason : int32_t { kRunning = 0, kStopEos = 1, kStopLength = 2 };
-enum EosExit : int32_t { kEosPrefix = 0, kEosWindow = 1, kEosNone = 2 };
-enum QuerySpan : int32_t { kSpanWindow = 0, kSpanSuffix = 1, kSpanCanvas = 2 };
 
-// R rows, Q requests, G generated positions; bool tensors as bytes of 0 and 1.
-struct BranchStateView {
-  const int32_t* prompt_length;  // [Q]
-  const int32_t* block_size;     // [R]
-  int32_t* tokens;               // [R, G]
-  int32_t* window_start;         // [R], and so on
-  int32_t* window_end;
-  int32_t* decoded;
-  int32_t* progress;
-  int32_t* blocks_since_refresh;
-  int32_t* steps_in_block;
-  uint8_t* needs_refresh;
-  uint8_t* done;
-  int32_t* top_token;    // [R, G]
-  float* confidence;     // [R, G]
-  int32_t* committed;    // [R]
-  int32_t* merged;       // [R]
-  int32_t* synced;       // [R]
-  int32_t* nfe;          // [Q, 3]
-  uint8_t* finished;     // [Q]
-  int32_t* winner;       // [Q]
-  int32_t* stop_reason;  // [Q]
+#define BBK_EOS_EXITS(X) X(kEosPrefix, "prefix") X(kEosWindow, "window") X(kEosNone, "none")
+BBK_ENUM(EosExit, BBK_EOS_EXITS)
+
+#define BBK_QUERY_SPANS(X) X(kSpanWindow, "window") X(kSpanSuffix, "suffix") X(kSpanCanvas, "canvas")
+BBK_ENUM(QuerySpan, BBK_QUERY_SPANS)
+
+struct TokenIds {
+  static constexpr int kMost = kMaxEosTokens;
+  int32_t count;
+  int32_t ids[kMost];
 };
+
+// blockbatch_kernels.structs.PolicyParams, whose docstring says what they mean: a line here is all that a new
+// option needs to reach the kernels.
+#define BBK_POLICY_SETTINGS(X)           \
+  X(int32_t, mask_token_id)              \
+  X(TokenIds, eos_token_ids)             \
+  X(Optional<float>, threshold)          \
+  X(Optional<int32_t>, steps_per_block)  \
+  X(int32_t, leap_radius)                \
+  X(float, leap_threshold)               \
+  X(Optional<float>, tail_threshold)     \
+  X(float, merge_threshold)              \
+  X(int64_t, sync_threshold)             \
+  X(Optional<int64_t>, refresh_interval) \
+  X(EosExit, eos_exit)                   \
+  X(QuerySpan, query_span)               \
+  X(int32_t, prediction_offset)
 
 struct PolicySettings {
-  int32_t mask_token_id;
-  int32_t num_eos;
-  int32_t eos_token_ids[kMaxEosTokens];
-  bool scheduled;  // steps_per_block decides instead of threshold
-  int32_t steps_per_block;
-  float threshold;
-  bool has_tail;
-  float tail_threshold;  // behind the first candidate below `threshold`
-  int32_t leap_radius;
-  float leap_threshold;
-  float merge_threshold;
-  int64_t sync_threshold;
-  int64_t refresh_interval;  // the largest integer: never
-  EosExit eos_exit;
-  QuerySpan query_span;
-  int32_t prediction_offset;
-};
-
-struct PredictionsView {
-  const int64_t* target;  // [size]
-  const int32_t* top_token;
-  const float* confidence;
-  const float* probe_probability;  // nullptr: none
-  int64_t size;
-};
-
-struct StepPlanView {
-  int32_t* query_start;  // [R]
-  int32_t* query_end;    // [R]
-  int32_t* source_row;   // [R]
-  uint8_t* predict;      // [R, G]
-  int32_t* flags;        // [5]
-};
-
-struct PolicyEventsView {
-  uint8_t* committed;    // [R, G]
-  uint8_t* merged;       // [R, G]
-  int32_t* sync_source;  // [R]
+  BBK_POLICY_SETTINGS(BBK_MEMBER)
 };
 
 struct PolicyParams {
   BranchStateView state;
   PolicySettings settings;
   PredictionsView predictions;
+  int64_t num_predictions;
   const int32_t* source_row;  // of the plan whose forward this was
   const int32_t* flags;
   StepPlanView out_plan;  // may be that very plan

@@ -17,8 +17,8 @@ struct Candidates {
 
 // Whether a confidence suffices at a position by itself.
 BBK_HD bool is_sure(const PolicySettings& settings, const BranchRow& row, float confidence, int position) {
-  const bool in_tail = settings.has_tail && position > row.first_unsure;
-  return confidence >= (in_tail ? settings.tail_threshold : settings.threshold);
+  const bool in_tail = settings.tail_threshold.given && position > row.first_unsure;
+  return confidence >= (in_tail ? settings.tail_threshold : settings.threshold).value;
 }
 
 // Whether a candidate is within LocalLeap's radius of one that is sure.
@@ -46,7 +46,7 @@ BBK_HD int rank_of(const Candidates& candidates, int position) {
 }
 
 BBK_HD int scheduled_number(const PolicySettings& settings, const BranchRow& row) {
-  const int steps = settings.steps_per_block;
+  const int steps = settings.steps_per_block.value;
   // A block that has used up its steps (it holds a MASK that the model itself wrote) takes the rest at once.
   if (row.steps_in_block >= steps) return row.block_size;
   return row.block_size / steps + (row.steps_in_block < row.block_size % steps);
@@ -70,7 +70,7 @@ BBK_HD Candidates candidates_of(const PolicyParams& params, const BranchRow& row
 
 BBK_HD bool is_chosen(const PolicySettings& settings, const BranchRow& row, const Candidates& candidates,
                       int position) {
-  if (settings.scheduled) return rank_of(candidates, position) < scheduled_number(settings, row);
+  if (is_scheduled(settings)) return rank_of(candidates, position) < scheduled_number(settings, row);
   const float confidence = candidates.confidence[position];
   return position == best_position(row.best) || is_sure(settings, row, confidence, position) ||
          (settings.leap_radius > 0 && confidence >= settings.leap_threshold &&
@@ -92,13 +92,13 @@ BBK_HD void find_best(const Group& group, const PolicyParams& params, const Requ
       }
     }
     const Candidates candidates = candidates_of(params, rows[n], tokens + n * gen_length, confidence);
-    if (params.settings.scheduled || candidates.start >= behind || candidates.end <= first) return;
+    if (is_scheduled(params.settings) || candidates.start >= behind || candidates.end <= first) return;
     uint32_t highest = 0;
     int position = params.gen_length, unsure = params.gen_length;
     for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
       if (p < candidates.start || p >= candidates.end) continue;
       if (!candidates.holds(p)) continue;
-      if (!(confidence[p] >= params.settings.threshold)) unsure = smaller(unsure, p);
+      if (!(confidence[p] >= params.settings.threshold.value)) unsure = smaller(unsure, p);
       const uint32_t key = order_key(confidence[p]);
       if (key <= highest) continue;
       highest = key;
@@ -108,7 +108,7 @@ BBK_HD void find_best(const Group& group, const PolicyParams& params, const Requ
     if (of_team == 0) return;
     position = group.team_min(highest == of_team ? position : params.gen_length);
     if (group.lane() == 0) group.raise_to(&rows[n].best, best_key(of_team, position));
-    if (!params.settings.has_tail) return;
+    if (!params.settings.tail_threshold.given) return;
     unsure = group.team_min(unsure);
     if (group.lane() == 0) group.lower_to(&rows[n].first_unsure, unsure);
   });
@@ -125,7 +125,7 @@ BBK_HD void commit_and_scan(const Group& group, const PolicyParams& params, cons
   };
   uint8_t* all_committed = params.events.committed + request.first_position;
   // Where a choice looks at other positions, no token may change before all are made.
-  const bool looks_around = settings.scheduled || settings.leap_radius > 0;
+  const bool looks_around = is_scheduled(settings) || settings.leap_radius > 0;
   if (looks_around) {
     for_each_stretch(group, params.num_branches, params.gen_length, [&](int n, int first, int behind) {
       const Candidates candidates = row_candidates(n);
@@ -190,14 +190,14 @@ BBK_HD void rate_window(const Group& group, const PolicyParams& params, const Re
     row.score = params.events.committed[position] ? params.state.confidence[position] : 0.0f;
   }
   group.sync();
-  const int64_t size = predictions.probe_probability != nullptr ? predictions.size : 0;
+  const int64_t size = predictions.probe_probability.given ? params.num_predictions : 0;
   for (int64_t i = group.rank(); i < size; i += group.size()) {
     for (int n = 0; n < params.num_branches; ++n) {
       BranchRow& row = rows[n];
       if (!row.can_finish || predictions.target[i] != row.source_row * gen_length + row.scan.window_eos)
         continue;
       if (params.events.committed[(request.first_row + n) * gen_length + row.scan.window_eos]) continue;
-      row.score = predictions.probe_probability[i];
+      row.score = predictions.probe_probability.value[i];
     }
   }
   group.sync();

@@ -72,9 +72,12 @@ BBK_HD Request request_at(const PolicyParams& params, int64_t index) {
   return Request{index, first_row, first_row * params.gen_length};
 }
 
+// Whether steps_per_block says how much is committed, instead of a threshold.
+BBK_HD bool is_scheduled(const PolicySettings& settings) { return !settings.threshold.given; }
+
 BBK_HD bool is_eos(const PolicySettings& settings, int32_t token) {
   bool found = false;
-  for (int i = 0; i < settings.num_eos; ++i) found |= token == settings.eos_token_ids[i];
+  for (int i = 0; i < settings.eos_token_ids.count; ++i) found |= token == settings.eos_token_ids.ids[i];
   return found;
 }
 
@@ -141,7 +144,8 @@ BBK_HD void advance(const PolicyParams& params, BranchRow* row) {
   if (row->done) return;
   row->blocks_since_refresh += 1;
   const int64_t tokens = static_cast<int64_t>(row->blocks_since_refresh) * row->block_size;
-  if (tokens >= params.settings.refresh_interval) row->needs_refresh = 1;
+  const Optional<int64_t>& interval = params.settings.refresh_interval;
+  if (interval.given && tokens >= interval.value) row->needs_refresh = 1;
 }
 
 BBK_HD void load_row(const PolicyParams& params, int64_t r, BranchRow* row) {
@@ -194,7 +198,7 @@ BBK_HD void load_request(const Group& group, const PolicyParams& params, const R
     scratch->prompt_length = params.state.prompt_length[request.index];
     scratch->predictions = 0;
   }
-  for (int64_t i = group.rank(); i < predictions.size; i += group.size()) {
+  for (int64_t i = group.rank(); i < params.num_predictions; i += group.size()) {
     const int64_t target = predictions.target[i];
     const int32_t top_token = predictions.top_token[i];
     const float confidence = predictions.confidence[i];

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/fields.h"
 #include "common/params.h"
 #include "layer/rope.h"
 
@@ -23,18 +24,22 @@ struct GemmParams {
   DType dtype;  // of all tensors: fp16 or bf16
 };
 
-// How the product is cut; linear.cu lists what is compiled.
+// How the product is cut, by the names of blockbatch_kernels.tuning.LinearTile; linear.cu lists what is
+// compiled.
+#define BBK_GEMM_TILE(X)                                                              \
+  X(int, tokens)    /* room for tokens in a tile */                                   \
+  X(int, rows)      /* of the weight in a tile */                                     \
+  X(int, split_k)   /* CTAs that share the sum of a tile, each over a stretch of K */ \
+  X(int, multicast) /* CTAs that share one read of the weight, each for a part of the tokens */
+
 struct GemmTile {
-  int tokens;     // room for tokens in a tile
-  int rows;       // of the weight in a tile
-  int split_k;    // CTAs that share the sum of a tile, each over a stretch of K
-  int multicast;  // CTAs that share one read of the weight, each for a part of the tokens
+  BBK_GEMM_TILE(BBK_MEMBER)
 };
 
-// Needs sm_90; pointers and rows of x, weight and out aligned to 16 bytes; num_tokens <= tile.tokens;
-// in_features and out_features multiples of 8. With `static_weight` the weight may be read while the kernels
-// before this one in the stream still run, so none of them may write it; that takes a `programmatic` launch,
-// which lets the kernel start early and wait on the device.
+// Needs Code::kSm90a (common/capability.h); pointers and rows of x, weight and out aligned to 16 bytes;
+// num_tokens <= tile.tokens; in_features and out_features multiples of 8. With `static_weight` the weight may
+// be read while the kernels before this one in the stream still run, so none of them may write it; that takes
+// a `programmatic` launch, which lets the kernel start early and wait on the device.
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch);
 
@@ -43,8 +48,5 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
 // multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin.
 void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rope, const GemmTile& tile,
                           bool static_weight, bool programmatic, const Launch& launch);
-
-// Whether the device and this build have both.
-bool gemm_is_available(int device);
 
 }  // namespace bbk

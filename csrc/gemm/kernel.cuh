@@ -173,24 +173,29 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       for (int box = 0; box < kRowsEach / S::kHeadBoxRows; ++box) {
         const int row = share * kRowsEach + box * S::kHeadBoxRows;
         const int eight = (first_row + row) / 16;
-        load_tile_5d<(S::kMulticast > 1)>(target + row * S::kBlockK * 2, &weight_map, k, 0, 0, eight % eights,
-                                          eight / eights, barrier, (1 << S::kMulticast) - 1, read_once);
+        const int from[5] = {k, 0, 0, eight % eights, eight / eights};
+        if constexpr (S::kMulticast > 1) {
+          copy_box_multicast(target + row * S::kBlockK * 2, &weight_map, from, barrier,
+                             (1 << S::kMulticast) - 1, read_once);
+        } else {
+          copy_box(target + row * S::kBlockK * 2, &weight_map, from, barrier, read_once);
+        }
       }
     } else if constexpr (S::kGated) {
-      load_tile_4d(target, &weight_map, k, 0, 0, first_row / 16, barrier, read_once);
+      copy_box(target, &weight_map, {k, 0, 0, first_row / 16}, barrier, read_once);
     } else if constexpr (S::kMulticast > 1) {
       // A part of the tile into all CTAs of the cluster.
       constexpr int kRowsEach = S::kRows / S::kMulticast;
-      load_tile_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map, k,
-                          first_row + share * kRowsEach, barrier, (1 << S::kMulticast) - 1, read_once);
+      copy_box_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map,
+                         {k, first_row + share * kRowsEach}, barrier, (1 << S::kMulticast) - 1, read_once);
     } else {
-      load_tile(target, &weight_map, k, first_row, barrier, read_once);
+      copy_box(target, &weight_map, {k, first_row}, barrier, read_once);
     }
   };
   const auto fetch_x = [&](int i) {
     const int stage = i % S::kStages;
-    load_tile(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
-              share * args.box_tokens, full + 8 * stage, keep);
+    copy_box(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map,
+             {(k_begin + i) * S::kBlockK, share * args.box_tokens}, full + 8 * stage, keep);
   };
   const auto fetch_first = [&] {
     // A weight that nobody writes comes while the kernel before still runs.
@@ -259,7 +264,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < S::kBlockK / 16; ++k) {
+      for (int k = 0; k < S::kBlockK / Product::kK; ++k) {
         // Descriptors count in 16 bytes: 16 elements of K are 2.
         Product::run(sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
       }

@@ -1,6 +1,7 @@
 // Matrix products of a step's few tokens with the transformer's weights, on sm_90: checks and launch.
 #pragma once
 
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
 #include "gemm/gemm.h"
 #include "gemm/kernel.cuh"
@@ -44,12 +45,6 @@ void dispatch_gemm_dtype(const char* op, DType dtype, Use&& use) {
   }
 }
 
-inline void check_gemm_is_available(const char* op, int device) {
-  if (gemm_is_available(device)) return;
-  throw std::runtime_error(std::string("blockbatch_kernels.") + op +
-                           ": expected a GPU of sm_90 and an extension built for 90a");
-}
-
 // How the copy engine finds the rows of a tile.
 template <class S>
 CUtensorMap weight_map(const char* op, const GemmParams& p, const typename S::Args& args) {
@@ -71,10 +66,11 @@ CUtensorMap weight_map(const char* op, const GemmParams& p, const typename S::Ar
   }
 }
 
-// Launches on the current device; of `args` all is set here but what kRopeKvWrite adds.
+// Launches on the current device, which is the launch's; of `args` all is set here but what kRopeKvWrite
+// adds.
 template <class S>
 void launch_gemm(const char* op, const GemmParams& p, typename S::Args args, bool static_weight,
-                 bool programmatic, cudaStream_t stream) {
+                 bool programmatic, const Launch& launch) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
   const int box_tokens = copied_rows(ceil_div<int64_t>(p.num_tokens, S::kMulticast));
   const CUtensorMap x_map =
@@ -89,24 +85,10 @@ void launch_gemm(const char* op, const GemmParams& p, typename S::Args args, boo
   args.num_k_blocks = static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK));
   args.static_weight = static_weight;
 
-  check_cuda(
-      cudaFuncSetAttribute(gemm_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes), op);
-  cudaLaunchConfig_t config = {};
-  const auto tiles = ceil_div<int64_t>(weight_rows, S::kRows);
-  config.gridDim = dim3(static_cast<unsigned>(tiles), S::kSplitK, S::kMulticast);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = 1;
-  attributes[0].val.clusterDim.y = S::kSplitK;
-  attributes[0].val.clusterDim.z = S::kMulticast;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = programmatic ? 2 : 1;
-  check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<S>, x_map, weight_map<S>(op, p, args), args), op);
+  const auto tiles = static_cast<unsigned>(ceil_div<int64_t>(weight_rows, S::kRows));
+  const dim3 grid(tiles, S::kSplitK, S::kMulticast), cluster(1, S::kSplitK, S::kMulticast);
+  launch_kernel<gemm_kernel<S>>(op, launch, {grid, S::kThreads, S::kSharedBytes, programmatic, cluster},
+                                x_map, weight_map<S>(op, p, args), args);
 }
 
 }  // namespace bbk

@@ -43,19 +43,6 @@ void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
 
 }  // namespace
 
-bool gemm_is_available(int device) {
-  const DeviceGuard guard(device, kOp);
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
-  if (major != 9 || minor != 0) return false;
-  // Code that the driver compiled from the PTX of sm_80 runs too, but is empty.
-  constexpr auto kKernel = gemm_kernel<GemmShape<__half, 256, 3, 4, 1, 1, GemmUse::kSwiglu>>;
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kKernel), kOp);
-  return attributes.ptxVersion >= 90;
-}
-
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch) {
   check_gemm(kOp, params, tile);
@@ -76,8 +63,8 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
       }
       if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
       const DeviceGuard guard(launch.device, kOp);
-      check_gemm_is_available(kOp, launch.device);
-      launch_gemm<S>(kOp, params, GemmArgs(), static_weight, programmatic, launch.stream);
+      check_sm90a(kOp, launch.device);
+      launch_gemm<S>(kOp, params, GemmArgs(), static_weight, programmatic, launch);
     });
   });
 }

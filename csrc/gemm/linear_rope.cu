@@ -57,10 +57,10 @@ void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rop
       }
       if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
       const DeviceGuard guard(launch.device, kOp);
-      check_gemm_is_available(kOp, launch.device);
+      check_sm90a(kOp, launch.device);
       RotatedGemmArgs args;
       args.rope = rope;
-      launch_gemm<decltype(shape)>(kOp, params, args, static_weight, programmatic, launch.stream);
+      launch_gemm<decltype(shape)>(kOp, params, args, static_weight, programmatic, launch);
     });
   });
 }

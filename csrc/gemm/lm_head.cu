@@ -4,7 +4,8 @@
 // A NaN counts as the highest logit, as torch's argmax has it; the row's probabilities are then NaN.
 #include <climits>
 
-#include "common/common.cuh"
+#include "common/elements.cuh"
+#include "common/launch.cuh"
 #include "gemm/lm_head.h"
 #include "gemm/lm_head_math.cuh"
 
@@ -216,9 +217,8 @@ void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch) {
   check_at_least(kReduceOp, "num_pieces", params.num_pieces,
                  ceil_div<int64_t>(params.first_token + params.num_tokens, kLmHeadPieceTokens));
   if (params.first_token < 0 || params.first_token % kLmHeadPieceTokens != 0) {
-    throw std::invalid_argument(
-        std::string("blockbatch_kernels.") + kReduceOp + ": first_token: expected a multiple of " +
-        std::to_string(kLmHeadPieceTokens) + ", got " + std::to_string(params.first_token));
+    refuse(kReduceOp, "first_token: expected a multiple of " + std::to_string(kLmHeadPieceTokens) + ", got " +
+                          std::to_string(params.first_token));
   }
   dispatch_dtype(params.dtype, kReduceOp, [&](auto zero) {
     using T = decltype(zero);
@@ -229,11 +229,10 @@ void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch) {
     const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % sizeof(Vec<T>) == 0 &&
                          params.row_stride % Vec<T>::kSize == 0;
     if (aligned) {
-      lm_head_reduce_kernel<T, true><<<grid, kWarps * 32, 0, launch.stream>>>(params);
+      launch_kernel<lm_head_reduce_kernel<T, true>>(kReduceOp, launch, {grid, kWarps * 32}, params);
     } else {
-      lm_head_reduce_kernel<T, false><<<grid, kWarps * 32, 0, launch.stream>>>(params);
+      launch_kernel<lm_head_reduce_kernel<T, false>>(kReduceOp, launch, {grid, kWarps * 32}, params);
     }
-    check_launch(kReduceOp);
   });
 }
 
@@ -244,8 +243,7 @@ void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch) {
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kFinishOp);
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(params.num_rows, kWarps)));
-  lm_head_finish_kernel<<<grid, kWarps * 32, 0, launch.stream>>>(params);
-  check_launch(kFinishOp);
+  launch_kernel<lm_head_finish_kernel>(kFinishOp, launch, {grid, kWarps * 32}, params);
 }
 
 }  // namespace bbk

@@ -61,7 +61,7 @@ struct LmHeadProductParams {
   DType dtype;             // fp16 or bf16; logits are rounded to it
 };
 
-// Needs what gemm() needs (gemm_is_available); num_rows <= tile_rows, which is 16, 64 or 128.
+// Needs what gemm() needs; num_rows <= tile_rows, which is 16, 64 or 128.
 void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Launch& launch);
 
 void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch);

@@ -4,8 +4,8 @@
 // reduced.
 #include <climits>
 
+#include "common/capability.h"
 #include "common/tensor_map.cuh"
-#include "gemm/gemm.h"
 #include "gemm/kernel.cuh"
 #include "gemm/lm_head.h"
 #include "gemm/lm_head_math.cuh"
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           const uint32_t barrier = full + 8 * stage, target = stages + stage * S::kStageBytes;
           const int k = block * S::kBlockK;
           barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_rows * S::kBlockK * 2);
-          load_tile(target, &weight_map, k, first_token, barrier, read_once);
-          load_tile(target + S::kWeightBytes, &hidden_map, k, 0, barrier, keep);
+          copy_box(target, &weight_map, {k, first_token}, barrier, read_once);
+          copy_box(target + S::kWeightBytes, &hidden_map, {k, 0}, barrier, keep);
           advance();
         }
       }
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint64_t b = matrix_descriptor(base + S::kWeightBytes);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < S::kBlockK / 16; ++k) {
+        for (int k = 0; k < S::kBlockK / Product::kK; ++k) {
           Product::run(sums, a + 2 * k, b + 2 * k, block > 0 || k > 0);
         }
         wgmma_commit();
@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
       wgmma_wait<0>();
       release(before);
-#pragma unroll
-      for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");  // not before the wait
+      keep_in_registers(sums);
       const int first_token = piece * kLmHeadTileTokens;
       named_barrier(1, kConsumerWarps * 32);  // the table has been read
       reduce_warp<S>(sums, table, args.vocab_size - first_token, args.suppress_token - first_token);
@@ -263,14 +262,10 @@ void launch_product(const LmHeadProductParams& p, const Launch& launch) {
 
   constexpr int kSharedBytes = kProductSharedBytes<S>;
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
-  check_cuda(cudaFuncSetAttribute(lm_head_product_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes),
-             kOp);
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device), kOp);
-  const dim3 grid(static_cast<unsigned>(p.num_pieces < processors ? p.num_pieces : processors));
-  lm_head_product_kernel<S><<<grid, S::kThreads, kSharedBytes, launch.stream>>>(hidden_map, weight_map, args);
-  check_launch(kOp);
+  const int sms = num_sms(kOp, launch.device);
+  const dim3 grid(static_cast<unsigned>(p.num_pieces < sms ? p.num_pieces : sms));
+  launch_kernel<lm_head_product_kernel<S>>(kOp, launch, {grid, S::kThreads, kSharedBytes}, hidden_map,
+                                           weight_map, args);
 }
 
 template <typename T>
@@ -315,10 +310,7 @@ void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Lau
   }
   if (params.num_rows == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  if (!gemm_is_available(launch.device)) {
-    throw std::runtime_error(
-        "blockbatch_kernels.lm_head_confidence: expected a GPU of sm_90 and an extension built for 90a");
-  }
+  check_sm90a(kOp, launch.device);
   if (params.dtype == DType::kFloat16) return launch_product<__half>(params, tile_rows, launch);
   launch_product<__nv_bfloat16>(params, tile_rows, launch);
 }

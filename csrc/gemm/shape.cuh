@@ -3,8 +3,9 @@
 
 #include <type_traits>
 
-#include "common/common.cuh"
-#include "gemm/sm90.cuh"
+#include "common/elements.cuh"
+#include "common/sm90.cuh"
+#include "common/wgmma.cuh"
 #include "layer/rope.h"
 
 namespace bbk {
@@ -81,18 +82,5 @@ struct GemmShape {
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
 };
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
-  const __half2 pair = __floats2half2_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 }  // namespace bbk

@@ -1,7 +1,8 @@
 // The gated activation of the transformer's MLP: out = silu(gate) * up, with gate and up side by side in one
 // row as the joint gate/up product leaves them. Bound by memory traffic: every element is read or written
 // once, in 16-byte vectors where addresses and sizes allow it.
-#include "common/common.cuh"
+#include "common/elements.cuh"
+#include "common/launch.cuh"
 #include "layer/activation.h"
 
 namespace bbk {
@@ -97,10 +98,9 @@ template <typename T>
 void launch_swiglu(const SwigluParams& params, const Launch& launch) {
   if (is_vectorized<T>(params)) {
     const dim3 grid = grid_of(params, kThreads * kVecs * Vec<T>::kSize);
-    swiglu_kernel<T><<<grid, kThreads, 0, launch.stream>>>(params);
-    return;
+    return launch_kernel<swiglu_kernel<T>>(kOp, launch, {grid, kThreads}, params);
   }
-  swiglu_any_kernel<T><<<grid_of(params, kThreads), kThreads, 0, launch.stream>>>(params);
+  launch_kernel<swiglu_any_kernel<T>>(kOp, launch, {grid_of(params, kThreads), kThreads}, params);
 }
 
 }  // namespace
@@ -113,7 +113,6 @@ void swiglu(const SwigluParams& params, const Launch& launch) {
     if (params.num_tokens == 0 || params.intermediate_size == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
     launch_swiglu<T>(params, launch);
-    check_launch(kOp);
   });
 }
 

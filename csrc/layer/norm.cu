@@ -1,6 +1,6 @@
 // RMSNorm with the residual add in front of it. For the few hundred tokens of a decoding step the inputs lie
 // in L2 and latency decides: one block a row, the row in registers between its only load and its only store.
-#include "common/common.cuh"
+#include "common/elements.cuh"
 #include "common/launch.cuh"
 #include "layer/norm.h"
 
@@ -152,7 +152,7 @@ template <typename T>
 void launch_rms_norm(const RmsNormParams& params, bool programmatic, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(params.num_tokens));
   if (!is_vectorized<T>(params)) {
-    launch_kernel<rms_norm_any_kernel<T>>(grid, kAnyThreads, launch, programmatic, kOp, params);
+    launch_kernel<rms_norm_any_kernel<T>>(kOp, launch, {grid, kAnyThreads, 0, programmatic}, params);
     return;
   }
   const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
@@ -161,13 +161,13 @@ void launch_rms_norm(const RmsNormParams& params, bool programmatic, const Launc
   const int threads = ceil_div(ceil_div(num_vecs, vecs), 32) * 32;
   switch (vecs) {
     case 1:
-      return launch_kernel<rms_norm_kernel<T, 1>>(grid, threads, launch, programmatic, kOp, params);
+      return launch_kernel<rms_norm_kernel<T, 1>>(kOp, launch, {grid, threads, 0, programmatic}, params);
     case 2:
-      return launch_kernel<rms_norm_kernel<T, 2>>(grid, threads, launch, programmatic, kOp, params);
+      return launch_kernel<rms_norm_kernel<T, 2>>(kOp, launch, {grid, threads, 0, programmatic}, params);
     case 4:
-      return launch_kernel<rms_norm_kernel<T, 4>>(grid, threads, launch, programmatic, kOp, params);
+      return launch_kernel<rms_norm_kernel<T, 4>>(kOp, launch, {grid, threads, 0, programmatic}, params);
     default:
-      return launch_kernel<rms_norm_kernel<T, 8>>(grid, threads, launch, programmatic, kOp, params);
+      return launch_kernel<rms_norm_kernel<T, 8>>(kOp, launch, {grid, threads, 0, programmatic}, params);
   }
 }
 

@@ -1,6 +1,6 @@
 // Rotary embedding of q and k and the write of k and v into the paged cache, in one launch over the parts of
 // one QKV product, in 16-byte vectors where everything is aligned.
-#include "common/common.cuh"
+#include "common/elements.cuh"
 #include "common/launch.cuh"
 #include "layer/rope.cuh"
 
@@ -43,7 +43,8 @@ void launch_units(const RopeKvWriteParams& params, bool programmatic, const Laun
   const int64_t threads = heads * (params.head_dim / 2 / kWidth);
   const dim3 grid(static_cast<unsigned>(params.num_tokens),
                   static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads)));
-  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits>>(grid, kThreads, launch, programmatic, kOp, params);
+  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits>>(kOp, launch, {grid, kThreads, 0, programmatic},
+                                                         params);
 }
 
 template <typename T>

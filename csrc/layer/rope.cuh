@@ -3,7 +3,7 @@
 // rotate into each other.
 #pragma once
 
-#include "common/common.cuh"
+#include "common/elements.cuh"
 #include "layer/rope.h"
 
 namespace bbk {

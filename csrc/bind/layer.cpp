@@ -1,0 +1,91 @@
+#include "bind/bindings.h"
+#include "layer/activation.h"
+#include "layer/norm.h"
+#include "layer/rope.h"
+
+namespace py = pybind11;
+
+namespace bbk {
+namespace {
+
+void call_rms_norm(Call& call, const TensorView& x, const TensorView& weight, const TensorView& residual,
+                   const TensorView& out, float eps, bool programmatic) {
+  RmsNormParams params{};
+  params.dtype = float_dtype({&x, &weight, &residual, &out});
+  params.x = x.data<const void>();
+  params.weight = weight.contiguous().data<const void>();
+  params.residual = residual.data_or_null<void>();
+  params.out = out.data<void>();
+  params.num_tokens = x.size(0);
+  params.dim = x.size(1);
+  params.x_row_stride = x.row_stride();
+  params.residual_row_stride = residual.is_none() ? 0 : residual.row_stride();
+  params.out_row_stride = out.row_stride();
+  params.eps = eps;
+  rms_norm(params, programmatic, call.launch_on_gpu());
+}
+
+void call_swiglu(Call& call, const TensorView& gate_up, const TensorView& out) {
+  SwigluParams params{};
+  params.dtype = float_dtype({&gate_up, &out});
+  params.gate_up = gate_up.data<const void>();
+  params.out = out.data<void>();
+  params.num_tokens = gate_up.size(0);
+  params.intermediate_size = gate_up.size(1) / 2;
+  params.gate_up_row_stride = gate_up.row_stride();
+  params.out_row_stride = out.row_stride();
+  swiglu(params, call.launch_on_gpu());
+}
+
+HeadsView heads_view(const TensorView& heads) {
+  return HeadsView{heads.data<void>(), heads.stride(0), heads.stride(1)};
+}
+
+CacheView cache_view(const TensorView& cache) {
+  return CacheView{cache.data<void>(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
+                        const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
+                        bool programmatic) {
+  RopeKvWriteParams params{};
+  params.dtype = float_dtype({&q, &k, &v, &k_cache, &v_cache});
+  read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &params);
+  params.k = heads_view(k);
+  params.v = heads_view(v);
+  rope_kv_write(params, programmatic, call.launch_on_gpu());
+}
+
+}  // namespace
+
+void read_rope(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+               const TensorView& positions, const TensorView& slot_mapping, const TensorView& cos,
+               const TensorView& sin, RopeKvWriteParams* params) {
+  params->q = heads_view(q);
+  params->k_cache = cache_view(k_cache);
+  params->v_cache = cache_view(v_cache);
+  params->positions = positions.contiguous().data<const int32_t>();
+  params->slots = slot_mapping.contiguous().data<const int64_t>();
+  params->cos = cos.data<const float>();
+  params->sin = sin.data<const float>();
+  params->cos_row_stride = cos.row_stride();
+  params->sin_row_stride = sin.row_stride();
+  params->num_tokens = q.size(0);
+  params->num_positions = cos.size(0);
+  params->num_pages = k_cache.size(0);
+  params->page_size = k_cache.size(1);
+  params->num_heads = q.int_size(1);
+  params->num_kv_heads = k_cache.int_size(2);
+  params->head_dim = q.int_size(2);
+}
+
+void bind_layer(py::module_& module) {
+  define<&call_rms_norm>(module, "rms_norm", {"x", "weight", "residual", "out", "eps", "programmatic"});
+  define<&call_swiglu>(module, "swiglu", {"gate_up", "out"});
+  define<&call_rope_kv_write>(
+      module, "rope_kv_write",
+      {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin", "programmatic"});
+}
+
+}  // namespace bbk
