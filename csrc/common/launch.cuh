@@ -46,24 +46,25 @@ bool waits_for_predecessors(const char* op, int device) {
   });
 }
 
-// Raises what a kernel may have of dynamic shared memory on the current device, which is `device`.
+// Lets a kernel have so much dynamic shared memory on the current device, which is `device`.
 inline void raise_shared_bytes(const char* op, int device, const void* kernel, int64_t bytes) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), op);
-  if (bytes <= attributes.maxDynamicSharedSizeBytes) return;
+  const int64_t needed = bytes + static_cast<int64_t>(attributes.sharedSizeBytes);
+  if (needed <= kWithoutAsking) return;
   const int64_t there = max_shared_bytes(op, device);
   if (bytes <= there) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaErrorInvalidValue) return check_cuda(status, op);
-    cudaGetLastError();  // too much together with its static shared memory
+    cudaGetLastError();  // too much beside what is static
   }
-  const auto needed = bytes + static_cast<int64_t>(attributes.sharedSizeBytes);
   fail(op, "shared memory: needs " + std::to_string(needed) + " bytes for a CTA, device " +
                std::to_string(device) + " has " + std::to_string(there));
 }
 
-// The same, done once: it never has to sink again. Throws std::runtime_error where the device has less.
+// The same, unless a launch before needed as much. Throws std::runtime_error where the device has less.
 template <auto kKernel>
 void allow_shared_bytes(const char* op, int device, int64_t bytes) {
   static std::atomic<int64_t> allowed[PerDevice::kMaxDevices];
@@ -71,7 +72,7 @@ void allow_shared_bytes(const char* op, int device, int64_t bytes) {
   const auto kernel = reinterpret_cast<const void*>(kKernel);
   if (device < 0 || device >= PerDevice::kMaxDevices) return raise_shared_bytes(op, device, kernel, bytes);
   if (bytes <= allowed[device].load(std::memory_order_acquire)) return;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(mutex);  // so that no thread lowers what another has raised
   if (bytes <= allowed[device].load(std::memory_order_relaxed)) return;
   raise_shared_bytes(op, device, kernel, bytes);
   allowed[device].store(bytes, std::memory_order_release);
