@@ -126,7 +126,7 @@ def test_tensors_on_different_devices_raise(extension, swiglu_arguments):
         extension.swiglu(**{**swiglu_arguments, "out": torch.zeros(3, 8)})
     elsewhere = Described((2, 3), torch.int32, device=0)
     state, predictions, plan, params = random_batch(8)
-    with pytest.raises(ValueError, match="out_plan.flags: expected .* host memory as .*, got one in cuda:0"):
+    with pytest.raises(ValueError, match="out.flags: expected .* host memory as .*, got one in cuda:0"):
         out = plan._replace(flags=elsewhere)
         cuda.initial_plan(state, params, out=out)
 

@@ -69,10 +69,15 @@ void throw_too_many(const Label& label, int most, int64_t count) {
 
 void Arguments::set(const char* op, const char* const* names, size_t count) {
   op_ = op;
-  for (size_t i = 0; i < count; ++i) names_[i] = names[i];
+  for (size_t i = 0; i < count; ++i) {
+    const char* equals = std::strchr(names[i], '=');
+    const std::string keyword = equals != nullptr ? std::string(names[i], equals) : names[i];
+    keys_[i] = PyUnicode_InternFromString(keyword.c_str());
+    names_[i] = equals != nullptr ? equals + 1 : names[i];
+  }
+  keys_[count] = PyUnicode_InternFromString("stream");
   names_[count] = "stream";
   count_ = count + 1;
-  for (size_t i = 0; i < count_; ++i) keys_[i] = PyUnicode_InternFromString(names_[i]);
 }
 
 void Arguments::match(PyObject* const* values, Py_ssize_t positional, PyObject* keywords,

@@ -162,7 +162,8 @@ T convert(Call& call, const Label& label, PyObject* object) {
   }
 }
 
-// Names of a function's arguments, the stream last, and which of them a call gave.
+// Names of a function's arguments, the stream last, and which of them a call gave. "keyword=name" is an
+// argument that errors call by another name than the call does.
 class Arguments {
  public:
   void set(const char* op, const char* const* names, size_t count);

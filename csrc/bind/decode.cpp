@@ -163,9 +163,10 @@ void bind_decode(py::module_& module) {
   define<&call_copy_pages>(
       module, "copy_pages",
       {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves", "num_branches"});
-  define<&call_decode_policy>(module, "decode_policy",
-                              {"state", "predictions", "plan", "out_plan", "events", "params", "counters"});
-  define<&call_initial_plan>(module, "initial_plan", {"state", "out_plan", "params", "counters"});
+  define<&call_decode_policy>(
+      module, "decode_policy",
+      {"state", "predictions", "plan", "out_plan=out[0]", "events=out[1]", "params", "counters"});
+  define<&call_initial_plan>(module, "initial_plan", {"state", "out_plan=out", "params", "counters"});
 }
 
 }  // namespace bbk
