@@ -22,6 +22,7 @@ from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, Layout, f
 
 PHASES = ("init", "block", "refresh")
 QUERY_SPANS = ("window", "suffix", "canvas")
+REFRESH_SCOPES = ("canvas", "generation")
 EOS_EXITS = ("prefix", "window", "none")
 STOP_REASONS = ("running", "eos", "length")
 
@@ -154,6 +155,8 @@ class PolicyParams:
         eos_exit: one of EOS_EXITS.
         query_span: what a block denoise computes: the "window", the window and everything behind it
             ("suffix"), or the whole "canvas".
+        refresh_scope: what a refresh computes of each distinct row: the whole "canvas", or the "generation"
+            region alone, which leaves the K/V of the prompt as the first forward left them (ours).
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
     """
@@ -170,6 +173,7 @@ class PolicyParams:
     refresh_interval: int | None = 32
     eos_exit: Annotated[str, EOS_EXITS] = "prefix"
     query_span: Annotated[str, QUERY_SPANS] = "window"
+    refresh_scope: Annotated[str, REFRESH_SCOPES] = "canvas"
     prediction_offset: Annotated[int, (0, 1)] = 0
 
     def check(self) -> None:

@@ -8,8 +8,8 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda
-from oracle import policy
-from oracle.states import random_case
+from oracle import OracleConfig, policy
+from oracle.states import EOS, MASK, random_case
 from policy_bridge import assert_plan, assert_same, params_of, step_inputs, to_tensors
 from policy_random import to_device
 
@@ -148,3 +148,20 @@ def test_bad_predictions():
         )
     with pytest.raises(ValueError, match=r"predictions.top_token: expected shape \[\d+\], got \[1\]"):
         bbk.decode_policy(tensors, predictions._replace(top_token=torch.zeros(1).int()), plan, params)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_refresh_of_the_generation_region_leaves_the_prompt_alone(offset):
+    config = OracleConfig(gen_length=16, block_sizes=(4, 8)).resolve()
+    state = policy.new_state([1, 2, 3], config, MASK, EOS)
+    params = params_of(config, state, refresh_scope="generation", prediction_offset=offset)
+    tensors = to_tensors([state], params)
+    plan = bbk.initial_plan(tensors, params)
+    assert (int(plan.query_start[0]), int(plan.query_end[0])) == (0, 19)
+    tensors.needs_refresh.fill_(True)
+    _, predictions = step_inputs([state], [{}], "block")
+    plan.source_row.fill_(-1)
+    plan.flags[1] = bbk.PHASES.index("block")
+    plan, _ = bbk.decode_policy(tensors, predictions, plan, params)
+    assert bbk.PHASES[int(plan.flags[1])] == "refresh"
+    assert (int(plan.query_start[0]), int(plan.query_end[0])) == (3 - offset, 19)

@@ -79,9 +79,13 @@ def _distinct_rows(state: BranchState, rows: Tensor) -> Tensor:
 
 def _full_forward(state: BranchState, params: PolicyParams, phase: int, source_row: Tensor) -> StepPlan:
     rows = torch.arange(state.num_rows, device=state.tokens.device)
-    canvas = state.prompt_length.repeat_interleave(state.num_branches) + state.gen_length
-    query_end = torch.where(source_row == rows, canvas, 0).int()
-    return _plan(state, params, phase, torch.zeros_like(query_end), query_end, source_row.int())
+    prompt = state.prompt_length.repeat_interleave(state.num_branches)
+    computed = source_row == rows
+    query_end = torch.where(computed, prompt + state.gen_length, 0).int()
+    query_start = torch.zeros_like(query_end)
+    if phase == PHASE_REFRESH and params.refresh_scope == "generation":
+        query_start = torch.where(computed, prompt - params.prediction_offset, 0).int()
+    return _plan(state, params, phase, query_start, query_end, source_row.int())
 
 
 def _block_denoise(state: BranchState, params: PolicyParams, running: Tensor) -> StepPlan:

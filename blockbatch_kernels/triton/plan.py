@@ -61,6 +61,7 @@ def write_plan(
             INITIAL=wants_refresh is None,
             EOS=params.eos_token_ids,
             SPAN=params.query_span,
+            GENERATION=params.refresh_scope == "generation",
             **tile_options(state),
         )
 
@@ -78,6 +79,7 @@ def _plan_kernel(
     INITIAL: tl.constexpr,
     EOS: tl.constexpr,
     SPAN: tl.constexpr,
+    GENERATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -109,6 +111,8 @@ def _plan_kernel(
             member = running & (tl.load(wants_refresh + request) > 0)
             source = _first_equal_row(tokens, member, branch, request, num_branches)
             start = tl.zeros_like(row)
+            if GENERATION:
+                start = tl.where(source == row, prompt - prediction_offset, 0)
             end = tl.where(source == row, prompt + gen_length, 0)
         else:
             window_start = tl.load(state.window_start + row, mask=valid, other=0)

@@ -21,6 +21,9 @@ BBK_ENUM(EosExit, BBK_EOS_EXITS)
 #define BBK_QUERY_SPANS(X) X(kSpanWindow, "window") X(kSpanSuffix, "suffix") X(kSpanCanvas, "canvas")
 BBK_ENUM(QuerySpan, BBK_QUERY_SPANS)
 
+#define BBK_REFRESH_SCOPES(X) X(kScopeCanvas, "canvas") X(kScopeGeneration, "generation")
+BBK_ENUM(RefreshScope, BBK_REFRESH_SCOPES)
+
 struct TokenIds {
   static constexpr int kMost = kMaxEosTokens;
   int32_t count;
@@ -42,6 +45,7 @@ struct TokenIds {
   X(Optional<int64_t>, refresh_interval) \
   X(EosExit, eos_exit)                   \
   X(QuerySpan, query_span)               \
+  X(RefreshScope, refresh_scope)         \
   X(int32_t, prediction_offset)
 
 struct PolicySettings {

@@ -86,9 +86,13 @@ BBK_HD void find_distinct_rows(const Group& group, const PolicyParams& params, c
   }
 }
 
-BBK_HD void plan_full_forward(const BranchRow& row, int64_t r, int canvas, BranchRow* out) {
-  out->query_start = 0;
-  out->query_end = row.source_row == r ? canvas : 0;
+BBK_HD void plan_full_forward(const PolicyParams& params, Phase phase, int prompt_length, int64_t r,
+                              BranchRow* row) {
+  row->query_start = row->query_end = 0;
+  if (row->source_row != r) return;
+  row->query_end = prompt_length + params.gen_length;
+  const bool keeps_prompt = phase == kPhaseRefresh && params.settings.refresh_scope == kScopeGeneration;
+  if (keeps_prompt) row->query_start = prompt_length - params.settings.prediction_offset;
 }
 
 BBK_HD void plan_block_denoise(const PolicyParams& params, bool active, int prompt_length, int64_t r,
@@ -146,7 +150,7 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
     if (phase == kPhaseBlock) {
       plan_block_denoise(params, runs(rows[n], finished) && is_open(rows[n]), prompt_length, r, &rows[n]);
     } else {
-      plan_full_forward(rows[n], r, prompt_length + params.gen_length, &rows[n]);
+      plan_full_forward(params, phase, prompt_length, r, &rows[n]);
     }
     params.out_plan.query_start[r] = rows[n].query_start;
     params.out_plan.query_end[r] = rows[n].query_end;
