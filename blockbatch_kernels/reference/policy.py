@@ -40,6 +40,8 @@ def decode_policy(
     phase = plan.flags[1]
     forwarded = plan.source_row >= 0
     _count_forward(state, forwarded, phase)
+    if params.query_span == "open":
+        _note_cached(state, plan, forwarded, phase)
     probe_probability = _store_predictions(state, predictions, plan)
 
     masked_before = state.tokens == params.mask_token_id
@@ -77,6 +79,21 @@ def _count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None
     took_part = by_request(state, forwarded).any(1).int()
     is_phase = torch.arange(3, device=phase.device) == phase
     state.nfe.add_(is_phase.int() * took_part.unsqueeze(1))
+
+
+def _note_cached(state: BranchState, plan: StepPlan, forwarded: Tensor, phase: Tensor) -> None:
+    """Keeps in mind which token the K/V of each query was computed from: the one before this commit."""
+    # A whole row computes every generated position.
+    count = (plan.query_end - plan.query_start).unsqueeze(1)
+    column = torch.arange(state.gen_length + 1, device=count.device)
+    prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
+    computed = torch.zeros(state.num_rows, state.gen_length + 2, dtype=torch.bool, device=count.device)
+    behind = state.gen_length + 1
+    place = torch.where(column < count, plan.query_position - prompt + 1, behind).long()
+    computed.scatter_(1, place.clamp(0, behind), True)
+    computed = computed[:, 1:-1] | (phase != PHASE_BLOCK)
+    computed = computed & forwarded.unsqueeze(1)
+    state.cached_token.copy_(torch.where(computed, state.tokens, state.cached_token))
 
 
 def _store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
@@ -259,7 +276,7 @@ def _sync(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     own = torch.arange(state.num_rows, device=decoded.device)
     first_row = torch.arange(state.num_requests, device=decoded.device).unsqueeze(1) * state.num_branches
     source = torch.where(trails, (leader + first_row).expand_as(decoded).flatten(), own)
-    for field in (state.tokens, state.decoded, state.done):
+    for field in (state.tokens, state.cached_token, state.decoded, state.done):
         field.copy_(field[source])
     _move_window(state, trails, params)
     state.synced.add_(trails.int())

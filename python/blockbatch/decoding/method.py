@@ -49,6 +49,7 @@ def single_branch(
         refresh_interval=config.block_size if refresh_every_block else None,
         eos_exit=config.eos_exit,
         query_span=query_span,
+        refresh_scope=config.refresh_scope or "canvas",
         prediction_offset=spec.prediction_offset,
     )
     return Method((config.block_size,), params)
