@@ -31,6 +31,7 @@ _STATE = {
     "committed": ("R", _INT),
     "merged": ("R", _INT),
     "synced": ("R", _INT),
+    "adopted": ("R", _INT),
     "nfe": ("Q3", _INT),
     "finished": ("Q", _BOOL),
     "winner": ("Q", _INT),

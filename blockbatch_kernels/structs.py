@@ -48,6 +48,7 @@ class BranchState:
     committed: Tensor  # [R] int32, tokens that this branch committed itself
     merged: Tensor  # [R] int32, tokens that it took from other branches by merge
     synced: Tensor  # [R] int32, how often it took over the leader's state
+    adopted: Tensor  # [R] int32, forwards that it took over from drafts
     nfe: Tensor  # [Q, 3] int32, forwards by phase: init, block, refresh
     finished: Tensor  # [Q] bool
     winner: Tensor  # [Q] int32, branch index; valid where finished
@@ -113,6 +114,7 @@ class BranchState:
             committed=zeros(num_rows),
             merged=zeros(num_rows),
             synced=zeros(num_rows),
+            adopted=zeros(num_rows),
             nfe=zeros(num_requests, 3),
             finished=zeros(num_requests, dtype=torch.bool),
             winner=zeros(num_requests),
@@ -165,6 +167,10 @@ class PolicyParams:
             token of the generation region whose K/V was computed from another (ours, not in the paper).
         refresh_scope: what a refresh computes of each distinct row: the whole "canvas", or the "generation"
             region alone, which leaves the K/V of the prompt as the first forward left them (ours).
+        drafts: lengths of the drafts, ascending (ours; none: ()). Row 0 of a request is then its only branch, and
+            row d holds, for a block step, what row 0 holds and the `drafts[d - 1]` MASKs of its window that the
+            last forward was surest of, as that forward predicts them. Where row 0 comes to hold the same, the
+            draft's forward is its next one. See `reference/drafts.py`.
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
     """
@@ -183,6 +189,7 @@ class PolicyParams:
     query_span: str = "window"
     refresh_scope: str = "canvas"
     prediction_offset: int = 0
+    drafts: tuple[int, ...] = ()
 
 
 class StepPlan(NamedTuple):

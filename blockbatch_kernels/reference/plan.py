@@ -61,7 +61,14 @@ def next_plan(state: BranchState, params: PolicyParams) -> StepPlan:
         by_request(state, running & state.needs_refresh).any(1).repeat_interleave(state.num_branches)
         & running
     )
-    refresh = _full_forward(state, params, PHASE_REFRESH, _distinct_rows(state, refreshing))
+    if params.drafts:
+        # Drafts take no part in a full forward, and go on from its result.
+        rows = torch.arange(state.num_rows, device=running.device)
+        asking = by_request(state, refreshing).any(1).repeat_interleave(state.num_branches)
+        source_row = torch.where(asking, rows - rows % state.num_branches, -1)
+    else:
+        source_row = _distinct_rows(state, refreshing)
+    refresh = _full_forward(state, params, PHASE_REFRESH, source_row)
     block = _block_denoise(state, params, running)
     # Both are cheap, and choosing on the device spares a host wait.
     any_refresh = refreshing.any()
@@ -150,7 +157,8 @@ def _plan(
     # tokens between branches but never adds a MASK or EOS that no branch of the request held before, so
     # positions where no branch holds one need no LM head.
     open_positions = (state.tokens == params.mask_token_id) | is_eos(state.tokens, params)
-    open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
+    if not params.drafts:
+        open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
     prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
     # The query that predicts each generation position.
     query = torch.arange(state.gen_length, device=prompt.device) + prompt - params.prediction_offset

@@ -45,6 +45,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "steps": None,
         "query_span": "window",
         "refresh_scope": "canvas",
+        "drafts": None,
     },
     "local_leap": {
         **_BASELINE,
@@ -53,6 +54,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "leap_threshold": None,
         "query_span": "window",
         "refresh_scope": "canvas",
+        "drafts": None,
     },
 }
 METHODS = tuple(METHOD_OPTIONS)
@@ -105,6 +107,7 @@ class DecodeConfig:
     refresh_interval: int | None = DEFAULT
     query_span: str | None = DEFAULT
     refresh_scope: str | None = DEFAULT
+    drafts: tuple[int, ...] | None = DEFAULT
     eos_exit: str = DEFAULT
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
