@@ -105,7 +105,15 @@ def _check_fields(
     state: BranchState,
 ) -> None:
     rows, gen_length = state.tokens.shape
-    sizes = {"R": rows, "Q": state.num_requests, "G": gen_length, "H": gen_length + 1, "3": 3, "5": 5, "*": None}
+    sizes = {
+        "R": rows,
+        "Q": state.num_requests,
+        "G": gen_length,
+        "H": gen_length + 1,
+        "3": 3,
+        "5": 5,
+        "*": None,
+    }
     for name, (letters, dtype) in fields.items():
         shape = tuple(sizes[letter] for letter in letters)
         check_tensor(f"{owner}.{name}", getattr(record, name), shape, (dtype,), state.tokens.device)

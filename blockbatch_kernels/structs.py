@@ -44,7 +44,9 @@ class BranchState:
     done: Tensor  # [R] bool
     top_token: Tensor  # [R, G] int32, argmax of the latest forward that computed the position
     confidence: Tensor  # [R, G] float32, its softmax probability; 0 before the first forward
-    cached_token: Tensor  # [R, G] int32, the token that the cached K/V was computed from; kept by open queries alone
+    cached_token: (
+        Tensor  # [R, G] int32, the token that the cached K/V was computed from; kept by open queries alone
+    )
     committed: Tensor  # [R] int32, tokens that this branch committed itself
     merged: Tensor  # [R] int32, tokens that it took from other branches by merge
     synced: Tensor  # [R] int32, how often it took over the leader's state

@@ -121,7 +121,12 @@ def copy_pages(
         raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
     module = dispatch.module_for(backend, "copy_pages", page_table, num_branches=num_branches)
     module.copy_pages(
-        kv_cache, page_table, write_start, write_end, num_branches=num_branches, write_positions=write_positions
+        kv_cache,
+        page_table,
+        write_start,
+        write_end,
+        num_branches=num_branches,
+        write_positions=write_positions,
     )
 
 

@@ -22,7 +22,11 @@ _OF_REQUESTS = ("prompt_tokens", "prompt_length", "nfe", "finished", "winner", "
 
 
 def follow(
-    state: BranchState, plan: StepPlan, probe_probability: Tensor, params: PolicyParams, after_forward: Callable
+    state: BranchState,
+    plan: StepPlan,
+    probe_probability: Tensor,
+    params: PolicyParams,
+    after_forward: Callable,
 ) -> PolicyEvents:
     """The rules for the branches, with the forwards of drafts where they match; then new drafts."""
     phase, stride = plan.flags[1], state.num_branches
@@ -64,7 +68,10 @@ def _first_rows(state: BranchState) -> BranchState:
     """The branches alone, as views."""
     values = {field.name: getattr(state, field.name) for field in fields(state)}
     return BranchState(
-        **{name: value if name in _OF_REQUESTS else value[:: state.num_branches] for name, value in values.items()}
+        **{
+            name: value if name in _OF_REQUESTS else value[:: state.num_branches]
+            for name, value in values.items()
+        }
     )
 
 

@@ -137,9 +137,7 @@ def _open_queries(state: BranchState, params: PolicyParams, active: Tensor) -> S
     source_row = torch.where(active, rows, -1).int()
     count = queries.sum(1).int()
     predict = queries[:, first : first + gen_length] & window
-    plan = _plan(
-        state, params, PHASE_BLOCK, torch.zeros_like(count), count, source_row, predicted=predict
-    )
+    plan = _plan(state, params, PHASE_BLOCK, torch.zeros_like(count), count, source_row, predicted=predict)
     return plan._replace(query_position=position[:, : gen_length + 1].contiguous())
 
 

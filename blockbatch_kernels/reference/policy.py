@@ -42,7 +42,7 @@ def decode_policy(
     forwarded = plan.source_row >= 0
     count_forward(state, forwarded, phase)
     if params.query_span == "open":
-        _note_cached(state, plan, forwarded, phase)
+        _note_cached(state, forwarded)
     probe_probability = store_predictions(state, predictions, plan)
     if params.drafts:
         events = drafts.follow(state, plan, probe_probability, params, after_forward)
@@ -92,19 +92,13 @@ def count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None:
     state.nfe.add_(is_phase.int() * took_part.unsqueeze(1))
 
 
-def _note_cached(state: BranchState, plan: StepPlan, forwarded: Tensor, phase: Tensor) -> None:
-    """Keeps in mind which token the K/V of each query was computed from: the one before this commit."""
-    # A whole row computes every generated position.
-    count = (plan.query_end - plan.query_start).unsqueeze(1)
-    column = torch.arange(state.gen_length + 1, device=count.device)
-    prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
-    computed = torch.zeros(state.num_rows, state.gen_length + 2, dtype=torch.bool, device=count.device)
-    behind = state.gen_length + 1
-    place = torch.where(column < count, plan.query_position - prompt + 1, behind).long()
-    computed.scatter_(1, place.clamp(0, behind), True)
-    computed = computed[:, 1:-1] | (phase != PHASE_BLOCK)
-    computed = computed & forwarded.unsqueeze(1)
-    state.cached_token.copy_(torch.where(computed, state.tokens, state.cached_token))
+def _note_cached(state: BranchState, forwarded: Tensor) -> None:
+    """Keeps in mind which tokens the K/V of the rows was computed from: those before this commit.
+
+    That is the whole row, whatever the queries were: a token whose K/V was that of another was among them, and
+    the K/V of a MASK always is that of a MASK.
+    """
+    state.cached_token.copy_(torch.where(forwarded.unsqueeze(1), state.tokens, state.cached_token))
 
 
 def store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
