@@ -131,7 +131,7 @@ def stale_positions(state, branch):
 
 
 def open_queries(state, config, branch):
-    """Positions that a block denoise of open queries computes: those that predict, and those that are stale."""
+    """Positions that a block denoise computes with open queries: what predicts, and what is stale."""
     predicting = {p - state["prediction_offset"] for p in window_masks(state, config, branch)}
     return sorted(predicting.union(stale_positions(state, branch)))
 
