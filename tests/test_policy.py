@@ -152,6 +152,16 @@ def test_equal_rows_of_a_full_forward_take_the_first_ones_predictions():
     assert_same([state], [config], tensors, next_plan, events)
 
 
+@pytest.mark.parametrize("query_span", bbk.QUERY_SPANS)
+def test_the_first_forward_is_the_whole_canvas(query_span):
+    _, config, state, _ = random_case(9)
+    params = params_of(config, state, refresh_scope="generation", query_span=query_span, prediction_offset=1)
+    tensors = to_tensors([state, state], params)
+    plan, count = bbk.initial_plan(tensors, params), tensors.num_branches
+    assert plan.query_start.tolist() == [0] * 2 * count
+    assert plan.query_end.tolist() == [policy.length_of(state), *[0] * (count - 1)] * 2
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
