@@ -1,7 +1,5 @@
 """Triton's interpreter without its largest expense."""
 
-from triton.runtime import interpreter
-
 
 class _Kept:
     def restore(self):
@@ -9,8 +7,13 @@ class _Kept:
 
 
 def replace_language_once():
-    """The interpreter replaces `triton.language` before every function that it calls, at several times the cost
-    of running it, and puts it back behind every kernel. In a process that only interprets, once is enough."""
+    """For a process that only interprets.
+
+    Triton replaces `triton.language` before every function that it interprets, at several times the cost of
+    running it, and puts it back behind every kernel.
+    """
+    from triton.runtime import interpreter
+
     replace, done = interpreter._patch_lang, set()
 
     def once(function):

@@ -174,7 +174,7 @@ def _policy_kernel(
     finished = tl.load(state.finished + request) != 0
     winner, reason = tl.load(state.winner + request), tl.load(state.stop_reason + request)
 
-    kv_row = row
+    kv_row = row  # whose K and V it goes on with
     if ADOPTS:
         kv_row = equal_draft(state.tokens, source_row, tokens, row, at, inside, gen_length, DRAFTS)
         forwarded = (kv_row != row) & ~done & ~finished & (phase == BLOCK)
