@@ -179,6 +179,7 @@ _TABLE = (
             Scalar("capacity", int, least=0, symbolic=True),
             Scalar("predict_capacity", int, least=0, symbolic=True),
             Scalar("prediction_offset", int, 0),
+            Scalar("scattered", bool, False),
         ),
         (PackedQueries,),
     ),
@@ -203,6 +204,7 @@ _TABLE = (
             TensorArg("write_start", "rows", INT),
             TensorArg("write_end", "rows", INT),
             Scalar("num_branches", int),
+            TensorArg("write_positions", "rows *", INT, optional=True),
         ),
     ),
     Operator(

@@ -21,7 +21,7 @@ from torch import Tensor
 from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, Layout, fields_of, zeros
 
 PHASES = ("init", "block", "refresh")
-QUERY_SPANS = ("window", "suffix", "canvas")
+QUERY_SPANS = ("window", "suffix", "canvas", "open")
 REFRESH_SCOPES = ("canvas", "generation")
 EOS_EXITS = ("prefix", "window", "none")
 STOP_REASONS = ("running", "eos", "length")
@@ -55,9 +55,12 @@ class BranchState:
     top_token: Annotated[Tensor, Layout("rows gen_length")]
     # Its softmax probability; 0 before the first forward.
     confidence: Annotated[Tensor, Layout("rows gen_length", torch.float32)]
+    # The token that the cached K/V was computed from; kept with open queries alone.
+    cached_token: Annotated[Tensor, Layout("rows gen_length")]
     committed: Annotated[Tensor, Layout("rows")]  # tokens that this branch committed itself
     merged: Annotated[Tensor, Layout("rows")]  # tokens that it took from other branches by merge
     synced: Annotated[Tensor, Layout("rows")]  # how often it took over the leader's state
+    adopted: Annotated[Tensor, Layout("rows")]  # forwards that it took over from drafts
     nfe: Annotated[Tensor, Layout("requests 3")]  # forwards by phase: init, block, refresh
     finished: Annotated[Tensor, Layout("requests", torch.bool)]
     winner: Annotated[Tensor, Layout("requests")]  # branch index; valid where finished
@@ -129,6 +132,7 @@ class BranchState:
     def _start(self, mask_token_id: int) -> None:
         """What is not zero before the first forward."""
         self.tokens.fill_(mask_token_id)
+        self.cached_token.fill_(mask_token_id)
         self.window_end.copy_(self.block_size.clamp(max=self.gen_length))
 
 
@@ -154,9 +158,14 @@ class PolicyParams:
         refresh_interval: tokens of finished blocks after which a branch asks for a full forward; None: never.
         eos_exit: one of EOS_EXITS.
         query_span: what a block denoise computes: the "window", the window and everything behind it
-            ("suffix"), or the whole "canvas".
+            ("suffix"), the whole "canvas", or what is "open": the MASKs of the window, and once more every
+            token of the generation region whose K/V was computed from another (ours, not in the paper).
         refresh_scope: what a refresh computes of each distinct row: the whole "canvas", or the "generation"
             region alone, which leaves the K/V of the prompt as the first forward left them (ours).
+        drafts: lengths of the drafts, ascending (ours; none: ()). Row 0 of a request is then its only branch,
+            and row d holds, for a block step, what row 0 holds and the `drafts[d - 1]` MASKs of its window
+            that the last forward was surest of, as that forward predicts them. Where row 0 comes to hold the
+            same, the draft's forward is its next one. See `reference/drafts.py`.
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
     """
@@ -175,6 +184,7 @@ class PolicyParams:
     query_span: Annotated[str, QUERY_SPANS] = "window"
     refresh_scope: Annotated[str, REFRESH_SCOPES] = "canvas"
     prediction_offset: Annotated[int, (0, 1)] = 0
+    drafts: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raises ValueError, naming the setting, for values that the policy does not know."""
@@ -182,6 +192,11 @@ class PolicyParams:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected {_one_of(choices)}, got {value!r}")
+        if any(b <= a for a, b in zip((0, *self.drafts), self.drafts)):
+            raise ValueError(f"drafts: expected ascending lengths from 1 on, got {self.drafts}")
+        if self.drafts and self.query_span != "window":
+            # A draft's forward is the next one only where both compute the window whole.
+            raise ValueError(f'drafts: expected query_span "window", got {self.query_span!r}')
         if not 0.5 <= self.merge_threshold <= 1.0:
             # Below one half two different tokens could pass, and the rule would need the whole distribution.
             raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {self.merge_threshold}")
@@ -219,7 +234,8 @@ class StepPlan(NamedTuple):
     stalled when it has committed more tokens than there are: the model writes its own MASK.
     """
 
-    # Canvas positions [start, end) are computed; equal: the row sits out.
+    # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries they
+    # are places in the row's line of `query_position` instead.
     query_start: Annotated[Tensor, Layout("rows")]
     query_end: Annotated[Tensor, Layout("rows")]
     # The row whose predictions and K/V it takes; -1: not in this forward.
@@ -227,6 +243,8 @@ class StepPlan(NamedTuple):
     # Positions whose prediction can still matter.
     predict: Annotated[Tensor, Layout("rows gen_length", torch.bool)]
     flags: Annotated[Tensor, Layout("5")]
+    # Canvas positions of open queries, ascending; zero behind them.
+    query_position: Annotated[Tensor, Layout("rows gen_length+1")]
 
     @classmethod
     def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> StepPlan:

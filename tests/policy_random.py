@@ -20,7 +20,7 @@ def random_batch(seed, max_requests=4, max_branches=8, max_length=96):
     gen_length = rng.randint(1, max_length)
     params = random_params(rng)
     state = random_state(rng, requests, sizes, gen_length)
-    plan = random_plan(rng, state)
+    plan = random_plan(rng, state, params)
     return state, random_predictions(rng, state, params, plan), plan, params
 
 
@@ -39,8 +39,8 @@ def random_params(rng):
         sync_threshold=rng.choice((0, 1, 8)),
         refresh_interval=rng.choice((None, 1, 16, 64)),
         eos_exit=rng.choice(bbk.EOS_EXITS),
-        query_span=rng.choice(bbk.QUERY_SPANS),
-        refresh_scope=rng.choice(("canvas", "generation")),
+        query_span=rng.choice((*bbk.QUERY_SPANS, "open")),
+        refresh_scope=rng.choice(bbk.structs.REFRESH_SCOPES),
         prediction_offset=rng.choice((0, 1)),
     )
 
@@ -81,6 +81,10 @@ def random_state(rng, requests, sizes, gen_length):
         state.tokens.fill_(MASK)
     state.top_token.copy_(some_tokens(rng.choice((0.05, 0.3))))
     state.confidence.copy_(confidences(*shape))
+    other = torch.where(flags(*shape, rate=0.7), MASK, some_tokens(0.5))
+    state.cached_token.copy_(
+        torch.where(flags(*shape, rate=rng.choice((0.0, 0.1, 0.6))), other, state.tokens)
+    )
     start = torch.randint(0, gen_length + 1, (rows,), dtype=torch.int32)
     start = torch.where(flags(rows, rate=0.7), start // state.block_size * state.block_size, start)
     state.window_start.copy_(start)
@@ -106,8 +110,8 @@ def random_state(rng, requests, sizes, gen_length):
     return state
 
 
-def random_plan(rng, state):
-    """As the policy reads it: the phase, and the row whose predictions each row takes."""
+def random_plan(rng, state, params):
+    """As the policy reads it: the phase, the row whose predictions each row takes, and open queries."""
     rows, first = state.num_rows, 0
     phase = rng.choice((bbk.structs.PHASE_INIT, bbk.structs.PHASE_REFRESH, *[bbk.structs.PHASE_BLOCK] * 3))
     source = []
@@ -119,7 +123,23 @@ def random_plan(rng, state):
     plan = bbk.StepPlan.allocate(rows, state.gen_length, torch.device("cpu"))
     plan.source_row.copy_(torch.tensor(source))
     plan.flags[1] = phase
+    if params.query_span == "open" and phase == bbk.structs.PHASE_BLOCK:
+        random_open_queries(rng, state, plan)
     return plan
+
+
+def random_open_queries(rng, state, plan):
+    """Any canvas positions from the last of the prompt on; what stands behind them must not be read."""
+    if rng.random() < 0.5:
+        plan.query_position.copy_(torch.randint(-5, 200, plan.query_position.shape))
+    rate = rng.choice((0.05, 0.5, 0.9, 1.0))
+    for row in range(state.num_rows):
+        if plan.source_row[row] < 0:
+            continue
+        chosen = flags(state.gen_length + 1, rate=rate).nonzero().flatten()
+        plan.query_end[row] = len(chosen)
+        prompt = state.prompt_length[row // state.num_branches]
+        plan.query_position[row, : len(chosen)] = chosen + prompt - 1
 
 
 def random_predictions(rng, state, params, plan):

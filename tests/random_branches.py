@@ -93,6 +93,10 @@ def random_batch(generator, params, block_sizes, gen_length, num_requests, max_p
     state.needs_refresh.copy_(chance(generator, 0.02, rows))
     state.top_token.copy_(random_tops(generator, truth, rows, gen_length))
     state.confidence.copy_(probabilities(generator, params, rows, gen_length))
+    if params.query_span == "open":
+        stale = chance(generator, choose(generator, (0.0, 0.1, 0.6), rows, 1), rows, gen_length)
+        other = torch.where(chance(generator, 0.7, rows, gen_length), MASK, truth)
+        state.cached_token.copy_(torch.where(stale, other, state.tokens))
     state.finished.copy_(chance(generator, 0.05, num_requests))
     for counter in (state.committed, state.merged, state.synced, state.nfe):
         counter.copy_(draw(generator, 0, 9, *counter.shape))

@@ -32,15 +32,19 @@ def make(num_requests, num_branches, length, page_size):
 
 def plan(cache, start, end, source_row):
     as_ints = [torch.tensor(x, dtype=torch.int32) for x in (start, end, source_row)]
-    return bbk.StepPlan(*as_ints, None, None)
+    return bbk.StepPlan(*as_ints, None, None, None)
 
 
 def write(cache, plain, start, end, value):
-    for row, (first, last) in enumerate(zip(start, end)):
-        for position in range(first, last):
-            page = int(cache.page_table[row, position // cache.page_size])
-            cache.kv[:, :, page, position % cache.page_size] = value + position
-        plain.rows[row, first:last] = value + torch.arange(first, last)
+    for row, bounds in enumerate(zip(start, end)):
+        write_row(cache, plain, row, range(*bounds), value)
+
+
+def write_row(cache, plain, row, positions, value):
+    for position in positions:
+        page = int(cache.page_table[row, position // cache.page_size])
+        cache.kv[:, :, page, position % cache.page_size] = value + position
+        plain.rows[row, position] = value + position
 
 
 def check(cache, plain, rows):
@@ -80,7 +84,7 @@ def test_random_histories_equal_a_plain_cache(seed):
     check(cache, plain, range(num_rows))
     for turn in range(12):
         value = 1000.0 * (turn + 2)
-        kind = rng.choice(("block", "block", "sync", "refresh"))
+        kind = rng.choice(("block", "block", "scattered", "scattered", "sync", "refresh"))
         if kind == "block":
             start, end = [], []
             for _ in range(num_rows):
@@ -93,6 +97,11 @@ def test_random_histories_equal_a_plain_cache(seed):
             for row in range(num_rows):  # each row its own values
                 only = [(b, e) if r == row else (0, 0) for r, (b, e) in enumerate(zip(start, end))]
                 write(cache, plain, *zip(*only), value + 7 * row)
+        elif kind == "scattered":
+            chosen = [random_positions(rng, length, page_size) for _ in range(num_rows)]
+            cache.make_private(*as_writes(rng, chosen, length))
+            for row, positions in enumerate(chosen):
+                write_row(cache, plain, row, positions, value + 7 * row)
         elif kind == "sync":
             source = list(range(num_rows))
             for request in range(num_requests):
@@ -110,6 +119,99 @@ def test_random_histories_equal_a_plain_cache(seed):
                 source.append(rng.choice(choices))
             full_forward(source, value)
         check(cache, plain, range(num_rows))
+
+
+def random_positions(rng, length, page_size):
+    """Some positions, some pages whole, some pages but for one position, or nothing, in ascending order."""
+    rate = rng.choice((0.0, 0.02, 0.3))
+    chosen = {position for position in range(length) if rng.random() < rate}
+    for start in range(0, length, page_size):
+        if rng.random() < 0.3 * (rate > 0):
+            chosen.update(range(start, min(start + page_size, length)))
+            if rng.random() < 0.3:
+                chosen.remove(rng.choice(range(start, min(start + page_size, length))))
+    return sorted(chosen)
+
+
+def as_writes(rng, chosen, capacity, start=0):
+    """write_start, write_end and write_positions; places that no row writes hold what nobody may read."""
+    size = capacity + start + rng.choice((0, 1, 5))
+    places = torch.randint(-capacity, 3 * capacity, (len(chosen), size), dtype=torch.int32)
+    for row, positions in enumerate(chosen):
+        places[row, start : start + len(positions)] = torch.tensor(positions, dtype=torch.int32)
+    first = torch.full((len(chosen),), start, dtype=torch.int32)
+    return first, first + torch.tensor([len(positions) for positions in chosen], dtype=torch.int32), places
+
+
+def naive_copy_pages(kv, table, chosen, num_branches):
+    """Page by page: (cache, table, copies made) after each row got pages of its own where it writes."""
+    page_size, columns = kv.shape[3], table.shape[1]
+    new_kv, new, copies = kv.clone(), table.tolist(), 0
+    for first in range(0, len(new), num_branches):
+        request = range(first, first + num_branches)
+        for column in range(columns):
+            pool = [(first + place) * columns + column for place in range(num_branches)]
+            for row in request:
+                written = [position for position in chosen[row] if position // page_size == column]
+                users = [new[other][column] for other in request]
+                old = new[row][column]
+                if not written or (old >= 0 and users.count(old) == 1):
+                    continue
+                new[row][column] = next(page for page in pool if page not in users)
+                if old >= 0 and len(written) < page_size:
+                    new_kv[:, :, new[row][column]] = kv[:, :, old]
+                    copies += 1
+    return new_kv, torch.tensor(new, dtype=torch.int32), copies
+
+
+def random_table(rng, num_requests, num_branches, columns):
+    """Rows that share some pages of their request, in any order, and lack others."""
+    table = torch.full((num_requests * num_branches, columns), -1, dtype=torch.int32)
+    sharing, missing = rng.choice((0.0, 0.5, 1.0)), rng.choice((0.0, 0.0, 0.2))
+    for first in range(0, len(table), num_branches):
+        for column in range(columns):
+            pool = rng.sample(range(num_branches), num_branches)
+            for branch in range(num_branches):
+                place = pool[rng.randrange(branch + 1) if rng.random() < sharing else branch]
+                if rng.random() >= missing:
+                    table[first + branch, column] = (first + place) * columns + column
+    return table
+
+
+def test_scattered_writes_equal_a_naive_loop():
+    copied = moved = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        num_requests, num_branches = rng.choice(((1, 1), (1, 6), (3, 2), (2, 4)))
+        page_size, columns = rng.choice(((4, 6), (16, 3), (8, 1), (1, 9)))
+        length = page_size * columns
+        table = random_table(rng, num_requests, num_branches, columns)
+        kv = torch.randn(2, 2, table.numel() + rng.choice((0, 2)), page_size, 1, 3)
+        chosen = [random_positions(rng, length, page_size) for _ in range(len(table))]
+        expected_kv, expected_table, copies = naive_copy_pages(kv, table, chosen, num_branches)
+        copied += copies
+        moved += int((expected_table != table).sum())
+        start, end, places = as_writes(rng, chosen, length, rng.choice((0, 0, 2)))
+        bbk.copy_pages(kv, table, start, end, num_branches=num_branches, write_positions=places)
+        assert torch.equal(table, expected_table) and torch.equal(kv, expected_kv), seed
+    assert copied > 200 and moved - copied > 200, (copied, moved)
+
+
+def test_scattered_writes_of_a_stretch_equal_the_stretch():
+    for seed in range(100):
+        rng = random.Random(seed)
+        columns, page_size = rng.randint(1, 6), rng.choice((1, 4, 16))
+        table = random_table(rng, 2, 4, columns)
+        kv = torch.randn(1, 2, table.numel(), page_size, 1, 2)
+        bounds = [sorted(rng.choices(range(columns * page_size + 1), k=2)) for _ in range(8)]
+        other_kv, other_table = kv.clone(), table.clone()
+        start, end = torch.tensor(bounds, dtype=torch.int32).unbind(1)
+        bbk.copy_pages(kv, table, start, end, num_branches=4)
+        chosen = [range(*bound) for bound in bounds]
+        start, end, places = as_writes(rng, [list(row) for row in chosen], columns * page_size)
+        bbk.copy_pages(other_kv, other_table, start, end, num_branches=4, write_positions=places)
+        assert torch.equal(table, other_table) and torch.equal(kv, other_kv)
 
 
 def test_a_private_page_is_not_moved():

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import chain, product
 
 import pytest
 import torch
@@ -27,16 +28,17 @@ def policies():
     return {**runs, "compiled": cuda.decode_policy}
 
 
+@pytest.mark.parametrize("cheaper_forwards", [False, True])
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
-def test_random_states(first):
+def test_random_states(first, cheaper_forwards):
     runs = policies()
     for seed in range(first, first + CHUNK):
-        phase, config, state, forwards = random_case(seed)
+        phase, config, state, forwards = random_case(seed, cheaper_forwards)
         if phase == "refresh" and not forwards:
             continue  # every branch is done: such a request has ended before
         params = params_of(config, state)
         tensors = to_tensors([state], params)
-        plan, predictions = step_inputs([state], [forwards], phase)
+        plan, predictions = step_inputs([state], [forwards], phase, config.query_span)
         PHASE_FUNCTIONS[phase](state, config, forwards)
         for name, decode_policy in runs.items():
             ours = to_device(tensors, "cpu")
@@ -46,6 +48,38 @@ def test_random_states(first):
                 assert_plan(state, config, next_plan)
             except AssertionError as error:
                 raise AssertionError(f"{name}, seed {seed}, {phase}, {config}: {error}") from error
+
+
+def test_random_states_exercise_open_queries():
+    """Stale positions inside the window, before and behind it, that are computed, adopted and left alone."""
+    seen = dict.fromkeys(("inside", "before", "behind", "of a row that is done", "synced", "in both ways"), 0)
+    offsets, scopes = set(), set()
+    for seed in range(1500):
+        phase, config, state, forwards = random_case(seed, True)
+        if config.query_span != "open":
+            continue
+        synced = [branch["synced"] for branch in state["branches"]]
+        PHASE_FUNCTIONS[phase](state, config, forwards)
+        if state["winner"] is not None:
+            continue
+        offsets.add(state["prediction_offset"])
+        if state["refresh_due"]:
+            scopes.add(config.refresh_scope)
+            continue
+        for index, branch in enumerate(state["branches"]):
+            start, end = policy.window_of(state, config, branch)
+            stale = policy.stale_positions(state, branch)
+            if index not in policy.block_rows(state, config):
+                seen["of a row that is done"] += branch["done"] and bool(stale)
+                continue
+            seen["inside"] += any(start <= p < end for p in stale)
+            seen["before"] += any(p < start for p in stale)
+            seen["behind"] += any(p >= end for p in stale)
+            seen["synced"] += branch["synced"] > synced[index] and bool(stale)
+            predicting = {p - state["prediction_offset"] for p in policy.window_masks(state, config, branch)}
+            seen["in both ways"] += bool(predicting.intersection(stale))
+    assert min(seen.values()) >= 20, seen
+    assert offsets == {0, 1} and scopes == {"canvas", "generation"}
 
 
 def test_random_states_with_a_tail_threshold():
@@ -84,17 +118,18 @@ def test_random_states_exercise_every_event():
 def test_requests_of_a_batch_do_not_touch_each_other():
     """A batch of random requests in the same phase gives what each gives alone."""
     groups = {}
-    for seed in range(3000):
-        phase, config, state, forwards = random_case(seed)
+    for case in chain(product(range(3000), [False]), product(range(8000), [True])):
+        phase, config, state, forwards = random_case(*case)
         if phase != "refresh":
-            groups.setdefault((phase, config), []).append((state, forwards))
+            key = phase, config, state["prediction_offset"]
+            groups.setdefault(key, []).append((state, forwards))
     batches = [(key, cases) for key, cases in groups.items() if len(cases) >= 2]
-    assert len(batches) >= 50
-    for (phase, config), cases in batches:
+    assert len(batches) >= 50 and sum(key[1].query_span == "open" for key, _ in batches) >= 20
+    for (phase, config, _), cases in batches:
         states, forwards = [state for state, _ in cases], [forward for _, forward in cases]
         params = params_of(config, states[0])
         tensors = to_tensors(states, params)
-        plan, predictions = step_inputs(states, forwards, phase)
+        plan, predictions = step_inputs(states, forwards, phase, config.query_span)
         next_plan, events = bbk.decode_policy(tensors, predictions, plan, params)
         for state, forward in cases:
             PHASE_FUNCTIONS[phase](state, config, forward)
@@ -117,12 +152,22 @@ def test_equal_rows_of_a_full_forward_take_the_first_ones_predictions():
     assert_same([state], [config], tensors, next_plan, events)
 
 
+@pytest.mark.parametrize("query_span", bbk.QUERY_SPANS)
+def test_the_first_forward_is_the_whole_canvas(query_span):
+    _, config, state, _ = random_case(9)
+    params = params_of(config, state, refresh_scope="generation", query_span=query_span, prediction_offset=1)
+    tensors = to_tensors([state, state], params)
+    plan, count = bbk.initial_plan(tensors, params), tensors.num_branches
+    assert plan.query_start.tolist() == [0] * 2 * count
+    assert plan.query_end.tolist() == [policy.length_of(state), *[0] * (count - 1)] * 2
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"merge_threshold": 0.4}, "merge_threshold: expected a value from 0.5 to 1, got 0.4"),
         ({"eos_exit": "never"}, "eos_exit: expected one of prefix, window, none, got 'never'"),
-        ({"query_span": "all"}, "query_span: expected one of window, suffix, canvas, got 'all'"),
+        ({"query_span": "all"}, "query_span: expected one of window, suffix, canvas, open, got 'all'"),
         ({"steps_per_block": 3}, "threshold: expected either"),
         ({"threshold": 0.9, "tail_threshold": 0.8}, "tail_threshold: expected at least threshold = 0.9"),
         ({"threshold": None, "steps_per_block": 3, "tail_threshold": 0.9}, "tail_threshold: expected None"),

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before triton is imported
 import torch
 
 import blockbatch_kernels as bbk
+import fast_interpreter
 import policy_bridge
 from blockbatch_kernels.reference import plan as reference_plan
 from oracle import policy
@@ -37,6 +38,19 @@ POLICY_CASES = [
     ((16,), 64, {**FIXED, "steps_per_block": 5, "eos_exit": "none", "query_span": "canvas"}),
     ((4, 8), 32, {**FIXED, "steps_per_block": 3, "prediction_offset": 1, "query_span": "suffix"}),
     ((1,), 1, {}),
+    ((4, 8, 16, 32), 64, {"query_span": "open", "refresh_interval": 16, "sync_threshold": 1}),
+    (
+        (2, 4, 8),
+        32,
+        {
+            "query_span": "open",
+            "refresh_scope": "generation",
+            "prediction_offset": 1,
+            "eos_exit": "window",
+            "sync_threshold": 1,
+        },
+    ),
+    ((8, 16), 48, {"refresh_scope": "generation", "prediction_offset": 1, "refresh_interval": 8}),
 ]
 
 
@@ -74,6 +88,7 @@ def check_pack(seed, case, num_requests, device, max_prompt=9):
     state, _ = random_batch(generator, params, block_sizes, gen_length, num_requests, max_prompt)
     plan = bbk.initial_plan(state, params) if seed % 2 else reference_plan.next_plan(state, params)
     tokens, predictions = plan.flags[2:4].tolist()
+    scattered = params.query_span == "open" and int(plan.flags[1]) == bbk.structs.PHASE_BLOCK
     page_size = (4, 16)[seed // 2 % 2]
     columns = -(-(max_prompt + gen_length) // page_size)
     page_table = torch.randperm(state.num_rows * columns, generator=generator).view(-1, columns).int()
@@ -89,7 +104,7 @@ def check_pack(seed, case, num_requests, device, max_prompt=9):
         ("some rows", some_rows, tokens, predictions),
     ):
         options = dict(page_size=page_size, capacity=capacity, predict_capacity=predict_capacity)
-        options["prediction_offset"] = params.prediction_offset
+        options |= dict(prediction_offset=params.prediction_offset, scattered=scattered)
         expected = bbk.pack_windows(state, chunk, page_table, **options)
         got = bbk.pack_windows(
             moved(state, device), moved(chunk, device), page_table.to(device), **options, backend="triton"
@@ -203,4 +218,5 @@ def interpreted_checks():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    fast_interpreter.replace_language_once()
     json.dump(interpreted_checks(), sys.stdout)

@@ -31,6 +31,7 @@ def pack_windows(
     capacity: int,
     predict_capacity: int,
     prediction_offset: int = 0,
+    scattered: bool = False,
     backend: str | None = None,
 ) -> PackedQueries:
     """Gathers the query tokens of all rows of a plan into fixed-capacity tensors, without a host wait.
@@ -43,8 +44,12 @@ def pack_windows(
         capacity: packed tokens to make room for, at least the plan's query tokens.
         predict_capacity: predictions to make room for, at least the plan's.
         prediction_offset: a query at position p predicts p + prediction_offset.
+        scattered: the queries of a row are not the canvas positions from `plan.query_start` to `query_end`,
+            but those at these places of `plan.query_position`: for block steps of open queries.
     """
-    _check_pack_windows(state, plan, page_table, page_size, capacity, predict_capacity, prediction_offset)
+    _check_pack_windows(
+        state, plan, page_table, page_size, capacity, predict_capacity, prediction_offset, scattered
+    )
     _check_requests(state)
     return dispatch.module_for(backend, "pack_windows", state.tokens).pack_windows(
         state,
@@ -54,6 +59,7 @@ def pack_windows(
         capacity=capacity,
         predict_capacity=predict_capacity,
         prediction_offset=prediction_offset,
+        scattered=scattered,
     )
 
 
@@ -75,6 +81,7 @@ def copy_pages(
     write_end: Tensor,
     *,
     num_branches: int,
+    write_positions: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Copy on write: gives each row its own page wherever it is about to change one that another row uses
@@ -89,15 +96,25 @@ def copy_pages(
         page_table: [R, pages_per_row] int32, -1 where a row has no page yet; *written*.
         write_start, write_end: [R] int32, positions that the row will write; equal: none.
         num_branches: rows per request.
+        write_positions: [R, any] int32, ascending; with it a row writes the positions at the places from
+            `write_start` to `write_end` of its line. A page is then covered whole if all its positions are
+            listed.
     """
-    _check_copy_pages(kv_cache, page_table, write_start, write_end, num_branches)
+    _check_copy_pages(kv_cache, page_table, write_start, write_end, num_branches, write_positions)
     rows = page_table.shape[0]
     if num_branches < 1 or rows % num_branches:
         raise ValueError(f"num_branches: expected a divisor of the {rows} rows, got {num_branches}")
     if kv_cache.shape[2] < page_table.numel():
         raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
     module = dispatch.module_for(backend, "copy_pages", page_table, num_branches=num_branches)
-    module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
+    module.copy_pages(
+        kv_cache,
+        page_table,
+        write_start,
+        write_end,
+        num_branches=num_branches,
+        write_positions=write_positions,
+    )
 
 
 def initial_plan(
@@ -109,6 +126,7 @@ def initial_plan(
     """
     _check_initial_plan(state, params, out)
     _check_requests(state)
+    _check_drafts(state, params)
     module = dispatch.module_for(backend, "initial_plan", state.tokens, **_policy_sizes(state, params))
     return module.initial_plan(state, params, out=out)
 
@@ -141,6 +159,7 @@ def decode_policy(
     """
     _check_decode_policy(state, predictions, plan, params, out)
     _check_requests(state)
+    _check_drafts(state, params)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
     module = dispatch.module_for(backend, "decode_policy", state.tokens, **_policy_sizes(state, params))
@@ -149,6 +168,14 @@ def decode_policy(
 
 def _policy_sizes(state: BranchState, params: PolicyParams) -> dict[str, int]:
     return dict(num_branches=state.num_branches, num_eos_tokens=len(params.eos_token_ids))
+
+
+def _check_drafts(state: BranchState, params: PolicyParams) -> None:
+    if params.drafts and state.num_branches != len(params.drafts) + 1:
+        raise ValueError(
+            f"params.drafts: expected one for each row of a request but the first, {state.num_branches - 1}, "
+            f"got {len(params.drafts)}"
+        )
 
 
 def _check_requests(state: BranchState) -> None:

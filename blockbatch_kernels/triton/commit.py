@@ -1,9 +1,9 @@
-"""Which of the MASK positions in a window take their top token: the three commit rules on tiles [N, G]."""
+"""Which MASK positions take their top token: the three commit rules and that of merge, on tiles [N, G]."""
 
 import triton
 import triton.language as tl
 
-from blockbatch_kernels.triton.rows import as_key, first_true
+from blockbatch_kernels.triton.rows import any_of, as_key, first_true, pick
 
 
 @triton.jit
@@ -61,3 +61,28 @@ def scheduled(confidence, candidate, column, size, steps, steps_per_block, gen_l
         best = _best(key, candidate & ~chosen, column, gen_length)
         chosen |= best & (rank < number)[:, None]
     return chosen
+
+
+@triton.jit
+def mergeable(
+    tokens, top, column, branch, member, window_start, window_end, horizon, mask_id, num_branches
+):  # fmt: skip
+    """[N, G]: where a row may take its own top token, because a compatible row behind it holds it already.
+
+    Destinations go from the window that ends last to the one that ends first; sources stand behind them. No
+    source's window reaches past the destination's, and so none past its first EOS.
+    """
+    covered = tokens != tokens
+    agreed = tokens != tokens
+    before_horizon = column < horizon[:, None]
+    for source in range(num_branches):
+        line = pick(branch[:, None], source, tokens)[None, :]
+        start, end = pick(branch, source, window_start), pick(branch, source, window_end)
+        held_by_both = (line != mask_id) & (tokens != mask_id)
+        counts = held_by_both & before_horizon & (column < pick(branch, source, horizon))
+        differ = any_of(counts & (tokens != line), 1)
+        behind = (end < window_end) | ((end == window_end) & (branch < source))
+        compatible = behind & ~differ & member & any_of((branch == source) & member, 0)
+        covered |= compatible[:, None] & (column >= start) & (column < end)
+        agreed |= compatible[:, None] & (line != mask_id) & (line == top)
+    return (tokens == mask_id) & covered & agreed

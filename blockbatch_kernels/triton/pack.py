@@ -20,6 +20,7 @@ def pack_windows(
     capacity: int,
     predict_capacity: int,
     prediction_offset: int,
+    scattered: bool = False,
 ) -> PackedQueries:
     device, num_rows, gen_length = state.tokens.device, state.num_rows, state.gen_length
     tensors = state_tensors(state)
@@ -44,10 +45,12 @@ def pack_windows(
         "gen_length": gen_length,
         "prediction_offset": prediction_offset,
         "capacity": capacity,
-        "COLUMNS": triton.next_power_of_2(gen_length),
+        "SCATTERED": scattered,
+        # Open queries count by their places, of which there is one more than positions.
+        "COLUMNS": triton.next_power_of_2(gen_length + scattered),
     }
     # A row has as many blocks of positions as its canvas may need; those behind its queries end at once.
-    blocks = triton.cdiv(max_prompt + gen_length, _BLOCK)
+    blocks = triton.cdiv(gen_length + 1 if scattered else max_prompt + gen_length, _BLOCK)
     with device_of(state.tokens):
         _count_kernel[(num_rows,)](tensors, plan, prediction_counts, **sizes)
         _pack_kernel[(num_rows + 1, blocks)](
@@ -80,15 +83,42 @@ def _tokens_before(plan, row):
 
 @triton.jit
 def _predicting(
-    state, plan, row, first_token, target, num_branches, gen_length, prediction_offset, capacity
-):  # fmt: skip
-    """[G]: whether one of the row's packed queries predicts the target, and the index of that query."""
+    state,
+    plan,
+    row,
+    first_token,
+    column,
+    num_branches,
+    gen_length,
+    prediction_offset,
+    capacity,
+    SCATTERED: tl.constexpr,
+):
+    """[G] each: whether one of the row's packed queries predicts a target, the query's index, and the target.
+
+    Columns are targets; with scattered queries they are places.
+    """
     start, end = tl.load(plan.query_start + row), tl.load(plan.query_end + row)
-    query = target + tl.load(state.prompt_length + row // num_branches) - prediction_offset
+    if SCATTERED:
+        query = column
+        position = _scattered(plan, row, column, (column >= start) & (column < end), gen_length)
+        target = position - tl.load(state.prompt_length + row // num_branches) + prediction_offset
+    else:
+        target = column
+        query = target + tl.load(state.prompt_length + row // num_branches) - prediction_offset
     index = first_token + query - start
     predict = plan.predict + row.to(tl.int64) * gen_length + target
-    wanted = tl.load(predict, mask=target < gen_length, other=False) != 0
-    return wanted & (query >= start) & (query < end) & (index < capacity), index
+    is_target = target < gen_length
+    if SCATTERED:
+        is_target &= target >= 0
+    wanted = tl.load(predict, mask=is_target, other=False) != 0
+    return wanted & (query >= start) & (query < end) & (index < capacity), index, target
+
+
+@triton.jit
+def _scattered(plan, row, place, valid, gen_length):
+    """The canvas positions of open queries."""
+    return tl.load(plan.query_position + row.to(tl.int64) * (gen_length + 1) + place, mask=valid, other=0)
 
 
 @kernel
@@ -100,12 +130,22 @@ def _count_kernel(
     gen_length,
     prediction_offset,
     capacity,
+    SCATTERED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, target = tl.program_id(0), tl.arange(0, COLUMNS)
+    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     first_token = _tokens_before(plan, row)
-    wanted, _ = _predicting(
-        state, plan, row, first_token, target, num_branches, gen_length, prediction_offset, capacity
+    wanted, _, _ = _predicting(
+        state,
+        plan,
+        row,
+        first_token,
+        column,
+        num_branches,
+        gen_length,
+        prediction_offset,
+        capacity,
+        SCATTERED,
     )
     tl.store(prediction_counts + row, tl.sum(wanted.to(tl.int32), 0))
 
@@ -128,6 +168,7 @@ def _pack_kernel(
     prediction_offset,
     capacity,
     BLOCK: tl.constexpr,
+    SCATTERED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row, block = tl.program_id(0), tl.program_id(1)
@@ -147,22 +188,33 @@ def _pack_kernel(
         position = start + block * BLOCK + tl.arange(0, BLOCK)
         index = first_token + position - start
         valid = (position < end) & (index < capacity)
+        if SCATTERED:
+            position = _scattered(plan, row, position, valid, gen_length)
         generated = position - tl.load(state.prompt_length + row // num_branches)
         prompt_at = (row // num_branches).to(tl.int64) * max_prompt + position
         prompt_id = tl.load(state.prompt_tokens + prompt_at, mask=valid & (generated < 0), other=0)
         generated_at = row.to(tl.int64) * gen_length + generated
         generated_id = tl.load(state.tokens + generated_at, mask=valid & (generated >= 0), other=0)
-        column = (position // page_size).to(tl.int64) * table_column_stride
-        page = tl.load(page_table + row.to(tl.int64) * table_row_stride + column, mask=valid, other=0)
+        page_at = (position // page_size).to(tl.int64) * table_column_stride
+        page = tl.load(page_table + row.to(tl.int64) * table_row_stride + page_at, mask=valid, other=0)
         slot = page.to(tl.int64) * page_size + position % page_size
         tl.store(packed.input_ids + index, tl.where(generated < 0, prompt_id, generated_id), mask=valid)
         tl.store(packed.positions + index, position, mask=valid)
         tl.store(packed.row_index + index, tl.zeros_like(index) + row, mask=valid)
         tl.store(packed.slot_mapping + index, slot, mask=valid)
         if block == 0:
-            target = tl.arange(0, COLUMNS)
-            wanted, query = _predicting(
-                state, plan, row, first_token, target, num_branches, gen_length, prediction_offset, capacity
+            column = tl.arange(0, COLUMNS)
+            wanted, query, target = _predicting(
+                state,
+                plan,
+                row,
+                first_token,
+                column,
+                num_branches,
+                gen_length,
+                prediction_offset,
+                capacity,
+                SCATTERED,
             )
             rank = first_prediction + tl.cumsum(wanted.to(tl.int32), 0) - 1
             wanted &= rank < predict_capacity

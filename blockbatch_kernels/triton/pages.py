@@ -11,6 +11,8 @@ from blockbatch_kernels.triton.rows import device_of, pick
 _SHARED_ENTRIES = 4096
 # Columns of a program that chooses pages: small, so that even short tables occupy several processors.
 _COLUMNS = 16
+# Listed positions that such a program looks through at a time.
+_PLACES = tl.constexpr(16)
 # Elements that a program copies of each moved page: 16 bytes a thread and load, several in flight.
 _COPIED_ELEMENTS = 8192
 # Programs that walk the list of moves for each of those pieces. A window moves few pages, at most one at
@@ -58,7 +60,13 @@ def _share_kernel(
 
 
 def copy_pages(
-    kv_cache: Tensor, page_table: Tensor, write_start: Tensor, write_end: Tensor, *, num_branches: int
+    kv_cache: Tensor,
+    page_table: Tensor,
+    write_start: Tensor,
+    write_end: Tensor,
+    *,
+    num_branches: int,
+    write_positions: Tensor | None = None,
 ) -> None:
     layers, sides, _, page_size, num_kv_heads, head_dim = kv_cache.shape
     layer_stride, side_stride, page_stride = kv_cache.stride()[:3]
@@ -81,6 +89,8 @@ def copy_pages(
             write_start.stride(0),
             write_end,
             write_end.stride(0),
+            write_positions,
+            *(write_positions.stride() if write_positions is not None else (None, None)),
             moves,
             num_moves,
             num_columns,
@@ -114,6 +124,9 @@ def _choose_kernel(
     start_stride,
     write_end,
     end_stride,
+    write_positions,
+    positions_stride,
+    place_stride,
     moves,
     num_moves,
     num_columns,
@@ -135,8 +148,14 @@ def _choose_kernel(
     end = tl.load(write_end + row * end_stride, mask=exists, other=0)[:, None]
     page_start = (column * page_size)[None, :]
     page_end = page_start + page_size
-    touched = inside & (start < end) & (start < page_end) & (end > page_start)
-    covered = (start <= page_start) & (end >= page_end)
+    if write_positions is None:
+        touched = inside & (start < end) & (start < page_end) & (end > page_start)
+        covered = (start <= page_start) & (end >= page_end)
+    else:
+        lines = write_positions + row.to(tl.int64) * positions_stride
+        number = _listed_in(lines, place_stride, start, end, page_start, page_end)
+        touched = inside & (number > 0)
+        covered = number == page_size
 
     # Which of its column's N pages each row uses; -1 if none.
     old = tl.where(old_page < 0, -1, old_page // num_columns - request * num_branches)
@@ -164,6 +183,19 @@ def _choose_kernel(
         index = tl.atomic_add(num_moves, count) + before_row[:, None] + by_column - 1
         tl.store(moves + index * 2, old_page, mask=moved)
         tl.store(moves + index * 2 + 1, new_page, mask=moved)
+
+
+@triton.jit
+def _listed_in(lines, place_stride, start, end, page_start, page_end):
+    """[N, columns]: how many positions of a page a row lists at the places [start, end) of its line."""
+    number = tl.zeros_like(start + page_start)
+    for first in range(tl.min(tl.min(start, 1), 0), tl.max(tl.max(end, 1), 0), _PLACES):
+        place = first + tl.arange(0, _PLACES)[None, :]
+        listed = (place >= start) & (place < end)
+        position = tl.load(lines[:, None] + place * place_stride, mask=listed, other=-1)[:, None, :]
+        here = (position >= page_start[:, :, None]) & (position < page_end[:, :, None])
+        number += tl.sum(here.to(tl.int32), 2)
+    return number
 
 
 @triton.jit

@@ -62,6 +62,7 @@ def write_plan(
             EOS=params.eos_token_ids,
             SPAN=params.query_span,
             GENERATION=params.refresh_scope == "generation",
+            DRAFTS=len(params.drafts),
             **tile_options(state),
         )
 
@@ -80,6 +81,7 @@ def _plan_kernel(
     EOS: tl.constexpr,
     SPAN: tl.constexpr,
     GENERATION: tl.constexpr,
+    DRAFTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -108,8 +110,12 @@ def _plan_kernel(
         phase = tl.where(any_wants > 0, REFRESH, BLOCK)
         running = valid & (tl.load(state.done + row, mask=valid, other=True) == 0) & (finished == 0)
         if phase == REFRESH:
-            member = running & (tl.load(wants_refresh + request) > 0)
-            source = _first_equal_row(tokens, member, branch, request, num_branches)
+            wanted = tl.load(wants_refresh + request) > 0
+            if DRAFTS > 0:
+                # Drafts take no part, and go on from the branch's result.
+                source = tl.where(wanted, tl.zeros_like(row) + request * num_branches, -1)
+            else:
+                source = _first_equal_row(tokens, running & wanted, branch, request, num_branches)
             start = tl.zeros_like(row)
             if GENERATION:
                 start = tl.where(source == row, prompt - prediction_offset, 0)
@@ -121,15 +127,27 @@ def _plan_kernel(
             source = tl.where(active, row, -1)
             start = tl.where(active, prompt + window_start - prediction_offset, 0)
             end = tl.where(active, prompt + window_end - prediction_offset, 0)
-            if SPAN != "window":
+            if SPAN == "suffix" or SPAN == "canvas":
                 end = tl.where(active, prompt + gen_length, 0)
             if SPAN == "canvas":
                 start = tl.zeros_like(row)
+            if SPAN == "open":  # no range of the canvas
+                start, end = tl.zeros_like(row), tl.zeros_like(row)
 
     # Where no branch of the request holds MASK or EOS, no prediction can matter.
-    open_position = any_of(masked | is_eos(tokens, EOS), 0)
+    open_position = masked | is_eos(tokens, EOS)
+    if DRAFTS == 0:
+        open_position = any_of(open_position, 0)[None, :]
     query = column + prompt - prediction_offset  # that predicts the position
-    predict = open_position[None, :] & (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])
+    predict = open_position & (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])
+    if SPAN == "open":
+        active = source >= 0
+        active &= tl.zeros_like(source) + phase == BLOCK
+        asked, number = _open_queries(
+            state, plan, tokens, row, column, valid, active, prompt, mask_id, prediction_offset, gen_length
+        )
+        predict |= open_position & asked
+        end = tl.where(active, number, end)
     predict &= inside
 
     tl.store(plan.query_start + row, start, mask=valid)
@@ -156,3 +174,48 @@ def _first_equal_row(tokens, member, branch, request, num_branches):
         same = (any_of(tokens != line[None, :], 1) == 0) & any_of((branch == other) & member, 0)
         source = tl.where(member & same & (source < 0), request * num_branches + other, source)
     return source
+
+
+@triton.jit
+def _open_queries(
+    state, plan, tokens, row, column, valid, active, prompt, mask_id, prediction_offset, gen_length
+):  # fmt: skip
+    """Writes the places of the queries of `active` rows, ascending and zero behind the last.
+
+    Query c stands `prediction_offset` in front of generation position c, which it predicts. It is asked for
+    the sake of that position, a MASK of the window, or because the K/V of the token that it holds itself is
+    that of another.
+
+    Returns:
+        [N, G], whether the position is predicted and lies in the window, and [N], the number of queries.
+    """
+    window_start = tl.load(state.window_start + row, mask=active, other=0)
+    window_end = tl.load(state.window_end + row, mask=active, other=0)
+    window = in_window(column[None, :], window_start, window_end)
+    line = column[None, :] < gen_length
+    held = row[:, None] * gen_length + column[None, :] - prediction_offset
+    holds = active[:, None] & line & (column[None, :] >= prediction_offset)
+    queries = ((tokens == mask_id) & window & active[:, None]) | _is_stale(state, held, holds, mask_id)
+    # With an offset the last token has a query behind those that predict anything.
+    behind = (row + 1) * gen_length - prediction_offset
+    last = _is_stale(state, behind, active & (behind < (row + 1) * gen_length), mask_id)
+
+    before = tl.sum(queries.to(tl.int32), 1)
+    number = before + last.to(tl.int32)
+    first = prompt - prediction_offset
+    places = plan.query_position + row * (gen_length + 1)
+    rank = tl.cumsum(queries.to(tl.int32), 1) - 1
+    position = tl.zeros_like(rank) + first + column[None, :]
+    tl.store(places[:, None] + rank, position, mask=queries)
+    tl.store(places + before, tl.zeros_like(row) + first + gen_length, mask=last)
+    rest = valid[:, None] & line & (column[None, :] >= number[:, None])
+    tl.store(places[:, None] + column[None, :], tl.zeros_like(rank), mask=rest)
+    tl.store(places + gen_length, tl.zeros_like(row), mask=valid & (number <= gen_length))
+    return queries & window, number
+
+
+@triton.jit
+def _is_stale(state, at, valid, mask_id):
+    """Whether a token stands there whose K/V was computed from another."""
+    token = tl.load(state.tokens + at, mask=valid, other=mask_id)
+    return (token != mask_id) & (token != tl.load(state.cached_token + at, mask=valid, other=mask_id))

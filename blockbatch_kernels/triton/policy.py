@@ -1,7 +1,8 @@
 """What happens to the branches after a forward: commit, EOS check, advance, merge, sync (arXiv 2605.29233).
 
 Three launches: the predictions go to their positions; one program for each request turns its branches; the
-next forward is planned (`plan.py`), which needs to know what all requests ask for.
+next forward is planned (`plan.py`), which needs to know what all requests ask for. With drafts the second is
+repeated, for the branch that has come to hold what one of its drafts holds, and new drafts are written.
 """
 
 import torch
@@ -17,7 +18,8 @@ from blockbatch_kernels.structs import (
     Predictions,
     StepPlan,
 )
-from blockbatch_kernels.triton.commit import best, near_anchors, scheduled, sure
+from blockbatch_kernels.triton.commit import best, mergeable, near_anchors, scheduled, sure
+from blockbatch_kernels.triton.drafts import equal_draft, write_drafts
 from blockbatch_kernels.triton.plan import BLOCK, INIT, REFRESH, write_plan
 from blockbatch_kernels.triton.rows import (
     any_of,
@@ -59,6 +61,9 @@ def decode_policy(
     # Only the window exit asks for the probability of a token that stood there before.
     probe = torch.zeros_like(state.confidence) if params.eos_exit == "window" else None
     wants_refresh = torch.empty(state.num_requests, dtype=torch.int32, device=device)
+    drafts = len(params.drafts)
+    # Of the forward that drafts were part of; a request has one branch then, and its rows behind are drafts.
+    window_end = torch.empty_like(wants_refresh) if drafts else None
     size = predictions.target.shape[0]
     with device_of(state.tokens):
         if size:
@@ -70,28 +75,35 @@ def decode_policy(
                 size,
                 BLOCK_SIZE=_SCATTER_BLOCK,
             )
-        _policy_kernel[(state.num_requests,)](
-            state_tensors(state),
-            plan.source_row,
-            plan.flags,
-            probe,
-            events,
-            next_plan.flags,
-            wants_refresh,
-            params.threshold,
-            params.tail_threshold,
-            params.steps_per_block,
-            params.leap_radius,
-            params.leap_threshold,
-            params.merge_threshold,
-            params.sync_threshold,
-            params.refresh_interval,
-            params.mask_token_id,
-            LEAPS=params.leap_radius > 0,
-            EOS=params.eos_token_ids,
-            EXIT=params.eos_exit,
-            **tile_options(state),
-        )
+        for forward in range(1 + drafts):
+            _policy_kernel[(state.num_requests,)](
+                state_tensors(state),
+                plan.source_row,
+                plan.flags,
+                probe,
+                events,
+                next_plan.flags,
+                wants_refresh,
+                window_end,
+                params.threshold,
+                params.tail_threshold,
+                params.steps_per_block,
+                params.leap_radius,
+                params.leap_threshold,
+                params.merge_threshold,
+                params.sync_threshold,
+                params.refresh_interval,
+                params.mask_token_id,
+                LEAPS=params.leap_radius > 0,
+                EOS=params.eos_token_ids,
+                EXIT=params.eos_exit,
+                OPEN=params.query_span == "open",
+                DRAFTS=drafts,
+                ADOPTS=forward > 0,
+                **tile_options(state, num_branches=1 if drafts else None),
+            )
+        if drafts:
+            write_drafts(state, plan.source_row, window_end, events, params)
     write_plan(state, params, next_plan, wants_refresh=wants_refresh)
     return out
 
@@ -117,6 +129,7 @@ def _policy_kernel(
     events,
     next_flags,
     wants_refresh,
+    forward_end,
     threshold,
     tail_threshold,
     steps_per_block,
@@ -131,12 +144,18 @@ def _policy_kernel(
     LEAPS: tl.constexpr,
     EOS: tl.constexpr,
     EXIT: tl.constexpr,
+    OPEN: tl.constexpr,
+    DRAFTS: tl.constexpr,
+    ADOPTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """DRAFTS: rows of a request behind its branches. ADOPTS: a draft's forward may be the branch's next."""
     request = tl.program_id(0)
     branch, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
-    valid, row = branch < num_branches, request * num_branches + branch
+    valid = branch < num_branches
+    first_row = request * (num_branches if DRAFTS == 0 else num_branches + DRAFTS)
+    row = first_row + branch
     at = row[:, None] * gen_length + column
     inside = valid[:, None] & (column < gen_length)
 
@@ -155,18 +174,32 @@ def _policy_kernel(
     finished = tl.load(state.finished + request) != 0
     winner, reason = tl.load(state.winner + request), tl.load(state.stop_reason + request)
 
-    # A row takes the predictions of its source: equal rows of a full forward were computed once.
-    source = tl.load(source_row + row, mask=valid, other=-1)
-    forwarded = source >= 0
-    taken_from = tl.where(forwarded, source, row)[:, None] * gen_length + column
+    kv_row = row  # whose K and V it goes on with
+    if ADOPTS:
+        kv_row = equal_draft(state.tokens, source_row, tokens, row, at, inside, gen_length, DRAFTS)
+        forwarded = (kv_row != row) & ~done & ~finished & (phase == BLOCK)
+        if tl.max(forwarded.to(tl.int32), 0) == 0:
+            return
+        renewed = (tokens == mask_id) & in_window(column, window_start, window_end)
+        taken_from = tl.where(renewed, kv_row[:, None], row[:, None]) * gen_length + column
+        committed = tl.load(events.committed + at, mask=inside, other=False) != 0
+        _count_up(state.adopted + row, forwarded.to(tl.int32), valid)
+    else:
+        # A row takes the predictions of its source: equal rows of a full forward were computed once.
+        source = tl.load(source_row + row, mask=valid, other=-1)
+        forwarded = source >= 0
+        taken_from = tl.where(forwarded, source, row)[:, None] * gen_length + column
+        if DRAFTS > 0:
+            tl.store(forward_end + request + branch, window_end, mask=valid)
     top = tl.load(state.top_token + taken_from, mask=inside, other=0)
     confidence = tl.load(state.confidence + taken_from, mask=inside, other=0.0)
     tl.debug_barrier()  # all sources are read before any is written
     tl.store(state.top_token + at, top, mask=inside)
     tl.store(state.confidence + at, confidence, mask=inside)
-    if any_of(forwarded, 0):
-        forwards = state.nfe + request * 3 + phase
-        tl.store(forwards, tl.load(forwards) + 1)
+    if not ADOPTS:
+        if any_of(forwarded, 0):
+            forwards = state.nfe + request * 3 + phase
+            tl.store(forwards, tl.load(forwards) + 1)
 
     # Commit.
     masked_before = tokens == mask_id
@@ -179,7 +212,10 @@ def _policy_kernel(
             near = near_anchors(chosen, leap_radius, events.committed, at, inside, column, gen_length)
             chosen |= candidate & near & (confidence >= leap_threshold)
         chosen |= best(confidence, candidate, column, gen_length)
-    tl.store(events.committed + at, chosen, mask=inside)
+    if ADOPTS:
+        tl.store(events.committed + at, chosen | committed, mask=inside)
+    else:
+        tl.store(events.committed + at, chosen, mask=inside)
     tokens = tl.where(chosen, top, tokens)
     count = tl.sum(chosen.to(tl.int32), 1)
     decoded += count
@@ -216,7 +252,7 @@ def _policy_kernel(
 
     # Merge.
     member = ~done & ~finished & ~is_refresh
-    merged = _mergeable(
+    merged = mergeable(
         tokens, top, column, branch, member, window_start, window_end, horizon, mask_id, num_branches
     )
     # Above a merge threshold of one half only the destination's own top token can pass.
@@ -243,7 +279,7 @@ def _policy_kernel(
     tokens = tl.where(trails[:, None], pick(branch[:, None], leader, tokens)[None, :], tokens)
     decoded = tl.where(trails, ahead, decoded)
     done |= trails & any_of((branch == leader) & done, 0)
-    tl.store(events.sync_source + row, tl.where(trails, request * num_branches + leader, row), mask=valid)
+    tl.store(events.sync_source + row, tl.where(trails, first_row + leader, kv_row), mask=valid)
     _count_up(state.synced + row, trails.to(tl.int32), valid)
     horizon = _horizon(tokens, column, gen_length, EOS, EXIT)
     start, end, complete = _first_block(tokens, column, horizon, size, mask_id, gen_length)
@@ -255,7 +291,15 @@ def _policy_kernel(
     ends = valid & ~any_of(~done, 0)
     finished, winner, reason = _finish(ends, progress.to(tl.float32), finished, winner, reason, LENGTH_REASON)
 
+    if OPEN:
+        # K and V are those of the tokens before the commit, which stand in memory still.
+        cached = tl.load(state.cached_token + at, mask=inside, other=0)
+        cached = tl.where(forwarded[:, None], load_tokens(state.tokens, at, inside), cached)
+        cached = tl.where(trails[:, None], pick(branch[:, None], leader, cached)[None, :], cached)
+
     tl.debug_barrier()  # every warp has read what is written now
+    if OPEN:
+        tl.store(state.cached_token + at, cached, mask=inside)
     tl.store(state.tokens + at, tokens, mask=inside)
     tl.store(state.window_start + row, window_start, mask=valid)
     tl.store(state.window_end + row, window_end, mask=valid)
@@ -345,28 +389,3 @@ def _count_blocks(advanced, blocks, needs_refresh, size, refresh_interval):
     if refresh_interval is not None:
         needs_refresh |= advanced & (blocks * size >= refresh_interval)
     return blocks, needs_refresh
-
-
-@triton.jit
-def _mergeable(
-    tokens, top, column, branch, member, window_start, window_end, horizon, mask_id, num_branches
-):  # fmt: skip
-    """[N, G]: where a row may take its own top token, because a compatible row behind it holds it already.
-
-    Destinations go from the window that ends last to the one that ends first; sources stand behind them. No
-    source's window reaches past the destination's, and so none past its first EOS.
-    """
-    covered = tokens != tokens
-    agreed = tokens != tokens
-    before_horizon = column < horizon[:, None]
-    for source in range(num_branches):
-        line = pick(branch[:, None], source, tokens)[None, :]
-        start, end = pick(branch, source, window_start), pick(branch, source, window_end)
-        held_by_both = (line != mask_id) & (tokens != mask_id)
-        counts = held_by_both & before_horizon & (column < pick(branch, source, horizon))
-        differ = any_of(counts & (tokens != line), 1)
-        behind = (end < window_end) | ((end == window_end) & (branch < source))
-        compatible = behind & ~differ & member & any_of((branch == source) & member, 0)
-        covered |= compatible[:, None] & (column >= start) & (column < end)
-        agreed |= compatible[:, None] & (line != mask_id) & (line == top)
-    return (tokens == mask_id) & covered & agreed

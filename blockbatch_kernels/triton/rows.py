@@ -60,15 +60,19 @@ def check_contiguous(name: str, record: tuple) -> None:
             )
 
 
-def tile_options(state: BranchState) -> dict[str, int]:
+def tile_options(state: BranchState, num_branches: int | None = None) -> dict[str, int]:
     """Sizes of a request's tile, as kernels take them, with the warps that it occupies.
 
     Kernels are compiled for the padded sizes alone.
+
+    Args:
+        num_branches: rows of a request that the tile holds; None: all.
     """
-    rows, columns = (triton.next_power_of_2(size) for size in (state.num_branches, state.gen_length))
+    num_branches = state.num_branches if num_branches is None else num_branches
+    rows, columns = (triton.next_power_of_2(size) for size in (num_branches, state.gen_length))
     warps = triton.next_power_of_2(triton.cdiv(rows * columns, _ELEMENTS_PER_WARP))
     return {
-        "num_branches": state.num_branches,
+        "num_branches": num_branches,
         "gen_length": state.gen_length,
         "ROWS": rows,
         "COLUMNS": columns,

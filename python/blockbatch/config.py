@@ -8,6 +8,10 @@ from typing import Any
 from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS
 
 COMMIT_RULES = ("threshold", "local_leap")
+REFRESH_SCOPES = ("canvas", "generation")
+QUERY_SPANS = ("window", "open")
+# Rows of a request beside its branch.
+MAX_DRAFTS = 31
 
 
 class _Default:
@@ -42,6 +46,15 @@ class DecodeConfig:
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
         sync_threshold: a branch that trails the leader by more tokens takes over its state; None: never.
         refresh_interval: full forward after this many tokens of finished blocks; None: never.
+        refresh_scope: blockbatch, dual_cache, local_leap: what a full forward behind the first one computes:
+            the whole "canvas", or the "generation" region, which leaves the prompt's K/V as they are. Fewer
+            milliseconds a refresh; tokens may differ. Ours.
+        query_span: blockbatch, dual_cache, local_leap: what a block step computes: the "window", or "open":
+            the MASKs of the window, and once more every token that was decoded since its K/V was computed.
+            Fewer tokens a step, and no refresh needed; tokens may differ. Ours.
+        drafts: dual_cache, local_leap: a block step also computes what the next one would see if the so many
+            surest MASKs were committed, for each of these numbers, such as (1, 2). The same tokens in fewer,
+            somewhat larger forwards. None: no drafts. Ours.
         eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
             that holds EOS is complete; "none": fill the canvas.
         commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
@@ -66,6 +79,9 @@ class DecodeConfig:
     merge_threshold: float | None = DEFAULT
     sync_threshold: int | None = DEFAULT
     refresh_interval: int | None = DEFAULT
+    refresh_scope: str | None = DEFAULT
+    query_span: str | None = DEFAULT
+    drafts: tuple[int, ...] | None = DEFAULT
     eos_exit: str = DEFAULT
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
@@ -84,6 +100,7 @@ class DecodeConfig:
         self._fill_defaults()
         self._check_blocks()
         self._check_thresholds()
+        self._check_cheaper_forwards()
         if self.eos_exit not in EOS_EXITS:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
@@ -147,6 +164,30 @@ class DecodeConfig:
         _check_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+
+    def _check_cheaper_forwards(self) -> None:
+        options = METHOD_OPTIONS[self.method]
+        for name, choices in (("refresh_scope", REFRESH_SCOPES), ("query_span", QUERY_SPANS)):
+            if name in options and getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+        if self.drafts is None:
+            return
+        drafts = _as_tuple("drafts", self.drafts)
+        for length in drafts:
+            _check_int("drafts", length, 1)
+        if not drafts or sorted(set(drafts)) != list(drafts) or len(drafts) > MAX_DRAFTS:
+            raise ValueError(f"drafts: expected 1 to {MAX_DRAFTS} ascending numbers, got {drafts}")
+        if drafts[-1] >= self.block_size:
+            raise ValueError(
+                f"drafts: expected numbers below block_size = {self.block_size}, since a draft leaves a MASK, "
+                f"got {drafts[-1]}"
+            )
+        if self.query_span != "window":
+            raise ValueError(
+                f'drafts: expected query_span="window", where a draft computes just what the next forward '
+                f"would, got {self.query_span!r}"
+            )
+        object.__setattr__(self, "drafts", drafts)
 
     def _check_thresholds(self) -> None:
         options = METHOD_OPTIONS[self.method]

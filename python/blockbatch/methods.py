@@ -39,6 +39,8 @@ class MethodRow:
 # The baselines run as their authors published them and fill the canvas; with `eos_exit="prefix"` they stop as
 # BlockBatch does.
 _BASELINE = {"block_size": 32, "eos_exit": "none"}
+# Of the methods whose block steps compute the window alone; ours, off by default.
+_CHEAPER = {"refresh_scope": "canvas", "query_span": "window", "drafts": None}
 _ROWS = (
     MethodRow(
         name="blockbatch",
@@ -52,6 +54,8 @@ _ROWS = (
             "merge_threshold": 0.5,
             "sync_threshold": 8,
             "refresh_interval": 32,
+            "refresh_scope": "canvas",
+            "query_span": "window",
             "eos_exit": "prefix",
             "commit": "threshold",
             "leap_radius": 4,
@@ -87,7 +91,7 @@ _ROWS = (
         title="dual cache",
         summary="K/V of all around the block is kept (Fast-dLLM, arXiv 2505.22618)",
         module="blockbatch.decoding.dual_cache",
-        options={**_BASELINE, "threshold": 0.9, "steps": None},
+        options={**_BASELINE, "threshold": 0.9, "steps": None, **_CHEAPER},
         published={"block_size": 32, "threshold": 0.9, "eos_exit": "none"},
     ),
     MethodRow(
@@ -95,7 +99,7 @@ _ROWS = (
         title="LocalLeap",
         summary="the dual cache, with less confidence needed near a sure token (arXiv 2510.07081)",
         module="blockbatch.decoding.local_leap",
-        options={**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
+        options={**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None, **_CHEAPER},
         published={"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
     ),
 )
@@ -159,6 +163,19 @@ OPTIONS = (
         "integer",
         "N",
         "blockbatch: tokens of finished blocks between full forwards (32)",
+        none=True,
+    ),
+    OptionRow(
+        "refresh_scope", "name", "SCOPE", "blockbatch, dual_cache, local_leap: canvas (default) or generation"
+    ),
+    OptionRow(
+        "query_span", "name", "SPAN", "blockbatch, dual_cache, local_leap: window (default) or open queries"
+    ),
+    OptionRow(
+        "drafts",
+        "integers",
+        "1,2",
+        "dual_cache, local_leap: compute ahead what the next commit may write (none)",
         none=True,
     ),
     OptionRow("eos_exit", "name", "MODE", "prefix or window: stop with the text; none: fill the canvas"),

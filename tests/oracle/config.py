@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 METHODS = ("blockbatch", "vanilla", "prefix_cache", "dual_cache", "local_leap")
+WITH_CHEAPER_FORWARDS = ("blockbatch", "dual_cache", "local_leap")
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,8 @@ class OracleConfig:
     tail_threshold: of masks behind the window's first mask below threshold; None: the threshold.
     threshold None (baselines only) commits a fixed number of tokens per step.
     commit: "threshold" or "local_leap"; the method local_leap always uses the latter.
+    query_span: what a block denoise computes, "window" or "open"; refresh_scope: what a refresh computes,
+    "canvas" or "generation". Neither can be changed for vanilla and prefix_cache.
     """
 
     method: str = "blockbatch"
@@ -30,6 +33,8 @@ class OracleConfig:
     commit: str = "threshold"
     leap_radius: int = 4
     leap_threshold: float = 0.75
+    query_span: str = "window"
+    refresh_scope: str = "canvas"
 
     def resolve(self):
         """The same settings with every baseline expressed as one branch of the common loop.
@@ -40,6 +45,11 @@ class OracleConfig:
         """
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
+        if self.method not in WITH_CHEAPER_FORWARDS and (self.query_span, self.refresh_scope) != (
+            "window",
+            "canvas",
+        ):
+            raise ValueError(f"query_span, refresh_scope: not options of {self.method}")
         if self.method == "blockbatch":
             if self.threshold is None:
                 raise ValueError("threshold: blockbatch expects a number, got None")

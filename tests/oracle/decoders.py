@@ -20,8 +20,9 @@ class OracleResult:
 
     branches: per branch block_size, committed, merged, synced, decoded and tokens (its canvas).
     log: one record per phase: phase ("init", "block", "refresh"), rows (branches whose forward it was),
-    forwards (what the policy was given), state (a copy of the policy's state afterwards). A block phase
-    without rows had no forward.
+    queries (for each branch the positions computed, none where it takes another's result), forwards (what
+    the policy was given), state (a copy of the policy's state afterwards). A block phase without rows had no
+    forward.
     """
 
     canvas: list
@@ -46,7 +47,9 @@ def decode(model, prompt, config):
     Raises RuntimeError after 4 * gen_length + 16 forwards: a model that goes on predicting MASK never ends.
     """
     config = config.resolve()
-    state = policy.new_state(prompt, config, model.mask_token_id, model.eos_token_ids)
+    state = policy.new_state(
+        prompt, config, model.mask_token_id, model.eos_token_ids, model.prediction_offset
+    )
     branches = state["branches"]
     length = policy.length_of(state)
     nfe = {"init": 0, "block": 0, "refresh": 0}
@@ -58,7 +61,7 @@ def decode(model, prompt, config):
     nfe["init"] += 1
     forwards = dict.fromkeys(range(len(branches)), forward)
     policy.init_phase(state, config, forwards)
-    record(log, "init", forwards, state)
+    record(log, "init", forwards, state, [0])
     copy_rows(model, state, rows)
 
     while state["winner"] is None:
@@ -70,20 +73,26 @@ def decode(model, prompt, config):
             for i in policy.refresh_rows(state):
                 key = tuple(branches[i]["tokens"])
                 if key not in computed:
-                    row = model.new_row(length)
-                    computed[key] = predict(model, branches[i]["tokens"], range(length), row), row
-                forwards[i] = computed[key][0]
-                rows[i] = model.copy_row(computed[key][1])
+                    # K/V that the refresh leaves as they are: those of the prompt, or none.
+                    keeps = config.refresh_scope == "generation"
+                    row = model.copy_row(rows[i]) if keeps else model.new_row(length)
+                    queries = policy.refresh_queries(state, config)
+                    computed[key] = i, predict(model, branches[i]["tokens"], queries, row), row
+                forwards[i] = computed[key][1]
+                rows[i] = model.copy_row(computed[key][2])
             nfe["refresh"] += 1
             policy.refresh_phase(state, config, forwards)
-            record(log, "refresh", forwards, state)
+            record(log, "refresh", forwards, state, [first for first, _, _ in computed.values()])
             continue
         for i in policy.block_rows(state, config):
             queries = block_queries(model, state, config, branches[i])
-            forwards[i] = predict(model, branches[i]["tokens"], queries, rows[i])
+            kept = None
+            if config.query_span == "open":
+                kept = range(*policy.window_of(state, config, branches[i]))
+            forwards[i] = predict(model, branches[i]["tokens"], queries, rows[i], kept)
         nfe["block"] += 1 if forwards else 0
         policy.block_phase(state, config, forwards)
-        record(log, "block", forwards, state)
+        record(log, "block", forwards, state, list(forwards))
         copy_rows(model, state, rows)
 
     return result(state, nfe, log)
@@ -91,6 +100,8 @@ def decode(model, prompt, config):
 
 def block_queries(model, state, config, branch):
     """Positions that a block denoise of this branch computes."""
+    if config.query_span == "open":
+        return policy.open_queries(state, config, branch)
     length = policy.length_of(state)
     start, end = policy.window_of(state, config, branch)
     if config.method == "vanilla":
@@ -100,18 +111,21 @@ def block_queries(model, state, config, branch):
     return range(start - model.prediction_offset, end - model.prediction_offset)
 
 
-def predict(model, tokens, queries, row):
-    """One forward over the positions `queries`: top token, confidence and probe by predicted position."""
+def predict(model, tokens, queries, row, kept=None):
+    """One forward over the positions `queries`: top token, confidence and probe by predicted position.
+
+    kept: the positions whose predictions count; None: all.
+    """
     queries = list(queries)
     logits = torch.as_tensor(model.forward([tokens[q] for q in queries], queries, row)).clone()
     if model.suppress_mask:
         logits[:, model.mask_token_id] = -torch.inf
     tops = np.argmax(logits.numpy(), axis=-1).tolist()  # numpy promises the first index on a tie
     probabilities = logits.softmax(-1).tolist()
-    forward = {"top": {}, "confidence": {}, "probe": {}}
+    forward = {"top": {}, "confidence": {}, "probe": {}, "queries": queries}
     for n, query in enumerate(queries):
         position = query + model.prediction_offset
-        if position < len(tokens):
+        if position < len(tokens) and (kept is None or position in kept):
             forward["top"][position] = tops[n]
             forward["confidence"][position] = probabilities[n][tops[n]]
             forward["probe"][position] = probabilities[n][tokens[position]]
@@ -123,15 +137,24 @@ def copy_rows(model, state, rows):
         rows[destination] = model.copy_row(rows[source])
 
 
-def record(log, phase, forwards, state):
-    log.append({"phase": phase, "rows": sorted(forwards), "forwards": forwards, "state": snapshot(state)})
+def record(log, phase, forwards, state, computed):
+    queries = [forwards[i]["queries"] if i in computed else [] for i in range(len(state["branches"]))]
+    log.append(
+        {
+            "phase": phase,
+            "rows": sorted(forwards),
+            "queries": queries,
+            "forwards": forwards,
+            "state": snapshot(state),
+        }
+    )
 
 
 def snapshot(state):
     """A copy of a state that later phases leave alone."""
     copy = dict(state, kv_copies=list(state["kv_copies"]))
     copy["branches"] = [
-        dict(b, tokens=list(b["tokens"]), top=dict(b["top"]), confidence=dict(b["confidence"]))
+        dict(b, tokens=list(b["tokens"]), **{name: dict(b[name]) for name in ("top", "confidence", "cached")})
         for b in state["branches"]
     ]
     return copy

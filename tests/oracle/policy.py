@@ -4,6 +4,7 @@ A **state** is a dict:
 
     prompt_length, gen_length, mask_token_id   ints
     eos_token_ids   set of ints
+    prediction_offset   logits at position i predict position i + offset; open queries alone ask
     winner          index of the winning branch, None while decoding goes on
     stop_reason     "eos" or "length" once there is a winner, else None
     refresh_due     whether a refresh comes before the next block denoise
@@ -18,11 +19,13 @@ and a branch is a dict of
     decoded, progress, blocks_since_refresh, needs_refresh, done
     top             {position: token} and
     confidence      {position: probability}, from the branch's latest forward of that position
+    cached          {position: token that the K/V in the branch's row was computed from}
     steps           forwards committed in this window
     committed, merged, synced   counters of what this branch did itself
 
-A **forward** of a branch is a dict of top and confidence, for the positions it computed, and probe {position:
-probability of the token held there before the forward}, read only where that token is an EOS.
+A **forward** of a branch is a dict of top and confidence, for the positions it predicts, probe {position:
+probability of the token held there before the forward}, read only where that token is an EOS, and queries,
+the positions whose K/V it computed; without queries the branch's K/V count as they were.
 
 `init_phase`, `block_phase` and `refresh_phase` take {branch index: forward} and change the state in place.
 Probabilities and thresholds are compared as float32.
@@ -31,7 +34,7 @@ Probabilities and thresholds are compared as float32.
 import numpy as np
 
 
-def new_state(prompt, config, mask_token_id, eos_token_ids):
+def new_state(prompt, config, mask_token_id, eos_token_ids, prediction_offset=0):
     """The state before the first forward. config: a resolved OracleConfig."""
     start, length = len(prompt), len(prompt) + config.gen_length
     branches = [
@@ -46,6 +49,7 @@ def new_state(prompt, config, mask_token_id, eos_token_ids):
             "done": False,
             "top": {},
             "confidence": {},
+            "cached": {},
             "steps": 0,
             "committed": 0,
             "merged": 0,
@@ -58,6 +62,7 @@ def new_state(prompt, config, mask_token_id, eos_token_ids):
         "gen_length": config.gen_length,
         "mask_token_id": mask_token_id,
         "eos_token_ids": set(eos_token_ids),
+        "prediction_offset": prediction_offset,
         "winner": None,
         "stop_reason": None,
         "refresh_due": False,
@@ -113,6 +118,29 @@ def block_rows(state, config):
 def refresh_rows(state):
     """Branches of a refresh: all that are not done."""
     return [i for i, b in enumerate(state["branches"]) if not b["done"]]
+
+
+def stale_positions(state, branch):
+    """Generated positions that hold a token while the cached K/V is that of another, or of MASK."""
+    stale = []
+    for position in range(state["prompt_length"], length_of(state)):
+        token = branch["tokens"][position]
+        if token != state["mask_token_id"] and token != branch["cached"].get(position):
+            stale.append(position)
+    return stale
+
+
+def open_queries(state, config, branch):
+    """Positions that a block denoise computes with open queries: what predicts, and what is stale."""
+    predicting = {p - state["prediction_offset"] for p in window_masks(state, config, branch)}
+    return sorted(predicting.union(stale_positions(state, branch)))
+
+
+def refresh_queries(state, config):
+    """Positions that a refresh computes of a branch."""
+    if config.refresh_scope == "generation":
+        return range(state["prompt_length"] - state["prediction_offset"], length_of(state))
+    return range(length_of(state))
 
 
 # Phases
@@ -184,6 +212,8 @@ def advance_merge_sync(state, config):
 def remember(branch, forward):
     branch["top"].update(forward["top"])
     branch["confidence"].update(forward["confidence"])
+    for position in forward.get("queries", ()):
+        branch["cached"][position] = branch["tokens"][position]
 
 
 def at_least(value, threshold):
@@ -314,7 +344,7 @@ def sync(state, config):
     for i, branch in enumerate(branches):
         if branch["done"] or leader["decoded"] - branch["decoded"] <= config.sync_threshold:
             continue
-        branch["tokens"] = list(leader["tokens"])
+        branch["tokens"], branch["cached"] = list(leader["tokens"]), dict(leader["cached"])
         branch["decoded"] = leader["decoded"]
         branch["synced"] += 1
         state["kv_copies"].append((leader_index, i))
@@ -335,7 +365,8 @@ def finish_window(state, forwards, held_before):
             continue
         p = eos[0]
         just_committed = held_before[i][p] == state["mask_token_id"]
-        probability = forward["confidence"][p] if just_committed else forward["probe"][p]
+        # An EOS whose position this forward did not predict has no probability in it.
+        probability = forward["confidence"][p] if just_committed else forward["probe"].get(p, 0.0)
         if best is None or np.float32(probability) > best:
             best, state["winner"], state["stop_reason"] = np.float32(probability), i, "eos"
 

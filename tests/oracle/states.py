@@ -1,6 +1,7 @@
 """Random states of a request in the middle of decoding, to test one phase of the policy at a time."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ BLOCK_SIZE_SETS = ((4, 8, 16, 32), (8, 32), (1, 2, 4, 8), (16,), (2, 32), (1, 32
 VOCABULARY, MASK, EOS = 16, 15, (13, 14)
 
 
-def random_case(seed):
+def random_case(seed, cheaper_forwards=False):
     """(phase, config, state, forwards), for `policy.init_phase`, `block_phase` or `refresh_phase`.
 
     The states keep what every decode keeps: windows are blocks, nothing is masked before a window, a branch
@@ -19,6 +20,9 @@ def random_case(seed):
     so that they are often compatible; confidences repeat and meet the thresholds exactly, so that ties and
     bounds are tested.
     Token ids are below VOCABULARY, MASK is the MASK id, EOS the ids that end a text.
+
+    cheaper_forwards: query_span, refresh_scope and the prediction offset are drawn too, and K/V that are
+    those of another token than the one held.
     """
     rng = random.Random(seed)
     sizes = rng.choice(BLOCK_SIZE_SETS)
@@ -36,24 +40,50 @@ def random_case(seed):
         tail_threshold=rng.choice((None, None, 1.0)),
     ).resolve()
     prompt = [rng.randrange(MASK) for _ in range(rng.randint(1, 9))]
-    state = policy.new_state(prompt, config, MASK, EOS)
+    offset = 0
+    if cheaper_forwards:
+        config = replace(
+            config,
+            query_span=rng.choice(("open", "open", "window")),
+            refresh_scope=rng.choice(("canvas", "generation")),
+        )
+        offset = rng.choice((0, 1))
+    state = policy.new_state(prompt, config, MASK, EOS, offset)
     phase = rng.choice(("init", "block", "block", "block", "refresh"))
     truth = [rng.randrange(EOS[0]) for _ in range(policy.length_of(state))]
     if phase == "init":
-        forward = random_forward(rng, config, truth, state["branches"][0], range(policy.length_of(state)))
+        everything = range(policy.length_of(state))
+        forward = random_forward(rng, config, truth, state["branches"][0], everything)
+        forward["queries"] = list(everything)
         return phase, config, state, dict.fromkeys(range(len(sizes)), forward)
 
     front = rng.randrange(config.gen_length)
     for branch in state["branches"]:
         fill(rng, config, state, branch, truth, front)
-    if phase == "refresh":
-        state["refresh_due"] = True
-        queries = {i: range(policy.length_of(state)) for i in policy.refresh_rows(state)}
-    else:
-        rows = policy.block_rows(state, config)
-        queries = {i: range(*policy.window_of(state, config, state["branches"][i])) for i in rows}
-    forwards = {i: random_forward(rng, config, truth, state["branches"][i], queries[i]) for i in queries}
+        if cheaper_forwards:
+            fill_cached(rng, state, branch)
+    state["refresh_due"] = phase == "refresh"
+    rows = policy.refresh_rows(state) if phase == "refresh" else policy.block_rows(state, config)
+    forwards = {}
+    for i in rows:
+        branch = state["branches"][i]
+        queries, predicted = queries_of(phase, config, state, branch)
+        forwards[i] = random_forward(rng, config, truth, branch, predicted)
+        forwards[i]["queries"] = queries
     return phase, config, state, forwards
+
+
+def queries_of(phase, config, state, branch):
+    """The positions that a forward of the branch computes, and those that it predicts."""
+    length, offset = policy.length_of(state), state["prediction_offset"]
+    window = range(*policy.window_of(state, config, branch))
+    if phase == "refresh":
+        queries = policy.refresh_queries(state, config)
+        return list(queries), range(queries[0] + offset, length)
+    if config.query_span == "open":
+        queries = policy.open_queries(state, config, branch)
+        return queries, [p for p in window if p - offset in queries]
+    return [p - offset for p in window], window
 
 
 def fill(rng, config, state, branch, truth, front):
@@ -82,10 +112,18 @@ def fill(rng, config, state, branch, truth, front):
     branch["top"], branch["confidence"] = earlier["top"], earlier["confidence"]
 
 
-def random_forward(rng, config, truth, branch, queries):
+def fill_cached(rng, state, branch):
+    """Tokens that the K/V of the generation region were computed from: at times MASK or another's."""
+    stale = rng.choice((0.0, 0.1, 0.5, 1.0))
+    for p in range(state["prompt_length"], policy.length_of(state)):
+        other = rng.choice((MASK, MASK, rng.randrange(MASK)))
+        branch["cached"][p] = other if rng.random() < stale else branch["tokens"][p]
+
+
+def random_forward(rng, config, truth, branch, predicted):
     forward = {"top": {}, "confidence": {}, "probe": {}}
     agreement = rng.choice((0.5, 0.9, 1.0))
-    for p in queries:
+    for p in predicted:
         top = truth[p] if rng.random() < agreement else rng.randrange(EOS[0])
         if rng.random() < 0.05:
             top = rng.choice(EOS)
