@@ -2,7 +2,8 @@
 
     python tests/long_policy.py --states 1000000 --backend cuda --processes 16
 
-The states are those of `oracle.states.random_case`, seed by seed. Backends: "cuda", "reference" (both through
+The states are those of `oracle.states.random_case`, seed by seed; `--cheaper-forwards` draws open queries,
+refreshes of the generation region and the prediction offset too. Backends: "cuda", "reference" (both through
 the front door) or "host", the compiled policy in the calling process. Prints the first differences and exits
 with 1 if there are any.
 """
@@ -21,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda
 from oracle import policy
-from oracle.states import random_case
-from policy_bridge import params_of
+from oracle.states import queries_of, random_case
+from policy_bridge import cached_tokens, params_of
 
 PHASE_FUNCTIONS = {"init": policy.init_phase, "block": policy.block_phase, "refresh": policy.refresh_phase}
 CHUNK = 500
@@ -45,6 +46,7 @@ def columns_before(state, config):
     result["window_start"] = [w0 - start for w0, _ in windows]
     result["window_end"] = [w1 - start for _, w1 in windows]
     result["tokens"] = [branch["tokens"][start:] for branch in branches]
+    result["cached_token"] = [cached_tokens(state, branch) for branch in branches]
     for name, key in (("top_token", "top"), ("confidence", "confidence")):
         # A state knows the predictions of all positions, in order, or none.
         result[name] = [list(branch[key].values())[start:] or [0] * gen_length for branch in branches]
@@ -65,28 +67,42 @@ def predictions_of(state, forwards):
     return (target, top, confidence, probe), source_row
 
 
+def scattered_queries(config, phase, queries, gen_length):
+    """query_start, query_end, query_position of a plan that computes these positions of every row."""
+    places = [[0] * (gen_length + 1) for _ in queries]
+    if config.query_span != "open" or phase != "block":
+        bounds = [(row[0], row[-1] + 1) if row else (0, 0) for row in queries]
+    else:
+        bounds = [(0, len(row)) for row in queries]
+        for place, row in zip(places, queries):
+            place[: len(row)] = row
+    return [*zip(*bounds), places]
+
+
 def expected_plan(state, config):
-    """query_start, query_end, source_row, predict and flags of the next plan of a running request."""
-    start, length, branches = state["prompt_length"], policy.length_of(state), state["branches"]
-    ranges, source_row = [(0, 0)] * len(branches), [-1] * len(branches)
-    if state["refresh_due"]:
+    """query_start, query_end, query_position, source_row, predict and flags of a running request's plan."""
+    start, gen_length, branches = state["prompt_length"], state["gen_length"], state["branches"]
+    phase = "refresh" if state["refresh_due"] else "block"
+    queries, source_row = [[] for _ in branches], [-1] * len(branches)
+    predicted = np.zeros((len(branches), gen_length), np.bool_)
+    if phase == "refresh":
         seen = {}
         for index in policy.refresh_rows(state):
             source_row[index] = seen.setdefault(tuple(branches[index]["tokens"]), index)
-            ranges[index] = (0, length) if source_row[index] == index else (0, 0)
+            if source_row[index] == index:
+                queries[index] = list(policy.refresh_queries(state, config))
+                predicted[index] = True
     else:
         for index in policy.block_rows(state, config):
             source_row[index] = index
-            ranges[index] = policy.window_of(state, config, branches[index])
+            queries[index], positions = queries_of(phase, config, state, branches[index])
+            predicted[index, [position - start for position in positions]] = True
     tokens = np.array([branch["tokens"][start:] for branch in branches])
     wanted = [*state["eos_token_ids"], state["mask_token_id"]]
-    bounds = np.array(ranges)[:, :, None] - start
-    positions = np.arange(state["gen_length"])
-    predict = np.isin(tokens, wanted).any(0) & (positions >= bounds[:, 0]) & (positions < bounds[:, 1])
-    queries = sum(end - begin for begin, end in ranges)
-    phase = bbk.PHASES.index("refresh" if state["refresh_due"] else "block")
-    stalled = sum(branch["decoded"] > state["gen_length"] for branch in branches)
-    return [*zip(*ranges), source_row, predict], [1, phase, queries, int(predict.sum()), stalled]
+    predict = np.isin(tokens, wanted).any(0) & predicted
+    stalled = sum(branch["decoded"] > gen_length for branch in branches)
+    flags = [1, bbk.PHASES.index(phase), sum(map(len, queries)), int(predict.sum()), stalled]
+    return [*scattered_queries(config, phase, queries, gen_length), source_row, predict], flags
 
 
 class Batch:
@@ -114,18 +130,24 @@ class Batch:
 
     def _upload_predictions(self, device):
         self.ends, all_columns, sources, flags = [0], [[], [], [], []], [], []
-        for phase, _, state, forwards in self.cases:
+        plans = [[], [], []]
+        for phase, config, state, forwards in self.cases:
             columns, source_row = predictions_of(state, forwards)
             for column, more in zip(all_columns, columns):
                 column += more
             self.ends.append(len(all_columns[0]))
             sources += source_row
+            queries = [forwards[i]["queries"] if i in forwards else [] for i in range(self.count)]
+            for column, more in zip(plans, scattered_queries(config, phase, queries, self.gen_length)):
+                column += more
             flags.append([1, bbk.PHASES.index(phase), 0, 0, 0])
         dtypes = (torch.int64, torch.int32, torch.float32, torch.float32)
         self.predictions = [
             torch.tensor(column, dtype=dtype).to(device) for column, dtype in zip(all_columns, dtypes)
         ]
         self.plans.source_row.copy_(torch.tensor(sources, dtype=torch.int32))
+        for name, column in zip(("query_start", "query_end", "query_position"), plans):
+            getattr(self.plans, name).copy_(torch.tensor(column, dtype=torch.int32))
         self.flags.copy_(torch.tensor(flags, dtype=torch.int32))
 
     def run(self, decode_policy):
@@ -137,7 +159,8 @@ class Batch:
                 for name, column in self.state.items()
             }
             predictions = [column[self.ends[i] : self.ends[i + 1]] for column in self.predictions]
-            plan = bbk.StepPlan(*(column[rows] for column in self.plans[:4]), self.flags[i])
+            columns = {name: column[rows] for name, column in self.plans._asdict().items()}
+            plan = bbk.StepPlan(**{**columns, "flags": self.flags[i]})
             events = bbk.PolicyEvents(*(column[rows] for column in self.events))
             decode_policy(
                 bbk.BranchState(**fields),
@@ -163,6 +186,9 @@ class Batch:
 
             start = state["prompt_length"]
             check("tokens", ours["tokens"][rows], [branch["tokens"][start:] for branch in branches])
+            if config.query_span == "open":
+                cached = [cached_tokens(state, branch) for branch in branches]
+                check("cached_token", ours["cached_token"][rows], cached)
             check("finished", ours["finished"][i], ended)
             for name in COUNTERS:
                 check(name, ours[name][rows], [branch[name] for branch in branches])
@@ -182,7 +208,8 @@ class Batch:
                     window = ours["window_start"][row] + start, ours["window_end"][row] + start
                     check("window", window, policy.window_of(state, config, branch))
             columns, expected_flags = expected_plan(state, config)
-            for name, column in zip(("query_start", "query_end", "source_row", "predict"), columns):
+            names = ("query_start", "query_end", "query_position", "source_row", "predict")
+            for name, column in zip(names, columns):
                 check(name, plans[name][rows], column)
             check("flags", flags[i], expected_flags)
         return found
@@ -196,12 +223,12 @@ def policy_of(backend):
 
 def compare(task):
     """Number of cases compared from a range of seeds, how many of them ended, and the differences."""
-    backend, first, behind = task
+    backend, cheaper_forwards, first, behind = task
     torch.set_num_threads(1)
     device = torch.device("cuda" if backend == "cuda" else "cpu")
     shapes = {}
     for seed in range(first, behind):
-        case = random_case(seed)
+        case = random_case(seed, cheaper_forwards)
         phase, config, _, forwards = case
         if phase == "refresh" and not forwards:
             continue  # every branch is done: such a request has ended before
@@ -225,11 +252,13 @@ def main():
     parser.add_argument("--states", type=int, default=10_000)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--backend", choices=("cuda", "host", "reference"), default="host")
+    parser.add_argument("--cheaper-forwards", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     behind = args.first_seed + args.states
     tasks = [
-        (args.backend, first, min(first + CHUNK, behind)) for first in range(args.first_seed, behind, CHUNK)
+        (args.backend, args.cheaper_forwards, first, min(first + CHUNK, behind))
+        for first in range(args.first_seed, behind, CHUNK)
     ]
     begun = time.perf_counter()
     compared = ended = 0
