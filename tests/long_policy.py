@@ -80,7 +80,7 @@ def scattered_queries(config, phase, queries, gen_length):
 
 
 def expected_plan(state, config):
-    """query_start, query_end, query_position, source_row, predict and flags of the plan of a running request."""
+    """query_start, query_end, query_position, source_row, predict and flags of a running request's plan."""
     start, gen_length, branches = state["prompt_length"], state["gen_length"], state["branches"]
     phase = "refresh" if state["refresh_due"] else "block"
     queries, source_row = [[] for _ in branches], [-1] * len(branches)
