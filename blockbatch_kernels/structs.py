@@ -169,10 +169,10 @@ class PolicyParams:
             token of the generation region whose K/V was computed from another (ours, not in the paper).
         refresh_scope: what a refresh computes of each distinct row: the whole "canvas", or the "generation"
             region alone, which leaves the K/V of the prompt as the first forward left them (ours).
-        drafts: lengths of the drafts, ascending (ours; none: ()). Row 0 of a request is then its only branch, and
-            row d holds, for a block step, what row 0 holds and the `drafts[d - 1]` MASKs of its window that the
-            last forward was surest of, as that forward predicts them. Where row 0 comes to hold the same, the
-            draft's forward is its next one. See `reference/drafts.py`.
+        drafts: lengths of the drafts, ascending (ours; none: ()). Row 0 of a request is then its only branch,
+            and row d holds, for a block step, what row 0 holds and the `drafts[d - 1]` MASKs of its window that
+            the last forward was surest of, as that forward predicts them. Where row 0 comes to hold the same,
+            the draft's forward is its next one. See `reference/drafts.py`.
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
     """
