@@ -27,9 +27,11 @@ _STATE = {
     "done": ("R", _BOOL),
     "top_token": ("RG", _INT),
     "confidence": ("RG", _FLOAT),
+    "cached_token": ("RG", _INT),
     "committed": ("R", _INT),
     "merged": ("R", _INT),
     "synced": ("R", _INT),
+    "adopted": ("R", _INT),
     "nfe": ("Q3", _INT),
     "finished": ("Q", _BOOL),
     "winner": ("Q", _INT),
@@ -41,6 +43,7 @@ _PLAN = {
     "source_row": ("R", _INT),
     "predict": ("RG", _BOOL),
     "flags": ("5", _INT),
+    "query_position": ("RH", _INT),
 }
 _EVENTS = {"committed": ("RG", _BOOL), "merged": ("RG", _BOOL), "sync_source": ("R", _INT)}
 
@@ -102,7 +105,15 @@ def _check_fields(
     state: BranchState,
 ) -> None:
     rows, gen_length = state.tokens.shape
-    sizes = {"R": rows, "Q": state.num_requests, "G": gen_length, "3": 3, "5": 5, "*": None}
+    sizes = {
+        "R": rows,
+        "Q": state.num_requests,
+        "G": gen_length,
+        "H": gen_length + 1,
+        "3": 3,
+        "5": 5,
+        "*": None,
+    }
     for name, (letters, dtype) in fields.items():
         shape = tuple(sizes[letter] for letter in letters)
         check_tensor(f"{owner}.{name}", getattr(record, name), shape, (dtype,), state.tokens.device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 PHASES = ("init", "block", "refresh")
-QUERY_SPANS = ("window", "suffix", "canvas")
+QUERY_SPANS = ("window", "suffix", "canvas", "open")
+REFRESH_SCOPES = ("canvas", "generation")
 EOS_EXITS = ("prefix", "window", "none")
 STOP_REASONS = ("running", "eos", "length")
 
@@ -43,9 +44,13 @@ class BranchState:
     done: Tensor  # [R] bool
     top_token: Tensor  # [R, G] int32, argmax of the latest forward that computed the position
     confidence: Tensor  # [R, G] float32, its softmax probability; 0 before the first forward
+    cached_token: (
+        Tensor  # [R, G] int32, the token that the cached K/V was computed from; kept by open queries alone
+    )
     committed: Tensor  # [R] int32, tokens that this branch committed itself
     merged: Tensor  # [R] int32, tokens that it took from other branches by merge
     synced: Tensor  # [R] int32, how often it took over the leader's state
+    adopted: Tensor  # [R] int32, forwards that it took over from drafts
     nfe: Tensor  # [Q, 3] int32, forwards by phase: init, block, refresh
     finished: Tensor  # [Q] bool
     winner: Tensor  # [Q] int32, branch index; valid where finished
@@ -107,9 +112,11 @@ class BranchState:
             done=zeros(num_rows, dtype=torch.bool),
             top_token=zeros(num_rows, gen_length),
             confidence=zeros(num_rows, gen_length, dtype=torch.float32),
+            cached_token=torch.full((num_rows, gen_length), mask_token_id, dtype=torch.int32, device=device),
             committed=zeros(num_rows),
             merged=zeros(num_rows),
             synced=zeros(num_rows),
+            adopted=zeros(num_rows),
             nfe=zeros(num_requests, 3),
             finished=zeros(num_requests, dtype=torch.bool),
             winner=zeros(num_requests),
@@ -124,13 +131,14 @@ class BranchState:
             prompt_length: [Q] int32.
             mask_token_id: the id that marks an undecoded position.
         """
-        kept = {"block_size", "prompt_length", "window_end", "tokens"}
+        kept = {"block_size", "prompt_length", "window_end", "tokens", "cached_token"}
         for field in fields(self):
             if field.name not in kept:
                 getattr(self, field.name).zero_()
         self.prompt_tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
         self.prompt_length.copy_(prompt_length)
         self.tokens.fill_(mask_token_id)
+        self.cached_token.fill_(mask_token_id)
         self.window_end.copy_(self.block_size.clamp(max=self.gen_length))
 
 
@@ -157,7 +165,14 @@ class PolicyParams:
         refresh_interval: tokens of finished blocks after which a branch asks for a full forward; None: never.
         eos_exit: one of EOS_EXITS.
         query_span: what a block denoise computes: the "window", the window and everything behind it
-            ("suffix"), or the whole "canvas".
+            ("suffix"), the whole "canvas", or what is "open": the MASKs of the window, and once more every
+            token of the generation region whose K/V was computed from another (ours, not in the paper).
+        refresh_scope: what a refresh computes of each distinct row: the whole "canvas", or the "generation"
+            region alone, which leaves the K/V of the prompt as the first forward left them (ours).
+        drafts: lengths of the drafts, ascending (ours; none: ()). Row 0 of a request is then its only branch,
+            and row d holds, for a block step, what row 0 holds and the `drafts[d - 1]` MASKs of its window that
+            the last forward was surest of, as that forward predicts them. Where row 0 comes to hold the same,
+            the draft's forward is its next one. See `reference/drafts.py`.
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
     """
@@ -174,7 +189,9 @@ class PolicyParams:
     refresh_interval: int | None = 32
     eos_exit: str = "prefix"
     query_span: str = "window"
+    refresh_scope: str = "canvas"
     prediction_offset: int = 0
+    drafts: tuple[int, ...] = ()
 
 
 class StepPlan(NamedTuple):
@@ -185,11 +202,14 @@ class StepPlan(NamedTuple):
     stalled when it has committed more tokens than there are: the model writes its own MASK.
     """
 
-    query_start: Tensor  # [R] int32, canvas positions [start, end) are computed; equal: the row sits out
+    # [R] int32, canvas positions [start, end) are computed; equal: the row sits out. In a block step of open
+    # queries they are places in the row of `query_position` instead.
+    query_start: Tensor
     query_end: Tensor  # [R] int32
     source_row: Tensor  # [R] int32, the row whose predictions and K/V it takes; -1: not in this forward
     predict: Tensor  # [R, G] bool, positions whose prediction can still matter
     flags: Tensor  # [5] int32
+    query_position: Tensor  # [R, G + 1] int32, canvas positions of open queries, ascending
 
     @classmethod
     def allocate(cls, num_rows: int, gen_length: int, device: torch.device) -> StepPlan:
@@ -197,7 +217,8 @@ class StepPlan(NamedTuple):
         buffer = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, device=device)
         flags, *rows = buffer.split((5, num_rows, num_rows, num_rows))
         predict = torch.zeros(num_rows, gen_length, dtype=torch.bool, device=device)
-        return cls(*rows, predict, flags)
+        positions = torch.zeros(num_rows, gen_length + 1, dtype=torch.int32, device=device)
+        return cls(*rows, predict, flags, positions)
 
     def host_part(self) -> Tensor:
         """[5 + 3 R] int32: flags, query_start, query_end, source_row of an allocated plan, for one copy."""

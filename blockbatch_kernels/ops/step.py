@@ -37,6 +37,7 @@ def pack_windows(
     capacity: int,
     predict_capacity: int,
     prediction_offset: int = 0,
+    scattered: bool = False,
     backend: str | None = None,
 ) -> PackedQueries:
     """Gathers the query tokens of all rows of a plan into fixed-capacity tensors, without a host wait.
@@ -68,6 +69,7 @@ def pack_windows(
         capacity=capacity,
         predict_capacity=predict_capacity,
         prediction_offset=prediction_offset,
+        scattered=scattered,
     )
 
 
@@ -92,6 +94,7 @@ def copy_pages(
     write_end: Tensor,
     *,
     num_branches: int,
+    write_positions: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Copy on write: gives each row its own page wherever it is about to change one that another row uses
@@ -117,7 +120,14 @@ def copy_pages(
     if kv_cache.shape[2] < page_table.numel():
         raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
     module = dispatch.module_for(backend, "copy_pages", page_table, num_branches=num_branches)
-    module.copy_pages(kv_cache, page_table, write_start, write_end, num_branches=num_branches)
+    module.copy_pages(
+        kv_cache,
+        page_table,
+        write_start,
+        write_end,
+        num_branches=num_branches,
+        write_positions=write_positions,
+    )
 
 
 @traceable

@@ -15,6 +15,7 @@ def pack_windows(
     capacity: int,
     predict_capacity: int,
     prediction_offset: int,
+    scattered: bool = False,
 ) -> PackedQueries:
     device, num_rows, gen_length = state.tokens.device, state.num_rows, state.gen_length
     lengths = plan.query_end - plan.query_start
@@ -24,7 +25,8 @@ def pack_windows(
     index = torch.arange(capacity, dtype=torch.int32, device=device)
     valid = index < cu_seqlens_q[-1]
     row = torch.searchsorted(cu_seqlens_q[1:], index, right=True).clamp_(max=num_rows - 1)
-    position = torch.where(valid, plan.query_start[row] + index - cu_seqlens_q[row], 0)
+    place = torch.where(valid, plan.query_start[row] + index - cu_seqlens_q[row], 0)
+    position = torch.where(valid, plan.query_position[row, place.long()], 0) if scattered else place
 
     request = row // state.num_branches
     generated = (position - state.prompt_length[request]).long()  # negative inside the prompt

@@ -16,7 +16,13 @@ def share_pages(page_table: Tensor, source_row: Tensor) -> None:
 
 
 def copy_pages(
-    kv_cache: Tensor, page_table: Tensor, write_start: Tensor, write_end: Tensor, *, num_branches: int
+    kv_cache: Tensor,
+    page_table: Tensor,
+    write_start: Tensor,
+    write_end: Tensor,
+    *,
+    num_branches: int,
+    write_positions: Tensor | None = None,
 ) -> None:
     page_size = kv_cache.shape[3]
     num_rows, pages_per_row = page_table.shape
@@ -24,6 +30,12 @@ def copy_pages(
     first, last = write_start.unsqueeze(1), write_end.unsqueeze(1)
     touched = (first < last) & (first < column_start + page_size) & (last > column_start)  # [rows, columns]
     covered = (first <= column_start) & (last >= column_start + page_size)
+    if write_positions is not None:
+        place = torch.arange(write_positions.shape[1], device=page_table.device)
+        column = torch.where((place >= first) & (place < last), write_positions // page_size, pages_per_row)
+        written = torch.zeros(num_rows, pages_per_row + 1, dtype=torch.int32, device=page_table.device)
+        written.scatter_add_(1, column.long(), torch.ones_like(column, dtype=torch.int32))
+        touched, covered = written[:, :-1] > 0, written[:, :-1] == page_size
 
     def by_request(x: Tensor) -> Tensor:
         return x.view(-1, num_branches, pages_per_row)

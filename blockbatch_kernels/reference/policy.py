@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.reference import drafts
 from blockbatch_kernels.reference.plan import (
     by_request,
     first_true,
@@ -39,9 +40,26 @@ def decode_policy(
 ) -> tuple[StepPlan, PolicyEvents]:
     phase = plan.flags[1]
     forwarded = plan.source_row >= 0
-    _count_forward(state, forwarded, phase)
-    probe_probability = _store_predictions(state, predictions, plan)
+    count_forward(state, forwarded, phase)
+    if params.query_span == "open":
+        _note_cached(state, forwarded)
+    probe_probability = store_predictions(state, predictions, plan)
+    if params.drafts:
+        events = drafts.follow(state, plan, probe_probability, params, after_forward)
+    else:
+        events = after_forward(state, forwarded, phase, probe_probability, params)
+    result = next_plan(state, params), events
+    if out is None:
+        return result
+    for values, target in zip(result, out, strict=True):
+        write(values, target)
+    return out
 
+
+def after_forward(
+    state: BranchState, forwarded: Tensor, phase: Tensor, probe_probability: Tensor, params: PolicyParams
+) -> PolicyEvents:
+    """All rules but the next plan, once the predictions of the rows `forwarded` stand in the state."""
     masked_before = state.tokens == params.mask_token_id
     committed = _commit(state, forwarded, params)
     _clip_windows(state, params)
@@ -65,21 +83,25 @@ def decode_policy(
         _finish_prefix(state, params)
     sync_source = _sync(state, running_rows(state) & ~is_refresh, params)
     _finish_length(state)
-    result = next_plan(state, params), PolicyEvents(committed, merged, sync_source)
-    if out is None:
-        return result
-    for values, target in zip(result, out, strict=True):
-        write(values, target)
-    return out
+    return PolicyEvents(committed, merged, sync_source)
 
 
-def _count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None:
+def count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None:
     took_part = by_request(state, forwarded).any(1).int()
     is_phase = torch.arange(3, device=phase.device) == phase
     state.nfe.add_(is_phase.int() * took_part.unsqueeze(1))
 
 
-def _store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
+def _note_cached(state: BranchState, forwarded: Tensor) -> None:
+    """Keeps in mind which tokens the K/V of the rows was computed from: those before this commit.
+
+    That is the whole row, whatever the queries were: a token whose K/V was that of another was among them,
+    and the K/V of a MASK always is that of a MASK.
+    """
+    state.cached_token.copy_(torch.where(forwarded.unsqueeze(1), state.tokens, state.cached_token))
+
+
+def store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
     """Scatters the packed predictions; returns the probe probabilities, [R, G]."""
     num_rows, gen_length = state.tokens.shape
     behind = num_rows * gen_length  # padding goes to a slot behind the end
@@ -259,7 +281,7 @@ def _sync(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     own = torch.arange(state.num_rows, device=decoded.device)
     first_row = torch.arange(state.num_requests, device=decoded.device).unsqueeze(1) * state.num_branches
     source = torch.where(trails, (leader + first_row).expand_as(decoded).flatten(), own)
-    for field in (state.tokens, state.decoded, state.done):
+    for field in (state.tokens, state.cached_token, state.decoded, state.done):
         field.copy_(field[source])
     _move_window(state, trails, params)
     state.synced.add_(trails.int())

@@ -95,14 +95,16 @@ def read_outcome(state: bbk.BranchState, request: int) -> RequestOutcome:
     )
 
 
-def final_prefixes(state: bbk.BranchState, mask_token_id: int) -> list[list[int]]:
+def final_prefixes(state: bbk.BranchState, params: bbk.PolicyParams) -> list[list[int]]:
     """For each request the longest prefix of its generation region on which all its branches agree.
 
     It is final: merges and commits only write where nothing stands, and a sync copies one branch's canvas
     over another's.
     """
     tokens = state.tokens.view(state.num_requests, state.num_branches, -1)
-    agreed = (tokens == tokens[:, :1]).all(1) & (tokens[:, 0] != mask_token_id)  # [Q, G]
+    if params.drafts:  # of which nothing is final
+        tokens = tokens[:, :1]
+    agreed = (tokens == tokens[:, :1]).all(1) & (tokens[:, 0] != params.mask_token_id)  # [Q, G]
     # The host waits once, for both.
     length = agreed.int().cumprod(1).sum(1, keepdim=True, dtype=torch.int32)
     rows = torch.cat((length, tokens[:, 0]), dim=1).tolist()

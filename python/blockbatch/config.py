@@ -30,6 +30,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         "merge_threshold": 0.5,
         "sync_threshold": 8,
         "refresh_interval": 32,
+        "query_span": "window",
+        "refresh_scope": "canvas",
         "eos_exit": "prefix",
         "commit": "threshold",
         "leap_radius": 4,
@@ -37,8 +39,23 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "vanilla": {**_BASELINE, "steps": None},
     "prefix_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
-    "dual_cache": {**_BASELINE, "threshold": 0.9, "steps": None},
-    "local_leap": {**_BASELINE, "threshold": 0.9, "leap_radius": 4, "leap_threshold": None},
+    "dual_cache": {
+        **_BASELINE,
+        "threshold": 0.9,
+        "steps": None,
+        "query_span": "window",
+        "refresh_scope": "canvas",
+        "drafts": None,
+    },
+    "local_leap": {
+        **_BASELINE,
+        "threshold": 0.9,
+        "leap_radius": 4,
+        "leap_threshold": None,
+        "query_span": "window",
+        "refresh_scope": "canvas",
+        "drafts": None,
+    },
 }
 METHODS = tuple(METHOD_OPTIONS)
 _COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
@@ -88,6 +105,9 @@ class DecodeConfig:
     merge_threshold: float | None = DEFAULT
     sync_threshold: int | None = DEFAULT
     refresh_interval: int | None = DEFAULT
+    query_span: str | None = DEFAULT
+    refresh_scope: str | None = DEFAULT
+    drafts: tuple[int, ...] | None = DEFAULT
     eos_exit: str = DEFAULT
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT

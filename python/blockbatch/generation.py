@@ -114,7 +114,7 @@ def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[st
 
 def final_prefix(session: Session, request: int = 0) -> list[int]:
     """The longest prefix of a request's generation region on which all its branches agree."""
-    return branches.final_prefixes(session.state, session.params.mask_token_id)[request]
+    return branches.final_prefixes(session.state, session.params)[request]
 
 
 def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:

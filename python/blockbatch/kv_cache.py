@@ -64,7 +64,9 @@ class KVCache:
         """Back to no pages at all; what they hold is never read before it is written anew."""
         self.page_table.fill_(-1)
 
-    def make_private(self, write_start: Tensor, write_end: Tensor) -> None:
+    def make_private(
+        self, write_start: Tensor, write_end: Tensor, write_positions: Tensor | None = None
+    ) -> None:
         """Gives each row pages of its own where it is about to write positions [write_start, write_end)."""
         bbk.copy_pages(
             self.kv,
@@ -72,6 +74,7 @@ class KVCache:
             write_start,
             write_end,
             num_branches=self.num_branches,
+            write_positions=write_positions,
             backend=self.backend,
         )
 

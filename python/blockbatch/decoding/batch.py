@@ -51,6 +51,7 @@ class Batch:
         each = {
             "window": sum(min(size, gen_length) for size in self.method.block_sizes),
             "suffix": len(self.method.block_sizes) * (gen_length + self.method.params.prediction_offset),
+            "open": len(self.method.block_sizes) * (gen_length + self.method.params.prediction_offset),
             "canvas": len(self.method.block_sizes) * (max_prompt + gen_length),
         }
         return self.state.num_requests * each[self.method.params.query_span]

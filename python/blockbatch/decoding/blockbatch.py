@@ -28,6 +28,8 @@ def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]
         sync_threshold=_NEVER if config.sync_threshold is None else config.sync_threshold,
         refresh_interval=config.refresh_interval,
         eos_exit=config.eos_exit,
+        query_span=config.query_span,
+        refresh_scope=config.refresh_scope,
         prediction_offset=spec.prediction_offset,
     )
     return Method(config.block_sizes, params)

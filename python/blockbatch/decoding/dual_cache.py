@@ -6,4 +6,4 @@ from blockbatch.models.spec import ModelSpec
 
 
 def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]) -> Method:
-    return single_branch(config, spec, eos_token_ids, query_span="window", refresh_every_block=True)
+    return single_branch(config, spec, eos_token_ids, query_span=config.query_span, refresh_every_block=True)

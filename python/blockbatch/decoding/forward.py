@@ -21,8 +21,10 @@ def block_denoise(model, batch: Batch, capacity: int, predict_capacity: int) -> 
     if capacity == 0:
         predictions = _no_predictions(batch.device)
     else:
-        batch.cache.make_private(batch.plan.query_start, batch.plan.query_end)
-        predictions = _predict(model, batch, batch.plan, capacity, predict_capacity)
+        scattered = batch.method.params.query_span == "open"
+        positions = batch.plan.query_position if scattered else None
+        batch.cache.make_private(batch.plan.query_start, batch.plan.query_end, positions)
+        predictions = _predict(model, batch, batch.plan, capacity, predict_capacity, scattered=scattered)
     _apply_policy(batch, predictions)
 
 
@@ -73,7 +75,13 @@ def _chunks(lengths: list[int], max_tokens: int) -> list[slice]:
 
 
 def _predict(
-    model, batch: Batch, plan: bbk.StepPlan, capacity: int, predict_capacity: int
+    model,
+    batch: Batch,
+    plan: bbk.StepPlan,
+    capacity: int,
+    predict_capacity: int,
+    *,
+    scattered: bool = False,
 ) -> bbk.Predictions:
     params = batch.method.params
     packed = bbk.pack_windows(
@@ -84,6 +92,7 @@ def _predict(
         capacity=capacity,
         predict_capacity=predict_capacity,
         prediction_offset=params.prediction_offset,
+        scattered=scattered,
         backend=batch.backend,
     )
     probe_tokens = None

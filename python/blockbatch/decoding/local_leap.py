@@ -10,7 +10,7 @@ def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]
         config,
         spec,
         eos_token_ids,
-        query_span="window",
+        query_span=config.query_span,
         refresh_every_block=True,
         leap_radius=config.leap_radius,
     )

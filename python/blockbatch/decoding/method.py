@@ -49,6 +49,8 @@ def single_branch(
         refresh_interval=config.block_size if refresh_every_block else None,
         eos_exit=config.eos_exit,
         query_span=query_span,
+        refresh_scope=config.refresh_scope or "canvas",
+        drafts=config.drafts or (),
         prediction_offset=spec.prediction_offset,
     )
-    return Method((config.block_size,), params)
+    return Method((config.block_size,) * (1 + len(params.drafts)), params)

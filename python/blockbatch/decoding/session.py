@@ -111,7 +111,7 @@ class Session:
     @torch.inference_mode()
     def step(self) -> Step | None:
         if self.stops is not None and self._plan.running:
-            self._end(self.stops.ended(branches.final_prefixes(self.state, self.params.mask_token_id)))
+            self._end(self.stops.ended(branches.final_prefixes(self.state, self.params)))
         plan = self._plan
         if not plan.running:
             return None
