@@ -2,9 +2,9 @@
 
 The first row of a request is its only branch; the rows behind it are *drafts*, which hold what the next
 commit may write. A forward computes them all. Where the commit leaves the branch with the tokens of a
-draft, the draft's forward is the very one that the branch would need next: its window was computed whole, and
-all else is the same. The branch adopts predictions and K/V, commits again, and so on through as many drafts as
-match.
+draft, the draft's forward is the very one that the branch would need next: its window was computed whole,
+and all else is the same. The branch adopts predictions and K/V, commits again, and so on through as many
+drafts as match.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def count_forward(state: BranchState, forwarded: Tensor, phase: Tensor) -> None:
 def _note_cached(state: BranchState, forwarded: Tensor) -> None:
     """Keeps in mind which tokens the K/V of the rows was computed from: those before this commit.
 
-    That is the whole row, whatever the queries were: a token whose K/V was that of another was among them, and
-    the K/V of a MASK always is that of a MASK.
+    That is the whole row, whatever the queries were: a token whose K/V was that of another was among them,
+    and the K/V of a MASK always is that of a MASK.
     """
     state.cached_token.copy_(torch.where(forwarded.unsqueeze(1), state.tokens, state.cached_token))
 
