@@ -234,8 +234,8 @@ class StepPlan(NamedTuple):
     stalled when it has committed more tokens than there are: the model writes its own MASK.
     """
 
-    # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries they
-    # are places in the row's line of `query_position` instead.
+    # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries
+    # they are places in the row's line of `query_position` instead.
     query_start: Annotated[Tensor, Layout("rows")]
     query_end: Annotated[Tensor, Layout("rows")]
     # The row whose predictions and K/V it takes; -1: not in this forward.

@@ -113,6 +113,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
             write_start=ints([3, 17, 0, 2], device),
             write_end=ints([9, 20, 0, 30], device),
             num_branches=2,
+            write_positions=torch.arange(32, dtype=torch.int32, device=device).repeat(4, 1),
         )
     state, plan, predictions = policy(device)
     if operator == "pack_windows":

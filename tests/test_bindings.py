@@ -200,7 +200,7 @@ class Options:
     ("options", "error", "message"),
     [
         (dict(eos_exit="never"), ValueError, "eos_exit: expected 'prefix', 'window' or 'none', got 'never'"),
-        (dict(query_span=1), ValueError, "query_span: expected 'window', .* or 'canvas', got 1"),
+        (dict(query_span=1), ValueError, "query_span: expected 'window', .* or 'open', got 1"),
         (dict(threshold="high"), TypeError, "threshold: expected a number, got str"),
         (dict(mask_token_id=None), TypeError, "mask_token_id: expected an integer, got NoneType"),
         (dict(mask_token_id=2**31), TypeError, "mask_token_id: expected an integer, got int"),

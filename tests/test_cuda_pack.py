@@ -41,12 +41,14 @@ def compare_pack(place, seed, max_requests=3, max_branches=6, max_length=80):
         plan.query_end.copy_(ends.amax(0))
         plan.predict.copy_(torch.rand(plan.predict.shape) < 0.5)
     table = torch.randint(0, 1000, (state.num_rows, columns), dtype=torch.int32)
+    is_open = params.query_span == "open" and plan.flags[1] == bbk.structs.PHASE_BLOCK and kind != "loose"
     total = int((plan.query_end - plan.query_start).sum())
     options = dict(
         page_size=page_size,
         capacity=total + rng.choice((0, 1, 300)),
         predict_capacity=max(0, total + rng.choice((0, 5, 400, -total // 2))),
         prediction_offset=params.prediction_offset,
+        scattered=bool(is_open),
     )
     device = place.device
     wide = torch.full((state.num_rows, columns + 3), -5, dtype=torch.int32, device=device)
@@ -117,9 +119,17 @@ def compare_pages(place, seed, max_requests=4, max_branches=8, columns=None):
     end = torch.clamp(start + length, max=columns * page_size).int()
     layout = torch.empty_strided(kv.shape, kv.stride(), dtype=dtype, device=place.device)
     our_kv, our_table = layout.copy_(kv), table.to(place.device, copy=True)
+    scattered = None
+    if rng.random() < 0.5:  # some of all positions, in stretches and alone
+        chosen = torch.rand(rows, columns * page_size) < rng.choice((0.1, 0.5, 0.97))
+        order = (~chosen).int().sort(dim=1, stable=True).indices.int()
+        scattered = torch.cat((torch.full((rows, 2), -9, dtype=torch.int32), order), dim=1)
+        start = torch.full_like(start, 2)
+        end = 2 + chosen.sum(1).int()
     ranges = start.to(place.device), end.to(place.device)
-    place.copy_pages(our_kv, our_table, *ranges, num_branches=branches)
-    reference.copy_pages(kv, table, start, end, num_branches=branches)
+    listed = None if scattered is None else scattered.to(place.device)
+    place.copy_pages(our_kv, our_table, *ranges, num_branches=branches, write_positions=listed)
+    reference.copy_pages(kv, table, start, end, num_branches=branches, write_positions=scattered)
     assert torch.equal(our_table.cpu(), table)
     assert torch.equal(our_kv.cpu(), kv)
 

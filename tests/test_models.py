@@ -110,7 +110,8 @@ def test_block_forward_right_after_a_full_forward_agrees_with_it(folder):
     predict = torch.zeros_like(plan.predict)
     predict[0, 4:8], predict[1, 16:32] = True, True
     flags = torch.tensor([1, 1, 20, 20, 0], dtype=torch.int32)
-    block_plan = bbk.StepPlan(starts, ends, torch.tensor([0, 1], dtype=torch.int32), predict, flags)
+    sources = torch.tensor([0, 1], dtype=torch.int32)
+    block_plan = bbk.StepPlan(starts, ends, sources, predict, flags, plan.query_position)
     cache.prepare(block_plan)
     block = run(model, cache, state, block_plan, seqlens_k)
     by_position = dict(zip(full.target.tolist(), zip(full.top_token.tolist(), full.confidence.tolist())))

@@ -16,6 +16,7 @@ def pack_windows(
     capacity: int,
     predict_capacity: int,
     prediction_offset: int,
+    scattered: bool = False,
 ) -> PackedQueries:
     """See `blockbatch_kernels.ops.pack_windows`. One launch.
 
@@ -42,6 +43,7 @@ def pack_windows(
         packed=packed,
         page_size=page_size,
         prediction_offset=prediction_offset,
+        scattered=scattered,
         stream=extension.stream_of(page_table),
     )
     return packed

@@ -18,7 +18,13 @@ def share_pages(page_table: Tensor, source_row: Tensor) -> None:
 
 
 def copy_pages(
-    kv_cache: Tensor, page_table: Tensor, write_start: Tensor, write_end: Tensor, *, num_branches: int
+    kv_cache: Tensor,
+    page_table: Tensor,
+    write_start: Tensor,
+    write_end: Tensor,
+    *,
+    num_branches: int,
+    write_positions: Tensor | None = None,
 ) -> None:
     """See `blockbatch_kernels.ops.copy_pages`. Two launches; at most 32 branches.
 
@@ -37,6 +43,7 @@ def copy_pages(
         write_end=write_end.contiguous(),
         num_moves=num_moves,
         moves=moves,
+        write_positions=write_positions,
         num_branches=num_branches,
         stream=extension.stream_of(page_table),
     )

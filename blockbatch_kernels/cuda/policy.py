@@ -58,7 +58,9 @@ def _empty_plan(state: BranchState) -> StepPlan:
     rows = state.num_rows
     buffer = torch.empty(5 + 3 * rows, dtype=torch.int32, device=state.tokens.device)
     flags, *columns = buffer.split((5, rows, rows, rows))
-    return StepPlan(*columns, torch.empty_like(state.tokens, dtype=torch.bool), flags)
+    predict = torch.empty_like(state.tokens, dtype=torch.bool)
+    positions = state.tokens.new_empty(rows, state.gen_length + 1)
+    return StepPlan(*columns, predict, flags, positions)
 
 
 def _empty_events(state: BranchState) -> PolicyEvents:

@@ -281,7 +281,8 @@ def _sync(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     own = torch.arange(state.num_rows, device=decoded.device)
     first_row = torch.arange(state.num_requests, device=decoded.device).unsqueeze(1) * state.num_branches
     source = torch.where(trails, (leader + first_row).expand_as(decoded).flatten(), own)
-    for field in (state.tokens, state.cached_token, state.decoded, state.done):
+    with_kv = (state.cached_token,) if params.query_span == "open" else ()
+    for field in (state.tokens, state.decoded, state.done, *with_kv):
         field.copy_(field[source])
     _move_window(state, trails, params)
     state.synced.add_(trails.int())

@@ -150,6 +150,11 @@ def _plan_kernel(
         end = tl.where(active, number, end)
     predict &= inside
 
+    if SPAN != "open":
+        places = plan.query_position + row * (gen_length + 1)
+        nowhere = tl.zeros_like(at)
+        tl.store(places[:, None] + column[None, :], nowhere, mask=inside)
+        tl.store(places + gen_length, tl.zeros_like(row), mask=valid)
     tl.store(plan.query_start + row, start, mask=valid)
     tl.store(plan.query_end + row, end, mask=valid)
     tl.store(plan.source_row + row, source, mask=valid)

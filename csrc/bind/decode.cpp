@@ -32,7 +32,7 @@ StateSizes sizes_of(const Record& state) {
 }
 
 void call_pack_windows(Call& call, const Record& state, const Record& plan, const TensorView& page_table,
-                       const Record& packed, int page_size, int prediction_offset) {
+                       const Record& packed, int page_size, int prediction_offset, bool scattered) {
   const StateSizes sizes = sizes_of(state);
   PackParams params{};
   state.read(BBK_KEY("prompt_tokens"), &params.prompt_tokens);
@@ -41,6 +41,7 @@ void call_pack_windows(Call& call, const Record& state, const Record& plan, cons
   plan.read(BBK_KEY("query_start"), &params.query_start);
   plan.read(BBK_KEY("query_end"), &params.query_end);
   plan.read(BBK_KEY("predict"), &params.predict);
+  if (scattered) plan.read(BBK_KEY("query_position"), &params.query_position);
   params.page_table = page_table.data<const int32_t>();
   params.page_table_stride = page_table.row_stride();
   read_record(packed, &params.packed);
@@ -69,7 +70,7 @@ void call_share_pages(Call& call, const TensorView& page_table, const TensorView
 // A page's chunk of kv_cache [layers, 2, pages, page_size, kv_heads, head_dim] must be dense.
 void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& page_table,
                      const TensorView& write_start, const TensorView& write_end, const TensorView& num_moves,
-                     const TensorView& moves, int num_branches) {
+                     const TensorView& moves, const TensorView& write_positions, int num_branches) {
   const int64_t bytes = size_of(kv_cache.dtype);
   CopyPagesParams params{};
   params.kv_cache = static_cast<char*>(kv_cache.data<void>());
@@ -83,6 +84,10 @@ void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& p
   params.page_table_stride = page_table.row_stride();
   params.write_start = write_start.contiguous().data<const int32_t>();
   params.write_end = write_end.contiguous().data<const int32_t>();
+  if (!write_positions.is_none()) {
+    params.write_positions = write_positions.contiguous().data<const int32_t>();
+    params.write_positions_size = write_positions.size(1);
+  }
   params.num_requests = num_branches > 0 ? page_table.int_size(0) / num_branches : 0;
   params.num_branches = num_branches;
   params.pages_per_row = page_table.int_size(1);
@@ -148,6 +153,7 @@ py::dict record_fields() {
 #undef BBK_ADD
   fields["eos_exit"] = tuple_of(EnumNames<EosExit>::kNames);
   fields["query_span"] = tuple_of(EnumNames<QuerySpan>::kNames);
+  fields["refresh_scope"] = tuple_of(EnumNames<RefreshScope>::kNames);
   return fields;
 }
 
@@ -157,12 +163,13 @@ void bind_decode(py::module_& module) {
   module.attr("RECORD_FIELDS") = record_fields();
   module.attr("NUM_COUNTERS") = kNumCounters;
   module.attr("MAX_MOVE_LISTS") = kMaxMoveLists;
-  define<&call_pack_windows>(module, "pack_windows",
-                             {"state", "plan", "page_table", "packed", "page_size", "prediction_offset"});
+  define<&call_pack_windows>(
+      module, "pack_windows",
+      {"state", "plan", "page_table", "packed", "page_size", "prediction_offset", "scattered"});
   define<&call_share_pages>(module, "share_pages", {"page_table", "source_row"});
-  define<&call_copy_pages>(
-      module, "copy_pages",
-      {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves", "num_branches"});
+  define<&call_copy_pages>(module, "copy_pages",
+                           {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves",
+                            "write_positions", "num_branches"});
   define<&call_decode_policy>(
       module, "decode_policy",
       {"state", "predictions", "plan", "out_plan=out[0]", "events=out[1]", "params", "counters"});

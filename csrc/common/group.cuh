@@ -34,6 +34,12 @@ struct Group {
   __device__ int team_sum(int value) const { return __reduce_add_sync(kWholeTeam, value); }
   __device__ uint32_t team_max(uint32_t value) const { return __reduce_max_sync(kWholeTeam, value); }
   __device__ uint32_t team_or(uint32_t value) const { return __reduce_or_sync(kWholeTeam, value); }
+  // How many lower lanes have the flag set; `total` is how many lanes have.
+  __device__ int team_count_below(bool flag, int* total) const {
+    const unsigned flags = __ballot_sync(kWholeTeam, flag);
+    *total = __popc(flags);
+    return __popc(flags & ((1u << lane()) - 1));
+  }
 
   // On memory of the group.
   __device__ int add(int* target, int value) const { return atomicAdd(target, value); }  // the value before
@@ -107,6 +113,10 @@ struct Group {
   int team_sum(int value) const { return value; }
   uint32_t team_max(uint32_t value) const { return value; }
   uint32_t team_or(uint32_t value) const { return value; }
+  int team_count_below(bool flag, int* total) const {
+    *total = flag ? 1 : 0;
+    return 0;
+  }
 
   int add(int* target, int value) const {
     *target += value;

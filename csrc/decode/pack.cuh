@@ -10,20 +10,37 @@ namespace bbk {
 
 constexpr int kStretch = 1024;  // packed tokens of a row that one group handles
 
-// Generated positions [first, behind) whose prediction the queries of a row give.
+BBK_HD int row_length(const PackParams& params, int row) {
+  return larger(params.query_end[row] - params.query_start[row], 0);
+}
+
+// Canvas position of the query `index` of a row.
+BBK_HD int position_of(const PackParams& params, int row, int index) {
+  const int place = params.query_start[row] + index;
+  if (params.query_position == nullptr) return place;
+  return params.query_position[static_cast<int64_t>(row) * (params.gen_length + 1) + place];
+}
+
+// The position that a query predicts, from the canvas position of the query.
+BBK_HD int target_shift(const PackParams& params, int row) {
+  return params.prediction_offset - params.prompt_length[row / params.num_branches];
+}
+
+// Generated positions [first, behind) among which the first `num_queries` queries of a row predict, and no
+// others of the row.
 struct Targets {
   int first;
   int behind;
 };
 
 BBK_HD Targets targets_of(const PackParams& params, int row, int num_queries) {
-  const int shift = params.prediction_offset - params.prompt_length[row / params.num_branches];
-  const int first = params.query_start[row] + shift;
-  return Targets{larger(first, 0), smaller(first + num_queries, params.gen_length)};
-}
-
-BBK_HD int row_length(const PackParams& params, int row) {
-  return larger(params.query_end[row] - params.query_start[row], 0);
+  const int shift = target_shift(params, row);
+  if (params.query_position == nullptr) {
+    const int first = params.query_start[row] + shift;
+    return Targets{larger(first, 0), smaller(first + num_queries, params.gen_length)};
+  }
+  if (num_queries >= row_length(params, row)) return Targets{0, num_queries > 0 ? params.gen_length : 0};
+  return Targets{0, larger(smaller(position_of(params, row, num_queries) + shift, params.gen_length), 0)};
 }
 
 struct PackScratch {
@@ -127,20 +144,18 @@ BBK_HD void pad(const PackParams& params, const PackOffsets& offsets, int64_t ra
 // Group: the tokens [stretch_start, stretch_end) of a row's queries and the predictions among them.
 BBK_HD void pack_stretch(const Group& group, const PackParams& params, int row, int stretch_start,
                          int stretch_end, const PackOffsets& offsets, PackScratch* scratch) {
-  const Targets targets = targets_of(params, row, row_length(params, row));
-  const int first_target =
-      params.query_start[row] + params.prediction_offset - params.prompt_length[row / params.num_branches];
+  const int shift = target_shift(params, row);
   int64_t rank = offsets.predictions_before;
   int turn = 0;
   for (int base = stretch_start; base < stretch_end; base += group.size()) {
     const int i = base + group.rank();
     const int64_t index = static_cast<int64_t>(offsets.tokens_before) + i;
-    const int target = first_target + i;
+    const int position = i < stretch_end ? position_of(params, row, i) : 0;
+    const int target = position + shift;
     const int64_t flat_target = static_cast<int64_t>(row) * params.gen_length + target;
-    const bool wanted = i < stretch_end && target >= targets.first && target < targets.behind &&
-                        params.predict[flat_target] != 0;
-    if (i < stretch_end && index < params.capacity)
-      pack_token(params, row, params.query_start[row] + i, index);
+    const bool wanted =
+        i < stretch_end && target >= 0 && target < params.gen_length && params.predict[flat_target] != 0;
+    if (i < stretch_end && index < params.capacity) pack_token(params, row, position, index);
     int total = 0;
     // Two turns never share scratch memory, so one barrier a turn is enough.
     const int64_t at = rank + group.count_below(wanted, scratch->sums[turn], &total);

@@ -13,9 +13,12 @@ struct PackParams {
   const int32_t* query_start;    // [R]
   const int32_t* query_end;      // [R]
   const uint8_t* predict;        // [R, G]
-  const int32_t* page_table;     // [R, pages_per_row]
-  int64_t page_table_stride;     // from a row to the next
-  PackedQueriesView packed;      // written
+  // [R, G + 1] canvas positions, ascending, of which [query_start, query_end) are a row's queries; null: the
+  // positions [query_start, query_end) are.
+  const int32_t* query_position;
+  const int32_t* page_table;  // [R, pages_per_row]
+  int64_t page_table_stride;  // from a row to the next
+  PackedQueriesView packed;   // written
   int64_t capacity;
   int64_t predict_capacity;
   int32_t num_rows;

@@ -48,17 +48,41 @@ BBK_HD MoveList move_list(const CopyPagesParams& params, int index, int num_list
   return MoveList{first, smaller(first + per_list, columns), moves + first * params.num_branches};
 }
 
-// Positions that a row is about to write.
+// Positions that a row is about to write: [start, end), or those in its list from place `start` to `end`.
 struct Write {
   int start;
   int end;
+  const int32_t* list;  // ascending, or null
 
-  BBK_HD bool touches(int first, int behind) const { return start < end && start < behind && end > first; }
-  BBK_HD bool covers(int first, int behind) const { return start <= first && end >= behind; }
+  // The first place in the list whose position is not below `position`.
+  BBK_HD int find(int position) const {
+    int low = start, high = end;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (list[middle] < position) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  BBK_HD bool touches(int first, int behind) const {
+    if (start >= end) return false;
+    if (list == nullptr) return start < behind && end > first;
+    const int place = find(first);
+    return place < end && list[place] < behind;
+  }
+  BBK_HD bool covers(int first, int behind) const {
+    if (list == nullptr) return start <= first && end >= behind;
+    return find(behind) - find(first) == behind - first;
+  }
 };
 
 BBK_HD Write write_of(const CopyPagesParams& params, int64_t row) {
-  return Write{params.write_start[row], params.write_end[row]};
+  const int32_t* list = params.write_positions;
+  if (list != nullptr) list += row * params.write_positions_size;
+  return Write{params.write_start[row], params.write_end[row], list};
 }
 
 // One thread: chooses the pages of one column of a request, branch after branch, and writes them to the

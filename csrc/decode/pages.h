@@ -31,6 +31,10 @@ struct CopyPagesParams {
   int64_t page_table_stride;
   const int32_t* write_start;  // [num_requests * num_branches]
   const int32_t* write_end;
+  // [num_requests * num_branches, write_positions_size] positions, ascending, of which [write_start,
+  // write_end) are written; null: the positions [write_start, write_end) are.
+  const int32_t* write_positions;
+  int64_t write_positions_size;
   int32_t num_requests;
   int32_t num_branches;
   int32_t pages_per_row;

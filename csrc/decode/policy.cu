@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "common/launch.cuh"
+#include "decode/policy_drafts.cuh"
 #include "decode/policy_plan.cuh"
 
 namespace bbk {
@@ -19,27 +20,43 @@ __device__ void copy_tokens(const Group& group, int32_t* to, const int32_t* from
   for (int64_t i = group.rank(); i < count; i += group.size()) to[i] = from[i];
 }
 
+// Calls with and without drafts go through the same kernels, compiled for either.
+__host__ __device__ const PolicyParams& all_rows(const PolicyParams& params) { return params; }
+__host__ __device__ const PolicyParams& all_rows(const DraftParams& params) { return params.all; }
+
+BBK_HD Outcome decide(const Group& group, const PolicyParams& params, int64_t index, int32_t* tokens,
+                      RequestScratch* scratch) {
+  return policy_request(group, params, index, tokens, scratch);
+}
+BBK_HD Outcome decide(const Group& group, const DraftParams& params, int64_t index, int32_t* tokens,
+                      RequestScratch* scratch) {
+  return policy_with_drafts(group, params, index, tokens, scratch);
+}
+
 // The policy of request `index` in shared memory where its tokens fit, in place where not. Returns the tokens
 // that the next plan is to read.
-__device__ const int32_t* run_policy(const Group& group, const PolicyParams& params, int64_t index,
-                                     bool in_shared, int32_t* shared_tokens, RequestScratch* scratch,
-                                     Outcome* outcome) {
+template <typename Params>
+__device__ const int32_t* run_policy(const Group& group, const Params& given, int64_t index, bool in_shared,
+                                     int32_t* shared_tokens, RequestScratch* scratch, Outcome* outcome) {
+  const PolicyParams& params = all_rows(given);
   const int64_t size = static_cast<int64_t>(params.num_branches) * params.gen_length;
   int32_t* in_state = params.state.tokens + index * size;
   int32_t* tokens = in_shared ? shared_tokens : in_state;
   if (in_shared) copy_tokens(group, tokens, in_state, size);
-  *outcome = policy_request(group, params, index, tokens, scratch);
+  *outcome = decide(group, given, index, tokens, scratch);
   if (in_shared) copy_tokens(group, in_state, tokens, size);
   return tokens;
 }
 
+template <typename Params>
 __global__ void __launch_bounds__(kMaxThreads)
-    policy_and_plan_kernel(const __grid_constant__ PolicyParams params, bool in_shared) {
+    policy_and_plan_kernel(const __grid_constant__ Params given, bool in_shared) {
   extern __shared__ int32_t shared_tokens[];
   __shared__ RequestScratch scratch;
+  const PolicyParams& params = all_rows(given);
   const Group group;
   Outcome outcome;
-  const int32_t* tokens = run_policy(group, params, 0, in_shared, shared_tokens, &scratch, &outcome);
+  const int32_t* tokens = run_policy(group, given, 0, in_shared, shared_tokens, &scratch, &outcome);
   bool refresh = false;
   for (int n = 0; n < params.num_branches; ++n) {
     refresh |= runs(scratch.rows[n], outcome.finished) && scratch.rows[n].needs_refresh;
@@ -49,14 +66,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (group.rank() == 0) write_flags(params, phase, counts);
 }
 
+template <typename Params>
 __global__ void __launch_bounds__(kMaxThreads)
-    policy_kernel(const __grid_constant__ PolicyParams params, bool in_shared) {
+    policy_kernel(const __grid_constant__ Params given, bool in_shared) {
   extern __shared__ int32_t shared_tokens[];
   __shared__ RequestScratch scratch;
   const Group group;
-  if (blockIdx.x == 0 && group.rank() < kNumCounters) params.counters[group.rank()] = 0;
+  if (blockIdx.x == 0 && group.rank() < kNumCounters) all_rows(given).counters[group.rank()] = 0;
   Outcome outcome;
-  run_policy(group, params, blockIdx.x, in_shared, shared_tokens, &scratch, &outcome);
+  run_policy(group, given, blockIdx.x, in_shared, shared_tokens, &scratch, &outcome);
 }
 
 // The last CTA to come writes the flags, from sums of integers: the same in any order.
@@ -126,6 +144,11 @@ void check(const PolicyParams& params, const char* op) {
   }
   if (is_scheduled(params.settings))
     check_at_least(op, "steps_per_block", params.settings.steps_per_block.value, 1);
+  const int drafts = params.settings.drafts.count;
+  if (drafts > 0 && params.num_branches != drafts + 1) {
+    refuse(op, "drafts: expected one for each row of a request but the first, " +
+                   std::to_string(params.num_branches - 1) + ", got " + std::to_string(drafts));
+  }
 }
 
 void launch_plan(const PolicyParams& params, bool is_init, const Launch& launch, const char* op) {
@@ -133,32 +156,42 @@ void launch_plan(const PolicyParams& params, bool is_init, const Launch& launch,
   launch_kernel<plan_kernel>(op, launch, {grid, num_threads(params)}, params, is_init);
 }
 
+template <typename Params>
+void run_on_host(const Params& given) {
+  const PolicyParams& params = all_rows(given);
+  const auto scratch = std::make_unique<RequestScratch>();
+  const int64_t size = static_cast<int64_t>(params.num_branches) * params.gen_length;
+  for (int64_t index = 0; index < params.num_requests; ++index) {
+    decide(Group(), given, index, params.state.tokens + index * size, scratch.get());
+  }
+  plan_on_host(params, false, scratch.get());
+}
+
+template <typename Params>
+void run(const Params& given, const Launch& launch, const char* op) {
+  const PolicyParams& params = all_rows(given);
+  if (launch.device < 0) return run_on_host(given);
+  const DeviceGuard guard(launch.device, op);
+  const int64_t token_bytes = static_cast<int64_t>(sizeof(int32_t)) * params.num_branches * params.gen_length;
+  const int64_t beside_scratch =
+      max_shared_bytes(op, launch.device) - static_cast<int64_t>(sizeof(RequestScratch));
+  const bool in_shared = token_bytes <= smaller(kMaxTokenBytes, beside_scratch);
+  const dim3 grid(static_cast<unsigned>(params.num_requests));
+  const LaunchConfig config{grid, num_threads(params), in_shared ? token_bytes : 0};
+  if (params.num_requests == 1) {
+    return launch_kernel<policy_and_plan_kernel<Params>>(op, launch, config, given, in_shared);
+  }
+  launch_kernel<policy_kernel<Params>>(op, launch, config, given, in_shared);
+  launch_plan(params, false, launch, op);
+}
+
 }  // namespace
 
 void decode_policy(const PolicyParams& params, const Launch& launch) {
   constexpr char kOp[] = "decode_policy";
   check(params, kOp);
-  if (launch.device < 0) {
-    const auto scratch = std::make_unique<RequestScratch>();
-    const int64_t size = static_cast<int64_t>(params.num_branches) * params.gen_length;
-    for (int64_t index = 0; index < params.num_requests; ++index) {
-      policy_request(Group(), params, index, params.state.tokens + index * size, scratch.get());
-    }
-    plan_on_host(params, false, scratch.get());
-    return;
-  }
-  const DeviceGuard guard(launch.device, kOp);
-  const int64_t token_bytes = static_cast<int64_t>(sizeof(int32_t)) * params.num_branches * params.gen_length;
-  const int64_t beside_scratch =
-      max_shared_bytes(kOp, launch.device) - static_cast<int64_t>(sizeof(RequestScratch));
-  const bool in_shared = token_bytes <= smaller(kMaxTokenBytes, beside_scratch);
-  const dim3 grid(static_cast<unsigned>(params.num_requests));
-  const LaunchConfig config{grid, num_threads(params), in_shared ? token_bytes : 0};
-  if (params.num_requests == 1) {
-    return launch_kernel<policy_and_plan_kernel>(kOp, launch, config, params, in_shared);
-  }
-  launch_kernel<policy_kernel>(kOp, launch, config, params, in_shared);
-  launch_plan(params, false, launch, kOp);
+  if (params.settings.drafts.count > 0) return run(draft_params(params), launch, kOp);
+  run(params, launch, kOp);
 }
 
 void initial_plan(const PolicyParams& params, const Launch& launch) {

@@ -10,13 +10,17 @@ namespace bbk {
 
 // Group: the trailing rows take over the leader's tokens and move to their own blocks. The leader is none of
 // them, or takes over from itself.
-BBK_HD void sync_rows(const Group& group, const PolicyParams& params, int leader, uint32_t trailing,
-                      int32_t* tokens, BranchRow* rows) {
+BBK_HD void sync_rows(const Group& group, const PolicyParams& params, const Request& request, int leader,
+                      uint32_t trailing, int32_t* tokens, BranchRow* rows) {
   const int64_t gen_length = params.gen_length;
+  int32_t* cached_token = params.state.cached_token + request.first_position;
   for (uint32_t left = trailing; left != 0; left &= left - 1) {
-    int32_t* to = tokens + lowest_bit(left) * gen_length;
-    for (int p = group.rank(); p < params.gen_length; p += group.size())
-      to[p] = tokens[leader * gen_length + p];
+    const int64_t to = lowest_bit(left) * gen_length, from = leader * gen_length;
+    for (int p = group.rank(); p < params.gen_length; p += group.size()) {
+      tokens[to + p] = tokens[from + p];
+      // Goes with the K/V of the leader.
+      if (params.settings.query_span == kSpanOpen) cached_token[to + p] = cached_token[from + p];
+    }
   }
   for (int n = group.rank(); n < params.num_branches; n += group.size()) {
     if ((trailing >> n & 1) == 0) continue;
@@ -28,18 +32,19 @@ BBK_HD void sync_rows(const Group& group, const PolicyParams& params, int leader
   }
 }
 
-// Group: everything after a forward of one request. `tokens` [branches, G] is the request's part of the state
-// or a copy of it nearer by; the caller brings it there and back. The scratch keeps the rows for the next
-// plan. Returns the outcome to every thread.
-BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, int64_t index, int32_t* tokens,
-                              RequestScratch* scratch) {
-  const Request request = request_at(params, index);
+// Rows that take over the state of another.
+struct Sync {
+  uint32_t trailing;
+  int leader;
+};
+
+// Group: the rules for a request whose rows are loaded, from its predictions to its outcome, which is known
+// to every thread.
+BBK_HD Sync apply_rules(const Group& group, const PolicyParams& params, const Request& request,
+                        int32_t* tokens, Outcome* outcome_so_far, RequestScratch* scratch) {
   const PolicySettings& settings = params.settings;
   BranchRow* rows = scratch->rows;
-  Outcome outcome{params.state.finished[index] != 0, params.state.winner[index],
-                  params.state.stop_reason[index]};
-  load_request(group, params, request, scratch);
-  group.sync();
+  Outcome& outcome = *outcome_so_far;
   const bool is_refresh = scratch->phase == kPhaseRefresh;
 
   commit_request(group, params, request, tokens, outcome, scratch);
@@ -86,7 +91,7 @@ BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, in
   }
   group.sync();
   if (trailing != 0) {
-    sync_rows(group, params, leader, trailing, tokens, rows);
+    sync_rows(group, params, request, leader, trailing, tokens, rows);
     group.sync();
   }
 
@@ -98,7 +103,25 @@ BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, in
     for (int n = 1; n < params.num_branches; ++n) most = rows[n].progress > rows[most].progress ? n : most;
     outcome = Outcome{true, most, kStopLength};
   }
-  store_request(group, params, request, *scratch, outcome, trailing, leader);
+  return Sync{trailing, leader};
+}
+
+BBK_HD Outcome outcome_before(const PolicyParams& params, int64_t index) {
+  const BranchStateView& state = params.state;
+  return Outcome{state.finished[index] != 0, state.winner[index], state.stop_reason[index]};
+}
+
+// Group: everything after a forward of one request. `tokens` [branches, G] is the request's part of the state
+// or a copy of it nearer by; the caller brings it there and back. The scratch keeps the rows for the next
+// plan. Returns the outcome to every thread.
+BBK_HD Outcome policy_request(const Group& group, const PolicyParams& params, int64_t index, int32_t* tokens,
+                              RequestScratch* scratch) {
+  const Request request = request_at(params, index);
+  Outcome outcome = outcome_before(params, index);
+  load_request(group, params, request, scratch);
+  group.sync();
+  const Sync sync = apply_rules(group, params, request, tokens, &outcome, scratch);
+  store_request(group, params, request, *scratch, outcome, sync.trailing, sync.leader);
   group.sync();
   return outcome;
 }

@@ -10,6 +10,7 @@ namespace bbk {
 
 constexpr int kMaxBranches = 32;
 constexpr int kMaxEosTokens = 32;
+constexpr int kMaxDrafts = kMaxBranches - 1;
 
 // In the order of blockbatch_kernels.structs.
 enum Phase : int32_t { kPhaseInit = 0, kPhaseBlock = 1, kPhaseRefresh = 2 };
@@ -18,7 +19,8 @@ enum StopReason : int32_t { kRunning = 0, kStopEos = 1, kStopLength = 2 };
 #define BBK_EOS_EXITS(X) X(kEosPrefix, "prefix") X(kEosWindow, "window") X(kEosNone, "none")
 BBK_ENUM(EosExit, BBK_EOS_EXITS)
 
-#define BBK_QUERY_SPANS(X) X(kSpanWindow, "window") X(kSpanSuffix, "suffix") X(kSpanCanvas, "canvas")
+#define BBK_QUERY_SPANS(X) \
+  X(kSpanWindow, "window") X(kSpanSuffix, "suffix") X(kSpanCanvas, "canvas") X(kSpanOpen, "open")
 BBK_ENUM(QuerySpan, BBK_QUERY_SPANS)
 
 #define BBK_REFRESH_SCOPES(X) X(kScopeCanvas, "canvas") X(kScopeGeneration, "generation")
@@ -26,6 +28,12 @@ BBK_ENUM(RefreshScope, BBK_REFRESH_SCOPES)
 
 struct TokenIds {
   static constexpr int kMost = kMaxEosTokens;
+  int32_t count;
+  int32_t ids[kMost];
+};
+
+struct DraftLengths {
+  static constexpr int kMost = kMaxDrafts;
   int32_t count;
   int32_t ids[kMost];
 };
@@ -46,7 +54,8 @@ struct TokenIds {
   X(EosExit, eos_exit)                   \
   X(QuerySpan, query_span)               \
   X(RefreshScope, refresh_scope)         \
-  X(int32_t, prediction_offset)
+  X(int32_t, prediction_offset)          \
+  X(DraftLengths, drafts)
 
 struct PolicySettings {
   BBK_POLICY_SETTINGS(BBK_MEMBER)

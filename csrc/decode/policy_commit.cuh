@@ -141,10 +141,14 @@ BBK_HD void commit_and_scan(const Group& group, const PolicyParams& params, cons
     int32_t* tokens = all_tokens + n * gen_length;
     uint8_t* committed = all_committed + n * gen_length;
     const int32_t* top_token = params.state.top_token + (request.first_row + n) * gen_length;
+    // The K/V of a row that took part is that of its tokens: what differed was among the queries.
+    const bool notes_cached = settings.query_span == kSpanOpen && rows[n].source_row >= 0;
+    int32_t* cached_token = params.state.cached_token + (request.first_row + n) * gen_length;
     RowScan scan = empty_scan(params.gen_length);
     int count = 0;
     for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
       int32_t token = tokens[p];
+      if (notes_cached) cached_token[p] = token;
       if (p >= candidates.start && p < candidates.end && token == settings.mask_token_id &&
           (looks_around ? committed[p] != 0 : is_chosen(settings, rows[n], candidates, p))) {
         committed[p] = 1;

@@ -105,23 +105,96 @@ BBK_HD void plan_block_denoise(const PolicyParams& params, bool active, int prom
   if (!active) row->query_start = row->query_end = 0;
 }
 
+// The queries of a row that are not a stretch: those that predict a MASK of its window, and every token whose
+// K/V was computed from another. Place c is the canvas position in front of generated position c; there are
+// gen_length + 1 of them.
+struct OpenQueries {
+  const int32_t* tokens;        // of the row
+  const int32_t* cached_token;  // of the row
+  int32_t mask_token_id;
+  int start;  // the window
+  int end;
+  int offset;
+
+  BBK_HD bool predicts(int position) const {
+    return position >= start && position < end && tokens[position] == mask_token_id;
+  }
+  BBK_HD bool is_stale(int position) const {
+    return position >= 0 && tokens[position] != mask_token_id && tokens[position] != cached_token[position];
+  }
+  BBK_HD bool holds(int place) const { return is_stale(place - 1) || predicts(place - 1 + offset); }
+};
+
+BBK_HD OpenQueries open_queries(const PolicyParams& params, const Request& request, const BranchRow& row,
+                                int n, const int32_t* tokens) {
+  const int64_t first = static_cast<int64_t>(n) * params.gen_length;
+  return OpenQueries{tokens + first,
+                     params.state.cached_token + request.first_position + first,
+                     params.settings.mask_token_id,
+                     larger(row.window_start, 0),
+                     smaller(row.window_end, params.gen_length),
+                     params.settings.prediction_offset};
+}
+
+// Teams: list the queries of the rows that take part, and count them. What stands behind them is zero.
+BBK_HD void list_open_queries(const Group& group, const PolicyParams& params, const Request& request,
+                              bool is_open_step, const int32_t* tokens, int prompt_length, BranchRow* rows) {
+  const int places = params.gen_length + 1;
+  for (int n = group.team(); n < params.num_branches; n += group.num_teams()) {
+    const int64_t r = request.first_row + n;
+    int32_t* positions = params.out_plan.query_position + r * places;
+    const bool takes_part = is_open_step && rows[n].source_row >= 0;
+    const OpenQueries queries = open_queries(params, request, rows[n], n, tokens);
+    int count = 0;
+    for (int base = 0; takes_part && base < places; base += group.num_lanes()) {
+      const int place = base + group.lane();
+      const bool is_query = place < places && queries.holds(place);
+      int found = 0;
+      const int before = group.team_count_below(is_query, &found);
+      if (is_query) positions[count + before] = prompt_length - 1 + place;
+      count += found;
+    }
+    for (int i = count + group.lane(); i < places; i += group.num_lanes()) positions[i] = 0;
+    if (is_open_step && group.lane() == 0) {
+      rows[n].query_start = 0;
+      rows[n].query_end = count;
+      params.out_plan.query_start[r] = 0;
+      params.out_plan.query_end[r] = count;
+    }
+  }
+}
+
 // Group: which predictions can still matter. One can only where the row holds MASK or EOS at the moment it is
 // asked for. Sync moves tokens between branches but never adds a MASK or EOS that no branch of the request
 // held before, so positions where no branch holds one need no LM head.
+//
+// A draft, whose tokens no row takes over, predicts at its own MASKs alone.
 BBK_HD void plan_predictions(const Group& group, const PolicyParams& params, const Request& request,
-                             const int32_t* tokens, int prompt_length, RequestScratch* scratch) {
+                             bool is_open_step, const int32_t* tokens, int prompt_length,
+                             RequestScratch* scratch) {
+  const bool has_drafts = params.settings.drafts.count > 0;
+  const auto can_change = [&](int32_t token) {
+    return token == params.settings.mask_token_id || is_eos(params.settings, token);
+  };
   uint8_t* predict = params.out_plan.predict + request.first_position;
   int count = 0;
   for (int p = group.rank(); p < params.gen_length; p += group.size()) {
     bool open = false;
     for (int n = 0; n < params.num_branches; ++n) {
-      const int32_t token = tokens[static_cast<int64_t>(n) * params.gen_length + p];
-      open |= token == params.settings.mask_token_id || is_eos(params.settings, token);
+      open |= can_change(tokens[static_cast<int64_t>(n) * params.gen_length + p]);
     }
     const int query = p + prompt_length - params.settings.prediction_offset;
     for (int n = 0; n < params.num_branches; ++n) {
       const BranchRow& row = scratch->rows[n];
-      const bool predicted = open && query >= row.query_start && query < row.query_end;
+      bool predicted = open;
+      if (has_drafts) predicted = can_change(tokens[static_cast<int64_t>(n) * params.gen_length + p]);
+      if (is_open_step) {
+        const OpenQueries queries = open_queries(params, request, row, n, tokens);
+        predicted = predicted && row.source_row >= 0 && p >= queries.start && p < queries.end &&
+                    queries.holds(p + 1 - queries.offset);
+      } else {
+        predicted = predicted && query >= row.query_start && query < row.query_end;
+      }
       predict[static_cast<int64_t>(n) * params.gen_length + p] = predicted;
       count += predicted;
     }
@@ -138,15 +211,21 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
   const int prompt_length = scratch->prompt_length;
   BranchRow* rows = scratch->rows;
 
+  const bool has_drafts = params.settings.drafts.count > 0;
+  const bool is_open_step = phase == kPhaseBlock && params.settings.query_span == kSpanOpen;
+  bool asking = false;
   if (phase == kPhaseRefresh) {
-    bool asking = false;
     for (int n = 0; n < num_branches; ++n) asking |= runs(rows[n], finished) && rows[n].needs_refresh;
     // A request that does not ask for it waits.
-    find_distinct_rows(group, params, request, tokens, finished || !asking, rows);
+    if (!has_drafts) find_distinct_rows(group, params, request, tokens, finished || !asking, rows);
   }
   for (int n = group.rank(); n < num_branches; n += group.size()) {
     const int64_t r = request.first_row + n;
     if (phase == kPhaseInit) rows[n].source_row = static_cast<int32_t>(request.first_row);
+    // Drafts go on from the result of a full forward.
+    if (phase == kPhaseRefresh && has_drafts) {
+      rows[n].source_row = asking ? static_cast<int32_t>(request.first_row) : -1;
+    }
     if (phase == kPhaseBlock) {
       plan_block_denoise(params, runs(rows[n], finished) && is_open(rows[n]), prompt_length, r, &rows[n]);
     } else {
@@ -157,7 +236,8 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
     params.out_plan.source_row[r] = rows[n].source_row;
   }
   group.sync();
-  plan_predictions(group, params, request, tokens, prompt_length, scratch);
+  list_open_queries(group, params, request, is_open_step, tokens, prompt_length, rows);
+  plan_predictions(group, params, request, is_open_step, tokens, prompt_length, scratch);
   group.sync();
 
   RequestCounts counts{finished ? 0 : 1, 0, scratch->predictions, 0};

@@ -52,6 +52,9 @@ struct RequestScratch {
   int32_t phase;
   int32_t prompt_length;
   int32_t predictions;
+  // Of the branch that drafts are made for.
+  int32_t masks;           // of its window
+  int32_t first_eos_rank;  // of a predicted EOS among them, by falling confidence
 };
 
 // What the threads of a group all know.
@@ -148,6 +151,16 @@ BBK_HD void advance(const PolicyParams& params, BranchRow* row) {
   if (interval.given && tokens >= interval.value) row->needs_refresh = 1;
 }
 
+// What the rules find out about a row and its predictions.
+BBK_HD void start_round(const PolicyParams& params, BranchRow* row) {
+  row->scan = row->rescan = empty_scan(params.gen_length);
+  row->can_finish = 0;
+  row->committed_now = row->merged_now = 0;
+  row->best = 0;
+  row->first_unsure = params.gen_length;
+  row->allowed = row->differing = 0;
+}
+
 BBK_HD void load_row(const PolicyParams& params, int64_t r, BranchRow* row) {
   const BranchStateView& state = params.state;
   row->block_size = state.block_size[r];
@@ -163,12 +176,7 @@ BBK_HD void load_row(const PolicyParams& params, int64_t r, BranchRow* row) {
   row->needs_refresh = state.needs_refresh[r];
   row->done = state.done[r];
   row->source_row = params.source_row[r];
-  row->scan = row->rescan = empty_scan(params.gen_length);
-  row->can_finish = 0;
-  row->committed_now = row->merged_now = 0;
-  row->best = 0;
-  row->first_unsure = params.gen_length;
-  row->allowed = row->differing = 0;
+  start_round(params, row);
 }
 
 BBK_HD void fill_with_zeros(const Group& group, uint8_t* bytes, int64_t count) {

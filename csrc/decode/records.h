@@ -20,26 +20,29 @@ namespace bbk {
   X(int32_t*, steps_in_block)                            \
   X(uint8_t*, needs_refresh)                             \
   X(uint8_t*, done)                                      \
-  X(int32_t*, top_token)   /* [R, G] */                  \
-  X(float*, confidence)    /* [R, G] */                  \
-  X(int32_t*, committed)   /* [R] */                     \
-  X(int32_t*, merged)      /* [R] */                     \
-  X(int32_t*, synced)      /* [R] */                     \
-  X(int32_t*, nfe)         /* [Q, 3] */                  \
-  X(uint8_t*, finished)    /* [Q] */                     \
-  X(int32_t*, winner)      /* [Q] */                     \
-  X(int32_t*, stop_reason) /* [Q] */
+  X(int32_t*, top_token)    /* [R, G] */                 \
+  X(float*, confidence)     /* [R, G] */                 \
+  X(int32_t*, cached_token) /* [R, G] */                 \
+  X(int32_t*, committed)    /* [R] */                    \
+  X(int32_t*, merged)       /* [R] */                    \
+  X(int32_t*, synced)       /* [R] */                    \
+  X(int32_t*, adopted)      /* [R] */                    \
+  X(int32_t*, nfe)          /* [Q, 3] */                 \
+  X(uint8_t*, finished)     /* [Q] */                    \
+  X(int32_t*, winner)       /* [Q] */                    \
+  X(int32_t*, stop_reason)  /* [Q] */
 
 struct BranchStateView {
   BBK_BRANCH_STATE(BBK_MEMBER)
 };
 
-#define BBK_STEP_PLAN(X)                \
-  X(int32_t*, query_start) /* [R] */    \
-  X(int32_t*, query_end)   /* [R] */    \
-  X(int32_t*, source_row)  /* [R] */    \
-  X(uint8_t*, predict)     /* [R, G] */ \
-  X(int32_t*, flags)       /* [5] */
+#define BBK_STEP_PLAN(X)                   \
+  X(int32_t*, query_start)    /* [R] */    \
+  X(int32_t*, query_end)      /* [R] */    \
+  X(int32_t*, source_row)     /* [R] */    \
+  X(uint8_t*, predict)        /* [R, G] */ \
+  X(int32_t*, flags)          /* [5] */    \
+  X(int32_t*, query_position) /* [R, G + 1] */
 
 struct StepPlanView {
   BBK_STEP_PLAN(BBK_MEMBER)

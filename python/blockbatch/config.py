@@ -179,8 +179,8 @@ class DecodeConfig:
             raise ValueError(f"drafts: expected 1 to {MAX_DRAFTS} ascending numbers, got {drafts}")
         if drafts[-1] >= self.block_size:
             raise ValueError(
-                f"drafts: expected numbers below block_size = {self.block_size}, since a draft leaves a MASK, "
-                f"got {drafts[-1]}"
+                f"drafts: expected numbers below block_size = {self.block_size}, since a draft leaves a "
+                f"MASK, got {drafts[-1]}"
             )
         if self.query_span != "window":
             raise ValueError(

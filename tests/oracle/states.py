@@ -113,11 +113,15 @@ def fill(rng, config, state, branch, truth, front):
 
 
 def fill_cached(rng, state, branch):
-    """Tokens that the K/V of the generation region were computed from: at times MASK or another's."""
+    """Tokens that the K/V of the generation region were computed from: at times MASK or another's.
+
+    That of a MASK is always a MASK's: tokens never become MASKs.
+    """
     stale = rng.choice((0.0, 0.1, 0.5, 1.0))
     for p in range(state["prompt_length"], policy.length_of(state)):
         other = rng.choice((MASK, MASK, rng.randrange(MASK)))
-        branch["cached"][p] = other if rng.random() < stale else branch["tokens"][p]
+        is_stale = rng.random() < stale and branch["tokens"][p] != MASK
+        branch["cached"][p] = other if is_stale else branch["tokens"][p]
 
 
 def random_forward(rng, config, truth, branch, predicted):
