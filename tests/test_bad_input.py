@@ -136,7 +136,7 @@ def test_wrong_types(operator, change, message, backend):
 
 SETTINGS = [
     (dict(eos_exit="never"), "eos_exit: expected one of prefix, window, none, got 'never'"),
-    (dict(query_span="all"), "query_span: expected one of window, suffix, canvas, got 'all'"),
+    (dict(query_span="all"), "query_span: expected one of window, suffix, canvas, open, got 'all'"),
     (dict(prediction_offset=2), "prediction_offset: expected 0 or 1, got 2"),
     (dict(merge_threshold=0.4), "merge_threshold: expected a value from 0.5 to 1, got 0.4"),
     (dict(threshold=None), "threshold: expected either threshold or steps_per_block"),
