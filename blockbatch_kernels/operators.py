@@ -44,7 +44,9 @@ def _attention_plan_symbols(
         pages_per_row,
         processors,
         units=backend == "cuda"
-        and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+        and tuning.plans_units(
+            *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=sizes["num_tokens"]
+        ),
     )
     return dict(
         tokens=sizes["num_tokens"],

@@ -42,6 +42,7 @@ def test_attention_by_shape(change, first):
         (dict(distinct_rows=1), True),
         (dict(distinct_rows=3, pages_per_row=300), True),
         (dict(distinct_rows=6), False),  # 120 MiB of keys and values
+        (dict(distinct_rows=6, num_tokens=252), True),  # windows
         (dict(distinct_rows=6, pages_per_row=32), True),  # which stay in L2
         (dict(distinct_rows=6, num_heads=28, num_kv_heads=4), True),
         (dict(distinct_rows=1, page_size=8), False),
@@ -49,7 +50,7 @@ def test_attention_by_shape(change, first):
     ],
 )
 def test_units_by_shape(monkeypatch, change, planned):
-    sizes = dict(num_heads=32, num_kv_heads=32, page_size=16, pages_per_row=80) | change
+    sizes = dict(num_heads=32, num_kv_heads=32, page_size=16, pages_per_row=80, num_tokens=7680) | change
     device = torch.device("cuda")
     monkeypatch.setattr(tuning.attention, "_runs_units", lambda device: True)
     assert tuning.plans_units(**sizes, device=device) == planned

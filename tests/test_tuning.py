@@ -68,7 +68,14 @@ def attention_way(monkeypatch, kind, line):
     """ "units", "tiles" or "triton": what runs by default for a pack."""
     monkeypatch.setattr(tuning.attention, "device_kind", lambda device: kind)
     heads, pages = (line["num_heads"], line["num_kv_heads"]), line["keys"] // line["page_size"]
-    units = tuning.plans_units(*heads, line["page_size"], pages, line["distinct_rows"], torch.device("cuda"))
+    units = tuning.plans_units(
+        *heads,
+        line["page_size"],
+        pages,
+        line["distinct_rows"],
+        torch.device("cuda"),
+        num_tokens=line["tokens"],
+    )
     sizes = dict(num_tokens=line["tokens"], num_keys=line["keys"], head_dim=line["head_dim"])
     first = tuning.preference("varlen_attention", **sizes, element_size=2, units=int(units))[0]
     return "triton" if first == "triton" else "units" if units else "tiles"

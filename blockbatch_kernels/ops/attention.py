@@ -57,7 +57,9 @@ def attention_plan(
         pages_per_row,
         tuning.num_processors(device),
         units=dispatch.is_backend(module, "cuda")
-        and tuning.plans_units(*heads, page_size, pages_per_row, distinct_rows, device),
+        and tuning.plans_units(
+            *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens
+        ),
     )
     return module.attention_plan(*tensors, page_size=page_size, num_tokens=num_tokens, shape=shape)
 
@@ -102,7 +104,7 @@ def varlen_attention(
     if plan is None:
         rows, pages_per_row = page_table.shape
         heads, page_size = (q.shape[1], k_cache.shape[2]), k_cache.shape[1]
-        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device)
+        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device, num_tokens=q.shape[0])
     else:
         units = plan.units.shape[0] > 0
     module = dispatch.module_for(

@@ -58,6 +58,8 @@ _MAX_PIECES = 32
 _KEYS_IN_L2 = (48 << 20) // 512
 # Rows with pages of their own for which units are the fastest whatever their length.
 _FEW_ROWS = 3
+# Packs up to here are windows, not whole rows: reading the keys decides.
+_FEW_TOKENS = 1024
 
 
 def _runs_units(device: torch.device) -> bool:
@@ -71,22 +73,26 @@ def plans_units(
     pages_per_row: int,
     distinct_rows: int,
     device: torch.device,
+    *,
+    num_tokens: int,
 ) -> bool:
     """Whether the kernel that takes its work in units is the fastest for attention on `device`.
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
-    A rule with two bounds and no look-up, since sizes may be symbols here; `rows.ATTENTION` holds what was
+    What it loses to are tiles of long packs over many rows of their own pages, whose products decide. A rule
+    with bounds and no look-up, since sizes may be symbols here; `rows.ATTENTION` holds what was
     measured, and tests hold the rule to it.
 
     Args:
         page_size: keys a page.
         pages_per_row: pages that a row may have.
         distinct_rows: rows that read pages of their own; see `attention_plan`.
+        num_tokens: packed queries.
     """
     if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
         return False
     keys = distinct_rows * pages_per_row * page_size * num_kv_heads
-    return distinct_rows <= _FEW_ROWS or keys <= _KEYS_IN_L2
+    return num_tokens <= _FEW_TOKENS or distinct_rows <= _FEW_ROWS or keys <= _KEYS_IN_L2
 
 
 @functools.cache
@@ -103,7 +109,7 @@ def attention_shape(
     """The cut for a step of `num_tokens` packed queries; `units`: whether to plan them too."""
     # 64 rows are one warpgroup's product; long packs come from whole rows, where a tile of 128 reads K half
     # as often.
-    tile_rows = 128 if num_tokens > 1024 else 64
+    tile_rows = 128 if num_tokens > _FEW_TOKENS else 64
     tile_tokens = max(1, tile_rows // (num_heads // num_kv_heads))
     segment_pages = max(1, _SEGMENT_KEYS // page_size)
     max_pieces = max(1, min(_MAX_PIECES, MAX_PARTIALS // max(1, num_tokens)))

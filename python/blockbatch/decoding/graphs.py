@@ -54,7 +54,7 @@ class StepGraphs:
     def run(self, tokens: int) -> None:
         """One block step of `tokens` packed tokens; returns while the device works."""
         capacity = min(packed_capacity(tokens), self._most)
-        key = capacity, self._plans_units()
+        key = capacity, self._plans_units(capacity)
         if capacity > MAX_GRAPH_TOKENS:
             block_denoise(self._model, self._batch, tokens, tokens)
         elif key in self._graphs:
@@ -65,11 +65,16 @@ class StepGraphs:
             block_denoise(self._model, self._batch, capacity, capacity)
             self._graphs[key] = self._capture(capacity)
 
-    def _plans_units(self) -> bool:
+    def _plans_units(self, capacity: int) -> bool:
         spec, cache = self._model.spec, self._batch.cache
         heads, pages_per_row = (spec.num_heads, spec.num_kv_heads), cache.page_table.shape[1]
         return tuning.plans_units(
-            *heads, cache.page_size, pages_per_row, cache.distinct_rows, self._batch.device
+            *heads,
+            cache.page_size,
+            pages_per_row,
+            cache.distinct_rows,
+            self._batch.device,
+            num_tokens=capacity,
         )
 
     def _capture(self, capacity: int) -> torch.cuda.CUDAGraph:
