@@ -1,4 +1,4 @@
-"""The README's operators beside torch, and its loop, run as they stand there."""
+"""The operators beside torch in docs/operators.md, and its loop, run as they stand there; and links."""
 
 import json
 import re
@@ -13,9 +13,9 @@ import blockbatch_kernels as bbk
 from operator_arguments import MASK, arguments_of
 from standalone_dual_cache import Transformer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.split("## Operators for other decoders")[1].split("\n## ")[0]
-OPERATORS, LOOP = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+OPERATORS, LOOP = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "operators.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DATA = Path(__file__).parent / "data" / "conformance"
 SIZES = dict(page_size=16, num_heads=4, num_kv_heads=2, head_dim=64, mask_token_id=MASK)
 
@@ -91,3 +91,11 @@ def test_the_loop_decodes_as_the_engine_does():
         expected = blockbatch.generate(model, prompt, config)
         assert scope["tokens"][0].tolist() == expected.canvas
         assert scope["state"].nfe.sum() == expected.nfe.total
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    assert links
+    for link in links:
+        assert "://" in link or (page.parent / link).exists(), link
