@@ -8,6 +8,7 @@ import torch
 from blockbatch_kernels import ops, reference, tuning
 from blockbatch_kernels.cuda import attention as compiled
 from blockbatch_kernels.tuning import AttentionShape
+from cuda_places import PLACES
 
 pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
 
@@ -301,3 +302,20 @@ def test_the_front_door_plans_inside_a_graph(monkeypatch, units):
     want = reference.attention_plan(*tensors, page_size=page_size, num_tokens=tokens, shape=shape)
     assert_same_plan(got, want, "graph")
     assert (got.units.shape[0] > 0) == units
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_plan_is_read_where_it_lies(place):
+    """A copy in front of every layer's attention would cost more than the plan itself."""
+    pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    from blockbatch_kernels.cuda import attention
+
+    for rows, context in ((6, 1024), (3, 500), (1, 16)):
+        tensors, page_size, tokens = step(rows, context, 256, "prompt", place)
+        for units in (True, False):
+            shape = tuning.attention_shape(tokens, 32, 32, page_size, tensors[0].shape[1], 132, units=units)
+            plan = attention.attention_plan(*tensors, page_size=page_size, num_tokens=tokens, shape=shape)
+            for read in (plan.tiles, plan.units, plan.stretches):
+                assert attention._packed(read) is read
+            for read in (plan.query_order, plan.pieces, plan.token_row, plan.counts, plan.arrivals):
+                assert read.contiguous() is read

@@ -38,10 +38,11 @@ def attention_plan(
     max_tiles = shape.max_tiles + shape.max_pieces * rows
     max_units = shape.max_units(num_tokens, rows, page_size)
     compiled = extension.load()
+    # What kernels read in vectors of 16 bytes comes first: records of four integers, then the units.
     sizes = (
         4 * max_tiles,
-        UNIT_INTEGERS * max_units,
         STRETCH_INTEGERS * shape.processors,
+        UNIT_INTEGERS * max_units,
         shape.max_pieces * num_tokens,
         2 * shape.max_pieces,
         num_tokens,
@@ -52,7 +53,7 @@ def attention_plan(
         ),
     )
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=page_table.device)
-    tiles, units, stretches, query_order, pieces, token_row, counts, arrivals, workspace = buffer.split(sizes)
+    tiles, stretches, units, query_order, pieces, token_row, counts, arrivals, workspace = buffer.split(sizes)
     plan = AttentionPlan(
         tiles.view(max_tiles, 4),
         query_order.view(shape.max_pieces, num_tokens),
