@@ -129,7 +129,7 @@ class Session:
         requests = [request for request in requests if self.seconds[request] is None]
         if not requests:
             return
-        branches.end_requests(self.state, requests)
+        branches.end_requests(self.state, requests, len(self.params.drafts))
         forward.replan(self._batch)
         self._plan = self._batch.host_plan()
         for request in requests:
