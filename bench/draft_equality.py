@@ -4,8 +4,9 @@
 
 Problems of the built-in model, `--count` of each family, in fp32. A line for each method, threshold and set
 of drafts: how many canvases are equal to those without drafts, block steps without and with, and adopted
-drafts; each also by family. A rule says that every adopted draft is one block step less; where one does not
-hold, the script ends with status 1. So it does where a canvas differs, after it has written its report.
+drafts; each also by family. Every adopted draft is one block step less (`steps_saved_as_adopted` counts the
+problems of which that is true). The script ends with status 1 if that fails or a canvas differs, after it has
+written its report.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def main() -> None:
     common = {"gen_length": options.gen_length, "eos_exit": options.eos_exit}
     report = {
         "command": " ".join(["python", "bench/draft_equality.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **describe(model.device),
         "dtype": "float32",
         "backend": options.backend,
