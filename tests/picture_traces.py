@@ -2,7 +2,7 @@
 
 import blockbatch
 from blockbatch import generation, tiny
-from blockbatch.tracing import TraceRecorder, save_trace, trace_header
+from blockbatch.tracing import open_recorder, save_trace, trace_header
 from blockbatch.tracing.file import check_trace
 
 MASK, EOS = 9, 8
@@ -14,7 +14,7 @@ def decode(model, problem, **settings):
     config = blockbatch.DecodeConfig(trace=True, **settings)
     ids = model.tokenizer.encode(problem.prompt)
     session = generation.open_session(model, ids, config)
-    recorder, tokens, decoded = TraceRecorder(session.state), [], []
+    recorder, tokens, decoded = open_recorder(session, config), [], []
     while (step := session.step()) is not None:
         recorder.add(step)
         # A turn without a forward belongs to the forward before it.

@@ -19,7 +19,19 @@ def test_settings_differ_and_hold_the_default(kind):
     configs = [setting.config for setting in settings]
     assert len(set(configs)) == len(configs) == len({setting.label for setting in settings}) >= 2
     (found,) = [setting.config for setting in settings if setting.label == default]
-    assert found == DecodeConfig(gen_length=256)
+    assert found == DecodeConfig(gen_length=256, **ablations.ABLATIONS[kind].base)
+
+
+def test_knobs_that_are_ours():
+    def configs(kind):
+        return [setting.config for setting in ablations.ablation_settings(kind, 64)[0]]
+
+    spans = {(one.query_span, one.refresh_interval) for one in configs("query-span")}
+    assert spans == {("window", 32), ("window", None), ("open", 32), ("open", None)}
+    assert [one.refresh_scope for one in configs("refresh-scope")] == ["canvas", "generation"]
+    drafted = configs("drafts")
+    assert {(one.method, one.eos_exit) for one in drafted} == {("dual_cache", "prefix")}
+    assert [one.drafts for one in drafted][:3] == [None, (1,), (1, 2)]
 
 
 def test_knobs_of_the_paper():
@@ -147,6 +159,7 @@ def test_command_line_goes_on_after_a_kill(tmp_path, capsys):
         (["commit", "--tasks", "chess"], "task: expected arithmetic"),
         (["commit", "--limit", "0"], "limit: expected a number of problems"),
         (["block-sizes", "--gen-length", "36"], "gen_length: expected a multiple of 128"),
+        (["drafts", "--gen-length", "36"], "block_size: expected divisors of gen_length = 36, got 32"),
     ],
 )
 def test_bad_input(arguments, message, capsys, tmp_path, monkeypatch):

@@ -69,6 +69,22 @@ def test_plots(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_draft_equality(tmp_path):
+    report = run(
+        "draft_equality.py", tmp_path / "equality.json", "--count", "1", "--thresholds", "0.99",
+        "--drafts", "1", "1,3", "--gen-length", "32", "--methods", "dual_cache,local_leap",
+    )  # fmt: skip
+    lines = report["lines"]
+    found = [(line["method"], line["drafts"]) for line in lines]
+    assert found == [(method, drafts) for method in ("dual_cache", "local_leap") for drafts in ([1], [1, 3])]
+    for line in lines:
+        assert line["equal"] == line["total"] == line["steps_saved_as_adopted"] == 3
+        saved = line["block_steps_without"] - line["block_steps_with"]
+        assert saved == line["adopted"] > 0
+        parts = line["families"].values()
+        assert saved == sum(part["adopted"] for part in parts) and len(parts) == 3
+
+
 def test_refresh(tmp_path):
     report = run(
         "refresh.py", tmp_path / "refresh.json", "--dtype", "float32", "--shapes", "small-llada",

@@ -76,7 +76,7 @@ def test_only_given_options_reach_the_config(model_folder, capsys):
     assert report["tokens"] == result.tokens and report["nfe"]["total"] == result.nfe.total == 32
     assert report["settings"] == {
         "gen_length": 64, "block_size": 16, "eos_exit": "none", "threshold": None, "steps": 32,
-        "eos_token_ids": None, "stop": [],
+        "refresh_scope": "canvas", "query_span": "window", "drafts": None, "eos_token_ids": None, "stop": [],
     }  # fmt: skip
 
 
@@ -96,17 +96,21 @@ def test_compare_prints_a_row_for_each_method_and_end(model_folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
     baselines = ["vanilla", "prefix_cache", "dual_cache", "local_leap"]
-    labels = [*baselines, *(f"{name} +eos" for name in baselines), "blockbatch"]
-    table = {line[:17].strip(): line[17:].split() for line in lines[:16] if line[:17].strip() in labels}
+    labels = [*baselines, *(f"{name} +eos" for name in baselines), "blockbatch", "fast"]
+    table = {line[:17].strip(): line[17:].split() for line in lines[:17] if line[:17].strip() in labels}
     assert list(table) == labels
     rows = {row["label"]: row for row in json.loads(figures.read_text())["rows"]}
     model = blockbatch.load_model(model_folder, device="cpu")
     for label, row in rows.items():
         end = "prefix" if label.endswith("+eos") or label == "blockbatch" else "none"
-        config = blockbatch.DecodeConfig(label.split()[0], gen_length=32, eos_exit=end)
+        if label == "fast":
+            config = blockbatch.DecodeConfig.preset("fast", gen_length=32)
+        else:
+            config = blockbatch.DecodeConfig(label.split()[0], gen_length=32, eos_exit=end)
         results = blockbatch.generate(model, ["one two", "three"], config)
         assert [problem["text"] for problem in row["problems"]] == [result.text for result in results]
         assert row["nfe"] == sum(result.nfe.total for result in results) / 2
+        assert [problem["adopted"] for problem in row["problems"]] == [r.branches[0].adopted for r in results]
         tokens, seconds = (
             sum(problem[name] for problem in row["problems"]) for name in ("tokens", "seconds")
         )

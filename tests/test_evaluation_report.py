@@ -122,7 +122,7 @@ def test_bad_settings_are_named(text, message):
 
 def test_presets_give_every_row_its_settings():
     preset = get_preset("gsm8k")
-    options = argparse.Namespace(methods=("dual_cache", "blockbatch"), set=[], vanilla_limit=4)
+    options = argparse.Namespace(methods=("dual_cache", "blockbatch"), set=[], preset=[], vanilla_limit=4)
     rows = evaluate.plan_settings(options, preset.gen_length, preset)
     assert [row.label for row in rows] == ["dual_cache", "dual_cache +eos", "blockbatch"]
     assert [row.config for row in rows] == [
@@ -131,16 +131,18 @@ def test_presets_give_every_row_its_settings():
 
 
 def test_fixed_blocks_are_rows_of_their_own():
-    options = argparse.Namespace(methods=("blockbatch", "fixed-blocks"), set=["own:"], vanilla_limit=4)
+    options = argparse.Namespace(
+        methods=("blockbatch", "fixed-blocks"), set=["own:"], preset=[], vanilla_limit=4
+    )
     rows = evaluate.plan_settings(options, 64, None)
     blocks = [f"block {size}" for size in (4, 8, 16, 32, 64)]
     assert [row.label for row in rows] == ["blockbatch", *blocks, "own"]
-    options = argparse.Namespace(methods=("fixed-blocks",), set=[], vanilla_limit=4)
+    options = argparse.Namespace(methods=("fixed-blocks",), set=[], preset=[], vanilla_limit=4)
     assert [row.label for row in evaluate.plan_settings(options, 64, None)] == blocks
 
 
 def test_vanilla_as_published_is_limited_alone():
-    options = argparse.Namespace(methods=None, set=["own:"], vanilla_limit=4)
+    options = argparse.Namespace(methods=None, set=["own:"], preset=[], vanilla_limit=4)
     rows = evaluate.plan_settings(options, 64, None)
     assert {row.label: row.limit for row in rows if row.limit is not None} == {"vanilla": 4}
     assert [row.label for row in rows][-2:] == ["blockbatch", "own"]

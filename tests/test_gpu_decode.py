@@ -35,12 +35,20 @@ def test_a_gpu_is_the_default():
     assert bbk.backend_of("varlen_attention", loaded.device) != "reference"
 
 
-def test_replayed_steps_equal_steps_run_as_they_are(model, monkeypatch):
-    replayed = [decode(model, prompt) for prompt in prompts(12)]  # each size after its first step
+CHEAPER = [
+    {},
+    {"query_span": "open", "refresh_scope": "generation"},
+    {"method": "dual_cache", "refresh_scope": "generation", "drafts": (1, 2, 4), "eos_exit": "prefix"},
+]
+
+
+@pytest.mark.parametrize("options", CHEAPER, ids=str)
+def test_replayed_steps_equal_steps_run_as_they_are(model, monkeypatch, options):
+    replayed = [decode(model, prompt, **options) for prompt in prompts(12)]  # each size after its first step
     monkeypatch.setattr(StepGraphs, "possible", staticmethod(lambda model: False))
     plain = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     for prompt, result in zip(prompts(12), replayed):
-        expected = decode(plain, prompt)
+        expected = decode(plain, prompt, **options)
         assert (result.canvas, result.nfe, result.branches) == (
             expected.canvas,
             expected.nfe,
@@ -61,10 +69,11 @@ def test_memory_stays_over_a_hundred_decodes(model):
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
 
 
-def test_a_step_waits_for_the_device_once(model):
+@pytest.mark.parametrize("options", CHEAPER, ids=str)
+def test_a_step_waits_for_the_device_once(model, options):
     """Anything that waits on its own, such as .item(), raises in this mode; the wait on an event does not."""
     ids = model.tokenizer.encode(prompts(1)[0])
-    config = blockbatch.DecodeConfig(gen_length=128)
+    config = blockbatch.DecodeConfig(gen_length=128, **options)
     for _ in range(2):
         session = blockbatch.generation.open_session(model, ids, config)
         torch.cuda.synchronize()

@@ -206,6 +206,18 @@ def test_consensus(decodes, tmp_path):
     assert consensus.shown_positions(trace, states) < 64 and pixels(whole).shape[1] == found.shape[1]
 
 
+def test_consensus_marks_what_is_computed_again(model, tmp_path):
+    options = {"gen_length": 32, "query_span": "open", "refresh_interval": None}
+    trace = picture_traces.decode(model, picture_traces.problem("symbolic", 4), **options)[0]
+    assert any(any(stale) for one in trace["trace"] for stale in one.get("query_stale", []))
+    marked = pixels(consensus.draw(load_trace(write(tmp_path / "a.json", trace)), tmp_path / "a.png"))
+    for one in trace["trace"]:
+        one.pop("query_stale", None)
+    plain = pixels(consensus.draw(load_trace(write(tmp_path / "b.json", trace)), tmp_path / "b.png"))
+    # Without a refresh its sign in the key is the only other purple.
+    assert share_of(marked, style.PURPLE) > 1.2 * share_of(plain, style.PURPLE) > 0
+
+
 def test_consensus_draws_what_texts_hold(tmp_path):
     # Mathematics marks, wide characters and ones that no font has are text like any other.
     pieces = {1: "$x_{$", 2: "漢", 3: "\ud800", 4: "\x1b[31m" + "long" * 20, 8: "e", 9: ""}

@@ -205,3 +205,69 @@ def test_a_single_branch_without_texts(browser, tmp_path):
     assert browser.run("document.querySelector('.branch .cell').textContent") == "#7"
     assert browser.run("getComputedStyle(document.getElementById('prompt-box')).display") == "none"
     assert browser.problems == [] and browser.requests == [path.as_uri()]
+
+
+def shown_positions(page, branch, selector):
+    return page.run(
+        f"[...document.querySelectorAll('.branch')[{branch}].querySelectorAll({json.dumps(selector)})]"
+        ".map(cell => Number(cell.dataset.position))"
+    )
+
+
+def test_open_queries_and_what_is_stale(browser, tmp_path):
+    model = blockbatch.load_model("tiny", device="cpu")
+    options = {"gen_length": 64, "query_span": "open", "refresh_interval": 16, "threshold": 0.97}
+    trace = picture_traces.decode(model, picture_traces.problem("symbolic", 4), **options)[0]
+    path = replay.draw(trace, tmp_path / "page.html")
+    browser.open(path.as_uri())
+    told = None
+    for step, record in enumerate(trace["trace"], 1):
+        move_slider(browser, step)
+        assert browser.run("document.getElementById('queries').textContent") == str(record["packed_tokens"])
+        badges = browser.run("[...document.querySelectorAll('.badge.queries.on')].map(b => b.textContent)")
+        assert badges == [f"queries {count}" if count else "shared result" for count in record["queries"]]
+        for index, branch in enumerate(record["rows"]):
+            positions = record["query_positions"][index] if "query_positions" in record else []
+            stale = record["query_stale"][index] if "query_stale" in record else []
+            assert shown_positions(browser, branch, ".cell.query") == positions
+            assert shown_positions(browser, branch, ".cell.stale") == stale
+            if stale and told is None:
+                browser.run(f"pick({branch}, {stale[0]}, true)")
+                told = browser.run("document.getElementById('detail').textContent")
+    assert "its K/V was that of another token" in told
+    legend = browser.run("getComputedStyle(document.querySelector('.legend .open-only')).display")
+    assert legend != "none" and browser.run("document.querySelectorAll('.drafts-card').length") == 0
+    assert browser.problems == []
+
+
+def test_drafts_stand_apart_from_the_branch(browser, tmp_path):
+    model = blockbatch.load_model("tiny", device="cpu")
+    options = {"method": "dual_cache", "gen_length": 64, "threshold": 0.99, "drafts": (1, 2, 4)}
+    trace = picture_traces.decode(model, picture_traces.problem("symbolic", 4), **options)[0]
+    path = replay.draw(trace, tmp_path / "page.html")
+    browser.open(path.as_uri())
+    for step, record in enumerate(trace["trace"], 1):
+        move_slider(browser, step)
+        assert browser.run(CANVASES) == canvases(trace, step), "one branch, and no draft among it"
+        rows = browser.run(
+            "[...document.querySelectorAll('.draft')].map(row => ["
+            "row.querySelector('.draft-name').textContent,"
+            "[...row.querySelectorAll('.cell')].map(c => [c.dataset.position, c.dataset.token].map(Number)),"
+            "row.classList.contains('adopted')])"
+        )
+        assert rows == [
+            [
+                f"+{draft['length']}",
+                [list(pair) for pair in zip(draft["positions"], draft["tokens"])],
+                draft["length"] == record["adopted_length"],
+            ]
+            for draft in record["drafts"]
+        ]
+        status = browser.run("document.getElementById('status').textContent")
+        assert ("adopted" in status) == (record["adopted"] > 0)
+        assert browser.run("document.getElementById('queries').textContent") == str(record["packed_tokens"])
+    marks = browser.run("[...document.querySelectorAll('.adopted-mark')].map(mark => mark.textContent)")
+    assert marks == ["A" * record["adopted"] for record in trace["trace"] if record["adopted"]] != []
+    outcome = browser.run("document.getElementById('outcome').textContent")
+    assert f"{sum(record['adopted'] for record in trace['trace'])} drafts adopted" in outcome
+    assert browser.problems == []

@@ -19,6 +19,7 @@ class BranchResult:
         merged: tokens that it took from other branches.
         synced: how often it took over the leader's state.
         progress: start of its window in the generation region when the request ended.
+        adopted: forwards that it took over from drafts; each is one forward less.
     """
 
     block_size: int
@@ -26,6 +27,7 @@ class BranchResult:
     merged: int
     synced: int
     progress: int
+    adopted: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,19 @@ def empty_state(
     return bbk.BranchState.create(prompts, lengths, sizes, gen_length, mask_token_id)
 
 
-def read_outcome(state: bbk.BranchState, request: int) -> RequestOutcome:
-    """The result of a finished request."""
-    first, count = request * state.num_branches, state.num_branches
+def read_outcome(state: bbk.BranchState, request: int, drafts: int = 0) -> RequestOutcome:
+    """The result of a finished request.
+
+    Args:
+        drafts: rows of a request that are no branches; they stand behind its branches.
+    """
+    first, count = request * state.num_branches, state.num_branches - drafts
     winner = int(state.winner[request])
 
     def column(name: str) -> list[int]:
         return getattr(state, name)[first : first + count].tolist()
 
-    names = ("block_size", "committed", "merged", "synced", "progress")
+    names = ("block_size", "committed", "merged", "synced", "progress", "adopted")
     branches = tuple(BranchResult(*values) for values in zip(*(column(name) for name in names), strict=True))
     return RequestOutcome(
         canvas=state.tokens[first + winner].tolist(),
@@ -102,8 +108,7 @@ def final_prefixes(state: bbk.BranchState, params: bbk.PolicyParams) -> list[lis
     over another's.
     """
     tokens = state.tokens.view(state.num_requests, state.num_branches, -1)
-    if params.drafts:  # of which nothing is final
-        tokens = tokens[:, :1]
+    tokens = tokens[:, : state.num_branches - len(params.drafts)]
     agreed = (tokens == tokens[:, :1]).all(1) & (tokens[:, 0] != params.mask_token_id)  # [Q, G]
     # The host waits once, for both.
     length = agreed.int().cumprod(1).sum(1, keepdim=True, dtype=torch.int32)
@@ -111,11 +116,16 @@ def final_prefixes(state: bbk.BranchState, params: bbk.PolicyParams) -> list[lis
     return [row[1 : 1 + row[0]] for row in rows]
 
 
-def end_requests(state: bbk.BranchState, requests: list[int]) -> None:
-    """Ends running requests where they stand, the most advanced branch (the first on a tie) as the winner."""
+def end_requests(state: bbk.BranchState, requests: list[int], drafts: int = 0) -> None:
+    """Ends running requests where they stand, the most advanced branch (the first on a tie) as the winner.
+
+    Args:
+        drafts: as of `read_outcome`.
+    """
     index = torch.tensor(requests, device=state.finished.device)
-    progress = state.progress.view(state.num_requests, state.num_branches)[index]
-    order = torch.arange(state.num_branches, device=index.device)
+    count = state.num_branches - drafts
+    progress = state.progress.view(state.num_requests, state.num_branches)[index, :count]
+    order = torch.arange(count, device=index.device)
     # No two branches have the same score: argmax does not say which of two equal ones it takes.
-    state.winner[index] = (progress * state.num_branches - order).argmax(1).int()
+    state.winner[index] = (progress * count - order).argmax(1).int()
     state.finished[index] = True

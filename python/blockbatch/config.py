@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS
+from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
 
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
@@ -90,6 +90,18 @@ class DecodeConfig:
     stop: tuple[str, ...] = ()
     trace: bool = False
     trace_kv: bool = False
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DecodeConfig:
+        """The settings of a row of `blockbatch.methods.PRESET_TABLE`, with some of them changed.
+
+        "paper" is the published rule of the method (BlockBatch unless `method` says otherwise), as are the
+        defaults of this class. "fast" is ours, not published.
+
+        Raises:
+            ValueError, TypeError: there is no such preset, or as the class itself.
+        """
+        return cls(**preset_options(name, overrides))
 
     def __post_init__(self) -> None:
         from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for

@@ -199,7 +199,7 @@ def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
 
 def build_result(model: Model, session: Session, request: int, trace: list[Record] | None = None) -> Result:
     """The result of a finished request of a session."""
-    outcome = branches.read_outcome(session.state, request)
+    outcome = branches.read_outcome(session.state, request, len(session.params.drafts))
     tokens, stop_reason = outcome.canvas, outcome.stop_reason
     if session.stops is not None:
         tokens, text, stopped = cut(

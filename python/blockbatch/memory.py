@@ -41,8 +41,7 @@ def longest_prompt(device: torch.device, longest: int) -> int:
 def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -> Needs:
     """What a batch of `num_requests` prompts of at most `longest` tokens takes."""
     spec, dtype = model.spec, model.dtype
-    num_branches = len(config.block_sizes) if config.block_sizes else 1
-    rows, length = num_requests * num_branches, longest_prompt(model.device, longest) + config.gen_length
+    rows, length = num_requests * _rows(config), longest_prompt(model.device, longest) + config.gen_length
     cache = kv_cache.cache_bytes(
         rows,
         length,
@@ -51,9 +50,17 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
         head_dim=spec.head_dim,
         dtype=dtype,
     )
-    # Whole rows go in chunks; a block step holds at most every row's generation region.
-    tokens = min(rows * length, max(length, ROW_TOKENS[model.device.type], rows * config.gen_length))
+    # Whole rows go in chunks; a block step holds at most every row's generation region and, where a model
+    # predicts the next position, the one in front of it.
+    region = config.gen_length + spec.prediction_offset
+    tokens = min(rows * length, max(length, ROW_TOKENS[model.device.type], rows * region))
     return Needs(cache, transformer.activation_bytes(spec, dtype, tokens))
+
+
+def _rows(config: DecodeConfig) -> int:
+    """Rows of a request: its branches and its drafts."""
+    branches = len(config.block_sizes) if config.block_sizes else 1
+    return branches + len(config.drafts or ())
 
 
 def free_bytes(model: Model) -> int:
@@ -82,12 +89,14 @@ def batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Ite
         total = needs(model, config, requests, longest)
         return total.cache if model.cache_bytes is not None else sum(total)
 
-    num_branches = len(config.block_sizes) if config.block_sizes else 1
+    rows = f"{len(config.block_sizes)} branches" if config.block_sizes else "1 branch"
+    if config.drafts:
+        rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
     for ids in prompts:
         if needed(1, len(ids)) > limit:
             raise MemoryError(
                 f"{source}: expected at least {needed(1, len(ids)):,} bytes for {purpose} of "
-                f"{num_branches} branches of {len(ids) + config.gen_length} positions, got {limit:,}"
+                f"{rows} of {len(ids) + config.gen_length} positions, got {limit:,}"
             )
     batch: list[list[int]] = []
     for ids in prompts:

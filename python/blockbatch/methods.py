@@ -2,7 +2,8 @@
 
 Whatever lists methods or options reads these two tables: settings, command line, builders, presets, pictures.
 A new method is a row and a module of `blockbatch.decoding`. A new option is a row here, a default in the rows
-of the methods that have it, and a field with its checks in `DecodeConfig`.
+of the methods that have it, and a field with its checks in `DecodeConfig`. Settings that have a name are a
+third table; a new preset is a row of it.
 """
 
 from __future__ import annotations
@@ -107,6 +108,71 @@ METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
 METHODS = tuple(METHOD_TABLE)
 METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in _ROWS}
 DEFAULT_METHOD = METHODS[0]
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """Settings of a decode that have a name; `DecodeConfig.preset` makes them.
+
+    Attributes:
+        name: what `preset` calls it; no benchmark of `blockbatch.evaluation.presets` has the same.
+        summary: what it is, in one sentence.
+        options: arguments of `DecodeConfig`; what is left out has the method's default.
+        published: whether this is the rule as its authors published it, rather than ours.
+    """
+
+    name: str
+    summary: str
+    options: Mapping[str, Any]
+    published: bool
+
+
+_PRESETS = (
+    PresetRow(
+        name="paper",
+        summary="the method's published rule, which is what all options default to",
+        options={},
+        published=True,
+    ),
+    PresetRow(
+        name="fast",
+        summary="ours: the dual cache with cheaper refreshes and with drafts",
+        options={
+            "method": "dual_cache",
+            "refresh_scope": "generation",
+            "drafts": (1, 2),
+            "eos_exit": "prefix",
+        },
+        published=False,
+    ),
+)
+PRESET_TABLE: dict[str, PresetRow] = {row.name: row for row in _PRESETS}
+
+
+def preset_options(name: str, changes: Mapping[str, Any], argument: str = "preset") -> dict[str, Any]:
+    """The arguments of `DecodeConfig` that a preset stands for, with some of them changed.
+
+    Args:
+        name: of a row of the table.
+        changes: arguments of `DecodeConfig` that count more than the preset's.
+        argument: what a message calls the name.
+
+    Raises:
+        ValueError: no such preset, or a method that lacks an option of it.
+    """
+    if name not in PRESET_TABLE:
+        raise ValueError(f"{argument}: expected one of {', '.join(PRESET_TABLE)}, got {name!r}")
+    row = PRESET_TABLE[name]
+    options = {**row.options, **changes}
+    known = METHOD_OPTIONS.get(options.get("method", DEFAULT_METHOD))
+    lacking = [option for option in row.options if known is not None and option not in ("method", *known)]
+    if lacking:
+        having = [method for method, known in METHOD_OPTIONS.items() if all(one in known for one in lacking)]
+        raise ValueError(
+            f"method: expected {' or '.join(having)} for {argument} {name!r}, which sets "
+            f"{', '.join(lacking)}, got {options.get('method', DEFAULT_METHOD)!r}"
+        )
+    return options
 
 
 @dataclass(frozen=True)

@@ -35,3 +35,8 @@ class Result:
     branches: tuple[BranchResult, ...]
     seconds: float
     trace: list[dict[str, Any]] | None
+
+    @property
+    def adopted(self) -> int:
+        """Forwards that were taken over from drafts; the decode without drafts has as many more."""
+        return sum(branch.adopted for branch in self.branches)

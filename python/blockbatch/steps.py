@@ -28,6 +28,18 @@ class HostPlan:
         return [end - start for start, end in zip(self.query_start, self.query_end, strict=True)]
 
 
+class OpenQueries(NamedTuple):
+    """What a block step of open queries computes, in positions of the generation region, ascending.
+
+    Attributes:
+        positions: [R] positions of each row; -1: the last one of the prompt.
+        stale: [R] those of them that hold a token and K/V computed from another.
+    """
+
+    positions: list[list[int]]
+    stale: list[list[int]]
+
+
 class Step(NamedTuple):
     """One turn of the loop, for observers; its tensors are valid until the next turn.
 
@@ -38,6 +50,7 @@ class Step(NamedTuple):
         windows: [R] windows (start, end) during the forward; None unless the session is observed.
         events: what the policy changed.
         seconds: of the whole turn.
+        open_queries: of a block step with open queries, if the session is observed; else None.
     """
 
     phase: str
@@ -45,3 +58,4 @@ class Step(NamedTuple):
     windows: list[tuple[int, int]] | None
     events: bbk.PolicyEvents
     seconds: float
+    open_queries: OpenQueries | None = None

@@ -30,8 +30,9 @@ def add_parser(commands: Any) -> None:
         help="turn one knob of blockbatch: accuracy, forwards, time",
         description="Decode the problems of some tasks by blockbatch with one option at several values: "
         "block-sizes, threshold, tail-threshold, merge-threshold, sync-threshold, refresh-interval, "
-        "components (merge, sync and refresh switched off), commit or eos-exit. Every value is compared "
-        "with the default on the same problems. An ablation that was interrupted goes on when it is started "
+        "components (merge, sync and refresh switched off), commit, eos-exit, query-span, refresh-scope, or "
+        "drafts (by the dual cache, with the end of blockbatch). Every value is compared with the default on "
+        "the same problems. An ablation that was interrupted goes on when it is started "
         "again.",
     )
     parser.set_defaults(run=run)

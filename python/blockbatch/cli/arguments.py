@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from blockbatch.config import DecodeConfig
-from blockbatch.methods import METHOD_TABLE, OPTIONS
+from blockbatch.methods import METHOD_TABLE, OPTIONS, PRESET_TABLE
 
 if TYPE_CHECKING:
     from blockbatch.models import Model
@@ -33,6 +33,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "decoding", "What is left out has the method's own default; none switches a rule off."
     )
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"start from named settings: {' or '.join(PRESET_TABLE)}; other options change them",
+    )
     kinds = {"name": str, "integer": int, "number": float, "integers": int_list}
     for option in OPTIONS:
         flag = "--" + option.name.replace("_", "-")
@@ -45,8 +50,12 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def methods_note() -> str:
-    """What each method is, for the end of a help text."""
-    return "Methods: " + "; ".join(f"{name}: {row.summary}" for name, row in METHOD_TABLE.items()) + "."
+    """What each method and each preset is, for the end of a help text."""
+    tables = {"Methods": METHOD_TABLE, "Presets": PRESET_TABLE}
+    return " ".join(
+        f"{title}: " + "; ".join(f"{name}: {row.summary}" for name, row in table.items()) + "."
+        for title, table in tables.items()
+    )
 
 
 def load(options: argparse.Namespace) -> Model:
@@ -57,10 +66,12 @@ def load(options: argparse.Namespace) -> Model:
 
 
 def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:
-    """The settings: only what was given on the command line, the rest is left to the method's defaults."""
+    """The settings: only what was given on the command line, the rest is left to preset and method."""
     given = {
         option.name: getattr(options, option.name) for option in OPTIONS if hasattr(options, option.name)
     }
+    if options.preset is not None:
+        return DecodeConfig.preset(options.preset, **given, **more)
     return DecodeConfig(**given, **more)
 
 

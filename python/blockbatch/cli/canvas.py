@@ -63,11 +63,12 @@ class View(NamedTuple):
 def read_view(session: Session) -> View:
     """The view of a session's only request; waits for the device."""
     state = session.state
-    decoded = state.decoded.tolist()
+    branches = slice(state.num_rows - len(session.params.drafts))
+    decoded = state.decoded[branches].tolist()
     leader = decoded.index(max(decoded))
     return View(
-        tokens=state.tokens.tolist(),
-        block_sizes=state.block_size.tolist(),
+        tokens=state.tokens[branches].tolist(),
+        block_sizes=state.block_size[branches].tolist(),
         leader=leader,
         window=(int(state.window_start[leader]), int(state.window_end[leader])),
         nfe=int(state.nfe.sum()),

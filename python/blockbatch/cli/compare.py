@@ -17,7 +17,8 @@ from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import Row, comparison_table, family_table
 from blockbatch.cli.terminal import escape
-from blockbatch.evaluation.settings import TABLE_METHODS, table_settings
+from blockbatch.evaluation.settings import TABLE_METHODS, TABLE_PRESETS, preset_settings, table_settings
+from blockbatch.methods import PRESET_TABLE
 
 if TYPE_CHECKING:
     from blockbatch.models import Model
@@ -32,7 +33,8 @@ def add_parser(commands: Any) -> None:
         "compare",
         help="decode the same prompts by every method",
         description="Decode the same prompts by every method and print what each needed. Baselines run as "
-        "published (the canvas is filled) and, marked +eos, with the same end as blockbatch.",
+        "published (the canvas is filled) and, marked +eos, with the same end as blockbatch. Named settings "
+        "have that end, too.",
         epilog=methods_note(),
     )
     parser.set_defaults(run=run)
@@ -55,6 +57,13 @@ def add_parser(commands: Any) -> None:
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--methods", type=names, metavar="A,B", help="methods to run (all)")
     decoding.add_argument(
+        "--preset",
+        type=names,
+        metavar="A,B",
+        help=f"named settings below the methods: {', '.join(PRESET_TABLE)} (without --methods: "
+        f"{', '.join(TABLE_PRESETS)})",
+    )
+    decoding.add_argument(
         "--gen-length",
         type=int,
         default=GEN_LENGTH,
@@ -76,7 +85,11 @@ def run(options: argparse.Namespace) -> None:
     from blockbatch.evaluation.runner import warm_up
 
     methods = TABLE_METHODS if options.methods is None else options.methods
-    rows = [Row(setting.label, setting.config) for setting in table_settings(methods, options.gen_length)]
+    presets = options.preset
+    if presets is None:
+        presets = TABLE_PRESETS if options.methods is None else ()
+    settings = table_settings(methods, options.gen_length) + preset_settings(presets, options.gen_length)
+    rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
         check_output(options.json, "--json")
     problems = read_problems(options)
@@ -186,6 +199,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
                 "right": sum(map(bool, row.right)),
                 "judged": sum(right is not None for right in row.right),
                 "nfe": row.nfe,
+                "adopted": row.adopted,
                 "seconds": row.seconds,
                 "tokens_per_second": row.tokens_per_second,
                 "problems": [
@@ -196,6 +210,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
                         "right": right,
                         "tokens": len(result.tokens),
                         "nfe": result.nfe.total,
+                        "adopted": result.adopted,
                         "seconds": result.seconds,
                     }
                     for problem, result, right in zip(problems, row.results, row.right, strict=True)

@@ -19,7 +19,7 @@ from blockbatch.cli.recorded import (
     output_folder,
 )
 from blockbatch.cli.terminal import escape
-from blockbatch.evaluation.presets import METHOD_SETTINGS, Preset, get_preset
+from blockbatch.evaluation.presets import METHOD_SETTINGS, PRESETS, Preset, get_preset
 from blockbatch.evaluation.progress import duration
 from blockbatch.evaluation.settings import (
     FIXED_BLOCKS,
@@ -27,8 +27,10 @@ from blockbatch.evaluation.settings import (
     Setting,
     fixed_block_settings,
     parse_setting,
+    preset_settings,
     table_settings,
 )
+from blockbatch.methods import PRESET_TABLE
 from blockbatch.tasks import FAMILIES
 
 if TYPE_CHECKING:
@@ -65,7 +67,14 @@ def add_parser(commands: Any) -> None:
         metavar="LABEL:NAME=VALUE,...",
         help="also run a setting of your own, such as careful:threshold=0.95,block_sizes=4/8/16; repeatable",
     )
-    group.add_argument("--preset", metavar="NAME", help="settings of the paper: gsm8k, math, humaneval, mbpp")
+    group.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}: a benchmark of the paper, with its task and length; "
+        f"{' or '.join(PRESET_TABLE)}: also a row with these settings; repeatable",
+    )
     add_lengths(group)
     group.add_argument(
         "--vanilla-limit",
@@ -89,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     settings = plan_settings(options, gen_length, preset)
     begun = time.perf_counter()
     folder = output_folder(options, DEFAULT_OUT)
-    header = {"preset": options.preset, "gen_length": gen_length}
+    header = {"preset": preset.name if preset else None, "gen_length": gen_length}
     result = decode_recorded(options, tasks, settings, folder, header)
     report = build_report(result, seed=options.seed)
     _write(report, {setting.label: setting.config.method for setting in settings}, folder)
@@ -105,7 +114,8 @@ def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset |
     named = TABLE_METHODS if options.methods is None else options.methods
     methods = [method for method in named if method != FIXED_BLOCKS]
     given = None if preset is None else METHOD_SETTINGS
-    own = [parse_setting(text, gen_length) for text in options.set]
+    own = preset_settings([name for name in options.preset if name in PRESET_TABLE], gen_length)
+    own += [parse_setting(text, gen_length) for text in options.set]
     if FIXED_BLOCKS in named:
         own = [*fixed_block_settings(gen_length), *own]
     rows = (
@@ -117,9 +127,11 @@ def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset |
 
 
 def _preset(options: argparse.Namespace) -> Preset | None:
-    if options.preset is None:
-        return None
-    return get_preset(options.preset)
+    """The benchmark among the presets; those of a decode are rows of the table."""
+    named = [name for name in options.preset if name not in PRESET_TABLE]
+    if len(named) > 1:
+        raise ValueError(f"--preset: expected at most one of {', '.join(PRESETS)}, got {', '.join(named)}")
+    return get_preset(named[0], (*PRESETS, *PRESET_TABLE)) if named else None
 
 
 def _default_tasks(preset: Preset | None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blockbatch.config import DecodeConfig
+from blockbatch.methods import PRESET_TABLE
 
 if TYPE_CHECKING:
     from blockbatch.result import Result
@@ -39,6 +40,11 @@ class Row:
         return sum(result.nfe.total for result in self.results) / len(self.results)
 
     @property
+    def adopted(self) -> float:
+        """Mean forwards that were taken over from drafts."""
+        return sum(result.adopted for result in self.results) / len(self.results)
+
+    @property
     def seconds(self) -> float:
         """Mean seconds for an answer."""
         return sum(result.seconds for result in self.results) / len(self.results)
@@ -65,7 +71,10 @@ def comparison_table(rows: Sequence[Row]) -> list[str]:
             lines.append(_group_title(row).ljust(len(header), "-"))
             previous = row.config.eos_exit
         lines.append(_line(row, labels, references))
-    notes = [*_NOTES, _FACTOR_NOTE] if references else _NOTES
+    notes = [*_NOTES, _FACTOR_NOTE] if references else list(_NOTES)
+    notes += [
+        f"{row.label:<10}{PRESET_TABLE[row.label].summary}" for row in rows if row.label in PRESET_TABLE
+    ]
     return [*lines, "-" * len(header), *notes]
 
 

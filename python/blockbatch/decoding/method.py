@@ -12,7 +12,8 @@ from blockbatch_kernels import PolicyParams
 class Method(NamedTuple):
     """
     Attributes:
-        block_sizes: one branch each, ascending.
+        block_sizes: of the rows of a request: one branch each, ascending. With drafts the first row is the
+            only branch, and the drafts behind it have its size.
         params: the rules between two forwards.
     """
 

@@ -15,7 +15,7 @@ from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
-from blockbatch.steps import Step
+from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
 # small beside the cache; a CPU gains by fewer, larger products.
@@ -54,7 +54,7 @@ class Session:
         gen_length: tokens to generate.
         runner: of this very model, method, number of prompts and gen_length, with room for the prompts; it
             serves one session at a time. None makes one.
-        observed: whether steps tell their windows.
+        observed: whether steps tell their windows and open queries, which costs copies from the device.
         stops: asked before every forward, which costs a wait for the device; None: the policy alone ends
             requests.
     """
@@ -105,6 +105,9 @@ class Session:
         begun = time.perf_counter()
         phase = bbk.PHASES[plan.phase]
         windows = self._windows() if self.observed else None
+        open_queries = None
+        if self.observed and phase == "block" and self.params.query_span == "open":
+            open_queries = self._open_queries(plan)
         if phase != "block":
             forward.whole_rows(self.model, self._batch, plan, ROW_TOKENS[self._batch.device.type])
         elif self._graphs is not None and plan.query_tokens:
@@ -118,7 +121,7 @@ class Session:
             for request, ended in enumerate(finished):
                 if ended and self.seconds[request] is None:
                     self.seconds[request] = now - self._started
-        return Step(phase, plan, windows, self._batch.events, now - begun)
+        return Step(phase, plan, windows, self._batch.events, now - begun, open_queries)
 
     def run(self) -> None:
         while self.step() is not None:
@@ -129,7 +132,7 @@ class Session:
         requests = [request for request in requests if self.seconds[request] is None]
         if not requests:
             return
-        branches.end_requests(self.state, requests)
+        branches.end_requests(self.state, requests, len(self.params.drafts))
         forward.replan(self._batch)
         self._plan = self._batch.host_plan()
         for request in requests:
@@ -137,3 +140,17 @@ class Session:
 
     def _windows(self) -> list[tuple[int, int]]:
         return list(zip(self.state.window_start.tolist(), self.state.window_end.tolist(), strict=True))
+
+    def _open_queries(self, plan: HostPlan) -> OpenQueries:
+        """Of the planned step, which has not run yet."""
+        state = self.state
+        differs = (state.tokens != self.params.mask_token_id) & (state.tokens != state.cached_token)
+        prompt_lengths, positions, stale = state.prompt_length.tolist(), [], []
+        for row, (places, length) in enumerate(
+            zip(self._batch.plan.query_position.tolist(), plan.query_lengths, strict=True)
+        ):
+            prompt = prompt_lengths[row // state.num_branches]
+            positions.append([place - prompt for place in places[:length]])
+            # Every position that is stale is a query of a row that has any.
+            stale.append(differs[row].nonzero().flatten().tolist() if length else [])
+        return OpenQueries(positions, stale)

@@ -1,12 +1,13 @@
 """Ablations: one knob of BlockBatch turned, all else at its default.
 
-Those of the paper (arXiv 2605.29233), and of the options that this package adds to it.
+Those of the paper (arXiv 2605.29233), and of the options that this package adds to it. Drafts, which a method
+of one branch has, are those of the dual cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from blockbatch.config import DecodeConfig
@@ -25,11 +26,13 @@ class Ablation:
         title: what is turned, with its unit.
         variants: options of `DecodeConfig` by label, in the order of a table; one of them is the default.
         ordered: whether a line from one to the next means something.
+        base: what all variants have in common, the default among them; nothing: BlockBatch's defaults.
     """
 
     title: str
     variants: dict[str, dict[str, Any]]
     ordered: bool = True
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _values(option: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -77,6 +80,29 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "commit": Ablation("commit rule", _values("commit", ("threshold", "local_leap")), ordered=False),
     "eos-exit": Ablation("end of decoding", _values("eos_exit", ("prefix", "window", "none")), ordered=False),
+    # Open queries leave little for a refresh to do.
+    "query-span": Ablation(
+        "what a block step computes",
+        {
+            "window": {},
+            "window, no refresh": {"refresh_interval": None},
+            "open": {"query_span": "open"},
+            "open, no refresh": {"query_span": "open", "refresh_interval": None},
+        },
+        ordered=False,
+    ),
+    "refresh-scope": Ablation(
+        "what a refresh computes", _values("refresh_scope", ("canvas", "generation")), ordered=False
+    ),
+    "drafts": Ablation(
+        "drafts of the dual cache, surest tokens each",
+        {
+            "off": {},
+            **{",".join(map(str, drafts)): {"drafts": drafts} for drafts in ((1,), (1, 2), (1, 2, 3))},
+            "1-8": {"drafts": tuple(range(1, 9))},
+        },
+        base={"method": "dual_cache", "eos_exit": "prefix"},
+    ),
 }
 KINDS = tuple(ABLATIONS)
 
@@ -93,12 +119,13 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
     """
     if kind not in ABLATIONS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    default = DecodeConfig(gen_length=gen_length)
+    base = ABLATIONS[kind].base
+    default = DecodeConfig(gen_length=gen_length, **base)
     settings, default_label = [], None
     for label, options in ABLATIONS[kind].variants.items():
         if any(gen_length % size for size in options.get("block_sizes", ())):
             continue
-        setting = Setting(label, DecodeConfig(gen_length=gen_length, **options))
+        setting = Setting(label, DecodeConfig(gen_length=gen_length, **base, **options))
         settings.append(setting)
         if setting.config == default:
             default_label = label

@@ -46,7 +46,9 @@ class BlockBatchLM(LM):
 
     Args:
         pretrained: as `blockbatch.load_model`: "tiny", a folder or a hub id.
-        preset: a benchmark of the paper (see `blockbatch.evaluation.presets`); `options` change its settings.
+        preset: a benchmark of the paper (see `blockbatch.evaluation.presets`), or named settings of a decode
+            ("paper", "fast"; see `DecodeConfig.preset`); `options` change its settings.
+        decode_preset: named settings of a decode beside a benchmark: preset=gsm8k,decode_preset=fast.
         batch_size: prompts that are decoded together.
         device, dtype, backend, revision: as `load_model`.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
@@ -64,6 +66,7 @@ class BlockBatchLM(LM):
         pretrained: str = "tiny",
         *,
         preset: str | None = None,
+        decode_preset: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
@@ -76,7 +79,7 @@ class BlockBatchLM(LM):
     ) -> None:
         super().__init__()
         self.batch_size = read_batch_size(batch_size)
-        self._options = decode_options(preset, options)
+        self._options = decode_options(preset, options, decode_preset)
         self._fixed_length = self._options.pop("gen_length", None)
         if stop_early is not None and not isinstance(stop_early, bool):
             raise TypeError(f"stop_early: expected true or false, got {stop_early!r}")
@@ -88,7 +91,7 @@ class BlockBatchLM(LM):
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained: expected a model with a tokenizer, got {pretrained!r} without one")
         self._device = self.model.device
-        self._requests, self._tokens, self._seconds = 0, 0, 0.0
+        self._requests, self._tokens, self._adopted, self._seconds = 0, 0, 0, 0.0
         self._forwards = {"init": 0, "block": 0, "refresh": 0}
 
     @classmethod
@@ -203,7 +206,8 @@ class BlockBatchLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """For the harness's results file: how was decoded, and what the requests so far took.
 
-        NFE are means over the requests; tokens (before an EOS or stop sequence) and seconds are sums.
+        NFE and adopted (forwards taken over from drafts) are means over the requests; tokens (before an EOS
+        or stop sequence) and seconds are sums.
         """
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
         names = ("method", *METHOD_OPTIONS[config.method], "eos_token_ids")
@@ -219,6 +223,7 @@ class BlockBatchLM(LM):
             "decoded": {
                 "requests": self._requests,
                 "nfe": {**nfe, "total": sum(nfe.values())},
+                "adopted": self._adopted / max(self._requests, 1),
                 "tokens": self._tokens,
                 "seconds": self._seconds,
             },
@@ -257,6 +262,7 @@ class BlockBatchLM(LM):
         self._seconds += time.perf_counter() - started
         self._requests += len(results)
         self._tokens += sum(len(result.tokens) for result in results)
+        self._adopted += sum(result.adopted for result in results)
         for phase in self._forwards:
             self._forwards[phase] += sum(getattr(result.nfe, phase) for result in results)
         return results

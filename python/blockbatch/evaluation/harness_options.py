@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from blockbatch.config import DecodeConfig
-from blockbatch.evaluation.presets import get_preset
-from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS
+from blockbatch.evaluation.presets import PRESETS, get_preset
+from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, PRESET_TABLE, preset_options
 
 DEFAULT_GEN_LENGTH = 256
 # The names under which tasks say how long a text may become, the first one given counts.
@@ -54,8 +54,15 @@ class Wishes(NamedTuple):
         return cls(tuple(text for text in until if text), length)
 
 
-def decode_options(preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def decode_options(
+    preset: str | None, options: Mapping[str, Any], decode_preset: str | None = None
+) -> dict[str, Any]:
     """The arguments of `DecodeConfig` that `model_args` ask for.
+
+    Args:
+        preset: a benchmark of the paper, or settings of a decode where no benchmark is asked for.
+        options: single arguments, which count most.
+        decode_preset: settings of a decode, which count more than the benchmark's.
 
     Raises:
         ValueError: there is no such option or preset, or a sequence cannot be read.
@@ -64,18 +71,29 @@ def decode_options(preset: str | None, options: Mapping[str, Any]) -> dict[str, 
     for name in options:
         if name not in known:
             raise ValueError(
-                f"model_args: expected pretrained, preset or one of {', '.join(known)}, got {name!r}"
+                f"model_args: expected pretrained, preset, decode_preset or one of {', '.join(known)}, got "
+                f"{name!r}"
             )
     # Of the two ways to write `model_args` one reads the word none, the other leaves it as it is.
     given = {name: None if str(value).lower() == "none" else value for name, value in options.items()}
     if "eos_exit" in given and given["eos_exit"] is None:
         given["eos_exit"] = "none"
-    for name in ("block_sizes", "eos_token_ids"):
+    for name in ("block_sizes", "drafts", "eos_token_ids"):
         if name in given:
             given[name] = _integers(name, given[name])
+    if preset in PRESET_TABLE:
+        if decode_preset is not None:
+            raise ValueError(
+                f"preset: expected one of {', '.join(PRESETS)} beside decode_preset={decode_preset}, got "
+                f"{preset!r}"
+            )
+        preset, decode_preset = None, preset
+    if decode_preset is not None:
+        given = preset_options(decode_preset, given, "decode_preset")
     if preset is None:
         return given
-    return {**get_preset(preset).options(given.get("method", DEFAULT_METHOD)), **given}
+    benchmark = get_preset(preset, (*PRESETS, *PRESET_TABLE))
+    return {**benchmark.options(given.get("method", DEFAULT_METHOD)), **given}
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...] | None:

@@ -1,7 +1,8 @@
 """The settings of the BlockBatch paper (arXiv 2605.29233) by name.
 
 A preset is a benchmark with its number of solved examples in the prompt and its generation length; the
-settings of each method are the same for all. `python -m blockbatch.evaluation.presets gsm8k` prints
+settings of each method are the same for all. (Named settings of a decode, such as "fast", are another table:
+`blockbatch.methods.PRESET_TABLE`.) `python -m blockbatch.evaluation.presets gsm8k` prints
 the command that runs one with lm-evaluation-harness.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +83,17 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def get_preset(name: str) -> Preset:
+def get_preset(name: str, known: Sequence[str] = tuple(PRESETS)) -> Preset:
     """The preset of a name.
+
+    Args:
+        known: the names that the message about another one lists.
 
     Raises:
         ValueError: no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        raise ValueError(f"preset: expected one of {', '.join(known)}, got {name!r}")
     return PRESETS[name]
 
 

@@ -40,6 +40,7 @@ class Record:
         stop_reason: as of `generation.Result`.
         block_size: of the winning branch.
         prompt: digest of the prompt's token ids.
+        adopted: forwards that were taken over from drafts; 0 in files from before there were any.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Record:
     stop_reason: str
     block_size: int
     prompt: str
+    adopted: int = 0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -190,6 +192,8 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 def _record(entry: dict[str, Any], where: str) -> Record:
     number = (int, float)
     kinds = {"tokens": int, "block_size": int, "seconds": number, "right": (bool, type(None)), "nfe": dict}
+    kinds["adopted"] = int
+    entry.setdefault("adopted", 0)
     for name in Record.__dataclass_fields__:
         if name not in entry or not isinstance(entry[name], kinds.get(name, str)):
             got = repr(entry.get(name, _MISSING))

@@ -266,6 +266,7 @@ def _record(prompt: _Prompt, result: Result, seconds: float, setting: Setting) -
         stop_reason=result.stop_reason,
         block_size=result.block_size,
         prompt=prompt.digest,
+        adopted=result.adopted,
     )
 
 

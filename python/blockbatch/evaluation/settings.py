@@ -7,17 +7,26 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from blockbatch.config import DecodeConfig, decode_settings
-from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, PAPER_BLOCK_SIZES
+from blockbatch.methods import (
+    DEFAULT_METHOD,
+    METHOD_OPTIONS,
+    METHODS,
+    PAPER_BLOCK_SIZES,
+    PRESET_TABLE,
+    preset_options,
+)
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
 # What other settings are compared with: as published, and with BlockBatch's end.
 REFERENCES = ("vanilla", "dual_cache")
 EOS_SUFFIX = " +eos"
+# Rows of a table of all methods beside those that were published.
+TABLE_PRESETS = tuple(name for name, row in PRESET_TABLE.items() if not row.published)
 # Among methods: the dual cache with every block size.
 FIXED_BLOCKS = "fixed-blocks"
 
-_TYPES = {field.name: field.type for field in fields(DecodeConfig)}
+_TYPES = {"preset": "str", **{field.name: field.type for field in fields(DecodeConfig)}}
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,23 @@ def table_settings(
     return rows
 
 
+def preset_settings(names: Sequence[str], gen_length: int) -> list[Setting]:
+    """A row for each preset of `blockbatch.methods`, with the end of the rows that stop with the text.
+
+    Raises:
+        ValueError: an unknown preset, or one that `gen_length` does not go with.
+    """
+    return [
+        Setting(
+            name,
+            DecodeConfig(
+                **preset_options(name, {"gen_length": gen_length, "eos_exit": "prefix"}, "--preset")
+            ),
+        )
+        for name in dict.fromkeys(names)
+    ]
+
+
 def fixed_block_settings(gen_length: int) -> list[Setting]:
     """The dual cache with each of the paper's block sizes that divides `gen_length`: "block 4", "block 8"."""
     sizes = [size for size in PAPER_BLOCK_SIZES if gen_length % size == 0] or [gen_length]
@@ -91,8 +117,8 @@ def fixed_block_settings(gen_length: int) -> list[Setting]:
 def parse_setting(text: str, gen_length: int) -> Setting:
     """A setting of "LABEL:name=value,name=value,...", such as "careful:threshold=0.95,block_sizes=4/8/16".
 
-    Names are those of `DecodeConfig`; "/" stands between the members of a list, "none" switches a rule off.
-    Without a method it is BlockBatch's.
+    Names are those of `DecodeConfig`, and preset, which the others change; "/" stands between the members of
+    a list, "none" switches a rule off. Without a method it is BlockBatch's.
 
     Raises:
         ValueError: it is not written like this, or not a setting of the method.
@@ -108,18 +134,20 @@ def parse_setting(text: str, gen_length: int) -> Setting:
         if not equals:
             raise ValueError(f"--set: {label}: expected name=value, got {part!r}")
         options[name] = _parse_value(label, name, value)
-    method = options.get("method", DEFAULT_METHOD)
-    # A setting of one's own is compared with the rows that stop with the text, unless it says otherwise.
-    if "eos_exit" in METHOD_OPTIONS.get(method, {}):
-        options.setdefault("eos_exit", "prefix")
     try:
+        if (preset := options.pop("preset", None)) is not None:
+            options = preset_options(preset, options)
+        method = options.get("method", DEFAULT_METHOD)
+        # A setting of one's own is compared with the rows that stop with the text, unless it says otherwise.
+        if "eos_exit" in METHOD_OPTIONS.get(method, {}):
+            options.setdefault("eos_exit", "prefix")
         return Setting(label, DecodeConfig(**options))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--set: {label}: {error}") from None
 
 
 def _parse_value(label: str, name: str, value: str) -> Any:
-    known = ("method", "gen_length", *dict.fromkeys(sum(map(list, METHOD_OPTIONS.values()), [])))
+    known = ("method", "gen_length", "preset", *dict.fromkeys(sum(map(list, METHOD_OPTIONS.values()), [])))
     if name not in known:
         raise ValueError(f"--set: {label}: expected options among {', '.join(known)}, got {name!r}")
     if value.lower() == "none":

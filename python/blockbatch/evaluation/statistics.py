@@ -35,6 +35,7 @@ class Summary:
         seconds: mean.
         seconds_95: of the mean, by bootstrap.
         tokens_per_second: tokens before the first EOS alone.
+        adopted: mean forwards that were taken over from drafts.
     """
 
     count: int
@@ -48,6 +49,7 @@ class Summary:
     seconds: float
     seconds_95: Interval
     tokens_per_second: float
+    adopted: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _summary(records: list[Record], seed: int) -> Summary:
         seconds=float(np.mean(seconds)),
         seconds_95=bootstrap_mean(seconds, seed=seed),
         tokens_per_second=sum(tokens) / sum(seconds),
+        adopted=float(np.mean([record.adopted for record in records])),
     )
 
 

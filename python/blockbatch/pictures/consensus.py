@@ -56,6 +56,7 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
         strip_bottom = _BOTTOM + strip_height
         heat = place(_LEFT, strip_bottom + _GAP, _MAP_WIDTH, map_height)
         _draw_map(heat, states, agreement(states), end)
+        _draw_stale(heat, trace, end)
         lane = place(_LEFT + _MAP_WIDTH, strip_bottom + _GAP, _LANE, map_height, sharey=heat)
         _draw_events(lane, heat, states)
         lowest = heat
@@ -66,7 +67,8 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
         left_out = states.gen_length - end
         behind = f"; {left_out} more hold no text" if left_out else ""
         lowest.set_xlabel(f"position in the generation region{behind}")
-        _draw_key(place(_LEFT, height - _TOP + 0.08, _MAP_WIDTH + _LANE, _KEY_HEIGHT), states.num_branches)
+        key = place(_LEFT, height - _TOP + 0.08, _MAP_WIDTH + _LANE, _KEY_HEIGHT)
+        _draw_key(key, states.num_branches, _mean_queries(trace))
         return style.save_png(figure, path)
 
 
@@ -101,6 +103,24 @@ def _draw_map(axis: Any, states: States, found: Agreement, end: int) -> None:
             axis.axhline(step + 0.5, color="white", linewidth=0.6 if steps <= 20 else 0.3)
 
 
+def _draw_stale(axis: Any, trace: dict[str, Any], end: int) -> None:
+    """With open queries: where some branch computed a position again, since its K/V was of another token."""
+    places = [
+        (position, step)
+        for step, record in enumerate(trace["trace"], 1)
+        for position in sorted(set().union(*record.get("query_stale", [])))
+        if position < end
+    ]
+    if places:
+        axis.plot(*zip(*places), ".", color=style.PURPLE, markersize=3.5, markeredgewidth=0)
+
+
+def _mean_queries(trace: dict[str, Any]) -> float | None:
+    """Positions that a block step computes in the mean; None without open queries."""
+    lengths = [sum(record["queries"]) for record in trace["trace"] if "query_stale" in record]
+    return float(np.mean(lengths)) if lengths else None
+
+
 def _draw_events(axis: Any, heat: Any, states: States) -> None:
     """Marks at the right of the map: which forwards were full ones, and how many branches a sync moved."""
     steps = np.arange(1, states.num_steps + 1)
@@ -119,7 +139,7 @@ def _draw_events(axis: Any, heat: Any, states: States) -> None:
     _bare(axis)
 
 
-def _draw_key(axis: Any, num_branches: int) -> None:
+def _draw_key(axis: Any, num_branches: int, queries: float | None) -> None:
     """What the colours say, in a row above the map; one unit is one inch."""
     from matplotlib.patches import Rectangle
 
@@ -134,6 +154,10 @@ def _draw_key(axis: Any, num_branches: int) -> None:
         middle = (corner[0] + box / 2, upper)
         small = style.SMALL_FONT_SIZE
         axis.text(*middle, str(count), color=ink, ha="center", va="center_baseline", fontsize=small)
+    if queries is not None:
+        left = 2.72 + (num_branches + 1) * box + 0.2
+        axis.plot(left, upper, ".", color=style.PURPLE, markersize=7)
+        axis.text(left + 0.1, upper, f"computed again; {queries:.0f} queries a step", va="center")
     axis.add_patch(Rectangle((0, lower - tall / 4), box, tall / 2, facecolor=style.VERMILLION))
     axis.text(box + 0.07, lower, "bifurcation: branches hold different tokens", va="center")
     for left, marker, color, text in (

@@ -116,6 +116,16 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
         "kind": record["kind"],
         "rows": record["rows"],
         "windows": record["windows"],
+        "tokens": _number(record.get("packed_tokens")),
+        "queries": record.get("queries"),
+        "positions": record.get("query_positions"),
+        "stale": record.get("query_stale"),
+        "drafts": [
+            [draft["length"], draft["queries"], draft["positions"], draft["tokens"]]
+            for draft in record.get("drafts", [])
+        ],
+        "adopted": record.get("adopted", 0),
+        "adoptedLength": record.get("adopted_length"),
         "commits": [
             [
                 change["branch"],

@@ -2,15 +2,32 @@
 
 A trace is a list with one record for each forward of the request::
 
-    {"kind": "block", "seconds": 0.03, "rows": [0, 1], "windows": [[4, 8], [0, 8]], "packed_tokens": 12,
-     "distinct_rows": 2,
+    {"kind": "block", "seconds": 0.03, "rows": [0, 1], "windows": [[4, 8], [0, 8]], "queries": [4, 8],
+     "packed_tokens": 12, "distinct_rows": 2,
      "commits": [{"branch": 0, "positions": [4], "tokens": [17], "confidence": [0.98]}],
      "merges": [{"branch": 1, "positions": [2], "tokens": [9]}],
      "syncs": [{"branch": 1, "leader": 0}]}
 
 `rows` are the branches that the forward served (init and refresh compute equal ones once: `distinct_rows`),
-`windows` their windows during it, in positions of the generation region. Within a record commits come first,
-then merges, then syncs.
+`windows` their windows during it, in positions of the generation region, `queries` the positions that were
+computed for each (0: it took another row's result), `packed_tokens` those of the whole forward. Within a
+record commits come first, then merges, then syncs.
+
+A block step with open queries also says, for each of `rows`, which positions it computed, and which of them
+because their K/V was that of another token; -1 is the last position of the prompt::
+
+    "query_positions": [[-1, 4, 6], [0, 5]], "query_stale": [[4], [0]]
+
+With drafts the only branch is 0. Its record also holds the drafts that the forward computed beside it, with
+what each holds that the branch did not::
+
+    "drafts": [{"length": 1, "queries": 32, "positions": [7], "tokens": [17]}],
+    "adopted": 1, "adopted_length": 1
+
+`adopted` of them were the branch's next forwards, the last of these that of `adopted_length` (None: there is
+none); the commits are those of all these forwards together.
+
+Files from before open queries and drafts lack these fields, and `queries`.
 
 With K/V (`DecodeConfig(trace_kv=True)`) a record also holds the cache states of the branches that it changed:
 ``"kv": [{"branches": [0, 2], "state": [...]}]``, branches with the same cache together, the states as

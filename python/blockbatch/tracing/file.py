@@ -26,6 +26,7 @@ _OPTIONAL: dict[str, Any] = {
     "pieces": {},
     "winner_block_size": None,
     "nfe": None,
+    "adopted": None,
     "seconds": None,
     "stop_reason": None,
 }
@@ -127,6 +128,8 @@ def _check_record(record: Any, branches: int, gen_length: int, *, first: bool) -
         ends = _integers({"window": window}, "window", 0, gen_length)
         if len(ends) != 2 or ends[0] > ends[1]:
             raise _BadTraceError(f"window: {_brief(window)}")
+    _check_queries(record, len(rows), gen_length)
+    _check_drafts(record, gen_length)
     for name in ("commits", "merges", "syncs"):
         if not isinstance(record.get(name), list):
             raise _BadTraceError(f"{name}: {_brief(record.get(name))}")
@@ -137,9 +140,7 @@ def _check_record(record: Any, branches: int, gen_length: int, *, first: bool) -
     for sync in record["syncs"]:
         _integer(sync, "leader", 0, branches - 1)
     for change in record["commits"] + record["merges"]:
-        positions = _integers(change, "positions", 0, gen_length - 1)
-        if len(_integers(change, "tokens", 0)) != len(positions):
-            raise _BadTraceError(f"tokens: {len(change['tokens'])} for {len(positions)} positions")
+        _check_change(change, gen_length)
     for commit in record["commits"]:
         confidence = commit.get("confidence")
         # A comparison with NaN is false.
@@ -149,6 +150,41 @@ def _check_record(record: Any, branches: int, gen_length: int, *, first: bool) -
             or not all(type(value) in (int, float) and 0 <= value <= 1.001 for value in confidence)
         ):
             raise _BadTraceError(f"confidence: {_brief(confidence)}")
+
+
+def _check_change(change: dict[str, Any], gen_length: int) -> None:
+    positions = _integers(change, "positions", 0, gen_length - 1)
+    if len(_integers(change, "tokens", 0)) != len(positions):
+        raise _BadTraceError(f"tokens: {len(change['tokens'])} for {len(positions)} positions")
+
+
+def _check_queries(record: dict[str, Any], rows: int, gen_length: int) -> None:
+    """What older files lack: how many positions were computed for each row, and which, with open queries."""
+    if "queries" in record and len(_integers(record, "queries", 0)) != rows:
+        raise _BadTraceError(f"queries: {_brief(record['queries'])} for {rows} rows")
+    for name, least in (("query_positions", -1), ("query_stale", 0)):
+        if name not in record:
+            continue
+        if not isinstance(record[name], list) or len(record[name]) != rows:
+            raise _BadTraceError(f"{name}: {_brief(record[name])} for {rows} rows")
+        for positions in record[name]:
+            _integers({name: positions}, name, least, gen_length - 1)
+
+
+def _check_drafts(record: dict[str, Any], gen_length: int) -> None:
+    if "drafts" not in record:
+        return
+    drafts = record["drafts"]
+    if not isinstance(drafts, list) or not all(isinstance(draft, dict) for draft in drafts):
+        raise _BadTraceError(f"drafts: {_brief(drafts)}")
+    for draft in drafts:
+        _integer(draft, "length", 1)
+        _integer(draft, "queries", 0)
+        _check_change(draft, gen_length)
+    _integer(record, "adopted", 0, len(drafts))
+    lengths = [None, *(draft["length"] for draft in drafts)]
+    if record.get("adopted_length") not in lengths:
+        raise _BadTraceError(f"adopted_length: {_brief(record['adopted_length'])}")
 
 
 def _integer(found: dict[str, Any], name: str, least: int, most: int | None = None) -> int:

@@ -23,11 +23,15 @@ def trace_header(
         the header of a trace file: model, method, settings, gen_length, block_sizes (of the branches, in
         their order), winner_block_size, prompt (text; None without a tokenizer), prompt_tokens,
         mask_token_id, eos_token_ids, canvas (of the winner), text, pieces (the text of every token id that
-        occurs, the ids as decimal strings; empty without a tokenizer), nfe, seconds, stop_reason.
+        occurs, the ids as decimal strings; empty without a tokenizer), nfe, adopted, seconds, stop_reason.
     """
     tokenizer = model.tokenizer
     eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
-    changes = [change for record in result.trace or () for change in record["commits"] + record["merges"]]
+    changes = [
+        change
+        for record in result.trace or ()
+        for change in record["commits"] + record["merges"] + record.get("drafts", [])
+    ]
     ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
     ids.update(token for change in changes for token in change["tokens"])
     return {
@@ -45,6 +49,7 @@ def trace_header(
         "text": result.text,
         "pieces": {} if tokenizer is None else _pieces(tokenizer, ids),
         "nfe": {**asdict(result.nfe), "total": result.nfe.total},
+        "adopted": result.adopted,
         "seconds": result.seconds,
         "stop_reason": result.stop_reason,
     }

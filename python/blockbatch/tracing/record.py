@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,10 +20,15 @@ class TraceRecorder:
     Args:
         state: of the session.
         cache: of the session, to record where K and V go; None: they are left out.
+        drafts: of the method: the last rows of each request, which are no branches.
     """
 
-    def __init__(self, state: bbk.BranchState, cache: KVCache | None = None) -> None:
-        self._state = state
+    def __init__(
+        self, state: bbk.BranchState, cache: KVCache | None = None, drafts: Sequence[int] = ()
+    ) -> None:
+        self._state, self._drafts = state, tuple(drafts)
+        # What the policy writes over when it writes new drafts.
+        self._before = (state.tokens.clone(), state.adopted.clone()) if drafts else None
         lengths = (state.prompt_length + state.gen_length).tolist()
         self._sketcher = None
         if cache is not None:
@@ -32,13 +38,14 @@ class TraceRecorder:
         self.traces: list[list[Record]] = [[] for _ in range(state.num_requests)]
 
     def add(self, step: Step) -> None:
-        count = self._state.num_branches
+        stride = self._state.num_branches
+        count = stride - len(self._drafts)
         source_row, lengths, windows = step.plan.source_row, step.plan.query_lengths, step.windows
         commits = self._changes(step.events.committed, with_confidence=True)
         merges = self._changes(step.events.merged)
         sync_source = step.events.sync_source.tolist()
         for request, trace in enumerate(self.traces):
-            first = request * count
+            first = request * stride
             rows = [row for row in range(first, first + count) if source_row[row] >= 0]
             if rows:
                 trace.append(
@@ -47,13 +54,19 @@ class TraceRecorder:
                         "seconds": step.seconds,
                         "rows": [row - first for row in rows],
                         "windows": [list(windows[row]) for row in rows],
-                        "packed_tokens": sum(lengths[first : first + count]),
+                        "queries": [lengths[row] for row in rows],
+                        "packed_tokens": sum(lengths[first : first + stride]),
                         "distinct_rows": len({source_row[row] for row in rows}),
                         "commits": [],
                         "merges": [],
                         "syncs": [],
                     }
                 )
+                if step.open_queries is not None:
+                    for name, of_rows in step.open_queries._asdict().items():
+                        trace[-1][f"query_{name}"] = [of_rows[row] for row in rows]
+                if self._drafts:
+                    trace[-1] |= self._draft_rows(first, lengths, sync_source[first])
             if not trace:
                 continue
             # A turn without a forward (every window was already complete) belongs to the forward before it.
@@ -63,11 +76,35 @@ class TraceRecorder:
                     record["commits"].append({"branch": row - first, **commits[row]})
                 if row in merges:
                     record["merges"].append({"branch": row - first, **merges[row]})
-                if sync_source[row] != row:
+                if sync_source[row] != row and not self._drafts:
                     record["syncs"].append({"branch": row - first, "leader": sync_source[row] - first})
             if self._sketcher is not None:
                 synced = (row for row in range(first, first + count) if sync_source[row] != row)
                 self._add_states(record, sorted({*rows, *synced}), first)
+        if self._drafts:
+            self._before = self._state.tokens.clone(), self._state.adopted.clone()
+
+    def _draft_rows(self, first: int, lengths: list[int], source: int) -> Record:
+        """What the drafts of a request were in the forward, and which became the branch's next one."""
+        tokens, adopted = (values[first:] for values in self._before)
+        rows = []
+        for draft, length in enumerate(self._drafts, start=1):
+            if lengths[first + draft] == 0:
+                continue
+            positions = (tokens[draft] != tokens[0]).nonzero().flatten()
+            rows.append(
+                {
+                    "length": length,
+                    "queries": lengths[first + draft],
+                    "positions": positions.tolist(),
+                    "tokens": tokens[draft][positions].tolist(),
+                }
+            )
+        return {
+            "drafts": rows,
+            "adopted": int(self._state.adopted[first] - adopted[0]),
+            "adopted_length": self._drafts[source - first - 1] if source != first else None,
+        }
 
     def _add_states(self, record: Record, rows: list[int], first: int) -> None:
         states = record.setdefault("kv", [])
@@ -102,7 +139,7 @@ def open_recorder(session: Observed, config: DecodeConfig) -> TraceRecorder | No
     """What records a session as its settings ask for; None if they ask for no trace."""
     if not config.trace:
         return None
-    return TraceRecorder(session.state, session.cache if config.trace_kv else None)
+    return TraceRecorder(session.state, session.cache if config.trace_kv else None, config.drafts or ())
 
 
 def replay(trace: list[Record], num_branches: int, gen_length: int, mask_token_id: int) -> list[list[int]]:

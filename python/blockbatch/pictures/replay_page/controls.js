@@ -48,6 +48,10 @@ const inspect = () => {
     if (change.how === "commit" && threshold !== null && change.confidence < threshold)
       told.append(` (below ${threshold}: ${decode.leaps ? "a leap, or " : ""}the surest of its window)`);
   }
+  if (figures[step].stale.get(branch)?.has(position))
+    detail.append(
+      make("p", "soft", "Computed once more in this forward: its K/V was that of another token."),
+    );
   if (split[position]) detail.append(make("p", "soft", "The branches hold different tokens here."));
   for (const [name, label] of [
     ["block", "Block size"],

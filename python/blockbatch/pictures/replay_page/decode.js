@@ -27,6 +27,10 @@ const figures = [
     nfe: { init: 0, block: 0, refresh: 0 },
     written: { commit: 0, merge: 0, sync: 0 },
     syncs: new Map(),
+    queries: new Map(),
+    computed: new Map(),
+    stale: new Map(),
+    adopted: 0,
   },
 ];
 
@@ -54,9 +58,17 @@ records.forEach((record, index) => {
     nfe: { ...before.nfe, [record.kind]: before.nfe[record.kind] + 1 },
     written: { commit: 0, merge: 0, sync: 0 },
     syncs: new Map(),
+    queries: new Map(),
+    // With open queries: the positions computed, and those of them whose K/V was that of another token.
+    computed: new Map(),
+    stale: new Map(),
+    adopted: before.adopted + record.adopted,
   };
   record.rows.forEach((branch, row) => {
     figure.windows[branch] = record.windows[row];
+    if (record.queries) figure.queries.set(branch, record.queries[row]);
+    if (record.positions) figure.computed.set(branch, new Set(record.positions[row]));
+    if (record.stale) figure.stale.set(branch, new Set(record.stale[row]));
   });
   for (const [how, changes] of [
     ["commit", record.commits],
@@ -96,6 +108,9 @@ records.forEach((record, index) => {
   }
   figures.push(figure);
 });
+
+const opens = records.some((record) => record.positions),
+  drafted = records.some((record) => record.drafts.length);
 
 // Whitespace has to be seen, and nothing in a text may change how its neighbours look.
 const NAMED = new Map([

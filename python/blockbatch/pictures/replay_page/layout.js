@@ -2,6 +2,8 @@
 
 // What only several branches have is left out for one.
 document.body.classList.toggle("single", branches === 1);
+document.body.classList.toggle("opens", opens);
+document.body.classList.toggle("drafted", drafted);
 const winner = blockSizes.indexOf(decode.winnerBlockSize);
 byId("title").textContent = decode.method ? `Replay of a ${decode.method} decode` : "Replay of a decode";
 const ending = {
@@ -13,6 +15,7 @@ byId("outcome").textContent = [
   decode.model,
   plural(steps, "forward"),
   ending[decode.stopReason] ?? decode.stopReason,
+  drafted ? `${plural(figures[steps].adopted, "draft")} adopted` : "",
   winner >= 0 && branches > 1 ? `block ${decode.winnerBlockSize} won` : "",
   decode.seconds ? `${decode.seconds.toFixed(2)} s` : "",
 ]
@@ -82,6 +85,7 @@ const panels = blockSizes.map((size, branch) => {
     winner: badge("winner", "winner"),
     synced: badge("synced", ""),
     rest: badge("rest", "sat out"),
+    queries: badge("queries", ""),
   };
   const tally = head.appendChild(make("span", "tally"));
   const number = (label, sign) => {
@@ -120,6 +124,15 @@ const panels = blockSizes.map((size, branch) => {
   return panelParts;
 });
 
+// The drafts of a forward stand apart from the branches: rows that the next step writes over.
+const draftCard = make("section", "drafts-card"),
+  draftRows = make("div");
+if (drafted) {
+  draftCard.setAttribute("aria-label", "Drafts of the forward");
+  draftCard.append(make("h2", "", "drafts of this forward"), draftRows);
+  byId("branches").append(draftCard);
+}
+
 const slider = byId("slider"),
   timeline = byId("timeline");
 slider.max = steps;
@@ -141,8 +154,9 @@ const bars = records.map((record, index) => {
       `${(100 * Math.sqrt(total) * written[how]) / (total * most)}%`;
   }
   timeline.append(bar);
-  if (record.kind === "refresh" || (syncs.size && steps <= 60)) {
+  if (record.kind === "refresh" || ((syncs.size || record.adopted) && steps <= 60)) {
     const mark = make("span", "mark", record.kind === "refresh" ? "R" : "");
+    if (record.adopted) mark.append(make("span", "adopted-mark", "A".repeat(record.adopted)));
     mark.style.left = share(index + 1);
     if (syncs.size && steps <= 60)
       mark.append(Object.assign(make("span", "", "S"), { style: "color: var(--sync)" }));

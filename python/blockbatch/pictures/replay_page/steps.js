@@ -36,6 +36,11 @@ const drawMap = () => {
       pen.globalAlpha = fresh ? 1 : 0.45;
       pen.fillStyle = color(change.how === "merge" ? "merge-fresh" : change.how);
       pen.fillRect(position * column, top, Math.max(column - (column > 4 ? 1 : 0), 0.5), tall);
+      if (figure.stale.get(branch)?.has(position)) {
+        pen.globalAlpha = 1;
+        pen.fillStyle = color("refresh");
+        pen.fillRect(position * column, top, Math.max(column - (column > 4 ? 1 : 0), 1), 3);
+      }
       if (split[position]) {
         pen.globalAlpha = 1;
         pen.fillStyle = color("split");
@@ -71,6 +76,7 @@ const show = (wanted) => {
     split[position] = tokens.size > 1 ? 1 : 0;
   }
   panels.forEach((parts, branch) => showBranch(parts, branch, figure, record));
+  if (drafted) showDrafts(record);
   bars.forEach((bar, index) => bar.classList.toggle("ahead", index >= step));
   slider.value = step;
   const { written } = figure;
@@ -81,6 +87,7 @@ const show = (wanted) => {
   ]
     .filter(([, count]) => count)
     .map(([word, count]) => `${count} ${word}`);
+  if (record?.adopted) said.push(`${plural(record.adopted, "draft")} adopted`);
   const place = step ? `forward ${step} of ${steps}` : `before the first of ${plural(steps, "forward")}`;
   byId("status").textContent = [place, ...said].join(", ");
   slider.setAttribute("aria-valuetext", record ? `${place}, ${record.kind}` : place);
@@ -88,6 +95,7 @@ const show = (wanted) => {
   byId("phase").textContent = record ? record.kind : "start";
   byId("nfe-total").textContent = step;
   for (const phase of ["init", "block", "refresh"]) byId(`nfe-${phase}`).textContent = figure.nfe[phase];
+  byId("queries").textContent = record?.tokens ?? "–";
   byId("leader").textContent = figure.leader < 0 ? "–" : `block ${blockSizes[figure.leader]}`;
   drawMap();
   inspect();
@@ -96,7 +104,9 @@ const show = (wanted) => {
 const showBranch = (parts, branch, figure, record) => {
   const active = figure.active.has(branch),
     extent = active ? figure.windows[branch] : null;
-  const tally = { commit: 0, merge: 0, sync: 0 };
+  const tally = { commit: 0, merge: 0, sync: 0 },
+    computed = figure.computed.get(branch),
+    stale = figure.stale.get(branch);
   for (let position = 0; position < genLength; position++) {
     const change = parts.changes[position],
       token = held(change),
@@ -113,6 +123,7 @@ const showBranch = (parts, branch, figure, record) => {
       if (position === extent[0]) look += " first";
       if (position === extent[1] - 1) look += " last";
     }
+    if (computed?.has(position)) look += stale?.has(position) ? " query stale" : " query";
     if (parts.tokens[position] !== token) {
       parts.tokens[position] = cell.dataset.token = token;
       cell.textContent = token === mask ? "·" : shown(token);
@@ -127,9 +138,42 @@ const showBranch = (parts, branch, figure, record) => {
   parts.synced.classList.toggle("on", leader !== undefined);
   parts.synced.textContent = leader === undefined ? "" : `S \u2190 block ${blockSizes[leader]}`;
   parts.rest.classList.toggle("on", step > 0 && !active);
+  const queries = active ? figure.queries.get(branch) : undefined;
+  parts.queries.classList.toggle("on", queries !== undefined);
+  parts.queries.textContent = queries ? `queries ${queries}` : "shared result";
   const count = tally.commit + tally.merge + tally.sync;
   parts.count.textContent = count;
   if (branches > 1)
     for (const how of ["commit", "merge", "sync"]) parts[`${how}Count`].textContent = tally[how];
   parts.fill.style.width = `${(100 * count) / genLength}%`;
+};
+
+// What each draft holds that the branch did not, and whether the commit wrote it too.
+const showDrafts = (record) => {
+  draftRows.replaceChildren();
+  if (!record?.drafts.length) {
+    const why = record && record.kind !== "block" ? "a full forward takes none" : "none in this forward";
+    draftRows.append(make("p", "soft", record ? why : "none yet"));
+    return;
+  }
+  for (const [length, queries, positions, tokens] of record.drafts) {
+    const line = draftRows.appendChild(make("div", "draft"));
+    const adopted = length === record.adoptedLength;
+    line.append(make("span", "draft-name", `+${length}`));
+    const row = line.appendChild(make("span", "tokens row"));
+    positions.forEach((position, i) => {
+      const change = panels[0].changes[position],
+        hit = change?.step === step && change.token === tokens[i];
+      const cell = row.appendChild(make("span", `cell guess${hit ? " hit" : ""}`, shown(tokens[i])));
+      cell.title = `position ${position}: ${hit ? "written" : "not written"}`;
+      cell.dataset.branch = 0;
+      cell.dataset.position = position;
+      cell.dataset.token = tokens[i];
+    });
+    line.classList.toggle("adopted", adopted);
+    line.append(make("span", "soft", `${queries} queries`));
+    if (adopted) line.append(make("span", "badge adopted on", "adopted"));
+  }
+  if (record.adopted > 1)
+    draftRows.append(make("p", "soft", `${record.adopted} adopted, one after the other; the last is marked.`));
 };
