@@ -30,8 +30,8 @@ _COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
 class DecodeConfig:
     """How to decode. Options that a method does not have must be left out (they read None afterwards).
 
-    What is marked "ours" is not part of what the method's authors published, and off by default;
-    `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and milliseconds.
+    What is marked as ours is not part of what the method's authors published, and off by default;
+    `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
@@ -43,7 +43,7 @@ class DecodeConfig:
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
             None: a fixed number of tokens each step, as vanilla.
         tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
-            `threshold`, from `threshold` to 1; None: the same. Not in the paper.
+            `threshold`, from `threshold` to 1; None: the same. Ours.
         steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
             every block. Left out: one token a step.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
