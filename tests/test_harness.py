@@ -184,6 +184,21 @@ def test_presets(make):
     assert not lm.stop_early, "its published forward counts include the whole canvas"
     assert make(preset="gsm8k", method="dual_cache", eos_exit="prefix").stop_early
     assert make(preset="gsm8k", method="dual_cache", stop_early=True).stop_early
+    for options in ({"preset": "fast", "gen_length": 256}, {"preset": "gsm8k", "decode_preset": "fast"}):
+        lm = make(**options)
+        decoding = lm.get_model_info()["decoding"]
+        assert decoding["gen_length"] == 256 and lm.stop_early
+        fast = blockbatch.DecodeConfig.preset("fast", gen_length=256)
+        assert (decoding["method"], decoding["drafts"]) == (fast.method, fast.drafts)
+    with pytest.raises(ValueError, match="decode_preset: expected one of paper, fast"):
+        make(decode_preset="quick")
+
+
+def test_adopted_drafts_are_told(make, tiny, request_of):
+    lm, prompt = make(preset="fast", gen_length=64, threshold=0.99), QUESTIONS[0]
+    lm.generate_until([request_of(prompt)], disable_tqdm=True)
+    config = blockbatch.DecodeConfig.preset("fast", gen_length=64, threshold=0.99)
+    assert lm.get_model_info()["decoded"]["adopted"] == blockbatch.generate(tiny, prompt, config).adopted > 0
 
 
 def test_a_prompt_that_does_not_fit_loses_its_beginning(make, tiny, request_of, caplog):

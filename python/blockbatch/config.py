@@ -30,6 +30,9 @@ _COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
 class DecodeConfig:
     """How to decode. Options that a method does not have must be left out (they read None afterwards).
 
+    What is marked as ours is not part of what the method's authors published, and off by default;
+    `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
+
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
             "local_leap".
@@ -40,7 +43,7 @@ class DecodeConfig:
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
             None: a fixed number of tokens each step, as vanilla.
         tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
-            `threshold`, from `threshold` to 1; None: the same. Not in the paper.
+            `threshold`, from `threshold` to 1; None: the same. Ours.
         steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
             every block. Left out: one token a step.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
@@ -54,7 +57,8 @@ class DecodeConfig:
             Fewer tokens a step, and no refresh needed; tokens may differ. Ours.
         drafts: dual_cache, local_leap: a block step also computes what the next one would see if the so many
             surest MASKs were committed, for each of these numbers, such as (1, 2). The same tokens in fewer,
-            somewhat larger forwards. None: no drafts. Ours.
+            somewhat larger forwards. With `eos_exit="prefix"` drafts end before an EOS. None: no drafts.
+            Ours.
         eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
             that holds EOS is complete; "none": fill the canvas.
         commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.

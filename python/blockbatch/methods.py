@@ -207,7 +207,7 @@ OPTIONS = (
         "tail_threshold",
         "number",
         "P",
-        "blockbatch: the same behind a window's first unsure token (as threshold)",
+        "blockbatch: the same behind a window's first unsure token (as threshold); ours",
         none=True,
     ),
     OptionRow(
@@ -232,16 +232,22 @@ OPTIONS = (
         none=True,
     ),
     OptionRow(
-        "refresh_scope", "name", "SCOPE", "blockbatch, dual_cache, local_leap: canvas (default) or generation"
+        "refresh_scope",
+        "name",
+        "SCOPE",
+        "blockbatch, dual_cache, local_leap: canvas (default) or, ours, generation",
     ),
     OptionRow(
-        "query_span", "name", "SPAN", "blockbatch, dual_cache, local_leap: window (default) or open queries"
+        "query_span",
+        "name",
+        "SPAN",
+        "blockbatch, dual_cache, local_leap: window (default) or, ours, open queries",
     ),
     OptionRow(
         "drafts",
         "integers",
         "1,2",
-        "dual_cache, local_leap: compute ahead what the next commit may write (none)",
+        "dual_cache, local_leap: compute ahead what the next commit may write (none); ours",
         none=True,
     ),
     OptionRow("eos_exit", "name", "MODE", "prefix or window: stop with the text; none: fill the canvas"),
