@@ -35,7 +35,7 @@ class RowCache:
     def reset(self) -> None:
         """Nothing to do: what is read has been written before."""
 
-    def make_private(self, write_start: Tensor, write_end: Tensor) -> None:
+    def make_private(self, write_start: Tensor, write_end: Tensor, write_positions=None) -> None:
         """Nothing to do: no row is shared."""
 
     def prepare(self, plan: bbk.StepPlan) -> None:
