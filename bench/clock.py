@@ -35,12 +35,13 @@ from clock_report import PHASES, answers, clocks, print_table, queries, targets
 from clock_settings import DUAL, GEN_LENGTH, Row, chosen
 from random_models import DTYPES, random_model
 from timing import RESULTS, clean, device_of, parser, rounded, write_report
+from traces import Followed
 
 from blockbatch import tiny
 
 BUILT_IN = "built-in"
-# Fewer problems of each family where the shape is one more example.
-SECTIONS = {"llada-8b": {1024: TRACED, 160: TRACED}, "dream-7b": {1024: TRACED // 2}}
+# Problems of each family by shape and prompt length; fewer where the shape is one more example.
+SECTIONS = {"llada-8b": {1024: 6, 160: 6}, "dream-7b": {1024: 3}}
 
 
 def follow(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def follow(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     sections, reached, begun = [], [], time.perf_counter()
     for name in options.shapes:
         model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
-        lengths = SECTIONS.get(name, {1024: TRACED})
+        lengths = SECTIONS.get(name, {1024: 1})
         for prompt_length in options.prompt_lengths or lengths:
             problems = options.problems or (1 if options.quick else lengths.get(prompt_length, TRACED))
             problems = min(problems * len(tiny.FAMILIES), min(map(len, traces.values())))
             started = time.perf_counter()
             section = Section(model, prompt_length, traces)
             found = section.measure(problems, until=begun + options.seconds)
-            lines = section_lines(section, found, decodes)
+            lines, points = section_lines(section, found, decodes)
             title = (
                 f"{name} on {device}, prompt of {prompt_length}, {len(next(iter(found.values())))} problems"
             )
@@ -66,7 +67,13 @@ def follow(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             taken = time.perf_counter() - started
             print(f"{taken:.0f} s")
             sections.append(
-                {"shape": name, "prompt_length": prompt_length, "seconds": taken, "settings": lines}
+                {
+                    "shape": name,
+                    "prompt_length": prompt_length,
+                    "seconds": taken,
+                    "turn_ms": points,
+                    "settings": lines,
+                }
             )
             if name == "llada-8b":
                 reached += targets(prompt_length, {line["setting"]: line for line in lines}, right)
@@ -84,26 +91,42 @@ def load(rows: list[Row], folder: Path) -> tuple[dict[str, list[Decode]], dict[R
     return decodes, traces
 
 
-def section_lines(section: Section, found: dict, decodes: dict[str, list[Decode]]) -> list[dict[str, Any]]:
-    """What each setting took in one shape."""
+def section_lines(
+    section: Section, found: dict[Row, list[Followed]], decodes: dict[str, list[Decode]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What each setting took in one shape, and what turns took there.
+
+    `all_problems` of a setting is what its turns on all recorded problems take by those that were measured.
+    """
     prompt_length = section.prompt_length
     points = turn_points(found, section.recorded, prompt_length + GEN_LENGTH)
-    lines: dict[str, dict[str, Any]] = {}
-    for row, followed in found.items():
-        total = sum(decode.decode_ms for decode in followed)
-        spent = {phase: sum(sum(decode.phase_ms(phase)) for decode in followed) for phase in PHASES}
-        own = decodes[row.label]
-        every = [modelled_ms(row, decode, prompt_length, points["block"], points["whole"]) for decode in own]
-        lines[row.label] = {
-            "setting": row.label,
-            **{f"share_{phase}": spent[phase] / total for phase in PHASES},
-            "ms_by_phase": {phase: spent[phase] / len(followed) for phase in PHASES},
-            "queries": queries(row, own[: len(followed)], prompt_length),
-            "all_problems_ms": sum(every) / len(every),
-        }
     times = {row.label: [decode.decode_ms for decode in followed] for row, followed in found.items()}
-    clocks(lines, decodes, times)
-    return list(lines.values())
+    modelled = {
+        row.label: [
+            modelled_ms(row, decode, prompt_length, points["block"], points["whole"])
+            for decode in decodes[row.label]
+        ]
+        for row in found
+    }
+    measured, every, lines = clocks(decodes, times), clocks(decodes, modelled), []
+    for row, followed in found.items():
+        label, total = row.label, sum(times[row.label])
+        spent = {phase: sum(sum(decode.phase_ms(phase)) for decode in followed) for phase in PHASES}
+        lines.append(
+            {
+                "setting": label,
+                **measured[label],
+                **{f"share_{phase}": spent[phase] / total for phase in PHASES},
+                "ms_by_phase": {phase: spent[phase] / len(followed) for phase in PHASES},
+                "queries": queries(row, decodes[label][: len(followed)], prompt_length),
+                "all_problems": {
+                    **every[label],
+                    "queries": queries(row, decodes[label], prompt_length),
+                    "modelled_by_measured": sum(modelled[label][: len(followed)]) / total,
+                },
+            }
+        )
+    return lines, points
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -119,9 +142,8 @@ def estimate(options: argparse.Namespace) -> None:
             ]
             for row in rows
         }
-        lines = {row.label: {"setting": row.label} for row in rows}
-        clocks(lines, decodes, times)
-        print_table(f"estimated, LLaDA-8B, prompt of {prompt_length}", list(lines.values()), right)
+        lines = [{"setting": label, **line} for label, line in clocks(decodes, times).items()]
+        print_table(f"estimated, LLaDA-8B, prompt of {prompt_length}", lines, right)
 
 
 def live(options: argparse.Namespace) -> dict[str, Any]:
