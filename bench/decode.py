@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import traces
@@ -33,6 +33,7 @@ from timing import clean, device_of, parser, rounded, synchronize, target, write
 from verify import Wrong, check_step
 
 import blockbatch
+import blockbatch_kernels as bbk
 from blockbatch import branches, tiny
 from blockbatch.decoding import METHOD_BUILDERS, Session
 from blockbatch.decoding.session import Runner, new_runner
@@ -66,32 +67,31 @@ class Decode:
     def session(self) -> Session:
         return Session(self.model, [self.prompt], self.method, self.config.gen_length, runner=self.runner)
 
-    def run(self, before: Callable[[int], None] | None = None) -> dict:
-        """One decode; `before` is called ahead of every turn and is not timed.
+    def run(self) -> dict:
+        """One decode.
 
         Returns:
             nfe [init, block, refresh], canvas, decode_ms, and the milliseconds of each kind of forward.
         """
         synchronize(self.model.device)
         session = self.session()
-        spans: dict[str, list[float]] = {"init": [], "block": [], "refresh": []}
-        turn = 0
-        while True:
-            if before is not None:
-                before(turn)
-            if (step := session.step()) is None:
-                break
-            spans[step.phase].append(1e3 * step.seconds)
-            turn += 1
+        steps = []
+        while (step := session.step()) is not None:
+            steps.append((step.phase, 1e3 * step.seconds))
         outcome = branches.read_outcome(session.state, 0)
-        total = sum(map(sum, spans.values()))
-        return {
-            "nfe": [outcome.nfe.init, outcome.nfe.block, outcome.nfe.refresh],
-            "canvas": outcome.canvas,
-            "decode_ms": total,
-            "ms_per_nfe": total / outcome.nfe.total,
-            **{f"{phase}_ms": statistics.median(times) for phase, times in spans.items() if times},
-        }
+        nfe = [outcome.nfe.init, outcome.nfe.block, outcome.nfe.refresh]
+        return {"nfe": nfe, "canvas": outcome.canvas, **summary(nfe, steps)}
+
+
+def summary(nfe: Sequence[int], steps: list[tuple[str, float]]) -> dict:
+    """Milliseconds of a decode, of a forward, and of each kind of turn."""
+    total = sum(taken for _, taken in steps)
+    spans = {phase: [taken for name, taken in steps if name == phase] for phase in bbk.PHASES}
+    return {
+        "decode_ms": total,
+        "ms_per_nfe": total / sum(nfe),
+        **{f"{phase}_ms": statistics.median(times) for phase, times in spans.items() if times},
+    }
 
 
 def random_decode(decode: Decode, repeats: int) -> dict:
@@ -130,29 +130,15 @@ def without_waits(decode: Decode, nfe: int) -> str:
     return f"no wait in {nfe - 1} turns"
 
 
-def follow(model: Model, trace: traces.Trace, prompt: list[int], runners: dict) -> Callable[[], dict]:
-    """A function that decodes along a trace and checks its result; decodes of one method share a runner."""
+def follow(model: Model, trace: traces.Trace, prompt: list[int], followers: dict) -> Callable[[], dict]:
+    """A function that decodes along a trace; decodes of one method share their buffers."""
     key = (trace.config, model.backend)
-    if key not in runners:
-        rows = trace.top_token.shape[1]
-        following = traces.FollowingModel(model, rows, trace.config.gen_length)
-        runners[key] = Decode(following, trace.config, prompt, trace.method(model.spec))
-    decode = runners[key]
-    top_token = torch.from_numpy(trace.translated(trace.top_token, model.spec.mask_token_id)).to(model.device)
-    confidence = torch.from_numpy(trace.confidence).to(model.device)
-    canvas = trace.translated(trace.canvas, model.spec.mask_token_id).tolist()
-
-    def before(turn: int) -> None:
-        if turn < len(top_token):
-            decode.model.follow(top_token[turn], confidence[turn])
+    if key not in followers:
+        followers[key] = traces.Follower(traces.FollowingModel(model), trace, prompt)
 
     def run() -> dict:
-        result = decode.run(before)
-        if result["canvas"] != canvas or tuple(result["nfe"]) != trace.nfe:
-            raise Wrong(
-                f"{trace.name}: expected the recorded canvas and NFE {trace.nfe}, got {result['nfe']}"
-            )
-        return without_canvas(result)
+        followed = followers[key].run(trace)
+        return {"nfe": list(followed.nfe), **summary(followed.nfe, followed.steps_ms)}
 
     return run
 
@@ -160,15 +146,15 @@ def follow(model: Model, trace: traces.Trace, prompt: list[int], runners: dict) 
 def follow_all(model: Model, prompt_length: int, quick: bool) -> list[dict]:
     prompt = random_prompt(model.spec, prompt_length)
     plain = EagerModel(model)
-    lines, runners = [], {}
+    lines, followers = [], {}
     for trace in traces.load_all():
         if quick and not trace.name.startswith("symbolic_0.9_"):
             continue
-        run = follow(model, trace, prompt, runners)
+        run = follow(model, trace, prompt, followers)
         run()
         line = {"trace": trace.name, "method": trace.config.method, "ours": min_of(run, 3)}
         if trace.config.method == "blockbatch":
-            line["eager"] = min_of(follow(plain, trace, prompt, runners), 2)
+            line["eager"] = min_of(follow(plain, trace, prompt, followers), 2)
         lines.append(line)
         eager = f", eager {line['eager']['decode_ms']:.0f} ms" if "eager" in line else ""
         ours = line["ours"]
