@@ -22,7 +22,7 @@ from blockbatch.models import Model
 
 FOLDER = Path(__file__).parent / "traces" / "clock"
 SPLIT, SEED = "test", 7
-PROBLEMS, TRACED = 60, 10  # of each family: decoded, and of these also traced
+PROBLEMS, TRACED = 60, 6  # of each family: decoded, and of these also traced
 # The built-in model is surer of itself than large ones. With its LM head scaled by this the dual cache
 # commits 3 tokens a forward on held-out problems (`--calibrate`), as LLaDA-8B does in the paper (256 in 85).
 HEAD_SCALE = 0.78

@@ -83,7 +83,7 @@ ROWS = (
     *(_open(sizes, 64) for sizes in _BLOCK_SIZES[:2]),
 )
 # The row that stands for the preset "fast".
-FAST = "blockbatch 4..64, tail, open"
+FAST = "local_leap, generation, drafts 1-2"
 BY_LABEL = {row.label: row for row in ROWS}
 
 

@@ -10,9 +10,8 @@ A trace is kept small: a prediction that no rule asks for (neither likely nor am
 behind all that was written) reads as probability 0. Every trace is followed once, without a model, before it
 is kept; one that ends differently is kept with more of its predictions.
 
-From each family the problem with the most forwards among the first few is kept for `decode.py`, since the
-built-in model decodes most problems in two or three; with the paper's threshold, and with one so strict that
-decodes get longer.
+For `decode.py` each family's problem with the most forwards among the first few is kept, with the paper's
+threshold and with one so strict that decodes get longer.
 """
 
 from __future__ import annotations

@@ -195,9 +195,9 @@ def test_presets(make):
 
 
 def test_adopted_drafts_are_told(make, tiny, request_of):
-    lm, prompt = make(preset="fast", gen_length=64, threshold=0.99), QUESTIONS[0]
+    lm, prompt = make(preset="careful", gen_length=64, threshold=0.99), QUESTIONS[0]
     lm.generate_until([request_of(prompt)], disable_tqdm=True)
-    config = blockbatch.DecodeConfig.preset("fast", gen_length=64, threshold=0.99)
+    config = blockbatch.DecodeConfig.preset("careful", gen_length=64, threshold=0.99)
     assert lm.get_model_info()["decoded"]["adopted"] == blockbatch.generate(tiny, prompt, config).adopted > 0
 
 

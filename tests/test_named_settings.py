@@ -63,12 +63,12 @@ def test_a_method_without_the_presets_options():
 
 
 def test_generate(tiny, capsys):
-    arguments = ["generate", "--prompt", "a = 3\n", "--gen-length", "64", "--json", "--preset", "fast"]
+    arguments = ["generate", "--prompt", "a = 3\n", "--gen-length", "64", "--json", "--preset", "careful"]
     assert main([*arguments, "--threshold", "0.99"]) == 0
     report = json.loads(capsys.readouterr().out)
-    config = DecodeConfig.preset("fast", gen_length=64, threshold=0.99)
+    config = DecodeConfig.preset("careful", gen_length=64, threshold=0.99)
     result = blockbatch.generate(tiny, "a = 3\n", config)
-    assert (report["method"], report["tokens"]) == ("dual_cache", result.tokens)
+    assert (report["method"], report["tokens"]) == (config.method, result.tokens)
     assert report["settings"]["drafts"] == list(config.drafts) and len(report["branches"]) == 1
     assert report["adopted"] == report["branches"][0]["adopted"] == result.adopted > 0
 
@@ -91,14 +91,14 @@ def test_compare(capsys):
 
 def test_eval(tiny, tmp_path):
     arguments = ["eval", "--tasks", "symbolic", "--limit", "1", "--gen-length", "32", "--out", str(tmp_path)]
-    own = ["--set", "own:preset=fast,drafts=1/3,threshold=0.99"]
+    own = ["--set", "own:preset=careful,drafts=1/3,threshold=0.99"]
     assert main([*arguments, "--methods", "dual_cache", "--preset", "fast", *own]) == 0
     run = read_run(tmp_path / "results.jsonl")
     assert [record.setting for record in run.records] == ["dual_cache", "dual_cache +eos", "fast", "own"]
     assert run.header["settings"]["own"]["drafts"] == [1, 3] and run.header["preset"] is None
     assert run.header["settings"]["fast"]["eos_exit"] == "prefix"
     prompt = generate_problems("symbolic", "test", 1, 0)[0].prompt
-    config = parse_setting("own:preset=fast,drafts=1/3,threshold=0.99", 32).config
+    config = parse_setting("own:preset=careful,drafts=1/3,threshold=0.99", 32).config
     assert run.records[-1].adopted == blockbatch.generate(tiny, prompt, config).adopted > 0
     summary = json.loads((tmp_path / "summary.json").read_text())["overall"]
     assert summary["own"]["adopted"] == run.records[-1].adopted and summary["dual_cache"]["adopted"] == 0

@@ -136,11 +136,22 @@ _PRESETS = (
     ),
     PresetRow(
         name="fast",
-        summary="ours: the dual cache with cheaper refreshes and with drafts",
+        summary="LocalLeap's rule; ours: cheaper refreshes and drafts",
+        options={
+            "method": "local_leap",
+            "refresh_scope": "generation",
+            "drafts": (1, 2),
+            "eos_exit": "prefix",
+        },
+        published=False,
+    ),
+    PresetRow(
+        name="careful",
+        summary="the dual cache's rule; ours: cheaper refreshes and drafts",
         options={
             "method": "dual_cache",
             "refresh_scope": "generation",
-            "drafts": (1, 2),
+            "drafts": (1, 2, 3),
             "eos_exit": "prefix",
         },
         published=False,
