@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py")
+ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py", "clock.py --device cpu")
 ON_A_GPU = (
     "step_latency.py",
     "refresh.py",
@@ -14,6 +14,7 @@ ON_A_GPU = (
     "gemm.py --candidates",
     "attention.py",
     "decode.py",
+    "clock.py",
     "agreement.py",
     "plots.py",
 )

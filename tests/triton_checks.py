@@ -177,11 +177,14 @@ PAGE_SHAPES = [
 
 def check_oracle(seed, device):
     """The first difference from the naive oracle after one phase of a random state."""
-    phase, config, state, forwards = random_case(seed)
+    return against_oracle(*random_case(seed), device)
+
+
+def against_oracle(phase, config, state, forwards, device):
+    """The first difference from the naive oracle after this phase of this state, which it changes."""
     params = policy_bridge.params_of(config, state)
-    tensors = policy_bridge.to_tensors([state], params)
-    plan, predictions = policy_bridge.step_inputs([state], [forwards], phase)
-    other = moved(tensors, device)
+    other = moved(policy_bridge.to_tensors([state], params), device)
+    plan, predictions = policy_bridge.step_inputs([state], [forwards], phase, config.query_span)
     plan, events = bbk.decode_policy(
         other, moved(predictions, device), moved(plan, device), params, backend="triton"
     )

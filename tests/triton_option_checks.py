@@ -17,14 +17,13 @@ import blockbatch
 import blockbatch_kernels as bbk
 import drafted
 import fast_interpreter
-import policy_bridge
 import policy_random
 from blockbatch_kernels.ops import dispatch
-from oracle import policy
 from oracle.states import random_case
 from random_branches import differences, moved
 from test_conformance import DATA
 from test_pages import as_writes, random_positions, random_table
+from triton_checks import against_oracle
 
 STEP_OPERATORS = ("copy_pages", "decode_policy", "initial_plan", "pack_windows", "share_pages")
 RECORDS = json.loads((DATA / "open_queries.json").read_text())
@@ -84,19 +83,7 @@ def check_oracle(seed, device):
         for position, token in enumerate(branch["tokens"]):
             if token == state["mask_token_id"]:  # in every decode such K/V are those of MASK
                 branch["cached"].pop(position, None)
-    params = policy_bridge.params_of(config, state)
-    other = moved(policy_bridge.to_tensors([state], params), device)
-    plan, predictions = policy_bridge.step_inputs([state], [forwards], phase, config.query_span)
-    plan, events = bbk.decode_policy(
-        other, moved(predictions, device), moved(plan, device), params, backend="triton"
-    )
-    getattr(policy, f"{phase}_phase")(state, config, forwards)
-    try:
-        policy_bridge.assert_same([state], [config], other, plan, events)
-        policy_bridge.assert_plan(state, config, plan)
-    except AssertionError as error:
-        return [f"{phase}, {config}: {error}"]
-    return []
+    return against_oracle(phase, config, state, forwards, device)
 
 
 def check_drafts(seed, case, num_requests, turns, device):
