@@ -42,7 +42,8 @@ class Row:
 
 
 _GENERATION = {"refresh_scope": "generation"}
-_TAIL = {"method": "blockbatch", "threshold": 0.8, "tail_threshold": 0.98, "query_span": "open"}
+_OPEN = {"method": "blockbatch", "query_span": "open"}
+_TAIL = {**_OPEN, "threshold": 0.8, "tail_threshold": 0.98}
 _BLOCK_SIZES = (
     (4, 8, 16, 32, 64, 128),
     (4, 8, 16, 32, 64),
@@ -60,11 +61,21 @@ def _drafted(method: str, drafts: tuple[int, ...]) -> Row:
 
 
 def _open(sizes: tuple[int, ...], interval: int | None) -> Row:
-    name = f"{sizes[0]}..{sizes[-1]}" if len(sizes) > 2 else "-".join(map(str, sizes))
+    name = _sizes(sizes)
     options = {**_TAIL, "block_sizes": sizes, "refresh_interval": interval}
     if interval is None:
         return Row(f"blockbatch {name}, tail, open", options, "ours")
     return Row(f"blockbatch {name}, tail, open, refresh {interval}", {**options, **_GENERATION}, "ours")
+
+
+def _leaping(sizes: tuple[int, ...]) -> Row:
+    """BlockBatch with LocalLeap's commit rule."""
+    options = {**_OPEN, "commit": "local_leap", "block_sizes": sizes, "refresh_interval": None}
+    return Row(f"blockbatch {_sizes(sizes)}, leap, open", options, "ours")
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    return f"{sizes[0]}..{sizes[-1]}" if len(sizes) > 2 else "-".join(map(str, sizes))
 
 
 ROWS = (
@@ -81,6 +92,7 @@ ROWS = (
     ),
     *(_open(sizes, None) for sizes in _BLOCK_SIZES),
     *(_open(sizes, 64) for sizes in _BLOCK_SIZES[:2]),
+    *(_leaping(sizes) for sizes in ((4, 8, 16, 32, 64), (8, 16, 32, 64), (16, 64))),
 )
 # The row that stands for the preset "fast".
 FAST = "local_leap, generation, drafts 1-2"
