@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,20 +16,20 @@ from blockbatch_kernels.contracts import REQUIRED, Argument, RecordArg, Scalar, 
 from blockbatch_kernels.structs import BranchState
 
 
-class Registered:
+class Registered(ABC):
     """Attributes: its name, and the positional and keyword parts of the schema."""
 
     def __init__(self, name: str, positional: Sequence[str] = (), options: Sequence[str] = ()):
         self.name = name
         self.positional, self.options = tuple(positional), tuple(options)
 
+    @abstractmethod
     def take_apart(self, value: Any, tensors: list[Any], options: dict[str, Any]) -> None:
         """Adds what the registered operator takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put_together(self, given: dict[str, Any]) -> Any:
         """The argument out of what the registered operator was given."""
-        raise NotImplementedError
 
 
 def as_registered(argument: Argument) -> Registered:

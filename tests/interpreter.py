@@ -1,9 +1,11 @@
 """Triton's interpreter: whether kernels are interpreted is settled when they are defined, so tests of it run
 in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,18 @@ def run_in_the_interpreter(file, *options):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def interpreted_checks(script):
+    """What a script of tests/ prints as JSON, in a process where Triton interprets its kernels."""
+    pytest.importorskip("triton")
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), *(path for path in sys.path if path)])
+    done = subprocess.run(
+        [sys.executable, str(tests / script)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

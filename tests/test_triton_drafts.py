@@ -1,11 +1,5 @@
 """Triton's open queries, refreshes of the generation region, and drafts."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,24 +7,14 @@ import blockbatch_kernels as bbk
 import drafted
 import policy_random
 import triton_option_checks as checks
+from interpreter import interpreted_checks
 from random_branches import differences, moved
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def interpreted():
     """Mismatches by case of one run of `triton_option_checks.py`, which interprets Triton on the CPU."""
-    pytest.importorskip("triton")
-    paths = os.pathsep.join([str(TESTS), *(path for path in sys.path if path)])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "triton_option_checks.py")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return interpreted_checks("triton_option_checks.py")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,13 @@
 """Triton's policy, packing and cache operators: in the interpreter on the CPU, and on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import blockbatch_kernels as bbk
 import triton_checks
+from interpreter import interpreted_checks
 from random_branches import differences, moved, params_of, random_batch, random_predictions
 
-TESTS = Path(__file__).parent
 GPU_CASES = [
     *triton_checks.POLICY_CASES,
     ((4, 8, 16, 32, 64, 128), 256, {}),
@@ -24,16 +18,7 @@ GPU_CASES = [
 @pytest.fixture(scope="module")
 def interpreted():
     """Mismatches by case of one run of `triton_checks.py`, which interprets Triton on the CPU."""
-    pytest.importorskip("triton")
-    paths = os.pathsep.join([str(TESTS), *(path for path in sys.path if path)])
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "triton_checks.py")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return interpreted_checks("triton_checks.py")
 
 
 @pytest.mark.parametrize("operator", ["policy", "pack", "pages"])
