@@ -1,0 +1,25 @@
+"""JSON files of a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from blockbatch.models.spec import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; CheckpointError if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
+    return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The same of a file that may be absent: an empty object then."""
+    return read_json(path) if path.is_file() else {}
