@@ -175,7 +175,7 @@ def test_what_the_forward_pass_does_not_do_is_refused_by_name(family, key, value
         ("block_size", None),
         ("bd_size", 0), ("layer_types", ["full_attention"] * 4), ("query_pre_attn_scalar", 128),
         ("quantization_config", None), ("quantization_config", {}),
-        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}),
+        ("quantization_config", {"quant_method": "bitsandbytes", "_load_in_4bit": False}),
         ("use_qk_norm", False), ("num_experts", 0), ("num_experts", None), ("norm_type", "rmsnorm"),
         ("mlp_bias", False), ("head_dim", 128), ("head_dim", None), ("architectures", None),
         ("expand_token_id", None), ("suppress_tokens", []), ("logit_scale", 1.0), ("pruned_heads", {}),

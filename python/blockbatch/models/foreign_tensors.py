@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from blockbatch.models.adapters import refuse_adapter_tensors
-from blockbatch.models.safetensors_file import FLOAT_DTYPES, TensorEntry
+from blockbatch.models.safetensors_file import FLOAT_DTYPES, TensorEntry, read_header
 from blockbatch.models.spec import CheckpointError
 
 # Beside a quantised weight: its scales, zero points, packed values, tables.
@@ -37,6 +37,9 @@ def check_storage(folder: Path, entries: Mapping[str, TensorEntry], wanted: Iter
         CheckpointError: naming the file, a tensor, what was expected and what came.
     """
     refuse_adapter_tensors(folder, entries)
+    used = {entry.path for entry in entries.values()}
+    for path in sorted(set(folder.glob("*.safetensors")) - used):
+        refuse_adapter_tensors(path, _names_in(path))
     wanted = set(wanted)
     quantised = [
         entry
@@ -57,6 +60,14 @@ def check_storage(folder: Path, entries: Mapping[str, TensorEntry], wanted: Iter
     raise CheckpointError(
         f"{folder}: expected plain weights, got {marks[0]} and {len(marks) - 1} more: {advice}"
     )
+
+
+def _names_in(path: Path) -> Iterable[str]:
+    """The tensors of a file that no index names; none of one that cannot be read, since nobody needs it."""
+    try:
+        return read_header(path)
+    except CheckpointError:
+        return ()
 
 
 def kind_of(names: Iterable[str]) -> str:
