@@ -11,6 +11,7 @@ import plain_models
 from blockbatch.models.checkpoint import CheckpointError, read_config, read_spec
 from checkpoint_files import edit_config, edit_tensors, load
 from test_config_keys import DREAM_7B, LLADA_8B
+from test_tokenizer import write_qwen2_files
 
 
 @pytest.fixture
@@ -60,6 +61,16 @@ def test_fine_tuned_models_of_the_same_shape_load(base):
     """LLaDA-1.5, DiffuCoder, Dream-Coder: other weights, same classes; the class may be left out."""
     for classes in (base["architectures"], [], None):
         assert read_spec({**base, "architectures": classes, "_name_or_path": "apple/DiffuCoder-7B-cpGRPO"})
+
+
+def test_dreamon_is_known_by_its_tokenizer(tmp_path):
+    """Where generation_config.json is missing, config.json is that of Dream."""
+    plain_models.write_dream(tmp_path, vocab_size=300)
+    write_qwen2_files(tmp_path)
+    assert blockbatch.load_model(tmp_path, device="cpu").tokenizer
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|expand|>": 262}))
+    with pytest.raises(CheckpointError, match="DreamOn, or a model like it .*Dream-Coder runs"):
+        blockbatch.load_model(tmp_path, device="cpu")
 
 
 # Adapters

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from blockbatch.models.spec import CheckpointError
+
+EXPAND_TOKEN = "<|expand|>"  # one MASK becomes two
 
 _EXPERTS = "a mixture of experts"
 _IMAGES = "it reads images beside text"
@@ -98,6 +101,15 @@ def check_model(config: Mapping[str, Any], supported: tuple[str, ...]) -> str:
                 f"got {name!r}: its code may compute something else"
             )
     return model_type
+
+
+def check_tokenizer(token_to_id: Callable[[str], int | None], folder: Path) -> None:
+    """Refuse the tokenizer of DreamOn, whose config.json is Dream's."""
+    if token_to_id(EXPAND_TOKEN) is not None:
+        raise CheckpointError(
+            f"{folder}: DreamOn, or a model like it (its tokenizer has the token {EXPAND_TOKEN!r}), is not "
+            "supported (its canvas grows and shrinks while it decodes); Dream-Coder runs"
+        )
 
 
 def _names(config: Mapping[str, Any], classes: list[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import tokenizers
 from blockbatch.models import added_tokens
 from blockbatch.models.chat import format_chat
 from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.relatives import check_tokenizer
 from blockbatch.models.spec import CheckpointError, ModelSpec, read_token_ids
 
 # Ends of text and of a turn in the supported families; whichever the tokenizer holds ends an answer.
@@ -77,6 +78,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), got none"
             )
+        check_tokenizer(backend.token_to_id, folder)
         generation = read_optional_json(folder / "generation_config.json")
         end_ids = set(read_token_ids(generation, "eos_token_id", source="generation_config.json"))
         eos = added_tokens.named_token(settings, folder, "eos_token")
