@@ -209,6 +209,16 @@ def test_second_names_of_llada_s_keys(key, value):
         )
 
 
+def test_sizes_under_other_names_are_missing():
+    refused("llada", "config.json: d_model is missing", d_model=..., hidden_size=4096)
+    refused(
+        "llada",
+        "layer_norm_eps must be null or that of rms_norm_eps = None",
+        rms_norm_eps=...,
+        layer_norm_eps=1,
+    )
+
+
 def test_llada_s_sizes_that_follow_from_others():
     assert spec_of("llada", n_kv_heads=None, num_key_value_heads=32).num_kv_heads == 32
     assert (
@@ -251,6 +261,19 @@ def test_numbers_out_of_range(key, value):
 def test_no_key_stands_in_the_table_twice():
     keys = [key for names, _, _ in config_keys._TABLE for key in names.split()]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    "model_type, key, size", [("sdar", "block_size", 4), ("Fast_dLLM_Qwen", "bd_size", 32)]
+)
+def test_families_that_decode_in_blocks_have_a_block_size(model_type, key, size):
+    config = {"hidden_size": 64, "num_attention_heads": 4, "hidden_act": "silu", "rope_theta": 1e6, key: size}
+    assert config_keys.checked(config, model_type) == config
+    for other in ("llada", "Dream"):
+        with pytest.raises(CheckpointError, match=f"{key} must be null or False or 0"):
+            config_keys.checked(config, other)
+    with pytest.raises(CheckpointError, match="quantization_config must be"):
+        config_keys.checked({**config, "quantization_config": {"quant_method": "awq"}}, model_type)
 
 
 # generation_config.json

@@ -206,6 +206,53 @@ def test_superfluous_tensors_say_what_they_belong_to(folder, name, kind):
         load(folder)
 
 
+def test_weights_of_less_than_a_byte(folder):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[WEIGHT]["dtype"] = "F4"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=f"{WEIGHT}.*got F4: quantised weights are not read"):
+        load(folder)
+
+
+# Folders that are not model folders
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("model.gguf", "GGUF files are not read"),
+        ("snapshots/0/config.json", "a folder of the HuggingFace cache: give the hub id"),
+        ("checkpoint-500/config.json", "its folder checkpoint-500 holds one"),
+        ("model_index.json", "a pipeline of diffusers"),
+        ("README.md", "there is none$"),
+    ],
+)
+def test_a_folder_without_a_model(tmp_path, name, message):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"expected a config.json, .*{message}"):
+        read_config(tmp_path)
+
+
+def test_gguf_beside_a_configuration(folder):
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    with pytest.raises(CheckpointError, match="there are none; GGUF files are not read"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"]
+)
+def test_pointers_of_git_lfs(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError, match=f"{name}: expected .*a pointer of Git LFS: fetch the file"):
+        blockbatch.load_model(folder, device="cpu")
+
+
 # An LM head beside tied embeddings
 
 

@@ -15,6 +15,7 @@ import torch
 from blockbatch.models import dream, foreign_tensors, llada, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
+from blockbatch.models.folders import hint
 from blockbatch.models.json_file import read_json, read_optional_json
 from blockbatch.models.relatives import check_model
 from blockbatch.models.safetensors_file import (
@@ -96,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         refuse_adapter(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: expected a config.json, there is none")
+        raise CheckpointError(f"{folder}: expected a config.json, there is none{hint(folder)}")
     config = read_json(path)
     check_generation_config(read_optional_json(folder / "generation_config.json"), config)
     return config
@@ -243,7 +244,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{folder}: expected weights as safetensors files, got only pickled ones (never opened): "
             + _listed(pickled)
         )
-    raise CheckpointError(f"{folder}: expected weights as *.safetensors files, there are none")
+    raise CheckpointError(f"{folder}: expected weights as *.safetensors files, there are none{hint(folder)}")
 
 
 def _read_headers(folder: Path) -> dict[str, TensorEntry]:

@@ -210,6 +210,7 @@ _FAMILIES = {
     "sdar": _Family(_QWEN | {"block_size"}, _QWEN_SAME),
     "Fast_dLLM_Qwen": _Family(_QWEN | {"bd_size"}, _QWEN_SAME, shifted=True),
 }
+_REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size")
 _SHIFTS = ("shift_logits", "right_shift_logits", "logits_shift")
 
 
@@ -237,7 +238,8 @@ def checked(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
             _refuse_unless(key, value, (None, head_dim), "the size of a head")
         elif key in family.same:
             own = _own(folded, family.same[key])
-            if value is not None and not _equal(value, own):
+            missing = own is None and family.same[key] in _REQUIRED  # the reader says so
+            if value is not None and not missing and not _equal(value, own):
                 raise CheckpointError(
                     f"config.json: {key} must be null or that of {family.same[key]} = {own!r}, got {value!r}"
                 )

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blockbatch.models.folders import LFS_POINTER
 from blockbatch.models.spec import CheckpointError
+
+_POINTER = "a pointer of Git LFS: fetch the file with `git lfs pull`"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -14,7 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
+        came = error if not path.read_bytes().startswith(LFS_POINTER) else _POINTER
+        raise CheckpointError(f"{path}: expected JSON, got {came}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
     return content
