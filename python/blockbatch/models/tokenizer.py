@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from blockbatch.models import added_tokens
 from blockbatch.models.chat import format_chat
-from blockbatch.models.checkpoint import read_json
+from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.relatives import check_tokenizer
 from blockbatch.models.spec import CheckpointError, ModelSpec, read_token_ids
 
 # Ends of text and of a turn in the supported families; whichever the tokenizer holds ends an answer.
@@ -60,24 +63,25 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Read tokenizer.json, or vocab.json + merges.txt of a Qwen2-like tokenizer (Dream).
 
+        Which added tokens there are, and which are special, `added_tokens` says.
+
         Raises:
             CheckpointError: there is no tokenizer of these kinds, or a file of it is broken.
         """
         folder = Path(folder)
-        settings = _read_optional(folder / "tokenizer_config.json")
+        settings = read_optional_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
-            backend = _from_tokenizer_json(folder / "tokenizer.json")
+            backend = _from_tokenizer_json(folder, settings)
         elif has_tokenizer(folder):
             backend = _from_qwen2_files(folder, settings)
         else:
             raise CheckpointError(
                 f"{folder}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), got none"
             )
-        _add_tokens(folder, backend, settings)
-        generation = _read_optional(folder / "generation_config.json")
+        check_tokenizer(backend.token_to_id, folder)
+        generation = read_optional_json(folder / "generation_config.json")
         end_ids = set(read_token_ids(generation, "eos_token_id", source="generation_config.json"))
-        eos = settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = added_tokens.named_token(settings, folder, "eos_token")
         if eos is not None:
             token = backend.token_to_id(eos) if isinstance(eos, str) else None
             if token is None:
@@ -168,12 +172,24 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    content = read_json(path)
     # The backend raises bare Exception for a broken file.
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         raise CheckpointError(f"{path}: expected a tokenizer, got {error}") from None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    own = added_tokens.read_own(path, content.get("added_tokens") or [])
+    tokens = added_tokens.read_tokens(folder, settings, own, vocabulary)
+    if added_tokens.holds(backend, tokens):
+        return backend
+    # Added tokens are numbered by their order, unless the vocabulary says their id.
+    content["added_tokens"] = added_tokens.fields_of(tokens)
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"].update(added_tokens.outside(tokens, vocabulary))
+    return _with_ids(folder, tokenizers.Tokenizer.from_str(json.dumps(content)), tokens)
 
 
 def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -184,7 +200,13 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
             f"tokenizer_config.json to be one of {', '.join(QWEN2_CLASSES)}, got {kind!r}"
         )
     try:
-        model = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        vocabulary, merges = tokenizers.models.BPE.read_file(
+            str(folder / "vocab.json"), str(folder / "merges.txt")
+        )
+        tokens = added_tokens.read_tokens(folder, settings, (), vocabulary)
+        model = tokenizers.models.BPE(vocabulary | added_tokens.outside(tokens, vocabulary), merges)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: expected a vocabulary in vocab.json and merges.txt, got {error}"
@@ -198,29 +220,18 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
         ]
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
+    backend.add_tokens([token.added() for token in tokens])
+    return _with_ids(folder, backend, tokens)
 
 
-def _add_tokens(folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Add the tokens of `added_tokens_decoder` that the tokenizer lacks, at the ids written there."""
-    listed = settings.get("added_tokens_decoder") or {}
-    source = f"{folder}: tokenizer_config.json: added_tokens_decoder"
-    try:
-        tokens = sorted((int(token_id), fields["content"], fields) for token_id, fields in listed.items())
-    except (AttributeError, TypeError, ValueError, KeyError):
-        raise CheckpointError(f"{source}: expected {{id: {{content, ...}}}}, got {listed!r:.80}") from None
-    for token_id, content, fields in tokens:
-        if backend.token_to_id(content) is None:
-            flags = {
-                key: bool(fields.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")
-            }
-            added = tokenizers.AddedToken(content, special=bool(fields.get("special", False)), **flags)
-            backend.add_tokens([added])
-        if backend.token_to_id(content) != token_id:
+def _with_ids(
+    folder: Path, backend: tokenizers.Tokenizer, tokens: Iterable[added_tokens.Token]
+) -> tokenizers.Tokenizer:
+    """`backend`, once each token is found at its id."""
+    for token in tokens:
+        if backend.token_to_id(token.content) != token.id:
             raise CheckpointError(
-                f"{source}: expected {content!r} at id {token_id}, got id {backend.token_to_id(content)}"
+                f"{folder}: expected {token.content!r} at id {token.id}, got id "
+                f"{backend.token_to_id(token.content)} (this kind of vocabulary has no gaps in its ids)"
             )
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return backend
