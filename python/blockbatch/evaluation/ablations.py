@@ -112,7 +112,8 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
 
     Args:
         kind: one of `KINDS`.
-        gen_length: tokens to generate. Sets with block sizes that do not divide it are left out.
+        gen_length: tokens to generate. Sets with block sizes that do not divide it are left out, and drafts
+            that its block has no room for.
 
     Raises:
         ValueError: an unknown kind, or a gen_length at which nothing is left to compare.
@@ -124,6 +125,8 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
     settings, default_label = [], None
     for label, options in ABLATIONS[kind].variants.items():
         if any(gen_length % size for size in options.get("block_sizes", ())):
+            continue
+        if max(options.get("drafts", (0,))) >= (default.block_size or gen_length):
             continue
         setting = Setting(label, DecodeConfig(gen_length=gen_length, **base, **options))
         settings.append(setting)

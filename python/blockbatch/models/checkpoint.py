@@ -23,6 +23,7 @@ from blockbatch.models.safetensors_file import (
 )
 from blockbatch.models.spec import CheckpointError, ModelSpec
 from blockbatch.models.weights import Destination, TransformerWeights, allocate
+from blockbatch.texts import decode_file
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_spec", "resolve_folder"]
 
@@ -92,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; CheckpointError if it does not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode_file(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(content, dict):
@@ -136,7 +137,7 @@ def load_weights(
     weights = allocate(spec, device, dtype)
     # Four bytes an element hold any stored dtype.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8)
+    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
         read_tensor(entry, places[entry.name].rows(weights), staging)
     return weights
