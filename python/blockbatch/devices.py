@@ -128,14 +128,17 @@ def _available_host_bytes() -> int | None:
 
 @contextmanager
 def memory_errors(device: torch.device, what: str) -> Iterator[None]:
-    """Turns torch's error about memory of a GPU into a MemoryError that says what did not fit.
+    """Turns torch's errors about memory into a MemoryError that says what did not fit.
 
     What a decode needs is checked before it begins; this remains where memory is cut into pieces, or another
     program takes some meanwhile.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On the CPU the error has no class of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         first = str(error).split(". ")[0]
         raise MemoryError(
             f"free memory of {device}: expected room for {what}, got {free_bytes(device):,} bytes ({first})"
