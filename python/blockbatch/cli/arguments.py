@@ -82,6 +82,19 @@ def chat_prompt(model: Model, text: str) -> str:
     return model.tokenizer.chat(text, model.spec.family)
 
 
+def encode_text(model: Model, text: str, chat: bool, name: str) -> list[int]:
+    """Token ids of a prompt; one in the chat format begins as the format says."""
+    from blockbatch.prompts import encode_prompt
+    from blockbatch.texts import check_text
+
+    check_text(text, name)
+    return (
+        encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+        if chat
+        else encode_prompt(model, text, name)
+    )
+
+
 def int_list(text: str) -> tuple[int, ...]:
     """Integers with commas between them."""
     try:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch import branches
+from blockbatch import branches, devices
 from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
@@ -35,11 +35,17 @@ class Runner(NamedTuple):
     batch: Batch
     graphs: StepGraphs | None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the K/V cache and of the graphs."""
+        return self.batch.cache.kv.nbytes + (self.graphs.pool_bytes if self.graphs else 0)
+
 
 def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
-    batch = Batch(model, num_requests, method, gen_length, max_prompt)
-    # Runners are kept on the model: a strong reference back would keep both alive.
-    graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+    with devices.turn(model.device):
+        batch = Batch(model, num_requests, method, gen_length, max_prompt)
+        # Runners are kept on the model: a strong reference back would keep both alive.
+        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
     return Runner(batch, graphs)
 
 
@@ -77,9 +83,11 @@ class Session:
             )
         self._batch, self._graphs = runner
         self._started = time.perf_counter()
-        self._batch.start(prompts)
-        self._batch.copy_plan_to_host()
-        self._plan = self._batch.host_plan()
+        with devices.turn(self._batch.device):
+            self._batch.join_stream()
+            self._batch.start(prompts)
+            self._batch.copy_plan_to_host()
+            self._plan = self._batch.host_plan()
         self.seconds: list[float | None] = [None] * len(prompts)
 
     @property
@@ -92,6 +100,17 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> Step | None:
+        """One forward, in a turn of the device.
+
+        Raises:
+            MemoryError: the device ran out of memory although what a decode needs was there before it began.
+        """
+        device = self._batch.device
+        with devices.turn(device), devices.memory_errors(device, "the next forward"):
+            self._batch.join_stream()
+            return self._step()
+
+    def _step(self) -> Step | None:
         if self.stops is not None and self._plan.running:
             self._end(self.stops.ended(branches.final_prefixes(self.state, self.params)))
         plan = self._plan

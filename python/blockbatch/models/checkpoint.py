@@ -139,7 +139,7 @@ def load_weights(
     weights = allocate(spec, device, dtype)
     # Four bytes an element hold any stored dtype.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8)
+    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
         read_tensor(entry, places[entry.name].rows(weights), staging)
     if tied is not None:

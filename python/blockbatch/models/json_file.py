@@ -8,6 +8,7 @@ from typing import Any
 
 from blockbatch.models.folders import LFS_POINTER
 from blockbatch.models.spec import CheckpointError
+from blockbatch.texts import decode_file
 
 _POINTER = "a pointer of Git LFS: fetch the file with `git lfs pull`"
 
@@ -15,7 +16,7 @@ _POINTER = "a pointer of Git LFS: fetch the file with `git lfs pull`"
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; CheckpointError if it does not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode_file(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         came = error if not path.read_bytes().startswith(LFS_POINTER) else _POINTER
         raise CheckpointError(f"{path}: expected JSON, got {came}") from None

@@ -86,21 +86,26 @@ class TrainModel(nn.Module):
         super().__init__()
         self.shape, self.dtype = shape, dtype
         layers, width, hidden = shape.n_layers, shape.d_model, shape.mlp_hidden
-        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, width) * 0.1)
-        self.head = nn.Parameter(torch.randn(shape.vocabulary, width) * 0.02)
-        self.final_norm = nn.Parameter(torch.ones(width))
-        self.attn_norm = nn.Parameter(torch.ones(layers, width))
-        self.ff_norm = nn.Parameter(torch.ones(layers, width))
+        cpu = torch.device("cpu")
+        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, width, device=cpu) * 0.1)
+        self.head = nn.Parameter(torch.randn(shape.vocabulary, width, device=cpu) * 0.02)
+        self.final_norm = nn.Parameter(torch.ones(width, device=cpu))
+        self.attn_norm = nn.Parameter(torch.ones(layers, width, device=cpu))
+        self.ff_norm = nn.Parameter(torch.ones(layers, width, device=cpu))
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, nn.Parameter(torch.randn(layers, width, width) * 0.5 * width**-0.5))
+            setattr(
+                self, name, nn.Parameter(torch.randn(layers, width, width, device=cpu) * 0.5 * width**-0.5)
+            )
         for name in ("ff_proj", "up_proj"):
-            setattr(self, name, nn.Parameter(torch.randn(layers, hidden, width) * 0.5 * width**-0.5))
+            setattr(
+                self, name, nn.Parameter(torch.randn(layers, hidden, width, device=cpu) * 0.5 * width**-0.5)
+            )
         # Layers start as the identity.
-        self.attn_out = nn.Parameter(torch.zeros(layers, width, width))
-        self.ff_out = nn.Parameter(torch.zeros(layers, width, hidden))
+        self.attn_out = nn.Parameter(torch.zeros(layers, width, width, device=cpu))
+        self.ff_out = nn.Parameter(torch.zeros(layers, width, hidden, device=cpu))
         half = width // shape.n_heads // 2
-        frequencies = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.outer(torch.arange(shape.max_length, dtype=torch.float64), frequencies)
+        frequencies = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=cpu) / half)
+        angles = torch.outer(torch.arange(shape.max_length, dtype=torch.float64, device=cpu), frequencies)
         self.register_buffer("cos", angles.cos().float()[:, None], persistent=False)
         self.register_buffer("sin", angles.sin().float()[:, None], persistent=False)
 

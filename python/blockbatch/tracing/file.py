@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from blockbatch.texts import decode_file
+
 KINDS = ("init", "block", "refresh")
 # Far beyond any model's canvas; a file that claims more would only fill the memory.
 _MOST_POSITIONS, _MOST_BRANCHES = 1 << 20, 1 << 10
@@ -43,7 +45,7 @@ def load_trace(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(decode_file(path.read_bytes()))
         return check_trace(content)
     except UnicodeDecodeError:
         got = "a file that is not text"
