@@ -71,8 +71,11 @@ def decode_policy(
                 predictions,
                 state.top_token,
                 state.confidence,
+                state.non_finite,
                 probe,
                 size,
+                state.num_branches,
+                gen_length,
                 BLOCK_SIZE=_SCATTER_BLOCK,
             )
         for forward in range(1 + drafts):
@@ -109,12 +112,26 @@ def decode_policy(
 
 
 @kernel
-def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, BLOCK_SIZE: tl.constexpr):
+def _scatter_kernel(
+    predictions,
+    top_token,
+    confidence,
+    non_finite,
+    probe,
+    num_predictions,
+    num_branches,
+    gen_length,
+    BLOCK_SIZE: tl.constexpr,
+):
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
     given = target >= 0
     tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
-    tl.store(confidence + target, tl.load(predictions.confidence + index, mask=given), mask=given)
+    predicted = tl.load(predictions.confidence + index, mask=given, other=0.0)
+    tl.store(confidence + target, predicted, mask=given)
+    # Infinity and NaN alone leave something when they are taken from themselves.
+    request = target // (num_branches * gen_length)
+    tl.atomic_add(non_finite + request, 1, mask=given & (predicted - predicted != 0))
     if probe is not None:
         value = tl.load(predictions.probe_probability + index, mask=given)
         tl.store(probe + target, value, mask=given)

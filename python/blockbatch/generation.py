@@ -8,11 +8,11 @@ import torch
 
 from blockbatch import branches, memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
+from blockbatch.decoding import METHOD_BUILDERS, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.models.model import Model
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
-from blockbatch.tracing import Record, open_recorder
+from blockbatch.tracing import Record, TraceRecorder, open_recorder
 
 Prompt = str | Sequence[int]
 
@@ -36,6 +36,7 @@ def generate(
     Raises:
         ValueError, TypeError: before any work, naming the argument, what was expected and what came.
         MemoryError: the cache of a single request does not fit.
+        NonFiniteLogitsError: a forward of any prompt gave NaN or infinity; the model stays usable.
     """
     config = DecodeConfig() if config is None else config
     prompts, single = _prompts(model, prompt)
@@ -46,14 +47,28 @@ def generate(
     for batch in memory.batches(model, prompts, config):
         session = _session(model, batch, config)
         recorder = open_recorder(session, config)
-        while (step := session.step()) is not None:
-            if recorder:
-                recorder.add(step)
+        failed = _run(session, recorder)
+        if failed is not None:
+            del session, recorder
+            index = len(results) + failed.request
+            raise failed.of("prompt" if single else f"prompt[{index}]", index)
         for request in range(len(batch)):
             trace = recorder.traces[request] if recorder else None
             results.append(build_result(model, session, request, trace))
         del session  # its buffers serve the next batch
     return results[0] if single else results
+
+
+def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsError | None:
+    """Runs a session to its end. Returns the error if it ends by one: raised from here, its traceback would
+    hold the session, and with it the cache that the next decode is to have."""
+    try:
+        while (step := session.step()) is not None:
+            if recorder:
+                recorder.add(step)
+    except NonFiniteLogitsError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:

@@ -6,6 +6,7 @@ Needs neither torch nor a model.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_trace(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
         return check_trace(content)
     except UnicodeDecodeError:
         got = "a file that is not text"
@@ -57,11 +58,20 @@ def load_trace(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: Any) -> None:
-    """Writes `{**header, "trace": trace}` as JSON; the file appears whole or not at all."""
+    """Writes `{**header, "trace": trace}` as JSON; the file appears whole or not at all.
+
+    Raises:
+        ValueError: it holds NaN or infinity, for which JSON has no word; the message names the place.
+        OSError: it cannot be written.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    parts = {**header, **{f"record {index}": record for index, record in enumerate(trace)}}
+    for name, part in parts.items():
+        if not _is_finite(part):
+            raise ValueError(f"trace: expected finite numbers, got NaN or infinity in {name}")
     try:
-        partial.write_text(json.dumps({**header, "trace": trace}), encoding="utf-8")
+        partial.write_text(json.dumps({**header, "trace": trace}, allow_nan=False), encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -69,6 +79,19 @@ def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: A
 
 class _BadTraceError(ValueError):
     """What is wrong in a trace, for the end of a sentence."""
+
+
+def _refuse_constant(name: str) -> None:
+    """For the words NaN, Infinity and -Infinity, which Python reads in JSON unless it is told not to."""
+    raise _BadTraceError(f"{name}, which is no number of JSON")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_trace(content: Any) -> dict[str, Any]:
