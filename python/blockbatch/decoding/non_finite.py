@@ -50,15 +50,15 @@ class NonFiniteLogitsError(RuntimeError):
         return NonFiniteLogitsError(name, request, self.phase, self.number, self.forward, self.dtype)
 
 
-def non_finite_logits(state: bbk.BranchState, phase: int, dtype: torch.dtype) -> NonFiniteLogitsError | None:
-    """What to raise after a forward of that phase (index into PHASES) with stalled rows; None: nothing.
+def refuse_non_finite(state: bbk.BranchState, phase: int, dtype: torch.dtype) -> None:
+    """Raises NonFiniteLogitsError if the last forward, of that phase (index into PHASES), broke a request.
 
-    Waits for the device.
+    Waits for the device. No frame keeps the error, which would keep its traceback, and so the session.
     """
     counts = state.non_finite.tolist()
     request = next((index for index, count in enumerate(counts) if count), None)
     if request is None:
-        return None
+        return
     forwards = state.nfe[request].tolist()
     name = "prompt" if len(counts) == 1 else f"prompt[{request}]"
-    return NonFiniteLogitsError(name, request, bbk.PHASES[phase], forwards[phase], sum(forwards), dtype)
+    raise NonFiniteLogitsError(name, request, bbk.PHASES[phase], forwards[phase], sum(forwards), dtype)

@@ -15,7 +15,7 @@ from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
-from blockbatch.decoding.non_finite import non_finite_logits
+from blockbatch.decoding.non_finite import refuse_non_finite
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
@@ -136,11 +136,9 @@ class Session:
             pass
 
     def _refuse_non_finite(self) -> None:
-        """Raises NonFiniteLogitsError if the last forward's predictions have no softmax."""
-        if not self._plan.stalled:
-            return
-        if error := non_finite_logits(self.state, self._phase, self.cache.kv.dtype):
-            raise error
+        """Raises NonFiniteLogitsError if the predictions of the last forward have no softmax."""
+        if self._plan.stalled:
+            refuse_non_finite(self.state, self._phase, self.cache.kv.dtype)
 
     def _end(self, requests: list[int]) -> None:
         """Ends those of `requests` that still run; the next forward is made for the others."""

@@ -6,7 +6,6 @@ Needs neither torch nor a model.
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,13 @@ def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: A
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    parts = {**header, **{f"record {index}": record for index, record in enumerate(trace)}}
-    for name, part in parts.items():
-        if not _is_finite(part):
-            raise ValueError(f"trace: expected finite numbers, got NaN or infinity in {name}")
+    text = _as_json({**header, "trace": trace})
+    if text is None:
+        parts = {**header, **{f"record {index}": record for index, record in enumerate(trace)}}
+        place = next(name for name, part in parts.items() if _as_json(part) is None)
+        raise ValueError(f"trace: expected finite numbers, got NaN or infinity in {place}")
     try:
-        partial.write_text(json.dumps({**header, "trace": trace}, allow_nan=False), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -86,12 +86,12 @@ def _refuse_constant(name: str) -> None:
     raise _BadTraceError(f"{name}, which is no number of JSON")
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _as_json(value: Any) -> str | None:
+    """None if it holds NaN or infinity."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return None
 
 
 def check_trace(content: Any) -> dict[str, Any]:
