@@ -18,7 +18,8 @@ from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights
 
-TINY_FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
+_TINY = Path(__file__).resolve().parent.parent / "tiny"
+BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -167,8 +168,8 @@ def load_model(
     unpickled.
 
     Args:
-        name_or_path: "tiny" (the model inside this package), a folder, or a hub id
-            ("GSAI-ML/LLaDA-8B-Instruct").
+        name_or_path: "tiny" or "tiny-block" (the models inside this package: full attention, block
+            diffusion), a folder, or a hub id ("GSAI-ML/LLaDA-8B-Instruct").
         device: defaults to the current GPU where there is one, else the CPU.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
@@ -199,7 +200,7 @@ def load_model(
     if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes <= 0):
         raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
 
-    folder = TINY_FOLDER if name_or_path == "tiny" else resolve_folder(name_or_path, revision=revision)
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     spec = read_spec(read_config(folder))
     weights = load_weights(folder, spec, device, dtype)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
