@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockbatch import tiny
-from blockbatch.tasks.built_in.several import join, split_answers
+from blockbatch.tasks.built_in.several import check_answers, draw_texts, join, split_answers
 from blockbatch.tiny.block_corpus import (
     LENGTHS,
     LONGEST,
@@ -17,7 +17,6 @@ from blockbatch.tiny.block_corpus import (
     TextRows,
     several_rows,
 )
-from blockbatch.tiny.block_evaluate import draw_texts
 from blockbatch.tiny.tokenizer import EOS, load_tokenizer
 
 
@@ -41,6 +40,15 @@ def test_answers_of_a_joined_text_are_those_of_its_problems(problems):
     prompt, answer = join(problems[:12])
     assert all(problem.prompt in prompt for problem in problems[:12])
     assert split_answers(answer, 12) == [problem.answer for problem in problems[:12]]
+
+
+def test_each_answer_of_a_text_is_checked(problems):
+    some = [problem for problem in problems if problem.family != "code"][:5]
+    _, answer = join(some)
+    assert check_answers(some, answer) == [True] * 5
+    spoiled = answer.replace(some[3].answer, some[3].answer[: len(some[3].answer) // 2])
+    assert check_answers(some, spoiled) == [True, True, True, False, True]
+    assert check_answers(some, answer[: answer.index("[5]")]) == [True, True, True, True, False]
 
 
 def test_missing_and_foreign_heads_do_not_move_other_answers():

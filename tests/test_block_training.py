@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from blockbatch.tiny import train_block
 from blockbatch.tiny.block_evaluate import decode_blocks
 from blockbatch.tiny.block_export import export_block
-from blockbatch.tiny.block_masking import Slots, block_causal_mask, combined_mask, draw_noise, draw_slots
+from blockbatch.tiny.block_masking import PART_TOKENS, Slots, combined_parts, draw_noise, draw_slots
 from blockbatch.tiny.block_model import BlockModelShape, BlockTrainModel
 from blockbatch.tiny.tokenizer import EOS, MASK, load_tokenizer
 from plain_models import rms_norm, rotate
@@ -27,7 +27,7 @@ def random_model(**sizes):
         vocabulary=VOCABULARY, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, mlp_hidden=48
     )
     shape = BlockModelShape(**{**small, "block_size": SIZE, **sizes})
-    model = BlockTrainModel(shape, compiled=False, dtype=torch.float32, longest=256)
+    model = BlockTrainModel(shape, compiled=False, dtype=torch.float32, longest=512)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape) * 0.3
@@ -54,13 +54,27 @@ def random_rows(rows, length, seed=3):
     return tokens, prompt, content
 
 
-def test_a_noisy_block_sees_itself_and_the_clean_blocks_before_it():
-    length, blocks = 32, torch.tensor([[3, 0, 1], [2, 2, 1]])
-    mask = combined_mask(blocks, length, SIZE)
-    noisy = blocks.shape[1] * SIZE
-    assert mask.shape == (2, 1, noisy + length, noisy + length)
+def whole_mask(parts, rows, length):
+    """[rows, length, length] of the parts' masks; each query occurs once."""
+    whole = torch.zeros(rows, length, length, dtype=torch.bool)
+    position = torch.arange(length)
+    queries = torch.cat([position[part.queries] for part in parts])
+    assert torch.equal(queries, position)
+    for part in parts:
+        keys = torch.cat([position[some] for some in part.keys])
+        whole[:, position[part.queries][:, None], keys] = part.mask[:, 0]
+    return whole
+
+
+@pytest.mark.parametrize("length, count", [(32, 3), (PART_TOKENS + 64, PART_TOKENS // SIZE + 5)])
+def test_a_noisy_block_sees_itself_and_the_clean_blocks_before_it(length, count):
+    blocks = torch.randint(0, length // SIZE, (2, count), generator=torch.Generator().manual_seed(1))
+    noisy = count * SIZE
+    parts = combined_parts(blocks, length, SIZE)
+    assert len(parts) == (2 if length == 32 else 4)
+    mask = whole_mask(parts, 2, noisy + length)
     for row in range(2):
-        for query in range(noisy + length):
+        for query in range(0, noisy + length, 3):
             for key in range(noisy + length):
                 if key < noisy:
                     sees = query < noisy and query // SIZE == key // SIZE
@@ -68,7 +82,7 @@ def test_a_noisy_block_sees_itself_and_the_clean_blocks_before_it():
                     sees = (key - noisy) // SIZE < blocks[row, query // SIZE]
                 else:
                     sees = (key - noisy) // SIZE <= (query - noisy) // SIZE
-                assert mask[row, 0, query, key] == sees, (row, query, key)
+                assert bool(mask[row, query, key]) == bool(sees), (row, query, key)
 
 
 def test_slots_hold_the_blocks_of_the_answer_in_turns(generator):
@@ -181,7 +195,8 @@ def plain_logits(folder, ids):
     weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
     length, size = len(ids), config["block_size"]
-    mask = block_causal_mask(length, size, torch.device("cpu"))
+    block = torch.arange(length) // size
+    mask = block[:, None] >= block
     x = weights["model.embed_tokens.weight"][torch.tensor(ids)]
     for layer in range(config["num_hidden_layers"]):
 
@@ -221,8 +236,9 @@ def test_the_exported_folder_is_the_trained_model(tmp_path):
     stops = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [tokenizer.token_to_id(EOS)]
     assert load_tokenizer(tmp_path / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
-    ids = torch.randint(0, tokenizer.get_vocab_size(), (43,))
+    ids = torch.randint(0, tokenizer.get_vocab_size(), (277,))
     token, confidence = model.predict(ids[None])
+    assert len(ids) > PART_TOKENS
     top = plain_logits(tmp_path, ids.tolist()).softmax(-1).max(-1)
     assert torch.equal(token[0], top.indices)
     assert torch.allclose(confidence[0], top.values, atol=1e-4)

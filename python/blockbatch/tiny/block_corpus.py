@@ -26,13 +26,13 @@ from blockbatch.tiny.tokenizer import load_tokenizer
 LENGTHS = {
     96: 0.18,
     128: 0.20,
-    192: 0.13,
-    256: 0.09,
-    384: 0.10,
-    512: 0.08,
-    768: 0.08,
-    1024: 0.07,
-    1536: 0.07,
+    192: 0.14,
+    256: 0.10,
+    384: 0.11,
+    512: 0.09,
+    768: 0.07,
+    1024: 0.05,
+    1536: 0.06,
 }
 SINGLE_LENGTH = 192  # steps up to this length hold single problems
 LONGEST = max(LENGTHS)

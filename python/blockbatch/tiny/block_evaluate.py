@@ -6,7 +6,6 @@ forward computes the whole canvas under the block-causal mask: the same logits a
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,12 +124,6 @@ def evaluate_blocks(
         threshold=threshold,
     )
     return {"threshold": threshold, **means, **counted(problems, texts, right_answers(problems, texts))}
-
-
-def draw_texts(problems: Sequence[DrawnProblem], count: int, seed: int) -> list[list[DrawnProblem]]:
-    """The problems in random order, `count` a text; what is left over is left out."""
-    mixed = random.Random(f"texts {seed}").sample(list(problems), len(problems))
-    return [mixed[begin : begin + count] for begin in range(0, len(mixed) - count + 1, count)]
 
 
 def evaluate_texts(

@@ -18,6 +18,7 @@ from blockbatch.tiny.masking import Masks
 WINDOWS = (4, 8, 16, 32)  # sizes of the branches that decoding runs inside a block
 _BEHIND_WEIGHT = 0.3  # masks behind a branch's window: it does not write there, but merging reads them
 _FILL_WEIGHT = 0.05  # EOS after the first one
+PART_TOKENS = 256  # queries of an attention call with a mask; every block size divides it
 
 
 @dataclass
@@ -83,31 +84,46 @@ def draw_noise(slots: Slots, content_ends: Tensor, block_size: int, generator: t
     return Masks(masked, weights, generated & ~(by_window & behind))
 
 
-def block_causal_mask(length: int, block_size: int, device: torch.device) -> Tensor:
-    """[length, length] bool, True where the query (first index) sees the key: key's block <= query's."""
-    block = torch.arange(length, device=device) // block_size
-    return block[:, None] >= block[None, :]
+@dataclass
+class AttentionPart:
+    """Some queries of a row and all the keys that any of them sees.
 
-
-def combined_mask(blocks: Tensor, length: int, block_size: int) -> Tensor:
-    """Who sees whom in a row [noisy slots | clean text]: [rows, 1, size, size] bool, query first.
-
-    blocks [rows, count]: the block in each slot; size = count * block_size + length. A slot sees itself and
-    the clean blocks before its own; the clean text sees itself block-causally, and no slot.
+    queries: positions in the row; keys: ranges of positions; mask [rows or 1, 1, queries, keys] bool, True
+    where the query sees the key, the keys numbered through the ranges.
     """
-    rows, count = blocks.shape
-    device = blocks.device
-    noisy = count * block_size
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor
+
+
+def clean_parts(length: int, block_size: int, device: torch.device, offset: int = 0) -> list[AttentionPart]:
+    """Attention of a clean text at `offset` in its row: bidirectional in a block, causal across blocks."""
+    block = torch.arange(length, device=device) // block_size
+    parts = []
+    for begin in range(0, length, PART_TOKENS):
+        end = min(begin + PART_TOKENS, length)
+        mask = block[begin:end, None] >= block[None, :end]
+        keys = (slice(offset, offset + end),)
+        parts.append(AttentionPart(slice(offset + begin, offset + end), keys, mask[None, None]))
+    return parts
+
+
+def combined_parts(blocks: Tensor, length: int, block_size: int) -> list[AttentionPart]:
+    """Attention of rows [noisy slots | clean text]; blocks [rows, count]: the block in each slot.
+
+    A slot sees itself and the clean blocks before its own; the clean text sees itself block-causally, and no
+    slot. In parts, since three quarters of what a mask over the whole row covers is never seen.
+    """
+    device, noisy = blocks.device, blocks.shape[1] * block_size
+    of_query = blocks.repeat_interleave(block_size, dim=1)[..., None]  # [rows, noisy, 1]
     slot = torch.arange(noisy, device=device) // block_size
     clean_block = torch.arange(length, device=device) // block_size
-    mask = torch.zeros((rows, 1, noisy + length, noisy + length), dtype=torch.bool, device=device)
-    mask[..., :noisy, :noisy] = slot[:, None] == slot[None, :]
-    of_query = blocks.repeat_interleave(block_size, dim=1)  # [rows, noisy]
-    mask[:, 0, :noisy, noisy:] = clean_block < of_query[..., None]
-    mask[..., noisy:, noisy:] = block_causal_mask(length, block_size, device)
-    return mask
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to the scores: 0 where seen, minus infinity elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    parts = []
+    for begin in range(0, noisy, PART_TOKENS):
+        some = slice(begin, min(begin + PART_TOKENS, noisy))
+        before = clean_block < of_query[:, some]
+        own = (slot[some, None] == slot[None, some]).expand(len(blocks), -1, -1)
+        mask = torch.cat((own, before), dim=2)[:, None]
+        parts.append(AttentionPart(some, (some, slice(noisy, noisy + length)), mask))
+    return parts + clean_parts(length, block_size, device, offset=noisy)

@@ -7,7 +7,7 @@ heads than query heads, and a head size that is not width / heads; positions and
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockbatch.tiny.block_masking import (
-    Slots,
-    additive,
-    block_causal_mask,
-    combined_mask,
-)
+from blockbatch.tiny.block_masking import AttentionPart, Slots, clean_parts, combined_parts
 from blockbatch.tiny.train_model import after_attention, masked_cross_entropy, norm, rotate, top_token
 
 
@@ -104,16 +99,15 @@ class BlockTrainModel(nn.Module):
         self._before, self._after = build(_before_attention), build(after_attention)
         self._loss, self._predict = build(masked_cross_entropy), build(top_token)
 
-    def hidden(
-        self, tokens: Tensor, positions: Tensor, bias: Tensor | None = None, *, causal: bool = False
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, parts: list[AttentionPart] | None) -> Tensor:
         """tokens, positions [rows, length] -> residual stream after the last layer, [rows * length, d_model].
 
-        bias: what is added to the scores, [rows or 1, 1, length, length] of `dtype`.
+        parts: who sees whom, together all queries in order; None: each token sees those before it and itself.
         """
         rows, length = tokens.shape
         cos, sin = self.cos[positions.flatten()], self.sin[positions.flatten()]
         x = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
+        biases = [_additive(part.mask, self.dtype) for part in parts or ()]
         names = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
         names += ("attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
         group = self.shape.n_heads // self.shape.n_kv_heads
@@ -121,9 +115,10 @@ class BlockTrainModel(nn.Module):
             qkv = self._before(x, *layer[:6], cos, sin, self.shape.head_dim)
             query, key, value = (t.unflatten(0, (rows, length)).transpose(1, 2) for t in qkv)
             key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-            mask = None if bias is None else bias.expand(rows, query.shape[1], -1, -1)
-            with _attention_kernel(query, mask):
-                attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+            if parts is None:
+                attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            else:
+                attended = _attend_in_parts(query, key, value, parts, biases)
             x = self._after(x, attended.transpose(1, 2).reshape(rows * length, -1), *layer[6:])
         return x
 
@@ -131,7 +126,7 @@ class BlockTrainModel(nn.Module):
         """Weighted mean loss of each token from those before it; weights [rows, length] of the predicting
         positions."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        x = self.hidden(tokens, positions, causal=True)
+        x = self.hidden(tokens, positions, None)
         return self._loss(x, self.final_norm, self.head, tokens.roll(-1, dims=1).flatten(), weights.flatten())
 
     def loss(self, clean: Tensor, noisy: Tensor, slots: Slots, targets: Tensor, weights: Tensor) -> Tensor:
@@ -153,9 +148,8 @@ class BlockTrainModel(nn.Module):
     def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Top token and its probability at every position of tokens [rows, length], block-causally."""
         rows, length = tokens.shape
-        mask = block_causal_mask(length, self.shape.block_size, tokens.device)[None, None]
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
-        x = self.hidden(tokens, positions, additive(mask, self.dtype))
+        x = self.hidden(tokens, positions, clean_parts(length, self.shape.block_size, tokens.device))
         token, confidence = self._predict(x, self.final_norm, self.head)
         return token.view(tokens.shape), confidence.view(tokens.shape)
 
@@ -163,17 +157,30 @@ class BlockTrainModel(nn.Module):
         rows, length = clean.shape
         size = noisy.shape[1]
         plain = torch.arange(length, device=clean.device).expand(rows, -1)
-        mask = combined_mask(slots.blocks, length, self.shape.block_size)
         x = self.hidden(
             torch.cat((noisy, clean), dim=1),
             torch.cat((slots.positions, plain), dim=1),
-            additive(mask, self.dtype),
+            combined_parts(slots.blocks, length, self.shape.block_size),
         )
         return x.unflatten(0, (rows, -1))[:, :size].flatten(0, 1)
 
 
-def _attention_kernel(query: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
-    """On a GPU a mask goes to the memory-efficient kernel: the plain one would store all scores."""
-    if mask is None or not query.is_cuda:
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to the scores: 0 where seen, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _attend_in_parts(
+    query: Tensor, key: Tensor, value: Tensor, parts: list[AttentionPart], biases: list[Tensor]
+) -> Tensor:
+    """query, key, value [rows, heads, length, head_dim] -> the same shape."""
+    rows, heads = query.shape[:2]
+    attended = []
+    # On a GPU the memory-efficient kernel, which stores no scores; the plain one where that refuses.
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
+        for part, bias in zip(parts, biases):
+            some = (torch.cat([t[:, :, keys] for keys in part.keys], dim=2) for t in (key, value))
+            bias = bias.expand(rows, heads, -1, -1)
+            attended.append(F.scaled_dot_product_attention(query[:, :, part.queries], *some, bias))
+    return torch.cat(attended, dim=2)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from blockbatch.tasks.built_in import DrawnProblem
+from blockbatch.tasks.built_in.several import draw_texts
 from blockbatch.tiny.block_corpus import LENGTHS, LONGEST, BlockSampler, RowBuilder
-from blockbatch.tiny.block_evaluate import THRESHOLD, draw_texts, evaluate_blocks, evaluate_texts
+from blockbatch.tiny.block_evaluate import THRESHOLD, evaluate_blocks, evaluate_texts
 from blockbatch.tiny.block_export import export_block
 from blockbatch.tiny.block_masking import draw_noise, draw_slots
 from blockbatch.tiny.block_model import BlockModelShape, BlockTrainModel

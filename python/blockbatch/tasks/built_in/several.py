@@ -6,9 +6,11 @@ checked, so the last ones say whether a decode still works that far.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 
+from blockbatch.tasks.built_in import check
 from blockbatch.tasks.built_in.drawn import DrawnProblem
 
 REQUEST = "Do all of these:"
@@ -53,3 +55,14 @@ def split_answers(text: str, count: int) -> list[str]:
         later = (other[0] for other in heads[index + 1 :] if other)
         answers.append(text[head[1] : next(later, len(text))].strip("\n") if head else "")
     return answers
+
+
+def draw_texts(problems: Sequence[DrawnProblem], count: int, seed: int) -> list[list[DrawnProblem]]:
+    """The problems in random order, `count` a text; what is left over is left out."""
+    mixed = random.Random(f"texts {seed}").sample(list(problems), len(problems))
+    return [mixed[begin : begin + count] for begin in range(0, len(mixed) - count + 1, count)]
+
+
+def check_answers(problems: Sequence[DrawnProblem], text: str) -> list[bool]:
+    """For each of a text's problems, whether its answer there solves it."""
+    return [check(problem, answer) for problem, answer in zip(problems, split_answers(text, len(problems)))]
