@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from blockbatch.tasks.built_in import generate_problems
+from blockbatch.tasks.built_in.several import join
 from blockbatch.tiny import train_block
-from blockbatch.tiny.block_evaluate import decode_blocks
+from blockbatch.tiny.block_evaluate import decode_blocks, evaluate_texts, text_tokens
 from blockbatch.tiny.block_export import export_block
 from blockbatch.tiny.block_masking import PART_TOKENS, Slots, combined_parts, draw_noise, draw_slots
 from blockbatch.tiny.block_model import BlockModelShape, BlockTrainModel
@@ -187,6 +189,40 @@ def test_decodes_in_batches_follow_the_published_rule(model, threshold):
     assert decoded.blocks.tolist() == [blocks for _, _, blocks in expected]
     ended = [len(ids) < 48 - len(prompt) for (ids, _, _), prompt in zip(expected, prompts)]
     assert any(ended) and len(set(decoded.denoise.tolist())) > 1
+
+
+class Knows:
+    """Stands for a model that has learned some texts, given as ids of prompt and answer."""
+
+    def __init__(self, texts):
+        self.texts, self.shape = texts, BlockModelShape(VOCABULARY, block_size=32)
+        self.embedding = torch.zeros(1)
+
+    def predict(self, tokens):
+        eos = load_tokenizer().token_to_id(EOS)
+        top = torch.full_like(tokens, eos)
+        for row, ids in enumerate(tokens.tolist()):
+            for prompt, answer in self.texts:
+                if ids[: len(prompt)] == prompt:
+                    known = torch.tensor((prompt + answer)[: len(ids)])
+                    top[row, : len(known)] = known
+        return top, torch.full(tokens.shape, 0.95)
+
+
+def test_texts_of_several_problems_are_judged_by_place():
+    tokenizer = load_tokenizer()
+    problems = [p for family in ("arithmetic", "symbolic") for p in generate_problems(family, "test", 6, 1)]
+    texts = [problems[0::3], problems[1::3], problems[2::3]]
+    pairs = [tuple(tokenizer.encode(part).ids for part in join(text)) for text in texts]
+    broken = texts[1][2].answer
+    spoiled = join(texts[1])[1].replace(broken, broken[: len(broken) // 2])
+    pairs[1] = pairs[1][0], tokenizer.encode(spoiled).ids
+    result = evaluate_texts(Knows(pairs), tokenizer, texts, tokens=2 * 1024, canvas=1024, threshold=0.9)
+    assert result["accuracy_by_place"] == [1.0, 1.0, 0.6667, 1.0]
+    assert [wrong["expected"] for wrong in result["wrong"]] == [broken]
+    assert result["tokens_a_text"]["most"] == max(text_tokens(tokenizer, text) for text in texts)
+    blocks = [(len(p) + len(a)) // 32 - len(p) // 32 + 1 for p, a in pairs]
+    assert result["mean_blocks"] == result["mean_forwards"] == round(sum(blocks) / 3, 2)
 
 
 def plain_logits(folder, ids):

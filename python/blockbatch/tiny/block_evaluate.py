@@ -126,6 +126,11 @@ def evaluate_blocks(
     return {"threshold": threshold, **means, **counted(problems, texts, right_answers(problems, texts))}
 
 
+def text_tokens(tokenizer: Tokenizer, problems: Sequence[DrawnProblem]) -> int:
+    """Tokens of a text's prompt and reference answer, without the EOS."""
+    return sum(len(tokenizer.encode(part).ids) for part in join(problems))
+
+
 def evaluate_texts(
     model: BlockTrainModel,
     tokenizer: Tokenizer,
@@ -145,7 +150,7 @@ def evaluate_texts(
         canvas=canvas,
         threshold=threshold,
     )
-    lengths = [len(tokenizer.encode(prompt + answer).ids) for prompt, answer in pairs]
+    lengths = [text_tokens(tokenizer, problems) for problems in texts]
     answers = [answer for text, problems in zip(got, texts) for answer in split_answers(text, len(problems))]
     problems = [problem for part in texts for problem in part]
     right = right_answers(problems, answers)

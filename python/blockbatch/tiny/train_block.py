@@ -20,7 +20,7 @@ from torch import Tensor
 from blockbatch.tasks.built_in import DrawnProblem
 from blockbatch.tasks.built_in.several import draw_texts
 from blockbatch.tiny.block_corpus import LENGTHS, LONGEST, BlockSampler, RowBuilder
-from blockbatch.tiny.block_evaluate import THRESHOLD, evaluate_blocks, evaluate_texts
+from blockbatch.tiny.block_evaluate import THRESHOLD, evaluate_blocks, evaluate_texts, text_tokens
 from blockbatch.tiny.block_export import export_block
 from blockbatch.tiny.block_masking import draw_noise, draw_slots
 from blockbatch.tiny.block_model import BlockModelShape, BlockTrainModel
@@ -129,7 +129,10 @@ def measure(model: BlockTrainModel, arguments: argparse.Namespace) -> list[dict[
         add(evaluate_blocks(model, tokenizer, problems, **sizes), begin)
     for count, canvas in _TEXTS:
         begin = time.monotonic()
-        texts = draw_texts(problems, count, seed=7)[: arguments.test_texts]
+        texts = [
+            text for text in draw_texts(problems, count, seed=7) if text_tokens(tokenizer, text) < canvas
+        ]
+        texts = texts[: arguments.test_texts]
         sizes = {"tokens": arguments.tokens, "canvas": canvas, "threshold": THRESHOLD}
         if texts:
             add(evaluate_texts(model, tokenizer, texts, **sizes), begin)
