@@ -37,7 +37,7 @@ def refuse_adapter(folder: Path) -> None:
     name = f"a {kind} adapter" if isinstance(kind, str) else "an adapter"
     of = f" of {base!r}" if isinstance(base, str) and base else ""
     if (folder / "config.json").is_file():
-        state = f"holds {name}{of} beside a model"
+        state = f"holds {name}{of} beside a model: if that has it merged already, remove the adapter's files"
     else:
         state = f"is {name}{of} and no model: expected a config.json and weights"
     raise CheckpointError(f"{folder}: {state} (got {', '.join(files)}); {_MERGE}")
