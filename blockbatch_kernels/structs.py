@@ -150,8 +150,11 @@ class PolicyParams:
         leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK that reaches
             its threshold in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
         leap_threshold: see `leap_radius`.
-        tail_threshold: takes the place of `threshold` behind the first MASK of the window that is below
-            `threshold`: what may depend on an undecided token has to be surer. None: `threshold` holds there.
+        tail_threshold: from `threshold` to 1 (ours). Behind the first MASK of the window that is below
+            `threshold`, a MASK commits at this confidence instead, and is an anchor of `leap_radius` only
+            then: what may depend on an undecided token has to be surer. As elsewhere, a MASK near an anchor
+            commits at `leap_threshold` there, and the surest of the window always. None: `threshold` holds
+            in the whole window.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
         sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
             state.

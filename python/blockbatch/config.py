@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
@@ -39,6 +40,9 @@ class DecodeConfig:
         gen_length: tokens to generate, G.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it.
+        max_step_tokens: blockbatch: the windows of a block step hold at most so many tokens together. The
+            largest of `block_sizes` are left out until their sum fits; the attribute then holds those that
+            are left. None: no limit. Ours.
         block_size: baselines: size of the one block.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
             None: a fixed number of tokens each step, as vanilla.
@@ -76,6 +80,7 @@ class DecodeConfig:
     method: str = DEFAULT_METHOD
     gen_length: int = 256
     block_sizes: tuple[int, ...] | None = DEFAULT
+    max_step_tokens: int | None = DEFAULT
     block_size: int | None = DEFAULT
     threshold: float | None = DEFAULT
     tail_threshold: float | None = DEFAULT
@@ -162,7 +167,7 @@ class DecodeConfig:
                 self._check_block_size("block_sizes", size)
             if len(set(sizes)) != len(sizes):
                 raise ValueError(f"block_sizes: expected different sizes, got {sizes}")
-            object.__setattr__(self, "block_sizes", tuple(sorted(sizes)))
+            object.__setattr__(self, "block_sizes", self._within_budget(sorted(sizes)))
             return
         self._check_block_size("block_size", self.block_size)
         if "steps" in options:
@@ -180,6 +185,19 @@ class DecodeConfig:
         _check_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+
+    def _within_budget(self, sizes: list[int]) -> tuple[int, ...]:
+        """Of ascending sizes as many of the smallest as `max_step_tokens` has room for."""
+        budget = self.max_step_tokens
+        if budget is None:
+            return tuple(sizes)
+        _check_int("max_step_tokens", budget, 1)
+        if budget < sizes[0]:
+            raise ValueError(
+                f"max_step_tokens: expected at least {sizes[0]}, the window of the smallest of block_sizes = "
+                f"{tuple(sizes)}, got {budget}"
+            )
+        return tuple(size for size, total in zip(sizes, accumulate(sizes)) if total <= budget)
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]

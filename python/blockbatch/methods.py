@@ -50,6 +50,7 @@ _ROWS = (
         module="blockbatch.decoding.blockbatch",
         options={
             "block_sizes": PAPER_BLOCK_SIZES,
+            "max_step_tokens": None,
             "threshold": 0.9,
             "tail_threshold": None,
             "merge_threshold": 0.5,
@@ -212,6 +213,13 @@ OPTIONS = (
     OptionRow("method", "name", "NAME", _NAMES),
     OptionRow("gen_length", "integer", "N", "tokens to generate (256)"),
     OptionRow("block_sizes", "integers", "4,8,16", "blockbatch: a branch for each (4 to 128)"),
+    OptionRow(
+        "max_step_tokens",
+        "integer",
+        "N",
+        "blockbatch: leave out the largest sizes until their sum is at most this (none); ours",
+        none=True,
+    ),
     OptionRow("block_size", "integer", "N", "other methods: the one block size (32)"),
     OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
     OptionRow(
