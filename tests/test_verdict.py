@@ -66,3 +66,7 @@ def test_the_command_says_it_first(tmp_path, capsys):
     assert printed[0] == "tiny: 2 problems (2 symbolic)"
     assert printed[4].startswith("blockbatch against dual_cache +eos: ") and printed[5] == ""
     assert printed[6].startswith("| setting ")
+    written = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert [line.lstrip("# -") for line in (written[0], *written[2:6])] == [
+        " ".join(line.split()) for line in printed[:5]
+    ]

@@ -154,6 +154,7 @@ def _default_tasks(preset: Preset | None) -> tuple[str, ...]:
 
 def _write(report: Report, methods: dict[str, str], folder: Path) -> None:
     from blockbatch.evaluation.markdown import heading, markdown
+    from blockbatch.evaluation.verdict import verdict
     from blockbatch.pictures.evaluation import draw
 
     picture = folder / "report.png"
@@ -166,7 +167,7 @@ def _write(report: Report, methods: dict[str, str], folder: Path) -> None:
     else:
         picture.unlink(missing_ok=True)
     name = picture.name if picture.exists() else None
-    write_text(folder / "report.md", markdown(report, picture=name))
+    write_text(folder / "report.md", markdown(report, picture=name, verdict=verdict(report)[1:]))
     write_json(str(folder / "summary.json"), report.as_dict())
 
 
