@@ -8,8 +8,9 @@ import pytest
 import blockbatch
 import picture_traces
 from blockbatch.cli import main
+from blockbatch.evaluation.knobs import ABLATIONS, KINDS
 from blockbatch.evaluation.markdown import heading
-from blockbatch.evaluation.records import read_run
+from blockbatch.evaluation.records import Run, read_run
 from blockbatch.evaluation.report import build_report
 from blockbatch.pictures import (
     ablation,
@@ -25,11 +26,12 @@ from blockbatch.tracing import load_trace
 from command_runs import ROOT
 from label_boxes import boxes, checked, collisions
 from plot_traces import save_decode
+from test_evaluation_report import HEADER, many
 from test_plot_frontier import sized_run
 
 pytest.importorskip("matplotlib")
 RESULTS = ROOT / "bench" / "results"
-ABLATIONS = sorted((RESULTS / "ablations").glob("*/summary.json"))
+STORED = sorted((RESULTS / "ablations").glob("*/summary.json"))
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,29 @@ def test_evaluation(tmp_path, monkeypatch):
         evaluation.draw(report.overall, methods, tmp_path / "a.png", title=heading(report))
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
 def test_ablation(path, tmp_path, monkeypatch):
     with checked(monkeypatch):
         ablation.draw_ablation(json.loads(path.read_text()), tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ablation_of_every_knob(kind, tmp_path, monkeypatch):
+    report = json.loads((RESULTS / "ablations" / "components" / "summary.json").read_text())
+    row = report["rows"][0]
+    names = ABLATIONS[kind].variants
+    report |= {"kind": kind, "title": ABLATIONS[kind].title, "default": next(iter(names))}
+    report["rows"] = [{**row, "setting": name} for name in names]
+    with checked(monkeypatch):
+        ablation.draw_ablation(report, tmp_path / "a.png")
+
+
+def test_long_names_of_settings_are_not_cut_off(tmp_path, monkeypatch):
+    names = [f"a setting with a name of its own, number {number}" for number in range(7)]
+    records = [one for name in names for one in many(range(5), name, lambda n: 5 + n, 1.0, lambda n: n > 2)]
+    report = build_report(Run(HEADER, records))
+    with checked(monkeypatch):
+        evaluation.draw(report.overall, dict.fromkeys(names, "blockbatch"), tmp_path / "a.png", title="t")
 
 
 @pytest.mark.parametrize("name", ["step_latency", "refresh", "clock", "frontier"])

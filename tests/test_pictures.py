@@ -250,6 +250,26 @@ def test_page_holds_the_trace_and_nothing_breaks_out(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
 
 
+def test_page_tells_the_options_that_are_ours(model, tmp_path):
+    problem = picture_traces.problem("symbolic", 4)
+    for options, shown in (
+        ({"method": "dual_cache", "drafts": (1, 2), "refresh_scope": "generation"}, {"drafts": [1, 2]}),
+        ({"max_step_tokens": 30, "query_span": "open"}, {"max_step_tokens": 30, "block_sizes": [4, 8, 16]}),
+    ):
+        trace = picture_traces.decode(model, problem, gen_length=32, **options)[0]
+        for found in (trace, load_trace(write(tmp_path / "trace.json", trace))):
+            content = re.search(r'id="decode">(.*?)</script>', replay.page(found), re.S)[1]
+            settings = json.loads(content)["settings"]
+            named = {name: value for name, value in options.items() if name != "method" and name not in shown}
+            assert settings == settings | shown | named
+        records = json.loads(content)["records"][1:]
+        if "drafts" in options:
+            assert all(len(record["drafts"]) <= 2 for record in records)
+            assert sum(record["adopted"] for record in records) == trace["adopted"]
+        else:
+            assert trace["block_sizes"] == [4, 8, 16] and all(record["positions"] for record in records)
+
+
 def test_picture_command(decodes, tmp_path, capsys):
     folder = tmp_path / "traces"
     folder.mkdir()

@@ -11,6 +11,7 @@ from blockbatch.pictures.states import agreement, expand
 from blockbatch.tracing import load_trace
 from blockbatch.tracing import replay as replayed
 from browser import CHROMIUM, Browser
+from command_runs import ROOT
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -321,4 +322,13 @@ def test_drafts_stand_apart_from_the_branch(browser, tmp_path):
     assert marks == ["A" * record["adopted"] for record in trace["trace"] if record["adopted"]] != []
     outcome = browser.run("document.getElementById('outcome').textContent")
     assert f"{sum(record['adopted'] for record in trace['trace'])} drafts adopted" in outcome
+    assert browser.problems == []
+
+
+def test_a_trace_of_an_older_version_opens_where_something_is_to_be_seen(browser, tmp_path):
+    trace = load_trace(ROOT / "tests" / "data" / "old_trace.json")
+    assert not any("queries" in record or "drafts" in record for record in trace["trace"])
+    browser.open(replay.draw(trace, tmp_path / "page.html").as_uri())
+    assert step_of(browser) == opening_of(trace) > 0
+    assert browser.run(CANVASES) == canvases(trace, step_of(browser))
     assert browser.problems == []

@@ -54,6 +54,8 @@ def test_one_setting_and_answers_that_nobody_judged():
     lines = lines_of(many(EVERY, "own", lambda n: 5, 1.0, lambda n: None))
     assert lines[1] == "most right answers: none was judged"
     assert lines[4] == "nothing to compare: one setting alone"
+    some = many(EVERY, "own", lambda n: 5, 1.0, lambda n: None if n < 30 else True)
+    assert lines_of(some)[1].endswith("own: 100.0% [72.2, 100.0] of the 10 answers that were judged")
     both = [one for name in ("a", "b") for one in many(EVERY, name, lambda n: 5, 1.0, lambda n: None)]
     assert lines_of(both)[4].startswith("b against a: answers not judged; forwards +0.0%")
 

@@ -47,7 +47,8 @@ def _best(
 
 def _accuracy(summary: Summary) -> str:
     low, high = (100 * bound for bound in summary.interval_95)
-    return f"{100 * summary.accuracy:.1f}% [{low:.1f}, {high:.1f}]"
+    of = "" if summary.judged == summary.count else f" of the {summary.judged} answers that were judged"
+    return f"{100 * summary.accuracy:.1f}% [{low:.1f}, {high:.1f}]{of}"
 
 
 def _forwards(summary: Summary) -> str:

@@ -177,10 +177,15 @@ def note(figure: Figure, text: str) -> None:
 
 
 def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
-    """The key of the whole picture, below it."""
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(columns, max(len(names), 1)), frameon=False
-    )
+    """The key of the whole picture, below it, in so many columns or in fewer where they would not fit."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure.figure).get_renderer()
+    for count in range(min(columns, max(len(names), 1)), 0, -1):
+        key = figure.legend(handles, names, loc="outside lower center", ncols=count, frameon=False)
+        if count == 1 or key.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        key.remove()
 
 
 def title(axis: Any, text: str) -> None:
