@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clock_settings import BY_LABEL, Row
+from clock_settings import BY_LABEL, FAST, Row
 
 from blockbatch.methods import PRESET_TABLE
 from blockbatch.pictures import labels, style
@@ -13,7 +13,7 @@ from blockbatch.pictures import labels, style
 _GROUPS = {
     "published": "as published",
     "cheaper": "cheaper forwards",
-    "ours": "open queries, tail threshold",
+    "ours": "open queries",
 }
 _STAR = 13  # points
 
@@ -59,7 +59,6 @@ def _told(report: dict[str, Any]) -> str:
     told += [
         f"{problems} problems",
         "cheaper forwards, open queries and drafts are ours",
-        "4..64: its block sizes",
     ]
     widths = [high - low for low, high in (line["accuracy_95"] for line in report["answers"])]
     chance = all(line["p_value"] is None or line["p_value"] >= 0.05 for line in report["answers"])
@@ -70,15 +69,14 @@ def _told(report: dict[str, Any]) -> str:
 
 
 def _name(row: Row) -> str:
-    """What stands beside a mark: its preset, its block sizes or its drafts; else the legend says it."""
+    """The preset that a setting is, which stands beside its mark; else the legend says what it is."""
+    if row.label == FAST:
+        return "fast"
     for name, preset in PRESET_TABLE.items():
         options = {option: value for option, value in preset.options.items() if option != "eos_exit"}
         if not preset.published and options == row.options:
             return name
-    if row.method == "blockbatch":
-        return row.label.removeprefix("blockbatch ").split(",")[0]
-    drafts = row.options.get("drafts")
-    return f"{len(drafts)} drafts" if drafts else ""
+    return ""
 
 
 def _look(label: str, fast: bool) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def _look(label: str, fast: bool) -> dict[str, Any]:
     name = style.method_name(row.method)
     if fast:
         look = {"marker": "*", "markersize": _STAR, "label": 'preset "fast"', "zorder": 2}
-        return {"color": style.GREEN, "markerfacecolor": style.GREEN, **look}
+        return {"color": color, "markerfacecolor": color, **look}
     drafted = ", drafts" if row.without else ""
     filled = row.group == "published"
     return {

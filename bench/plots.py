@@ -129,6 +129,7 @@ def refresh(report: dict[str, Any], path: Path) -> None:
         axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         for model, axis in zip(models, axes):
             lines = [line for line in report["lines"] if line["model"] == model]
+            lines = [line for line in lines if line.get("scope", "canvas") == "canvas"]
             rows = [line["distinct_rows"] for line in lines]
             for key, look in (
                 ("eager_ms", _EAGER),

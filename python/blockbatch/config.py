@@ -154,8 +154,19 @@ class DecodeConfig:
             elif value is DEFAULT:
                 value = options[name]
                 if name == "block_sizes":
-                    value = tuple(size for size in value if self.gen_length % size == 0) or (self.gen_length,)
+                    value = self._usual_sizes(value)
             object.__setattr__(self, name, value)
+
+    def _usual_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Those that divide `gen_length`; where none does, the largest divisor that a step has room for."""
+        usual = tuple(size for size in sizes if self.gen_length % size == 0)
+        if usual:
+            return usual
+        budget = self.max_step_tokens
+        limit = budget if isinstance(budget, int) and budget > 0 else self.gen_length
+        return (
+            max(size for size in range(1, min(limit, self.gen_length) + 1) if self.gen_length % size == 0),
+        )
 
     def _check_blocks(self) -> None:
         options = METHOD_OPTIONS[self.method]

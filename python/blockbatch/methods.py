@@ -137,12 +137,13 @@ _PRESETS = (
     ),
     PresetRow(
         name="fast",
-        summary="LocalLeap's rule; ours: cheaper refreshes and drafts",
+        summary="LocalLeap's commit on BlockBatch's branches; ours: open queries",
         options={
-            "method": "local_leap",
-            "refresh_scope": "generation",
-            "drafts": (1, 2),
-            "eos_exit": "prefix",
+            "method": "blockbatch",
+            "commit": "local_leap",
+            "query_span": "open",
+            "refresh_interval": None,
+            "max_step_tokens": 128,
         },
         published=False,
     ),
