@@ -65,6 +65,8 @@ class BranchState:
     finished: Annotated[Tensor, Layout("requests", torch.bool)]
     winner: Annotated[Tensor, Layout("requests")]  # branch index; valid where finished
     stop_reason: Annotated[Tensor, Layout("requests")]  # index into STOP_REASONS
+    # Predictions of its rows, drafts included, that came with a confidence that is NaN or infinite.
+    non_finite: Annotated[Tensor, Layout("requests")]
 
     @property
     def num_rows(self) -> int:
@@ -234,7 +236,8 @@ class StepPlan(NamedTuple):
 
     `flags` is what the host reads once a step: [running requests, phase (index into PHASES), query tokens,
     predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is
-    stalled when it has committed more tokens than there are: the model writes its own MASK.
+    stalled when it has committed more tokens than there are: the model writes its own MASK. So is every row
+    of a request with `BranchState.non_finite`, whose tokens mean nothing any more.
     """
 
     # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries

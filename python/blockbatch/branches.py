@@ -55,12 +55,13 @@ class RequestOutcome:
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [Q, longest] int32, zero behind each prompt, and lengths [Q] int32."""
+    """Token ids [Q, longest] int32, zero behind each prompt, and lengths [Q] int32; on the CPU."""
     longest = max(len(prompt) for prompt in prompts)
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int32)
+    kind = dict(dtype=torch.int32, device="cpu")
+    padded = torch.zeros(len(prompts), longest, **kind)
     for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-    return padded, torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+        row[: len(prompt)] = torch.tensor(prompt, **kind)
+    return padded, torch.tensor([len(prompt) for prompt in prompts], **kind)
 
 
 def empty_state(

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
-from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
+from blockbatch.methods import (
+    DEFAULT_GEN_LENGTH,
+    DEFAULT_METHOD,
+    METHOD_OPTIONS,
+    METHODS,
+    fitting_block_size,
+    fitting_block_sizes,
+    preset_options,
+)
+from blockbatch.texts import check_text
+from blockbatch.values import as_bool, as_float, as_int
 
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
@@ -33,6 +44,7 @@ class DecodeConfig:
 
     What is marked as ours is not part of what the method's authors published, and off by default;
     `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
+    Numbers may be numpy's or torch's; they are kept as Python's.
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
@@ -43,7 +55,8 @@ class DecodeConfig:
         max_step_tokens: blockbatch: the windows of a block step hold at most so many tokens together. The
             largest of `block_sizes` are left out until their sum fits; the attribute then holds those that
             are left. None: no limit. Ours.
-        block_size: baselines: size of the one block.
+        block_size: baselines: size of the one block. Left out: 32, or the largest of 4, 8 and 16 that divides
+            `gen_length`, or all of it.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
             None: a fixed number of tokens each step, as vanilla.
         tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
@@ -69,7 +82,8 @@ class DecodeConfig:
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
         eos_token_ids: ids that end a text; None: those of the model.
-        stop: texts; a request ends once its text, as far as it is final, holds one, and is cut before it.
+        stop: texts, or one text; a request ends once its text, as far as it is final, holds one, and is cut
+            before it.
         trace: record every forward in `Result.trace`.
         trace_kv: with `trace`: also record where each branch's K/V cache goes (see `blockbatch.tracing`).
 
@@ -78,7 +92,7 @@ class DecodeConfig:
     """
 
     method: str = DEFAULT_METHOD
-    gen_length: int = 256
+    gen_length: int = DEFAULT_GEN_LENGTH
     block_sizes: tuple[int, ...] | None = DEFAULT
     max_step_tokens: int | None = DEFAULT
     block_size: int | None = DEFAULT
@@ -117,7 +131,7 @@ class DecodeConfig:
 
         if self.method not in METHOD_OPTIONS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        _check_int("gen_length", self.gen_length, 1)
+        self._set_int("gen_length", 1)
         self._fill_defaults()
         self._check_blocks()
         self._check_thresholds()
@@ -126,16 +140,21 @@ class DecodeConfig:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
-            for token in ids:
-                _check_int("eos_token_ids", token, 0)
-            object.__setattr__(self, "eos_token_ids", ids)
-        object.__setattr__(self, "stop", _as_texts("stop", self.stop))
-        if not isinstance(self.trace, bool):
-            raise TypeError(f"trace: expected True or False, got {self.trace!r}")
-        if not isinstance(self.trace_kv, bool):
-            raise TypeError(f"trace_kv: expected True or False, got {self.trace_kv!r}")
+            self._set("eos_token_ids", tuple(_checked_int("eos_token_ids", token, 0) for token in ids))
+        self._set("stop", _as_texts("stop", self.stop))
+        for name in ("trace", "trace_kv"):
+            flag = as_bool(getattr(self, name))
+            if flag is None:
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+            self._set(name, flag)
         if self.trace_kv and not self.trace:
             raise ValueError("trace_kv: expected only together with trace, got trace_kv without it")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_int(self, name: str, least: int) -> None:
+        self._set(name, _checked_int(name, getattr(self, name), least))
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -154,18 +173,16 @@ class DecodeConfig:
             elif value is DEFAULT:
                 value = options[name]
                 if name == "block_sizes":
-                    value = self._usual_sizes(value)
-            object.__setattr__(self, name, value)
+                    value = fitting_block_sizes(self.gen_length, value, self._step_limit())
+                elif name == "block_size":
+                    value = fitting_block_size(self.gen_length, value)
+            self._set(name, value)
 
-    def _usual_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """Those that divide `gen_length`; where none does, the largest divisor that a step has room for."""
-        usual = tuple(size for size in sizes if self.gen_length % size == 0)
-        if usual:
-            return usual
+    def _step_limit(self) -> int:
+        """The largest block that a step has room for."""
         budget = self.max_step_tokens
-        limit = budget if isinstance(budget, int) and budget > 0 else self.gen_length
         return (
-            max(size for size in range(1, min(limit, self.gen_length) + 1) if self.gen_length % size == 0),
+            min(self.gen_length, budget) if isinstance(budget, Integral) and budget > 0 else self.gen_length
         )
 
     def _check_blocks(self) -> None:
@@ -174,35 +191,36 @@ class DecodeConfig:
             sizes = _as_tuple("block_sizes", self.block_sizes)
             if not sizes:
                 raise ValueError("block_sizes: expected at least one size, got none")
-            for size in sizes:
-                self._check_block_size("block_sizes", size)
+            sizes = tuple(self._checked_block_size("block_sizes", size) for size in sizes)
             if len(set(sizes)) != len(sizes):
                 raise ValueError(f"block_sizes: expected different sizes, got {sizes}")
-            object.__setattr__(self, "block_sizes", self._within_budget(sorted(sizes)))
+            self._set("block_sizes", self._within_budget(sorted(sizes)))
             return
-        self._check_block_size("block_size", self.block_size)
+        self._set("block_size", self._checked_block_size("block_size", self.block_size))
         if "steps" in options:
             blocks = self.gen_length // self.block_size
             if self.steps is None:
-                object.__setattr__(self, "steps", self.gen_length)
-            _check_int("steps", self.steps, 1)
+                self._set("steps", self.gen_length)
+            self._set_int("steps", 1)
             if self.steps % blocks or self.steps > self.gen_length:
                 raise ValueError(
                     f"steps: expected a multiple of the {blocks} blocks, at most gen_length = "
-                    f"{self.gen_length}, got {self.steps}"
+                    f"{self.gen_length}, got {self.steps} (block_size is {self.block_size})"
                 )
 
-    def _check_block_size(self, name: str, size: Any) -> None:
-        _check_int(name, size, 1)
+    def _checked_block_size(self, name: str, size: Any) -> int:
+        size = _checked_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+        return size
 
     def _within_budget(self, sizes: list[int]) -> tuple[int, ...]:
         """Of ascending sizes as many of the smallest as `max_step_tokens` has room for."""
         budget = self.max_step_tokens
         if budget is None:
             return tuple(sizes)
-        _check_int("max_step_tokens", budget, 1)
+        budget = _checked_int("max_step_tokens", budget, 1)
+        self._set("max_step_tokens", budget)
         if budget < sizes[0]:
             raise ValueError(
                 f"max_step_tokens: expected at least {sizes[0]}, the window of the smallest of block_sizes = "
@@ -217,9 +235,7 @@ class DecodeConfig:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.drafts is None:
             return
-        drafts = _as_tuple("drafts", self.drafts)
-        for length in drafts:
-            _check_int("drafts", length, 1)
+        drafts = tuple(_checked_int("drafts", length, 1) for length in _as_tuple("drafts", self.drafts))
         if not drafts or sorted(set(drafts)) != list(drafts) or len(drafts) > MAX_DRAFTS:
             raise ValueError(f"drafts: expected 1 to {MAX_DRAFTS} ascending numbers, got {drafts}")
         if drafts[-1] >= self.block_size:
@@ -232,27 +248,38 @@ class DecodeConfig:
                 f'drafts: expected query_span="window", where a draft computes just what the next forward '
                 f"would, got {self.query_span!r}"
             )
-        object.__setattr__(self, "drafts", drafts)
+        self._set("drafts", drafts)
 
     def _check_thresholds(self) -> None:
         options = METHOD_OPTIONS[self.method]
         if "threshold" in options and not (self.threshold is None and "steps" in options):
-            _check_probability("threshold", self.threshold, above=0.0)
+            self._set_probability("threshold", above=0.0)
         if self.tail_threshold is not None:
-            _check_probability("tail_threshold", self.tail_threshold, least=self.threshold)
+            self._set_probability("tail_threshold", least=self.threshold)
         if self.merge_threshold is not None:
             # Below one half two different tokens could pass at the same position.
-            _check_probability("merge_threshold", self.merge_threshold, least=0.5)
+            self._set_probability("merge_threshold", least=0.5)
         if self.sync_threshold is not None:
-            _check_int("sync_threshold", self.sync_threshold, 0)
+            self._set_int("sync_threshold", 0)
         if self.refresh_interval is not None:
-            _check_int("refresh_interval", self.refresh_interval, 1)
+            self._set_int("refresh_interval", 1)
         if "commit" in options and self.commit not in COMMIT_RULES:
             raise ValueError(f"commit: expected one of {', '.join(COMMIT_RULES)}, got {self.commit!r}")
         if "leap_radius" in options:
-            _check_int("leap_radius", self.leap_radius, 1)
+            self._set_int("leap_radius", 1)
         if self.leap_threshold is not None:
-            _check_probability("leap_threshold", self.leap_threshold, above=0.0)
+            self._set_probability("leap_threshold", above=0.0)
+
+    def _set_probability(self, name: str, *, above: float | None = None, least: float | None = None) -> None:
+        given = getattr(self, name)
+        value = as_float(given)
+        if value is None:
+            raise TypeError(f"{name}: expected a number, got {given!r}")
+        low_enough = value > above if above is not None else value >= least
+        if not (low_enough and value <= 1.0):
+            bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
+            raise ValueError(f"{name}: expected a value {bounds}, got {given}")
+        self._set(name, value)
 
 
 def decode_settings(config: DecodeConfig) -> dict[str, Any]:
@@ -261,37 +288,34 @@ def decode_settings(config: DecodeConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _checked_int(name: str, value: Any, least: int) -> int:
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def _check_probability(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    low_enough = value > above if above is not None else value >= least
-    if not (low_enough and value <= 1.0):
-        bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
-        raise ValueError(f"{name}: expected a value {bounds}, got {value}")
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
 
 
 def _as_tuple(name: str, value: Any) -> tuple:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    members = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(members, (str, bytes)) or not hasattr(members, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
-    return tuple(value)
+    return tuple(members)
 
 
 def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    if isinstance(value, str):
+        texts, names = (value,), (name,)
+    elif isinstance(value, (bytes, bytearray)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
-    texts = tuple(value)
-    for text in texts:
+    else:
+        texts = tuple(value)
+        names = tuple(f"{name}[{index}]" for index in range(len(texts)))
+    for text, called in zip(texts, names):
         if not isinstance(text, str):
             raise TypeError(f"{name}: expected texts, got {text!r}")
         if not text:
             raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
-    return texts
+        check_text(text, called)
+    return tuple(map(str, texts))

@@ -8,11 +8,45 @@ third table; a new preset is a row of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+DEFAULT_GEN_LENGTH = 256
+
+
+def fitting_block_sizes(
+    gen_length: int, sizes: Sequence[int] = PAPER_BLOCK_SIZES, limit: int | None = None
+) -> tuple[int, ...]:
+    """Those of `sizes` that divide `gen_length`; where none does, one block of all of it, or else the largest
+    divisor that is at most `limit`."""
+    fitting = tuple(size for size in sizes if gen_length % size == 0)
+    if fitting or limit is None:
+        return fitting or (gen_length,)
+    return (max(size for size in range(1, min(limit, gen_length) + 1) if gen_length % size == 0),)
+
+
+def fitting_block_size(gen_length: int, wanted: int) -> int:
+    """`wanted` if it divides `gen_length`, else the largest of the usual sizes below it that does."""
+    return fitting_block_sizes(gen_length, (wanted, *(n for n in PAPER_BLOCK_SIZES[::-1] if n < wanted)))[0]
+
+
+def fitted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that come from a table, with block sizes that go with their `gen_length`.
+
+    Published settings are those of 256 tokens: of another length nobody asked for their block sizes. What a
+    user gave does not belong here, since it is refused where it does not fit.
+    """
+    found, length = dict(options), options.get("gen_length")
+    if not isinstance(length, Integral) or length < 1:
+        return found  # `DecodeConfig` says what is wrong with it
+    if found.get("block_sizes") is not None:
+        found["block_sizes"] = fitting_block_sizes(length, found["block_sizes"])
+    if found.get("block_size") is not None:
+        found["block_size"] = fitting_block_size(length, found["block_size"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +219,19 @@ def preset_options(name: str, changes: Mapping[str, Any], argument: str = "prese
             f"method: expected {' or '.join(having)} for {argument} {name!r}, which sets "
             f"{', '.join(lacking)}, got {options.get('method', DEFAULT_METHOD)!r}"
         )
+    if row.options.get("drafts") and "drafts" not in changes:
+        options["drafts"] = _fitting_drafts(options, known or {})
     return options
+
+
+def _fitting_drafts(options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Those of a preset's drafts that leave a MASK in a block; of short texts nobody asked for the others."""
+    length, size = options.get("gen_length", DEFAULT_GEN_LENGTH), options.get("block_size")
+    if size is None and isinstance(length, Integral) and length >= 1:
+        size = fitting_block_size(length, known.get("block_size", 1))
+    if not isinstance(size, Integral):
+        return options["drafts"]  # `DecodeConfig` says what is wrong with it
+    return tuple(draft for draft in options["drafts"] if draft < size) or None
 
 
 @dataclass(frozen=True)
@@ -221,7 +267,12 @@ OPTIONS = (
         "blockbatch: leave out the largest sizes until their sum is at most this (none); ours",
         none=True,
     ),
-    OptionRow("block_size", "integer", "N", "other methods: the one block size (32)"),
+    OptionRow(
+        "block_size",
+        "integer",
+        "N",
+        "other methods: the one block size (32, or the next smaller that divides)",
+    ),
     OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
     OptionRow(
         "tail_threshold",

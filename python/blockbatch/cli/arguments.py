@@ -17,7 +17,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that say which model runs where, and how it is prompted."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="tiny", help="tiny (built in, default), a HuggingFace folder or a hub id"
+        "--model",
+        default="tiny",
+        help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
@@ -80,6 +82,19 @@ def chat_prompt(model: Model, text: str) -> str:
     if model.tokenizer is None:
         raise ValueError("--chat: expected a model with a tokenizer, got one without")
     return model.tokenizer.chat(text, model.spec.family)
+
+
+def encode_text(model: Model, text: str, chat: bool, name: str) -> list[int]:
+    """Token ids of a prompt; one in the chat format begins as the format says."""
+    from blockbatch.prompts import encode_prompt
+    from blockbatch.texts import check_text
+
+    check_text(text, name)
+    return (
+        encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+        if chat
+        else encode_prompt(model, text, name)
+    )
 
 
 def int_list(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, chat_prompt, load, methods_note, names
+from blockbatch.cli.arguments import add_model, encode_text, load, methods_note, names
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         for index, (problem, ids) in enumerate(zip(problems, prompts, strict=True), 1):
             for row in rows:
                 show(f"problem {index} of {len(problems)}: {row.label}")
-                result = generation.generate(model, ids, row.config)
+                (result,) = generation.decode(model, [ids], row.config)
                 row.results.append(result)
                 row.right.append(None if problem.is_right is None else problem.is_right(result.text))
     report = _report(model, problems, rows, options.gen_length)
@@ -127,8 +127,9 @@ def run(options: argparse.Namespace) -> None:
 def _encode(model: Model, problems: list[Problem], chat: bool) -> list[list[int]]:
     if model.tokenizer is None:
         raise ValueError("--model: expected a model with a tokenizer, got one without")
-    texts = [chat_prompt(model, problem.prompt) if chat else problem.prompt for problem in problems]
-    return [model.tokenizer.encode(text) for text in texts]
+    return [
+        encode_text(model, problem.prompt, chat, f"prompt[{index}]") for index, problem in enumerate(problems)
+    ]
 
 
 @contextmanager

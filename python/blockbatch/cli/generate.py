@@ -13,8 +13,8 @@ from blockbatch.cli import canvas
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
-    chat_prompt,
     decode_config,
+    encode_text,
     int_list,
     load,
     methods_note,
@@ -89,7 +89,10 @@ def run(options: argparse.Namespace) -> None:
     if model.device.type == "cuda":
         _tell_memory(model, ids, config)
     live = wants_live(sys.stdout) and not options.json and not options.no_live
-    result = _decode_live(model, ids, config) if live else generation.generate(model, ids, config)
+    if live:
+        result = _decode_live(model, ids, config)
+    else:
+        (result,) = generation.decode(model, [ids], config, ["prompt"])
     if options.trace is not None:
         save_trace(options.trace, result.trace, **trace_header(model, ids, config, result))
     if options.json:
@@ -131,7 +134,7 @@ def _prompt_text(options: argparse.Namespace) -> str | None:
 def _encode(model: Model, text: str, chat: bool) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("--prompt: expected --prompt-ids, since the model has no tokenizer; got text")
-    return model.tokenizer.encode(chat_prompt(model, text) if chat else text)
+    return encode_text(model, text, chat, "prompt")
 
 
 def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:

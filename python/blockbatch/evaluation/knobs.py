@@ -113,7 +113,7 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
     Args:
         kind: one of `KINDS`.
         gen_length: tokens to generate. Sets with block sizes that do not divide it are left out, and so are
-            budgets that are too small for its smallest block size.
+            budgets that are too small for its smallest block size and drafts that its block has no room for.
 
     Raises:
         ValueError: an unknown kind, or a gen_length at which nothing is left to compare.
@@ -128,6 +128,8 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
             continue
         budget = options.get("max_step_tokens")
         if budget is not None and budget < default.block_sizes[0]:
+            continue
+        if max(options.get("drafts", (0,))) >= (default.block_size or gen_length):
             continue
         setting = Setting(label, DecodeConfig(gen_length=gen_length, **base, **options))
         settings.append(setting)

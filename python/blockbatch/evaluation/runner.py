@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
@@ -21,8 +22,12 @@ from blockbatch.evaluation.records import Record, RecordFile, Run
 from blockbatch.evaluation.settings import Setting, settings_header
 from blockbatch.generation import Result
 from blockbatch.models import Model
+from blockbatch.prompts import encode_prompt
 from blockbatch.tasks import Problem
+from blockbatch.texts import check_text
 from blockbatch.tracing import save_trace, trace_header
+
+logger = logging.getLogger(__name__)
 
 # The first decodes of a process pay for memory and threads that later ones find ready; a short one is enough.
 _WARM_UP_TOKENS = 32
@@ -72,8 +77,9 @@ def run(
     or setting does.
 
     Args:
-        model: with a tokenizer.
-        problems: their task and id together name each.
+        model: with a tokenizer; a GPU that it is on need not be the current one.
+        problems: their task and id together name each. One whose prompt holds half a character is left out,
+            with a warning.
         settings: with labels of their own.
         path: the file of records (see `records`).
         batch_size: problems that a setting decodes at once; the seconds of each are its share.
@@ -159,12 +165,12 @@ def warm_up(
         warm.add(kind)
         tell(f"warming up: {config.method}")
         if on_gpu:
-            generation.generate(model, prompts, config)
+            generation.decode(model, prompts, config)
         else:
             gen_length = min(_WARM_UP_TOKENS, config.gen_length)
             one_block = {"block_size": gen_length} if config.block_sizes is None else {}
             short = DecodeConfig(method=config.method, gen_length=gen_length, **one_block)
-            generation.generate(model, prompts[0], short)
+            generation.decode(model, prompts[:1], short)
 
 
 def _check(model: Model, problems: Sequence[Problem], settings: Sequence[Setting], batch_size: int) -> None:
@@ -189,16 +195,24 @@ def _check_names(argument: str, names: Sequence[Any]) -> None:
 def _encode(
     model: Model, problems: Sequence[Problem], settings: Sequence[Setting], chat: bool
 ) -> list[_Prompt]:
-    """All prompts as token ids, checked before the first is decoded."""
+    """All prompts as token ids, checked before the first is decoded; half characters leave a problem out."""
     prompts = []
     lengths = {setting.config.gen_length: setting.config for setting in settings}
     for problem in problems:
+        name = f"{problem.task} {problem.id}"
+        try:
+            check_text(problem.prompt, f"problem {name}")
+        except ValueError as error:
+            logger.warning("%s; this problem is left out", error)
+            continue
         text = model.tokenizer.chat(problem.prompt, model.spec.family) if chat else problem.prompt
-        ids = model.tokenizer.encode(text)
+        ids = encode_prompt(model, text, name, add_bos=False if chat else None)
         digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=6).hexdigest()
         prompts.append(_Prompt(problem, ids, digest))
         for config in lengths.values():
             generation.check_prompt(model, ids, config, prompts[-1].name)
+    if not prompts:
+        raise ValueError("problems: expected at least one of whole characters, got none")
     return prompts
 
 
@@ -245,7 +259,7 @@ def _decode(model: Model, job: _Job, traced: bool) -> tuple[list[Result], list[f
     """The results, and the seconds of each."""
     config = replace(job.setting.config, trace=True) if traced else job.setting.config
     begun = time.perf_counter()
-    results = generation.generate(model, [prompt.ids for prompt in job.prompts], config)
+    results = generation.decode(model, [prompt.ids for prompt in job.prompts], config)
     if len(results) == 1:
         return results, [results[0].seconds]
     share = (time.perf_counter() - begun) / len(results)

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights
+from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.values import as_int
 
-TINY_FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
+_TINY = Path(__file__).resolve().parent.parent / "tiny"
+BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,7 +103,7 @@ class Model:
         return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """One full forward without a cache.
+        """One full forward without a cache, in a turn of the device.
 
         Args:
             input_ids: [rows, length] integers (one row may be given flat).
@@ -123,8 +126,12 @@ class Model:
             raise ValueError(
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
+        with devices.turn(self.device):
+            return self._logits(ids)
 
+    def _logits(self, ids: Tensor) -> Tensor:
         # One page a row; the layers take turns on the same memory, since none looks back.
+        rows, length = ids.shape
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
         kv = torch.zeros(1, 2, rows, length, *heads, dtype=self.dtype, device=self.device)
         index = torch.arange(rows * length, device=self.device)
@@ -167,9 +174,10 @@ def load_model(
     unpickled.
 
     Args:
-        name_or_path: "tiny" (the model inside this package), a folder, or a hub id
-            ("GSAI-ML/LLaDA-8B-Instruct").
-        device: defaults to the current GPU where there is one, else the CPU.
+        name_or_path: "tiny" or "tiny-block" (the models inside this package: full attention, block
+            diffusion), a folder, or a hub id ("GSAI-ML/LLaDA-8B-Instruct").
+        device: defaults to the current GPU where there is one, else the CPU. Decoding does not need it to
+            be the current one.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
@@ -177,15 +185,23 @@ def load_model(
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
+        MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
+    if device.type == "cpu":
+        device = torch.device("cpu")
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -196,11 +212,33 @@ def load_model(
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
     if backend not in (None, "reference", "triton", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
-    if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes <= 0):
-        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
+    if cache_bytes is not None:
+        given, cache_bytes = cache_bytes, as_int(cache_bytes)
+        if cache_bytes is None or cache_bytes <= 0:
+            raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
-    folder = TINY_FOLDER if name_or_path == "tiny" else resolve_folder(name_or_path, revision=revision)
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     spec = read_spec(read_config(folder))
-    weights = load_weights(folder, spec, device, dtype)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
-    return Model(spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path))
+    _check_room(spec, device, dtype, str(name_or_path))
+    what = f"the weights of {name_or_path}"
+    with devices.current(device), devices.memory_errors(device, what):
+        weights = load_weights(folder, spec, device, dtype)
+        model = Model(
+            spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
+        )
+        if device.type == "cuda":  # the first decode may run on another stream
+            torch.cuda.current_stream().synchronize()
+    return model
+
+
+def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    """Raises MemoryError if the weights do not fit into what a GPU has free."""
+    if device.type != "cuda":
+        return  # a system may well swap
+    needed, free = weight_bytes(spec, dtype), devices.free_bytes(device)
+    if needed > free:
+        raise MemoryError(
+            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
+            f"{str(dtype).removeprefix('torch.')}, got {free:,}"
+        )
