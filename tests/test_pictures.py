@@ -142,7 +142,7 @@ BAD_FILES = {
     "nested too deeply": "[" * 100_000,
     "no record": broken(lambda found: found.update(trace=[])),
     "gen_length: 'long'": broken(lambda found: found.update(gen_length="long")),
-    "gen_length: inf": broken(lambda found: found.update(gen_length=float("inf"))),
+    "Infinity, which is no number of JSON": broken(lambda found: found.update(gen_length=float("inf"))),
     "canvas of 4 tokens, gen_length 8": broken(lambda found: found.update(gen_length=8)),
     "block_sizes: True": broken(lambda found: found.update(block_sizes=[True])),
     r"block_sizes: \[1, 2, 2\]": broken(lambda found: found.update(block_sizes=[1, 2, 2])),
@@ -156,8 +156,11 @@ BAD_FILES = {
         lambda found: found["trace"][0]["commits"][0].update(positions=[4])
     ),
     "record 0: tokens: 2 for 1": broken(lambda found: found["trace"][0]["commits"][0].update(tokens=[1, 1])),
-    r"record 0: confidence: \[nan\]": broken(
+    "NaN, which is no number of JSON": broken(
         lambda found: found["trace"][0]["commits"][0].update(confidence=[float("nan")])
+    ),
+    r"record 0: confidence: \[7\]": broken(
+        lambda found: found["trace"][0]["commits"][0].update(confidence=[7])
     ),
     "record 2: leader: 3 where": broken(lambda found: found["trace"][2]["syncs"][0].update(leader=3)),
     "record 2: syncs: nothing": broken(lambda found: found["trace"][2].pop("syncs")),
