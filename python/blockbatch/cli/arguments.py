@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli.help import rows
 from blockbatch.config import DecodeConfig
 from blockbatch.methods import METHOD_TABLE, OPTIONS, PRESET_TABLE
 
@@ -54,9 +55,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 def methods_note() -> str:
     """What each method and each preset is, for the end of a help text."""
     tables = {"Methods": METHOD_TABLE, "Presets": PRESET_TABLE}
-    return " ".join(
-        f"{title}: " + "; ".join(f"{name}: {row.summary}" for name, row in table.items()) + "."
-        for title, table in tables.items()
+    return "\n\n".join(
+        rows(title, {name: row.summary for name, row in table.items()}) for title, table in tables.items()
     )
 
 

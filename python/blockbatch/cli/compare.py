@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.arguments import add_model, encode_text, load, methods_note, names
 from blockbatch.cli.files import check_output, write_json
+from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import Row, comparison_table, family_table
 from blockbatch.cli.terminal import escape
@@ -35,7 +36,14 @@ def add_parser(commands: Any) -> None:
         description="Decode the same prompts by every method and print what each needed. Baselines run as "
         "published (the canvas is filled) and, marked +eos, with the same end as blockbatch. Named settings "
         "have that end, too.",
-        epilog=methods_note(),
+        epilog=methods_note()
+        + "\n\n"
+        + examples(
+            "blockbatch compare",
+            "blockbatch compare --family symbolic --count 10 --show",
+            "blockbatch compare --methods dual_cache,blockbatch --preset fast",
+            "blockbatch compare --prompt-file problems.jsonl --json figures.json",
+        ),
     )
     parser.set_defaults(run=run)
     add_model(parser)

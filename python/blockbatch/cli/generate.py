@@ -20,6 +20,7 @@ from blockbatch.cli.arguments import (
     methods_note,
 )
 from blockbatch.cli.files import check_output, read_text
+from blockbatch.cli.help import examples
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
 from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.tracing import open_recorder, save_trace, trace_header
@@ -39,10 +40,22 @@ def add_parser(commands: Any) -> None:
         help="decode one prompt",
         description="Decode one prompt. A terminal shows the text while it denoises; elsewhere only "
         "the text is written.",
-        epilog=methods_note(),
+        epilog=methods_note()
+        + "\n\n"
+        + examples(
+            'blockbatch generate "Divide with remainder until zero: 51 and 16."',
+            'echo "Write a function that sums a list." | blockbatch generate -',
+            "blockbatch generate --prompt-file prompt.txt --preset fast --json",
+            'blockbatch generate "PROMPT" --method dual_cache --threshold 0.95',
+            'blockbatch generate "PROMPT" --query-span open --refresh-interval none',
+            'blockbatch generate "PROMPT" --gen-length 128 --trace trace.json',
+            'blockbatch generate "PROMPT" --model GSAI-ML/LLaDA-8B-Instruct --chat',
+        ),
     )
     parser.set_defaults(run=run)
+    parser.stray = "a prompt of several words stands in quotes"
     group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; -: standard input")
     group.add_argument("--prompt", metavar="TEXT", help="the prompt")
     group.add_argument(
         "--prompt-file",
@@ -108,11 +121,14 @@ def _prompt_text(options: argparse.Namespace) -> str | None:
         return None
     if options.prompt_file is not None:
         return read_text(options.prompt_file, "--prompt-file").removesuffix("\n")
+    if options.text == "-":
+        return read_text("-", "PROMPT").removesuffix("\n")
+    name, text = ("--prompt", options.prompt) if options.text is None else ("PROMPT", options.text)
     try:
-        options.prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"--prompt: expected UTF-8 text, got {options.prompt!r:.80}") from None
-    return options.prompt
+        raise ValueError(f"{name}: expected UTF-8 text, got {text!r:.80}") from None
+    return text
 
 
 def _encode(model: Model, text: str, chat: bool) -> list[int]:
