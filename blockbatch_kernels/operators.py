@@ -15,6 +15,7 @@ from blockbatch_kernels.structs import (
     AttentionPlan,
     BranchState,
     PackedQueries,
+    PagePool,
     PolicyEvents,
     PolicyParams,
     Predictions,
@@ -207,6 +208,7 @@ _TABLE = (
             TensorArg("write_end", "rows", INT),
             Scalar("num_branches", int),
             TensorArg("write_positions", "rows *", INT, optional=True),
+            RecordArg("pool", PagePool, optional=True, written=True),
         ),
     ),
     Operator(

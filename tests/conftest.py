@@ -1,6 +1,11 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# What operators do not look at without it, since it would wait for a GPU: read when the package is imported.
+os.environ.setdefault("BBK_CHECK", "1")
 
 # The same examples on every run, and no limit on an example's time: a slow machine is no failure.
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)

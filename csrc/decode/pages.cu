@@ -4,12 +4,13 @@
 #include <vector>
 
 #include "common/launch.cuh"
-#include "decode/pages.cuh"
+#include "decode/page_pool.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPoolThreads = 512;
 constexpr int kCtasPerSm = 4;
 constexpr int kLoadsInFlight = 4;       // per thread
 constexpr int kTableColumns = 32;       // of the tables that a CTA moves: a full cache line a row
@@ -28,6 +29,12 @@ __global__ void __launch_bounds__(kThreads)
     choose_pages_kernel(const __grid_constant__ CopyPagesParams params) {
   __shared__ int length;
   choose_list(Group(), params, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), &length);
+}
+
+__global__ void __launch_bounds__(kPoolThreads)
+    choose_from_pool_kernel(const __grid_constant__ CopyPagesParams params) {
+  __shared__ PoolScratch scratch;
+  choose_from_pool(Group(), params, &scratch);
 }
 
 template <typename T>
@@ -77,7 +84,7 @@ void check(const CopyPagesParams& params, const char* op) {
   check_at_least(op, "num_layers", params.num_layers, 0);
   check_at_least(op, "page_size", params.page_size, 1);
   check_at_least(op, "num_branches", params.num_branches, 1);
-  if (params.num_branches > kMaxPageBranches) {
+  if (!params.has_pool && params.num_branches > kMaxPageBranches) {
     refuse(op, "num_branches: expected at most " + std::to_string(kMaxPageBranches) + ", got " +
                    std::to_string(params.num_branches));
   }
@@ -90,7 +97,13 @@ void share_on_host(const SharePagesParams& params) {
 
 void copy_on_host(const CopyPagesParams& params) {
   int length = 0;
-  choose_list(Group(), params, 0, 1, &length);
+  if (params.has_pool) {
+    PoolScratch scratch;
+    choose_from_pool(Group(), params, &scratch);
+    length = scratch.num_moves;
+  } else {
+    choose_list(Group(), params, 0, 1, &length);
+  }
   const MoveList list = move_list(params, 0, 1);
   const CopyShape shape = copy_shape(params, larger<int64_t>(params.chunk_bytes, 1));
   for (int i = 0; i < length; ++i) {
@@ -130,9 +143,13 @@ void copy_pages(const CopyPagesParams& params, const Launch& launch) {
   const int64_t columns = static_cast<int64_t>(params.num_requests) * params.pages_per_row;
   if (columns == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  const int num_lists =
-      static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(columns, kThreads), kMaxMoveLists));
-  launch_kernel<choose_pages_kernel>(kOp, launch, {dim3(num_lists), kThreads}, params);
+  int num_lists = 1;
+  if (params.has_pool) {
+    launch_kernel<choose_from_pool_kernel>(kOp, launch, {dim3(1), kPoolThreads}, params);
+  } else {
+    num_lists = static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(columns, kThreads), kMaxMoveLists));
+    launch_kernel<choose_pages_kernel>(kOp, launch, {dim3(num_lists), kThreads}, params);
+  }
   if (params.num_layers == 0 || params.chunk_bytes == 0) return;
 
   const dim3 grid(static_cast<unsigned>(num_sms(kOp, launch.device) * kCtasPerSm));
