@@ -315,22 +315,24 @@ class PagePool(NamedTuple):
     and `share_pages` needs no pool. No row writes a page that is not in the list.
 
     The list is long enough where every row could have a page of its own in each column that it may write.
-    Where a page is wanted and none is free, the row keeps the one that it shares, or none, and `missing`
-    counts it: the K/V of that step are wrong. Who cannot be sure reads `missing` with the wait for the device
-    that a step has anyway.
+    Where a page is wanted and none is free, the row keeps the one that it shares, or none, and `counts`
+    tells: the K/V of that step are wrong. Who cannot be sure reads `counts` with the wait for the device that
+    a step has anyway.
     """
 
     free_pages: Annotated[Tensor, Layout("pool_pages")]  # ids, each once, given in this order
-    missing: Annotated[Tensor, Layout("1")]  # pages that were wanted and not there, over all calls
+    # Pages that were free after the latest call, and those that were wanted and not there, over all calls.
+    counts: Annotated[Tensor, Layout("2")]
 
     @classmethod
     def of(cls, free_pages: Tensor) -> PagePool:
         """The pool of these ids, [any] int32."""
-        return cls(free_pages, torch.zeros(1, dtype=torch.int32, device=free_pages.device))
+        counts = torch.tensor([len(free_pages), 0], dtype=torch.int32, device=free_pages.device)
+        return cls(free_pages, counts)
 
     def check(self) -> None:
         """Raises RuntimeError if a page was missing so far. Waits for the device."""
-        missing = int(self.missing)
+        missing = int(self.counts[1])
         if missing:
             raise RuntimeError(
                 f"pool.free_pages: expected a free page for every write, {missing} were missing among "

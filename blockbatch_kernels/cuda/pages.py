@@ -52,7 +52,7 @@ def copy_pages(
         moves=moves,
         write_positions=None if write_positions is None else write_positions.contiguous(),
         free_pages=None if pool is None else pool.free_pages.contiguous(),
-        missing=None if pool is None else pool.missing,
+        counts=None if pool is None else pool.counts,
         workspace=workspace,
         num_branches=num_branches,
         stream=extension.stream_of(page_table),

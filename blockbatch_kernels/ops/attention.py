@@ -29,7 +29,7 @@ def attention_plan(
 
     Rows whose pages are the same over a stretch of keys are computed together there. Keys are cut finer while
     there are too few tiles to fill the GPU. `reference/attention_plan.py` fixes the result bit for bit.
-    A plan serves one stream at a time.
+    A plan may be used on several streams at once; on the first it is fastest.
 
     Args:
         page_table: [rows, pages_per_row] int32.

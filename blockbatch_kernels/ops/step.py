@@ -53,7 +53,8 @@ def pack_windows(
     )
     _check_requests(state)
     if values.ENABLED:
-        values.check_packing(state, plan, page_table, page_size, capacity, predict_capacity, scattered)
+        sizes = (page_size, capacity, predict_capacity, prediction_offset, scattered)
+        values.check_packing(state, plan, page_table, *sizes)
     return dispatch.module_for(backend, "pack_windows", state.tokens).pack_windows(
         state,
         plan,

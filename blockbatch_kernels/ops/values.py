@@ -93,6 +93,7 @@ def check_packing(
     page_size: int,
     capacity: int,
     predict_capacity: int,
+    prediction_offset: int,
     scattered: bool,
 ) -> None:
     """Queries inside of the row's pages, and room for all of them."""
@@ -100,7 +101,13 @@ def check_packing(
         return
     starts, ends = plan.query_start.tolist(), plan.query_end.tolist()
     table, length = page_table.cpu(), page_table.shape[1] * page_size
-    total = 0
+    total = wanted = 0
+    predict, prompts = plan.predict.cpu(), state.prompt_length.tolist()
+    longest = max(prompts)
+    if longest > state.prompt_tokens.shape[1]:
+        raise ValueError(
+            f"state.prompt_length: expected at most {state.prompt_tokens.shape[1]}, got {longest}"
+        )
     for row, (start, end) in enumerate(zip(starts, ends)):
         if end <= start:
             continue
@@ -121,6 +128,9 @@ def check_packing(
                 f"plan.query_end: expected positions below {length}, {page_table.shape[1]} pages of "
                 f"{page_size}, got {first} to {last} in row {row}"
             )
+        target = positions + prediction_offset - prompts[row // state.num_branches]
+        target = target[(target >= 0) & (target < state.gen_length)]
+        wanted += int(predict[row, target.long()].sum())
         columns = (positions // page_size).unique().long()
         if int(table[row, columns].min()) < 0:
             raise ValueError(
@@ -128,15 +138,9 @@ def check_packing(
             )
     if total > capacity:
         raise ValueError(f"capacity: expected at least the plan's {total} query tokens, got {capacity}")
-    wanted = int(plan.flags[3])
     if wanted > predict_capacity:
         raise ValueError(
             f"predict_capacity: expected at least the plan's {wanted} predictions, got {predict_capacity}"
-        )
-    longest = int(state.prompt_length.max())
-    if longest > state.prompt_tokens.shape[1]:
-        raise ValueError(
-            f"state.prompt_length: expected at most {state.prompt_tokens.shape[1]}, got {longest}"
         )
 
 

@@ -126,4 +126,5 @@ def _copy_in_pool(
     copied = moved & exists & ~covered
     kv_cache[:, :, new[copied]] = kv_cache[:, :, held[copied]]
     page_table.copy_(torch.where(moved, new, held))
-    pool.missing.add_((leaves & ~moved).sum())
+    pool.counts[0] = free.sum() - moved.sum()
+    pool.counts[1] += (leaves & ~moved).sum()

@@ -28,7 +28,7 @@ def choose_from_pool(
     num_pages: int,
     page_size: int,
 ) -> None:
-    """Writes the table, the list of pages to copy and its length, and adds to `pool.missing`.
+    """Writes the table, the list of pages to copy and its length, and writes `pool.counts`.
 
     writes: write_start, write_end and write_positions, with their strides.
     """
@@ -75,7 +75,7 @@ def choose_from_pool(
         free,
         moves,
         num_moves,
-        pool.missing,
+        pool.counts,
         num_free,
         num_pages,
         entries,
@@ -183,7 +183,7 @@ def _give_kernel(
     free,
     moves,
     num_moves,
-    missing,
+    counts,
     num_free,
     num_pages,
     entries,
@@ -207,21 +207,22 @@ def _give_kernel(
         kind = tl.load(leaving + index, mask=index < entries, other=0)
         wants = (kind > 0).to(tl.int32)
         turn = wanted + tl.cumsum(wants, 0) - 1
-        given = (kind > 0) & (turn < there)
+        gets = (kind > 0) & (turn < there)
         far = index.to(tl.int64)
         entry = page_table + far // num_columns * row_stride + far % num_columns * column_stride
-        old = tl.load(entry, mask=given, other=-1)
-        new = tl.load(free + turn, mask=given, other=-1)
-        tl.store(entry, new, mask=given)
-        moved = (given & (kind == 2)).to(tl.int32)
+        old = tl.load(entry, mask=gets, other=-1)
+        new = tl.load(free + turn, mask=gets, other=-1)
+        tl.store(entry, new, mask=gets)
+        moved = (gets & (kind == 2)).to(tl.int32)
         at = copied + tl.cumsum(moved, 0) - 1
         tl.store(moves + at * 2, old, mask=moved > 0)
         tl.store(moves + at * 2 + 1, new, mask=moved > 0)
         wanted += tl.sum(wants, 0)
         copied += tl.sum(moved, 0)
     tl.store(num_moves, copied)
-    if wanted > there:
-        tl.store(missing, tl.load(missing) + wanted - there)
+    given = tl.minimum(wanted, there)
+    tl.store(counts, there - given)
+    tl.store(counts + 1, tl.load(counts + 1) + wanted - given)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ void call_share_pages(Call& call, const TensorView& page_table, const TensorView
 void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& page_table,
                      const TensorView& write_start, const TensorView& write_end, const TensorView& num_moves,
                      const TensorView& moves, const TensorView& write_positions, const TensorView& free_pages,
-                     const TensorView& missing, const TensorView& workspace, int num_branches) {
+                     const TensorView& counts, const TensorView& workspace, int num_branches) {
   const int64_t bytes = size_of(kv_cache.dtype);
   CopyPagesParams params{};
   params.kv_cache = static_cast<char*>(kv_cache.data<void>());
@@ -95,7 +95,7 @@ void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& p
   if (!free_pages.is_none()) {
     params.has_pool = true;
     params.free_pages = free_pages.contiguous().data<const int32_t>();
-    params.missing = missing.contiguous().data<int32_t>();
+    params.counts = counts.contiguous().data<int32_t>();
     params.workspace = workspace.contiguous().data<int32_t>();
     params.num_free_pages = free_pages.int_size(0);
   }
@@ -178,7 +178,7 @@ void bind_decode(py::module_& module) {
   define<&call_share_pages>(module, "share_pages", {"page_table", "source_row"});
   define<&call_copy_pages>(module, "copy_pages",
                            {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves",
-                            "write_positions", "free_pages", "missing", "workspace", "num_branches"});
+                            "write_positions", "free_pages", "counts", "workspace", "num_branches"});
   define<&call_decode_policy>(
       module, "decode_policy",
       {"state", "predictions", "plan", "out_plan=out[0]", "events=out[1]", "params", "counters"});

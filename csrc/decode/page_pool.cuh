@@ -126,7 +126,9 @@ BBK_HD void choose_from_pool(const Group& group, const CopyPagesParams& params, 
   group.sync();
   if (group.rank() != 0) return;
   params.num_moves[0] = scratch->num_moves;
-  if (num_wanted > num_free) *params.missing += num_wanted - num_free;
+  const int num_given = smaller(num_wanted, num_free);
+  params.counts[0] = num_free - num_given;
+  params.counts[1] += num_wanted - num_given;
 }
 
 }  // namespace bbk

@@ -41,7 +41,7 @@ struct CopyPagesParams {
   // With a pool: ids of any allocator, of pages that any row may be given. Without, all is null.
   bool has_pool;
   const int32_t* free_pages;  // [num_free_pages]
-  int32_t* missing;           // [1], raised by the pages that were not there
+  int32_t* counts;            // [2]: pages left, written, and pages that were not there, added to
   int32_t* workspace;         // [num_pages + num_requests * num_branches * pages_per_row + num_free_pages]
   int32_t num_free_pages;
   int32_t num_pages;  // of kv_cache
