@@ -36,8 +36,8 @@ def _attention_plan_symbols(
     heads, page_size = (sizes["num_heads"], sizes["num_kv_heads"]), sizes["page_size"]
     rows, pages_per_row = sizes["rows"], sizes["pages_per_row"]
     distinct_rows = rows if sizes.get("distinct_rows") is None else sizes["distinct_rows"]
-    # Without the caches of these functions: sizes that are symbols cannot be looked up.
-    processors = tuning.num_processors.__wrapped__(device)
+    # Without the cache of attention_shape: sizes that are symbols cannot be looked up.
+    processors = tuning.num_processors(device)
     shape = tuning.attention_shape.__wrapped__(
         sizes["num_tokens"],
         *heads,

@@ -34,6 +34,14 @@ def poisoned():
 
 
 @pytest.fixture
+def unchecked(monkeypatch):
+    """Without `BBK_CHECK=1`, whose checks wait for the device."""
+    from blockbatch_kernels.ops import values
+
+    monkeypatch.setattr(values, "ENABLED", False)
+
+
+@pytest.fixture
 def sm90():
     """For tests of kernels that exist for that architecture alone."""
     from blockbatch_kernels import cuda

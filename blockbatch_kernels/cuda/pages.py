@@ -8,12 +8,19 @@ from torch import Tensor
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.structs import PagePool
 
+# Rows whose column of the table has room in the shared memory of every GPU.
+_FEW_ROWS = 8192
+
 
 def share_pages(page_table: Tensor, source_row: Tensor) -> None:
     """See `blockbatch_kernels.ops.share_pages`. One launch."""
+    workspace = None
+    if page_table.shape[0] > _FEW_ROWS:
+        workspace = torch.empty(page_table.numel(), dtype=torch.int32, device=page_table.device)
     extension.load().share_pages(
         page_table=page_table,
         source_row=source_row.contiguous(),
+        workspace=workspace,
         stream=extension.stream_of(page_table),
     )
 

@@ -54,7 +54,7 @@ def _share_kernel(
     row = tl.arange(0, ROWS)
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     source = tl.load(source_row + row * source_stride, mask=row < num_rows, other=-1)
-    repointed = (source >= 0)[:, None] & (column < num_columns)
+    repointed = ((source >= 0) & (source < num_rows))[:, None] & (column < num_columns)
     offset = column.to(tl.int64) * column_stride
     pages = tl.load(page_table + source.to(tl.int64)[:, None] * row_stride + offset, mask=repointed)
     tl.debug_barrier()  # all rows read the table as it was before

@@ -58,7 +58,8 @@ def _rope_kv_write_kernel(
     slot = tl.load(slot_mapping + token * slot_stride)
     in_half = column < half
     # A position without angles gives NaN, a slot outside of the cache is not stored.
-    in_row = in_half & (position >= 0) & (position < num_positions)
+    line = position + tl.zeros_like(column)
+    in_row = in_half & (line >= 0) & (line < num_positions)
     cosine = tl.load(cos + position * cos_strides[0] + column * cos_strides[1], mask=in_row, other=_NAN)
     sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_row, other=_NAN)
 

@@ -57,11 +57,13 @@ void call_pack_windows(Call& call, const Record& state, const Record& plan, cons
   pack_windows(params, call.launch());
 }
 
-void call_share_pages(Call& call, const TensorView& page_table, const TensorView& source_row) {
+void call_share_pages(Call& call, const TensorView& page_table, const TensorView& source_row,
+                      const TensorView& workspace) {
   SharePagesParams params{};
   params.page_table = page_table.data<int32_t>();
   params.page_table_stride = page_table.row_stride();
   params.source_row = source_row.contiguous().data<const int32_t>();
+  params.workspace = workspace.contiguous().data_or_null<int32_t>();
   params.num_rows = page_table.int_size(0);
   params.pages_per_row = page_table.int_size(1);
   share_pages(params, call.launch());
@@ -175,7 +177,7 @@ void bind_decode(py::module_& module) {
   define<&call_pack_windows>(
       module, "pack_windows",
       {"state", "plan", "page_table", "packed", "page_size", "prediction_offset", "scattered"});
-  define<&call_share_pages>(module, "share_pages", {"page_table", "source_row"});
+  define<&call_share_pages>(module, "share_pages", {"page_table", "source_row", "workspace"});
   define<&call_copy_pages>(module, "copy_pages",
                            {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves",
                             "write_positions", "free_pages", "counts", "workspace", "num_branches"});

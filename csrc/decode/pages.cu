@@ -17,8 +17,10 @@ constexpr int kTableColumns = 32;       // of the tables that a CTA moves: a ful
 constexpr int64_t kMaxShared = 163000;  // bytes that hold them, where the device has as much for a CTA
 
 __global__ void __launch_bounds__(kThreads)
-    share_pages_kernel(const __grid_constant__ SharePagesParams params, int columns) {
-  extern __shared__ int32_t entries[];  // [num_rows, columns]
+    share_pages_kernel(const __grid_constant__ SharePagesParams params, int columns, bool in_shared) {
+  extern __shared__ int32_t shared_entries[];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * params.num_rows * columns;
+  int32_t* entries = in_shared ? shared_entries : params.workspace + first;  // [num_rows, columns]
   bool any = false;
   for (int row = threadIdx.x; row < params.num_rows; row += kThreads) any |= source_of(params, row) != row;
   if (!__syncthreads_or(any)) return;
@@ -121,19 +123,21 @@ void share_pages(const SharePagesParams& params, const Launch& launch) {
   check_at_least(kOp, "num_rows", params.num_rows, 0);
   check_at_least(kOp, "pages_per_row", params.pages_per_row, 0);
   if (params.num_rows == 0 || params.pages_per_row == 0) return;
+  if (launch.device < 0) return share_on_host(params);
   const int64_t column_bytes = sizeof(int32_t) * static_cast<int64_t>(params.num_rows);
-  const int64_t shared_limit =
-      launch.device < 0 ? kMaxShared : smaller<int64_t>(kMaxShared, max_shared_bytes(kOp, launch.device));
-  if (column_bytes > shared_limit) {
+  const int64_t shared_limit = smaller<int64_t>(kMaxShared, max_shared_bytes(kOp, launch.device));
+  const bool in_shared = column_bytes <= shared_limit;
+  if (!in_shared && params.workspace == nullptr) {
     refuse(kOp, "num_rows: expected at most " + std::to_string(shared_limit / sizeof(int32_t)) + ", got " +
                     std::to_string(params.num_rows) + ", whose column of " + std::to_string(column_bytes) +
-                    " bytes must lie in the shared memory of a CTA");
+                    " bytes must lie in the shared memory of a CTA where there is no workspace");
   }
-  if (launch.device < 0) return share_on_host(params);
   const DeviceGuard guard(launch.device, kOp);
-  const int columns = static_cast<int>(smaller<int64_t>(kTableColumns, shared_limit / column_bytes));
+  const int columns =
+      in_shared ? static_cast<int>(smaller<int64_t>(kTableColumns, shared_limit / column_bytes)) : 1;
   const dim3 grid(static_cast<unsigned>(ceil_div(params.pages_per_row, columns)));
-  launch_kernel<share_pages_kernel>(kOp, launch, {grid, kThreads, columns * column_bytes}, params, columns);
+  launch_kernel<share_pages_kernel>(kOp, launch, {grid, kThreads, in_shared ? columns * column_bytes : 0},
+                                    params, columns, in_shared);
 }
 
 void copy_pages(const CopyPagesParams& params, const Launch& launch) {

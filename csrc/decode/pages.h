@@ -13,6 +13,8 @@ struct SharePagesParams {
   int32_t* page_table;  // [num_rows, pages_per_row], written
   int64_t page_table_stride;
   const int32_t* source_row;  // [num_rows]
+  // [num_rows * pages_per_row] scratch, for so many rows that a column has no room in shared memory, or null.
+  int32_t* workspace;
   int32_t num_rows;
   int32_t pages_per_row;
 };
