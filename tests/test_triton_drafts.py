@@ -10,6 +10,9 @@ import triton_option_checks as checks
 from interpreter import interpreted_checks
 from random_branches import differences, moved
 
+# Capacities that are too small are tried, too.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def interpreted():

@@ -73,6 +73,7 @@ def decode_policy(
                 state.confidence,
                 probe,
                 size,
+                state.tokens.numel(),
                 BLOCK_SIZE=_SCATTER_BLOCK,
             )
         for forward in range(1 + drafts):
@@ -109,10 +110,12 @@ def decode_policy(
 
 
 @kernel
-def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, BLOCK_SIZE: tl.constexpr):
+def _scatter_kernel(
+    predictions, top_token, confidence, probe, num_predictions, num_positions, BLOCK_SIZE: tl.constexpr
+):
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = target >= 0
+    given = (target >= 0) & (target < num_positions)
     tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
     tl.store(confidence + target, tl.load(predictions.confidence + index, mask=given), mask=given)
     if probe is not None:
