@@ -15,6 +15,7 @@ from blockbatch_kernels.structs import (
     AttentionPlan,
     BranchState,
     PackedQueries,
+    PagePool,
     PolicyEvents,
     PolicyParams,
     Predictions,
@@ -35,8 +36,8 @@ def _attention_plan_symbols(
     heads, page_size = (sizes["num_heads"], sizes["num_kv_heads"]), sizes["page_size"]
     rows, pages_per_row = sizes["rows"], sizes["pages_per_row"]
     distinct_rows = rows if sizes.get("distinct_rows") is None else sizes["distinct_rows"]
-    # Without the caches of these functions: sizes that are symbols cannot be looked up.
-    processors = tuning.num_processors.__wrapped__(device)
+    # Without the cache of attention_shape: sizes that are symbols cannot be looked up.
+    processors = tuning.num_processors(device)
     shape = tuning.attention_shape.__wrapped__(
         sizes["num_tokens"],
         *heads,
@@ -207,6 +208,7 @@ _TABLE = (
             TensorArg("write_end", "rows", INT),
             Scalar("num_branches", int),
             TensorArg("write_positions", "rows *", INT, optional=True),
+            RecordArg("pool", PagePool, optional=True, written=True),
         ),
     ),
     Operator(

@@ -314,6 +314,38 @@ class PolicyEvents(NamedTuple):
         return cls(**zeros(cls, dict(rows=num_rows, gen_length=gen_length), device))
 
 
+class PagePool(NamedTuple):
+    """Pages with ids of any allocator that `copy_pages` may give to the rows of a page table.
+
+    Which of them are free follows from the table: those that stand nowhere in it. So nothing is given back,
+    and `share_pages` needs no pool. No row writes a page that is not in the list.
+
+    The list is long enough where every row could have a page of its own in each column that it may write.
+    Where a page is wanted and none is free, the row keeps the one that it shares, or none, and `counts`
+    tells: the K/V of that step are wrong. Who cannot be sure reads `counts` with the wait for the device that
+    a step has anyway.
+    """
+
+    free_pages: Annotated[Tensor, Layout("pool_pages")]  # ids, each once, given in this order
+    # Pages that were free after the latest call, and those that were wanted and not there, over all calls.
+    counts: Annotated[Tensor, Layout("2")]
+
+    @classmethod
+    def of(cls, free_pages: Tensor) -> PagePool:
+        """The pool of these ids, [any] int32."""
+        counts = torch.tensor([len(free_pages), 0], dtype=torch.int32, device=free_pages.device)
+        return cls(free_pages, counts)
+
+    def check(self) -> None:
+        """Raises RuntimeError if a page was missing so far. Waits for the device."""
+        missing = int(self.counts[1])
+        if missing:
+            raise RuntimeError(
+                f"pool.free_pages: expected a free page for every write, {missing} were missing among "
+                f"{len(self.free_pages)}"
+            )
+
+
 class AttentionPlan(NamedTuple):
     """How the attention of one step is cut into work: made once a step, used by every layer.
 
@@ -324,7 +356,7 @@ class AttentionPlan(NamedTuple):
 
     The fastest kernel takes the same work from `units` instead, which only the CUDA backend plans; see
     `reference/attention_units.py`. Its processors tell each other through `arrivals` which partial results
-    are there, so a plan serves one stream at a time.
+    are there; a call on another stream than the plan's first one brings its own.
     """
 
     # Piece, first and number in query_order, a row of the group.

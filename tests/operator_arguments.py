@@ -114,6 +114,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
             write_end=ints([9, 20, 0, 30], device),
             num_branches=2,
             write_positions=torch.arange(32, dtype=torch.int32, device=device).repeat(4, 1),
+            pool=bbk.PagePool.of(torch.arange(7, -1, -1, dtype=torch.int32, device=device)),
         )
     state, plan, predictions = policy(device)
     if operator == "pack_windows":

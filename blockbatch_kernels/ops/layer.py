@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
-from blockbatch_kernels.ops import dispatch
+from blockbatch_kernels.ops import dispatch, values
 
 _check_rms_norm = checker("rms_norm")
 _check_swiglu = checker("swiglu")
@@ -129,6 +129,8 @@ def rope_kv_write(
             rotation.
     """
     _check_rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    if values.ENABLED:
+        values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "rope_kv_write", q)
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
 
@@ -179,6 +181,8 @@ def linear_rope_kv_write(
             f"weight: expected {rows} rows ({num_heads} heads of q and {num_kv_heads} each of k and v, of "
             f"{head_dim}), got {weight.shape[0]}"
         )
+    if values.ENABLED:
+        values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "linear_rope_kv_write", x)
     return module.linear_rope_kv_write(
         x, weight, bias, *where, num_heads=num_heads, static_weight=static_weight
@@ -216,6 +220,8 @@ def lm_head_confidence(
     _check_lm_head_confidence(hidden, weight, probe_tokens, suppress_token)
     if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
         raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
+    if values.ENABLED and probe_tokens is not None:
+        values.check_tokens("probe_tokens", probe_tokens, weight.shape[0])
     return dispatch.module_for(backend, "lm_head_confidence", hidden).lm_head_confidence(
         hidden, weight, probe_tokens=probe_tokens, suppress_token=suppress_token
     )

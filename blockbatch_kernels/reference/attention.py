@@ -15,6 +15,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def _angles(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `table`: refused where one is not there, but on a GPU, where that would take a wait, NaN."""
+    if table.is_cpu:
+        try:
+            return torch.index_select(table, 0, positions)
+        except (IndexError, RuntimeError):
+            low, high = (int(value) for value in positions.aminmax())
+            raise ValueError(
+                f"positions: expected values from 0 to {len(table) - 1}, got {low} to {high}"
+            ) from None
+    exists = (positions >= 0) & (positions < len(table))
+    padded = F.pad(table, (0, 0, 0, 1), value=float("nan"))
+    return padded[torch.where(exists, positions, len(table)).long()]
+
+
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -26,12 +41,15 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    index = positions.long()
-    cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
+    cos, sin = (_angles(table, positions).unsqueeze(1) for table in (cos, sin))
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    stored = (slot_mapping >= 0) & (slot_mapping < num_slots)
+    all_stored = bool(stored.all())
+    if not all_stored and slot_mapping.is_cpu and int(slot_mapping.max()) >= num_slots:
+        raise ValueError(f"slot_mapping: expected values below {num_slots}, got {int(slot_mapping.max())}")
     q.copy_(_rotate(q, cos, sin))
     k = _rotate(k, cos, sin)
-    stored = slot_mapping >= 0
-    if not stored.all():
+    if not all_stored:
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
     # By page and offset: the cache may be a view that cannot be flattened without a copy.
     page_size = k_cache.shape[1]
@@ -59,7 +77,13 @@ def varlen_attention(
         q, softmax_scale = -q, -softmax_scale
     # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the
     # batch.
+    most = page_table.shape[1] * k_cache.shape[1]
     for row, start, end, length in spans:
+        if not 0 < length <= most:
+            raise ValueError(
+                f"seqlens_k: expected at most {most} keys, {page_table.shape[1]} pages of {k_cache.shape[1]}, "
+                f"got {length} in row {row}"
+            )
         keys, values = (_of_row(cache, page_table[row], length) for cache in (k_cache, v_cache))
         # Nothing is causal, so the query heads of one kv head are simply more queries.
         queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
@@ -85,7 +109,7 @@ def _spans(cu_seqlens_q: Tensor, seqlens_k: Tensor) -> Iterator[tuple[int, int, 
     """Row, its first query and the one behind its last, and its keys, of the rows that have both."""
     bounds = cu_seqlens_q.tolist()
     for row, length in enumerate(seqlens_k.tolist()):
-        if bounds[row] < bounds[row + 1] and length > 0:
+        if bounds[row] < bounds[row + 1] and length != 0:
             yield row, bounds[row], bounds[row + 1], length
 
 

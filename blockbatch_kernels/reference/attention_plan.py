@@ -22,7 +22,9 @@ def attention_plan(
     num_tokens: int,
     shape: AttentionShape,
 ) -> AttentionPlan:
-    table, bounds, lengths = page_table.tolist(), cu_seqlens_q.tolist(), seqlens_k.tolist()
+    table, bounds = page_table.tolist(), cu_seqlens_q.tolist()
+    # Lengths beyond the table are a caller's mistake: there is nothing to read.
+    lengths = [min(length, page_table.shape[1] * page_size) for length in seqlens_k.tolist()]
     queries = {
         row: range(bounds[row], bounds[row + 1])
         for row, length in enumerate(lengths)

@@ -26,6 +26,7 @@ def store_predictions(state: BranchState, predictions: Predictions, probe: Tenso
             state.non_finite,
             probe,
             size,
+            state.tokens.numel(),
             state.num_branches,
             state.gen_length,
             BLOCK_SIZE=_BLOCK,
@@ -40,13 +41,14 @@ def _scatter_kernel(
     non_finite,
     probe,
     num_predictions,
+    num_positions,
     num_branches,
     gen_length,
     BLOCK_SIZE: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = target >= 0
+    given = (target >= 0) & (target < num_positions)
     tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
     predicted = tl.load(predictions.confidence + index, mask=given, other=0.0)
     tl.store(confidence + target, predicted, mask=given)

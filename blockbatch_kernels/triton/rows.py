@@ -27,6 +27,7 @@ kernel = triton.jit(
         "num_predictions",
         "capacity",
         "predict_capacity",
+        "num_positions",
     ),
     do_not_specialize_on_alignment=("state", "plan", "predictions", "events", "packed", "page_table")
     + ("source_row", "flags", "next_flags"),
