@@ -154,8 +154,13 @@ def _plan(
     # A prediction can only matter where the row holds MASK or EOS at the moment it is asked for. Sync moves
     # tokens between branches but never adds a MASK or EOS that no branch of the request held before, so
     # positions where no branch holds one need no LM head.
-    open_positions = (state.tokens == params.mask_token_id) | is_eos(state.tokens, params)
-    if not params.drafts:
+    masked = state.tokens == params.mask_token_id
+    open_positions = masked | is_eos(state.tokens, params)
+    if params.policy == "dream_published":
+        # A sync takes the map with the tokens, so that a row asks for its own MASKs alone; and of a full
+        # forward for the first of them.
+        open_positions = masked if phase == PHASE_BLOCK else masked & (masked.int().cumsum(1) == 1)
+    elif not params.drafts:
         open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
     prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
     # The query that predicts each generation position.

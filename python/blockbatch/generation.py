@@ -37,7 +37,7 @@ def generate(
         ValueError, TypeError: before any work, naming the argument, what was expected and what came.
         MemoryError: the cache of a single request does not fit.
     """
-    config = DecodeConfig() if config is None else config
+    config = (DecodeConfig() if config is None else config).for_model(model.spec)
     prompts, single = _prompts(model, prompt)
     for index, ids in enumerate(prompts):
         check_prompt(model, ids, config, "prompt" if single else f"prompt[{index}]")
@@ -62,7 +62,7 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     A position is final once every branch holds the same token there. The pieces together are
     `generate(...).text`.
     """
-    config = DecodeConfig() if config is None else config
+    config = (DecodeConfig() if config is None else config).for_model(model.spec)
     if model.tokenizer is None:
         raise ValueError("model: expected a model with a tokenizer to stream text, got one without")
     prompts, single = _prompts(model, prompt)
@@ -93,6 +93,7 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
 
     Raises what `generate` raises.
     """
+    config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
     _check_stop(model, config)
     (batch,) = memory.batches(model, [ids], config)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+import blockbatch_kernels as bbk
 from blockbatch import kv_cache
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.session import ROW_TOKENS
@@ -22,7 +23,8 @@ class Needs(NamedTuple):
     """Bytes that a batch takes beside the weights.
 
     Attributes:
-        cache: the K/V cache, allocated once before the first forward.
+        cache: the K/V cache, allocated once before the first forward; with Dream's published rule also its
+            map of probabilities.
         work: activations, logits and partial results of a forward, at most.
     """
 
@@ -50,6 +52,8 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
         head_dim=spec.head_dim,
         dtype=dtype,
     )
+    if config.policy == "dream_published":
+        cache += rows * config.gen_length * bbk.map_entries(config.block_sizes, config.gen_length) * 8
     # Whole rows go in chunks; a block step holds at most every row's generation region and, where a model
     # predicts the next position, the one in front of it.
     region = config.gen_length + spec.prediction_offset

@@ -63,13 +63,27 @@ class Preset:
         """The shell command that runs this benchmark with lm-evaluation-harness."""
         self.options(method)
         parts = ["lm_eval", "--model", "blockbatch"]
-        parts += ["--model_args", f"pretrained={model},method={method},preset={self.name}"]
+        parts += [
+            "--model_args",
+            f"pretrained={model},method={method},preset={self.name}{_dream(model, method)}",
+        ]
         parts += ["--tasks", self.task, "--num_fewshot", str(self.num_fewshot), "--batch_size", "1"]
         if self.runs_code:
             parts.append("--confirm_run_unsafe_code")
         command = shlex.join(parts)
         # Without it the metric refuses to execute anything.
         return f"HF_ALLOW_CODE_EVAL=1 {command}" if self.runs_code else command
+
+
+def _dream(model: str, method: str) -> str:
+    """What the authors' scripts for Dream ask for, where the command is one of those.
+
+    The preset means the same; written out, one sees that the rule is another than LLaDA's.
+    """
+    if "dream" not in model.lower() or method != "blockbatch":
+        return ""
+    sizes = ":".join(map(str, METHOD_SETTINGS[method]["block_sizes"]))
+    return f",policy=dream_published,block_sizes={sizes}"
 
 
 PRESETS: dict[str, Preset] = {
