@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-API = 9  # kApi in csrc/bind/module.cpp
+API = 10  # kApi in csrc/bind/module.cpp
 
 
 @functools.cache

@@ -22,9 +22,10 @@ class DreamConfig:
 
 @dataclass
 class DreamResult:
-    """One decode; `events` in order, as tests/data/conformance_dream/README.md has them."""
+    """One decode; `tokens` are those before the first EOS, `events` as in tests/data/conformance_dream."""
 
     canvas: list
+    tokens: list
     nfe_init: int
     nfe_block: int
     nfe_refresh: int
@@ -75,6 +76,7 @@ def decode(model, prompt, config):
     names = ("block_size", "committed", "merged", "synced")
     return DreamResult(
         canvas=winner["tokens"][len(prompt) :],
+        tokens=before_eos(winner["tokens"][len(prompt) :], model.eos_token_ids),
         nfe_init=nfe["init"],
         nfe_block=nfe["block"],
         nfe_refresh=nfe["refresh"],
@@ -86,6 +88,12 @@ def decode(model, prompt, config):
         ],
         events=events,
     )
+
+
+def before_eos(tokens, eos_token_ids):
+    """The text: also where no token counted as an EOS it ends there."""
+    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+    return tokens[: ends[0]] if ends else tokens
 
 
 def predict(model, tokens, queries, row):
