@@ -50,16 +50,13 @@ def after_forward(
     before = _realign(state, params)
     forwarded = forwarded & ~state.done & ~state.finished.repeat_interleave(state.num_branches)
     candidates = (state.tokens == params.mask_token_id) & in_window(state) & forwarded.unsqueeze(1)
-    position = torch.arange(state.gen_length, device=candidates.device)
-    first = candidates & (position == before.first_mask.unsqueeze(1))
-    committed = torch.where(is_block, _sure(state, candidates, params), first)
+    committed = _chosen(state, candidates, before.first_mask, is_block, params)
     state.tokens.copy_(torch.where(committed, state.top_token, state.tokens))
     state.committed.add_(committed.sum(-1).int())
 
     is_full = forwarded & ~is_block
     _store(state, predictions, candidates & is_block)
-    for field in (state.map_token, state.map_probability):
-        field.masked_fill_(is_full.view(-1, 1, 1), 0)
+    _empty_map(state, is_full)
     _advance(state, before.frontier, params)
     state.moved_since_refresh.masked_fill_(is_full, 0)
     _finish(state, params)
@@ -67,10 +64,7 @@ def after_forward(
     merged = _merge(state, _running(state) & is_block, params)
     sync_source = _sync(state, _running(state) & is_block, params)
     _finish(state, params)
-    state.needs_refresh.fill_(False)
-    if params.refresh_interval is not None:
-        due = state.moved_since_refresh >= params.refresh_interval
-        state.needs_refresh.copy_(due & _running(state))
+    state.needs_refresh.copy_(_due(state, params) & _running(state))
     return PolicyEvents(committed, merged, sync_source)
 
 
@@ -109,6 +103,22 @@ def _advance(state: BranchState, frontier_before: Tensor, params: PolicyParams) 
     state.moved_since_refresh.add_((rows.frontier - frontier_before).clamp(min=0))
 
 
+def _chosen(
+    state: BranchState, candidates: Tensor, first_mask: Tensor, is_block: Tensor, params: PolicyParams
+) -> Tensor:
+    """[R, G] bool: what is committed; after a full forward the first MASK, whatever its confidence."""
+    position = torch.arange(state.gen_length, device=candidates.device)
+    first = candidates & (position == first_mask.unsqueeze(1))
+    return torch.where(is_block, _sure(state, candidates, params), first)
+
+
+def _due(state: BranchState, params: PolicyParams) -> Tensor:
+    """[R] bool: whether the row asks for a full forward, if it goes on."""
+    if params.refresh_interval is None:
+        return torch.zeros_like(state.done)
+    return state.moved_since_refresh >= params.refresh_interval
+
+
 def _sure(state: BranchState, candidates: Tensor, params: PolicyParams) -> Tensor:
     """Candidates at the threshold; in a row without any, the highest of those that would not be an EOS."""
     confidence = torch.where(candidates, state.confidence, -1.0)
@@ -127,6 +137,11 @@ def _entries_in_use(state: BranchState) -> tuple[Tensor, Tensor]:
     used = (state.map_probability > 0).sum(-1).max() + 1
     number = min(int(used), state.map_token.shape[2])
     return state.map_token[:, :, :number], state.map_probability[:, :, :number]
+
+
+def _empty_map(state: BranchState, rows: Tensor) -> None:
+    for field in (state.map_token, state.map_probability):
+        field.masked_fill_(rows.view(-1, 1, 1), 0)
 
 
 def _store(state: BranchState, predictions: Predictions, rows_and_positions: Tensor) -> None:
@@ -187,7 +202,8 @@ def _merge(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     first = torch.where(value == highest.unsqueeze(2), rank.view(-1, 1, rank.shape[1], 1), rank.shape[1])
     source = first.argmin(2)  # [Q, N, G]
     token = tokens.gather(1, source)
-    merged = by_request(state, in_window(state)) & ~held & member.unsqueeze(-1) & (highest >= _TAKEN)
+    places = _merge_places(state, compatible) & ~held & member.unsqueeze(-1)
+    merged = places & (highest >= _TAKEN)
 
     merged, token, highest = (x.flatten(0, 1) for x in (merged, token, highest))
     state.tokens.copy_(torch.where(merged, token, state.tokens))
@@ -199,14 +215,29 @@ def _merge(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
     return merged
 
 
+def _merge_places(state: BranchState, compatible: Tensor) -> Tensor:
+    """[Q, N, G]: where a destination may take tokens, of [Q, N, N] destinations and sources: its window."""
+    return by_request(state, in_window(state))
+
+
+def _taken_over(state: BranchState) -> tuple[Tensor, ...]:
+    """What a sync copies, beside K/V."""
+    return (state.tokens, state.moved_since_refresh, *_entries_in_use(state))
+
+
+def _progress(state: BranchState) -> Tensor:
+    """[R]: who has most leads."""
+    return state.decoded
+
+
 def _sync(state: BranchState, rows: Tensor, params: PolicyParams) -> Tensor:
-    holds = by_request(state, state.decoded)
+    holds = by_request(state, _progress(state))
     leader = holds.argmax(1, keepdim=True)  # [Q, 1]
     trails = (holds.gather(1, leader) - holds > params.sync_threshold).flatten() & rows
     own = torch.arange(state.num_rows, device=holds.device)
     first_row = torch.arange(state.num_requests, device=holds.device).unsqueeze(1) * state.num_branches
     source = torch.where(trails, (leader + first_row).expand_as(holds).flatten(), own)
-    for field in (state.tokens, state.moved_since_refresh, *_entries_in_use(state)):
+    for field in _taken_over(state):
         field.copy_(field[source])
     state.synced.add_(trails.int())
     _realign(state, params)
