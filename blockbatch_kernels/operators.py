@@ -11,6 +11,7 @@ import torch
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, SettingsArg, TensorArg
+from blockbatch_kernels.shapes import NUM_LIKELY
 from blockbatch_kernels.structs import (
     AttentionPlan,
     BranchState,
@@ -170,6 +171,20 @@ _TABLE = (
             Result("predictions", torch.int32),
             Result("predictions", torch.float32),
             Result("predictions", torch.float32, given="probe_tokens"),
+        ),
+    ),
+    Operator(
+        "lm_head_likely",
+        (
+            TensorArg("hidden", "predictions dim", FLOATS),
+            TensorArg("weight", "vocabulary dim", "hidden"),
+            Scalar("suppress_token", int, None),
+        ),
+        (
+            Result("predictions", torch.int32),
+            Result("predictions", torch.float32),
+            Result(f"predictions {NUM_LIKELY}", torch.int32),
+            Result(f"predictions {NUM_LIKELY}", torch.float32),
         ),
     ),
     Operator(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,9 +39,14 @@ def test_the_table_is_whole():
         assert len(row.summary) <= 70 and "\n" not in row.summary
 
 
-def test_paper_is_what_the_class_does():
-    assert DecodeConfig.preset("paper") == DecodeConfig()
-    for method in METHODS:
+def test_paper_is_the_rule_of_the_models_family_and_else_what_the_class_does(tiny):
+    paper, dream = DecodeConfig.preset("paper"), SimpleNamespace(family="dream", prediction_offset=1)
+    assert paper.for_model(tiny.spec) == DecodeConfig()
+    assert paper.for_model(dream) == DecodeConfig(policy="dream_published")
+    assert paper.for_model(dream).eos_exit == "none" and DecodeConfig().for_model(dream) == DecodeConfig()
+    kept = DecodeConfig.preset("paper", eos_exit="prefix", gen_length=64).for_model(dream)
+    assert kept == DecodeConfig(gen_length=64, eos_exit="prefix", policy="dream_published")
+    for method in METHODS[1:]:
         assert DecodeConfig.preset("paper", method=method) == DecodeConfig(method=method)
 
 

@@ -14,6 +14,7 @@ _check_linear_swiglu = checker("linear_swiglu")
 _check_rope_kv_write = checker("rope_kv_write")
 _check_linear_rope_kv_write = checker("linear_rope_kv_write")
 _check_lm_head_confidence = checker("lm_head_confidence")
+_check_lm_head_likely = checker("lm_head_likely")
 
 
 def rms_norm(
@@ -218,10 +219,39 @@ def lm_head_confidence(
         None.
     """
     _check_lm_head_confidence(hidden, weight, probe_tokens, suppress_token)
-    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
-        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
+    _check_suppressed(suppress_token, weight)
     if values.ENABLED and probe_tokens is not None:
         values.check_tokens("probe_tokens", probe_tokens, weight.shape[0])
     return dispatch.module_for(backend, "lm_head_confidence", hidden).lm_head_confidence(
         hidden, weight, probe_tokens=probe_tokens, suppress_token=suppress_token
     )
+
+
+def lm_head_likely(
+    hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `lm_head_confidence` says, and every token whose probability is above 0.2, `LEAST_LIKELY`.
+
+    For them no token is suppressed: with MASK as the suppressed token, its probability is missing from
+    theirs. Four places are enough, since probabilities add up to 1.
+
+    Args:
+        hidden: [predictions, dim], fp32, bf16 or fp16.
+        weight: [vocabulary, dim], same dtype.
+        suppress_token: its logit counts as minus infinity for top token and confidence alone.
+
+    Returns:
+        top_token [predictions] int32, confidence [predictions] fp32, likely_token [predictions, 4] int32 and
+        likely_probability [predictions, 4] fp32, the most probable first, the lowest id first on a tie; -1
+        and 0 where there are fewer.
+    """
+    _check_lm_head_likely(hidden, weight, suppress_token)
+    _check_suppressed(suppress_token, weight)
+    return dispatch.module_for(backend, "lm_head_likely", hidden).lm_head_likely(
+        hidden, weight, suppress_token=suppress_token
+    )
+
+
+def _check_suppressed(suppress_token: int | None, weight: Tensor) -> None:
+    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
+        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")

@@ -167,7 +167,8 @@ def decode_policy(
     """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next
     forward.
 
-    Source of the method: arXiv 2605.29233; LocalLeap's commit rule: arXiv 2510.07081.
+    Source of the method: arXiv 2605.29233, whose authors published one rule for LLaDA and another for Dream
+    (`params.policy`); LocalLeap's commit rule: arXiv 2510.07081.
 
     A confidence that is NaN or infinite says that the model's numbers broke. It goes through the rules as the
     highest one, and is counted in `state.non_finite`. The plan's flags then count all rows of the request as
@@ -188,6 +189,7 @@ def decode_policy(
     _check_decode_policy(state, predictions, plan, params, out)
     _check_requests(state)
     _check_drafts(state, params)
+    _check_map(state, predictions, params)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
     if values.ENABLED:
@@ -206,6 +208,16 @@ def _check_drafts(state: BranchState, params: PolicyParams) -> None:
             f"params.drafts: expected one for each row of a request but the first, {state.num_branches - 1}, "
             f"got {len(params.drafts)}"
         )
+
+
+def _check_map(state: BranchState, predictions: Predictions, params: PolicyParams) -> None:
+    if params.policy != "dream_published":
+        return
+    for name in ("likely_token", "likely_probability"):
+        if getattr(predictions, name) is None:
+            raise ValueError(f'predictions.{name}: expected a tensor with policy="{params.policy}", got None')
+    if state.map_token.shape[2] == 0:
+        raise ValueError(f'state.map_token: expected entries with policy="{params.policy}", got none')
 
 
 def _check_requests(state: BranchState) -> None:

@@ -81,8 +81,8 @@ def varlen_attention(
     for row, start, end, length in spans:
         if not 0 < length <= most:
             raise ValueError(
-                f"seqlens_k: expected at most {most} keys, {page_table.shape[1]} pages of {k_cache.shape[1]}, "
-                f"got {length} in row {row}"
+                f"seqlens_k: expected at most {most} keys, {page_table.shape[1]} pages of "
+                f"{k_cache.shape[1]}, got {length} in row {row}"
             )
         keys, values = (_of_row(cache, page_table[row], length) for cache in (k_cache, v_cache))
         # Nothing is causal, so the query heads of one kv head are simply more queries.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockbatch_kernels.reference import drafts
+from blockbatch_kernels.reference import drafts, dream_policy
 from blockbatch_kernels.reference.plan import (
     by_request,
     first_true,
@@ -44,7 +44,9 @@ def decode_policy(
     if params.query_span == "open":
         _note_cached(state, forwarded)
     probe_probability = store_predictions(state, predictions, plan)
-    if params.drafts:
+    if params.policy == "dream_published":
+        events = dream_policy.after_forward(state, predictions, forwarded, phase, params)
+    elif params.drafts:
         events = drafts.follow(state, plan, probe_probability, params, after_forward)
     else:
         events = after_forward(state, forwarded, phase, probe_probability, params)

@@ -17,6 +17,7 @@ from blockbatch_kernels.triton.rows import (
     any_of,
     check_contiguous,
     device_of,
+    first_true,
     in_window,
     is_eos,
     kernel,
@@ -63,6 +64,7 @@ def write_plan(
             SPAN=params.query_span,
             GENERATION=params.refresh_scope == "generation",
             DRAFTS=len(params.drafts),
+            DREAM=params.policy == "dream_published",
             **tile_options(state),
         )
 
@@ -82,6 +84,7 @@ def _plan_kernel(
     SPAN: tl.constexpr,
     GENERATION: tl.constexpr,
     DRAFTS: tl.constexpr,
+    DREAM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -136,7 +139,12 @@ def _plan_kernel(
 
     # Where no branch of the request holds MASK or EOS, no prediction can matter.
     open_position = masked | is_eos(tokens, EOS)
-    if DRAFTS == 0:
+    if DREAM:
+        # A row asks for its own MASKs, and of a full forward for the first of them.
+        first_mask = first_true(masked, column[None, :], gen_length)
+        any_mask = tl.zeros_like(first_mask) + phase == BLOCK
+        open_position = masked & (any_mask[:, None] | (column[None, :] == first_mask[:, None]))
+    elif DRAFTS == 0:
         open_position = any_of(open_position, 0)[None, :]
     query = column + prompt - prediction_offset  # that predicts the position
     predict = open_position & (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])

@@ -118,6 +118,7 @@ PolicyParams policy_params(const Record& state, const Record& out_plan, const Re
   params.num_requests = sizes.num_requests;
   params.num_branches = sizes.num_branches;
   params.gen_length = sizes.gen_length;
+  params.map_entries = state.get<TensorView>(BBK_KEY("map_token")).int_size(2);
   return params;
 }
 
@@ -164,6 +165,7 @@ py::dict record_fields() {
 #undef BBK_ADD
   fields["eos_exit"] = tuple_of(EnumNames<EosExit>::kNames);
   fields["query_span"] = tuple_of(EnumNames<QuerySpan>::kNames);
+  fields["policy"] = tuple_of(EnumNames<Policy>::kNames);
   fields["refresh_scope"] = tuple_of(EnumNames<RefreshScope>::kNames);
   return fields;
 }

@@ -43,8 +43,13 @@ struct BranchRow {
   int32_t merged_now;
   unsigned long long best;  // order_key and the position of the highest candidate, see best_key; 0: none
   int32_t first_unsure;     // first candidate below the threshold; gen_length: none, or nobody asks
-  uint32_t allowed;         // branches that stand behind this one in the order of the merge
-  uint32_t differing;       // of them (or of the earlier ones, at a refresh), those that hold other tokens
+  // Of the rule for Dream: see BranchState; the first MASK before the first EOS or, without one, what stands
+  // behind that; the highest candidate, an EOS or not, as `best`.
+  int32_t moved_since_refresh;
+  int32_t frontier;
+  unsigned long long best_of_all;
+  uint32_t allowed;    // branches that stand behind this one in the order of the merge
+  uint32_t differing;  // of them (or of the earlier ones, at a refresh), those that hold other tokens
 };
 
 struct RequestScratch {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from numbers import Integral
 from typing import Any
@@ -22,6 +22,16 @@ from blockbatch.values import as_bool, as_float, as_int
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
 QUERY_SPANS = ("window", "open")
+# Rules of blockbatch; "published" stands for that of the model's family.
+POLICIES = ("llada_published", "dream_published", "published")
+# What Dream's published rule fixes.
+_DREAM_FIXES = {
+    "tail_threshold": None,
+    "merge_threshold": 0.5,
+    "refresh_scope": "canvas",
+    "query_span": "window",
+    "commit": "threshold",
+}
 # Rows of a request beside its branch.
 MAX_DRAFTS = 31
 
@@ -76,8 +86,12 @@ class DecodeConfig:
             surest MASKs were committed, for each of these numbers, such as (1, 2). The same tokens in fewer,
             somewhat larger forwards. With `eos_exit="prefix"` drafts end before an EOS. None: no drafts.
             Ours.
+        policy: blockbatch: which published rule decides what is committed, merged and synced:
+            "llada_published"; "dream_published", which the authors run on Dream (for models that predict the
+            next position); or "published": the one of the model's family, settled when a decode begins.
         eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
-            that holds EOS is complete; "none": fill the canvas.
+            that holds EOS is complete; "none": fill the canvas. Left out: as published, and for blockbatch
+            as the policy has it (prefix for LLaDA, none for Dream; None until "published" is settled).
         commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
@@ -105,7 +119,8 @@ class DecodeConfig:
     refresh_scope: str | None = DEFAULT
     query_span: str | None = DEFAULT
     drafts: tuple[int, ...] | None = DEFAULT
-    eos_exit: str = DEFAULT
+    policy: str | None = DEFAULT
+    eos_exit: str | None = DEFAULT
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
     leap_threshold: float | None = DEFAULT
@@ -118,13 +133,30 @@ class DecodeConfig:
     def preset(cls, name: str, **overrides: Any) -> DecodeConfig:
         """The settings of a row of `blockbatch.methods.PRESET_TABLE`, with some of them changed.
 
-        "paper" is the published rule of the method (BlockBatch unless `method` says otherwise), as are the
-        defaults of this class. "fast" is ours, not published.
+        "paper" is the published rule of the method (BlockBatch unless `method` says otherwise). The defaults
+        of this class are that rule too, but for BlockBatch on a Dream model, which "paper" decodes by the
+        rule that the authors published for Dream. "fast" is ours, not published.
 
         Raises:
             ValueError, TypeError: there is no such preset, or as the class itself.
         """
         return cls(**preset_options(name, overrides))
+
+    def for_model(self, spec: Any) -> DecodeConfig:
+        """These settings for a model of this spec (`blockbatch.models.ModelSpec`), without "published" left.
+
+        Raises:
+            ValueError: a policy that the model cannot have, or an option that the policy does not have.
+        """
+        if self.policy == "dream_published" and spec.prediction_offset != 1:
+            raise ValueError(
+                "policy: expected llada_published for a model that does not predict the next position "
+                f"({spec.family}), got {self.policy!r}"
+            )
+        if self.policy != "published":
+            return self
+        policy = "dream_published" if spec.prediction_offset == 1 else "llada_published"
+        return replace(self, policy=policy, eos_exit=DEFAULT if self.eos_exit is None else self.eos_exit)
 
     def __post_init__(self) -> None:
         from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for
@@ -136,7 +168,8 @@ class DecodeConfig:
         self._check_blocks()
         self._check_thresholds()
         self._check_cheaper_forwards()
-        if self.eos_exit not in EOS_EXITS:
+        self._check_policy()
+        if self.eos_exit not in EOS_EXITS and not (self.eos_exit is None and self.policy == "published"):
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
@@ -172,6 +205,8 @@ class DecodeConfig:
                 value = None
             elif value is DEFAULT:
                 value = options[name]
+                if name == "eos_exit" and self.policy in ("dream_published", "published"):
+                    value = "none" if self.policy == "dream_published" else None
                 if name == "block_sizes":
                     value = fitting_block_sizes(self.gen_length, value, self._step_limit())
                 elif name == "block_size":
@@ -227,6 +262,19 @@ class DecodeConfig:
                 f"{tuple(sizes)}, got {budget}"
             )
         return tuple(size for size, total in zip(sizes, accumulate(sizes)) if total <= budget)
+
+    def _check_policy(self) -> None:
+        if "policy" in METHOD_OPTIONS[self.method] and self.policy not in POLICIES:
+            raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.policy != "dream_published":
+            return
+        for name, only in _DREAM_FIXES.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f'{name}: expected {only!r} with policy="{self.policy}", got {value!r}')
+        if self.eos_exit == "window":
+            raise ValueError(
+                f'eos_exit: expected prefix or none with policy="{self.policy}", got {self.eos_exit!r}'
+            )
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]

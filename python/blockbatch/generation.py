@@ -58,7 +58,7 @@ def decode(
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
     """
-    config = DecodeConfig() if config is None else config
+    config = (DecodeConfig() if config is None else config).for_model(model.spec)
     for index, ids in enumerate(prompts):
         check_prompt(model, ids, config, names[index] if names else f"prompt[{index}]")
     _check_stop(model, config)
@@ -96,7 +96,7 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     A position is final once every branch holds the same token there. The pieces together are
     `generate(...).text`.
     """
-    config = DecodeConfig() if config is None else config
+    config = (DecodeConfig() if config is None else config).for_model(model.spec)
     if model.tokenizer is None:
         raise ValueError("model: expected a model with a tokenizer to stream text, got one without")
     prompts, single = read_prompts(model, prompt)
@@ -127,6 +127,7 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
 
     Raises what `generate` raises.
     """
+    config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
     _check_stop(model, config)
     return _open(model, [ids], config)[1]

@@ -33,7 +33,8 @@ class Needs(NamedTuple):
     """Bytes that a batch takes beside the weights.
 
     Attributes:
-        cache: the K/V cache, allocated once before the first forward.
+        cache: the K/V cache, allocated once before the first forward; with Dream's published rule also its
+            map of probabilities.
         work: activations, logits and partial results of a forward, at most.
         rest: what captured steps hold, workspaces of libraries, the policy's records.
     """
@@ -66,6 +67,8 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
         head_dim=spec.head_dim,
         dtype=dtype,
     )
+    if config.policy == "dream_published":
+        cache += rows * config.gen_length * bbk.map_entries(config.block_sizes, config.gen_length) * 8
     compiled = _compiled(model)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
     whole = min(rows * length, max(length, ROW_TOKENS[device.type]))

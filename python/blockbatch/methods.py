@@ -92,6 +92,8 @@ _ROWS = (
             "refresh_interval": 32,
             "refresh_scope": "canvas",
             "query_span": "window",
+            "policy": "llada_published",
+            # With Dream's published rule left out it is "none".
             "eos_exit": "prefix",
             "commit": "threshold",
             "leap_radius": 4,
@@ -103,7 +105,8 @@ _ROWS = (
             "merge_threshold": 0.5,
             "sync_threshold": 8,
             "refresh_interval": 32,
-            "eos_exit": "prefix",
+            # Of the model's family, which has its own end: prefix for LLaDA, none for Dream.
+            "policy": "published",
         },
     ),
     MethodRow(
@@ -153,7 +156,8 @@ class PresetRow:
         name: what `preset` calls it; no benchmark of `blockbatch.evaluation.presets` has the same.
         summary: what it is, in one sentence.
         options: arguments of `DecodeConfig`; what is left out has the method's default.
-        published: whether this is the rule as its authors published it, rather than ours.
+        published: whether this is the rule as its authors published it, rather than ours; options that the
+            method lacks are then passed over.
     """
 
     name: str
@@ -165,8 +169,8 @@ class PresetRow:
 _PRESETS = (
     PresetRow(
         name="paper",
-        summary="the method's published rule, which is what all options default to",
-        options={},
+        summary="the method's published rule, on Dream that of the code for Dream",
+        options={"policy": "published"},
         published=True,
     ),
     PresetRow(
@@ -213,7 +217,9 @@ def preset_options(name: str, changes: Mapping[str, Any], argument: str = "prese
     options = {**row.options, **changes}
     known = METHOD_OPTIONS.get(options.get("method", DEFAULT_METHOD))
     lacking = [option for option in row.options if known is not None and option not in ("method", *known)]
-    if lacking:
+    if row.published:
+        options = {option: value for option, value in options.items() if option not in lacking} | changes
+    elif lacking:
         having = [method for method, known in METHOD_OPTIONS.items() if all(one in known for one in lacking)]
         raise ValueError(
             f"method: expected {' or '.join(having)} for {argument} {name!r}, which sets "
@@ -320,6 +326,12 @@ OPTIONS = (
         "1,2",
         "dual_cache, local_leap: compute ahead what the next commit may write (none); ours",
         none=True,
+    ),
+    OptionRow(
+        "policy",
+        "name",
+        "RULE",
+        "blockbatch: llada_published (default), dream_published, or published: that of the model's family",
     ),
     OptionRow("eos_exit", "name", "MODE", "prefix or window: stop with the text; none: fill the canvas"),
     OptionRow("eos_token_ids", "integers", "1,2", "ids that end the text (the model's)"),

@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
         check_output(options.trace, "--trace")
     text = _prompt_text(options)
     model = load(options)
+    config = config.for_model(model.spec)
     ids = list(options.prompt_ids) if text is None else _encode(model, text, options.chat)
     if model.device.type == "cuda":
         _tell_memory(model, ids, config)

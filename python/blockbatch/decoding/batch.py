@@ -45,7 +45,7 @@ class Batch:
             max_prompt,
             method.block_sizes,
             gen_length,
-            method.params.mask_token_id,
+            method.params,
             self.device,
         )
         self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)

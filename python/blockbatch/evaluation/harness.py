@@ -96,9 +96,10 @@ class BlockBatchLM(LM):
         self.escape_until, self._add_bos, self._chats = escape_until, add_bos_token, False
         # What does not depend on a request is refused before the model is loaded.
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
-        fills_canvas = preset is not None and config.eos_exit == "none"
-        self.stop_early = not fills_canvas if stop_early is None else stop_early
         self.model = load_model(pretrained, device=device, dtype=dtype, backend=backend, revision=revision)
+        # The end is that of the model's family where the policy is.
+        fills_canvas = preset is not None and config.for_model(self.model.spec).eos_exit == "none"
+        self.stop_early = not fills_canvas if stop_early is None else stop_early
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained: expected a model with a tokenizer, got {pretrained!r} without one")
         if add_bos_token and self.model.tokenizer.bos_token_id is None:

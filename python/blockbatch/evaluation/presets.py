@@ -81,6 +81,8 @@ class Preset:
         if is_dream(model):
             if "block_sizes" in published:
                 arguments["block_sizes"] = ":".join(map(str, published["block_sizes"]))
+                # The preset means the same; written out, one sees that the rule is another than LLaDA's.
+                arguments["policy"] = "dream_published"
             arguments |= DREAM_OPTIONS
             if self.escapes_until:
                 arguments["escape_until"] = "true"

@@ -68,7 +68,13 @@ class Model:
         )
 
     def predict(
-        self, packed: bbk.PackedQueries, cache: KVCache, seqlens_k: Tensor, probe_tokens: Tensor | None = None
+        self,
+        packed: bbk.PackedQueries,
+        cache: KVCache,
+        seqlens_k: Tensor,
+        probe_tokens: Tensor | None = None,
+        *,
+        likely: bool = False,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -77,6 +83,7 @@ class Model:
             cache: *written* at the queries' slots.
             seqlens_k: [rows] int32, canvas lengths.
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
+            likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
@@ -93,11 +100,18 @@ class Model:
             distinct_rows=cache.distinct_rows,
             backend=self.backend,
         )
+        hidden = hidden if few else hidden[packed.predict_index]
+        suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
+        if likely:
+            top_token, confidence, *likely_ones = bbk.lm_head_likely(
+                hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
+            )
+            return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
         top_token, confidence, probe_probability = bbk.lm_head_confidence(
-            hidden if few else hidden[packed.predict_index],
+            hidden,
             self.weights.lm_head,
             probe_tokens=probe_tokens,
-            suppress_token=self.spec.mask_token_id if self.spec.suppress_mask else None,
+            suppress_token=suppress_token,
             backend=self.backend,
         )
         return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
