@@ -214,7 +214,9 @@ if __name__ == "__main__":
         packages=find_packages(include=["blockbatch_kernels", "blockbatch_kernels.*"])
         + find_packages("python", include=["blockbatch", "blockbatch.*"]),
         package_dir={"blockbatch": "python/blockbatch"},
-        package_data={"blockbatch": ["tiny/checkpoint/*", "pictures/replay_page/*"]},
+        package_data={
+            "blockbatch": ["tiny/checkpoint/*", "tiny/block_checkpoint/*", "pictures/replay_page/*"]
+        },
         include_package_data=False,
         ext_modules=[Extension("blockbatch_kernels._C", sources=[])] if nvcc else [],
         cmdclass={"build": Build, "build_ext": CMakeBuild},

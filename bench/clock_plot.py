@@ -9,7 +9,7 @@ from clock_settings import BY_LABEL
 
 from blockbatch.pictures import style
 
-_GROUPS = {"published": "as published", "cheaper": "cheaper forwards", "ours": "open queries, tail threshold"}
+_GROUPS = {"published": "as published", "cheaper": "cheaper forwards", "ours": "open queries"}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -41,7 +41,7 @@ def _look(label: str, fast: bool) -> dict[str, Any]:
     color, marker = style.method_look(row.method)
     name = style.method_name(row.method)
     if fast:
-        return {"color": style.GREEN, "marker": "*", "markersize": 13, "label": 'preset "fast"', "zorder": 3}
+        return {"color": color, "marker": "*", "markersize": 13, "label": 'preset "fast"', "zorder": 3}
     drafted = ", drafts" if row.without else ""
     filled = row.group == "published"
     return {

@@ -90,6 +90,7 @@ def refresh(report: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(models), figsize=(5.5 * len(models), 4.5), squeeze=False)
     for model, axis in zip(models, axes[0]):
         lines = [line for line in report["lines"] if line["model"] == model]
+        lines = [line for line in lines if line.get("scope", "canvas") == "canvas"]
         rows = [line["distinct_rows"] for line in lines]
         for key, label, style in (
             ("eager_ms", "plain torch, launched one by one", "s--"),

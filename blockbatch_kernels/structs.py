@@ -65,6 +65,8 @@ class BranchState:
     finished: Annotated[Tensor, Layout("requests", torch.bool)]
     winner: Annotated[Tensor, Layout("requests")]  # branch index; valid where finished
     stop_reason: Annotated[Tensor, Layout("requests")]  # index into STOP_REASONS
+    # Predictions of its rows, drafts included, that came with a confidence that is NaN or infinite.
+    non_finite: Annotated[Tensor, Layout("requests")]
 
     @property
     def num_rows(self) -> int:
@@ -150,8 +152,11 @@ class PolicyParams:
         leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK that reaches
             its threshold in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
         leap_threshold: see `leap_radius`.
-        tail_threshold: takes the place of `threshold` behind the first MASK of the window that is below
-            `threshold`: what may depend on an undecided token has to be surer. None: `threshold` holds there.
+        tail_threshold: from `threshold` to 1 (ours). Behind the first MASK of the window that is below
+            `threshold`, a MASK commits at this confidence instead, and is an anchor of `leap_radius` only
+            then: what may depend on an undecided token has to be surer. As elsewhere, a MASK near an anchor
+            commits at `leap_threshold` there, and the surest of the window always. None: `threshold` holds
+            in the whole window.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
         sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
             state.
@@ -231,7 +236,8 @@ class StepPlan(NamedTuple):
 
     `flags` is what the host reads once a step: [running requests, phase (index into PHASES), query tokens,
     predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is
-    stalled when it has committed more tokens than there are: the model writes its own MASK.
+    stalled when it has committed more tokens than there are: the model writes its own MASK. So is every row
+    of a request with `BranchState.non_finite`, whose tokens mean nothing any more.
     """
 
     # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries

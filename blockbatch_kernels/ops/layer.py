@@ -197,11 +197,17 @@ def lm_head_confidence(
 
     Equivalent to `softmax((hidden @ weight.T).float(), -1).max(-1)`, with the lowest id on a tie.
 
+    Logits are to be below infinity, and one of each row above minus infinity. A row with a NaN, with plus
+    infinity, or with minus infinity alone has no softmax: its confidence and its probe's probability are NaN,
+    and its top token says nothing. Single logits of minus infinity are tokens of probability 0. So whether a
+    model's numbers can be trusted is seen by the confidences; `decode_policy` counts those that are not
+    finite.
+
     Args:
         hidden: [predictions, dim], fp32, bf16 or fp16.
         weight: [vocabulary, dim], same dtype.
         probe_tokens: [predictions] int32, a token of each row whose probability is wanted as well.
-        suppress_token: its logit counts as minus infinity.
+        suppress_token: its logit counts as minus infinity, whatever it is.
 
     Returns:
         top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or

@@ -145,6 +145,10 @@ def decode_policy(
 
     Source of the method: arXiv 2605.29233; LocalLeap's commit rule: arXiv 2510.07081.
 
+    A confidence that is NaN or infinite says that the model's numbers broke. It goes through the rules as the
+    highest one, and is counted in `state.non_finite`. The plan's flags then count all rows of the request as
+    stalled, so that the host learns of it with what it reads anyway.
+
     Args:
         state: *written*.
         predictions: of the forward that `plan` asked for.

@@ -165,7 +165,8 @@ def _plan(
     predict = open_positions & predicted
     running = (~state.finished).sum().int()
     counts = (query_end - query_start).sum().int(), predict.sum().int()
-    stalled = (state.decoded > state.gen_length).sum().int()
+    broken = (state.non_finite > 0).repeat_interleave(state.num_branches)
+    stalled = (broken | (state.decoded > state.gen_length)).sum().int()
     flags = torch.stack((running, torch.full_like(running, phase), *counts, stalled))
     position = state.tokens.new_zeros(state.num_rows, state.gen_length + 1)
     return StepPlan(query_start, query_end, source_row, predict, flags, position)

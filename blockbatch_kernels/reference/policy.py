@@ -104,6 +104,9 @@ def _note_cached(state: BranchState, forwarded: Tensor) -> None:
 def store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
     """Scatters the packed predictions; returns the probe probabilities, [R, G]."""
     num_rows, gen_length = state.tokens.shape
+    request = predictions.target.clamp(min=0) // (state.num_branches * gen_length)
+    non_finite = (predictions.target >= 0) & ~predictions.confidence.isfinite()
+    state.non_finite.index_add_(0, request, non_finite.int())
     behind = num_rows * gen_length  # padding goes to a slot behind the end
     target = torch.where(predictions.target < 0, behind, predictions.target)
     rows = torch.arange(num_rows, device=target.device)

@@ -165,7 +165,8 @@ def _plan_kernel(
     tl.atomic_add(plan.flags, (finished == 0).to(tl.int32))
     tl.atomic_add(plan.flags + 2, tl.sum(tl.where(valid, end - start, 0), 0))
     tl.atomic_add(plan.flags + 3, tl.sum(tl.sum(predict.to(tl.int32), 1), 0))
-    tl.atomic_add(plan.flags + 4, tl.sum((decoded > gen_length).to(tl.int32), 0))
+    stalled = valid & ((decoded > gen_length) | (tl.load(state.non_finite + request) > 0))
+    tl.atomic_add(plan.flags + 4, tl.sum(stalled.to(tl.int32), 0))
     if request == 0:
         tl.store(plan.flags + 1, phase)
 

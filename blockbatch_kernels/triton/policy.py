@@ -21,6 +21,7 @@ from blockbatch_kernels.structs import (
 from blockbatch_kernels.triton.commit import best, mergeable, near_anchors, scheduled, sure
 from blockbatch_kernels.triton.drafts import equal_draft, write_drafts
 from blockbatch_kernels.triton.plan import BLOCK, INIT, REFRESH, write_plan
+from blockbatch_kernels.triton.predictions import store_predictions
 from blockbatch_kernels.triton.rows import (
     any_of,
     as_key,
@@ -36,7 +37,6 @@ from blockbatch_kernels.triton.rows import (
     tile_options,
 )
 
-_SCATTER_BLOCK = 256
 EOS_REASON = tl.constexpr(STOP_EOS)
 LENGTH_REASON = tl.constexpr(STOP_LENGTH)
 
@@ -64,17 +64,8 @@ def decode_policy(
     drafts = len(params.drafts)
     # Of the forward that drafts were part of; a request has one branch then, and its rows behind are drafts.
     window_end = torch.empty_like(wants_refresh) if drafts else None
-    size = predictions.target.shape[0]
     with device_of(state.tokens):
-        if size:
-            _scatter_kernel[(triton.cdiv(size, _SCATTER_BLOCK),)](
-                predictions,
-                state.top_token,
-                state.confidence,
-                probe,
-                size,
-                BLOCK_SIZE=_SCATTER_BLOCK,
-            )
+        store_predictions(state, predictions, probe)
         for forward in range(1 + drafts):
             _policy_kernel[(state.num_requests,)](
                 state_tensors(state),
@@ -106,18 +97,6 @@ def decode_policy(
             write_drafts(state, plan.source_row, window_end, events, params)
     write_plan(state, params, next_plan, wants_refresh=wants_refresh)
     return out
-
-
-@kernel
-def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, BLOCK_SIZE: tl.constexpr):
-    index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = target >= 0
-    tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
-    tl.store(confidence + target, tl.load(predictions.confidence + index, mask=given), mask=given)
-    if probe is not None:
-        value = tl.load(predictions.probe_probability + index, mask=given)
-        tl.store(probe + target, value, mask=given)
 
 
 @kernel

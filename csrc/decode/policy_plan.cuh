@@ -240,10 +240,11 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
   plan_predictions(group, params, request, is_open_step, tokens, prompt_length, scratch);
   group.sync();
 
+  const bool is_broken = params.state.non_finite[index] > 0;
   RequestCounts counts{finished ? 0 : 1, 0, scratch->predictions, 0};
   for (int n = 0; n < num_branches; ++n) {
     counts.query_tokens += rows[n].query_end - rows[n].query_start;
-    counts.stalled += rows[n].decoded > params.gen_length;
+    counts.stalled += is_broken || rows[n].decoded > params.gen_length;
   }
   return counts;
 }

@@ -94,6 +94,9 @@ BBK_HD uint32_t order_key(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// Infinity and NaN alone leave something when they are taken from themselves.
+BBK_HD bool is_finite(float value) { return value - value == 0.0f; }
+
 BBK_HD bool is_open(const BranchRow& row) { return row.scan.first_open < row.window_end; }
 
 BBK_HD RowScan empty_scan(int gen_length) { return RowScan{gen_length, gen_length, gen_length, gen_length}; }
@@ -214,6 +217,7 @@ BBK_HD void load_request(const Group& group, const PolicyParams& params, const R
     if (target < 0 || position < 0 || position >= positions) continue;
     params.state.top_token[target] = top_token;
     params.state.confidence[target] = confidence;
+    if (!is_finite(confidence)) group.add(&params.state.non_finite[request.index], 1);
   }
   fill_with_zeros(group, params.events.committed + request.first_position, positions);
   fill_with_zeros(group, params.events.merged + request.first_position, positions);

@@ -30,7 +30,8 @@ namespace bbk {
   X(int32_t*, nfe)          /* [Q, 3] */                 \
   X(uint8_t*, finished)     /* [Q] */                    \
   X(int32_t*, winner)       /* [Q] */                    \
-  X(int32_t*, stop_reason)  /* [Q] */
+  X(int32_t*, stop_reason)  /* [Q] */                    \
+  X(int32_t*, non_finite)   /* [Q] */
 
 struct BranchStateView {
   BBK_BRANCH_STATE(BBK_MEMBER)

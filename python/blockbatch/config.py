@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 from blockbatch.methods import (
@@ -50,6 +52,9 @@ class DecodeConfig:
         gen_length: tokens to generate, G.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it.
+        max_step_tokens: blockbatch: the windows of a block step hold at most so many tokens together. The
+            largest of `block_sizes` are left out until their sum fits; the attribute then holds those that
+            are left. None: no limit. Ours.
         block_size: baselines: size of the one block. Left out: 32, or the largest of 4, 8 and 16 that divides
             `gen_length`, or all of it.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
@@ -89,6 +94,7 @@ class DecodeConfig:
     method: str = DEFAULT_METHOD
     gen_length: int = DEFAULT_GEN_LENGTH
     block_sizes: tuple[int, ...] | None = DEFAULT
+    max_step_tokens: int | None = DEFAULT
     block_size: int | None = DEFAULT
     threshold: float | None = DEFAULT
     tail_threshold: float | None = DEFAULT
@@ -167,10 +173,17 @@ class DecodeConfig:
             elif value is DEFAULT:
                 value = options[name]
                 if name == "block_sizes":
-                    value = fitting_block_sizes(self.gen_length, value)
+                    value = fitting_block_sizes(self.gen_length, value, self._step_limit())
                 elif name == "block_size":
                     value = fitting_block_size(self.gen_length, value)
             self._set(name, value)
+
+    def _step_limit(self) -> int:
+        """The largest block that a step has room for."""
+        budget = self.max_step_tokens
+        return (
+            min(self.gen_length, budget) if isinstance(budget, Integral) and budget > 0 else self.gen_length
+        )
 
     def _check_blocks(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -181,7 +194,7 @@ class DecodeConfig:
             sizes = tuple(self._checked_block_size("block_sizes", size) for size in sizes)
             if len(set(sizes)) != len(sizes):
                 raise ValueError(f"block_sizes: expected different sizes, got {sizes}")
-            self._set("block_sizes", tuple(sorted(sizes)))
+            self._set("block_sizes", self._within_budget(sorted(sizes)))
             return
         self._set("block_size", self._checked_block_size("block_size", self.block_size))
         if "steps" in options:
@@ -200,6 +213,20 @@ class DecodeConfig:
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
         return size
+
+    def _within_budget(self, sizes: list[int]) -> tuple[int, ...]:
+        """Of ascending sizes as many of the smallest as `max_step_tokens` has room for."""
+        budget = self.max_step_tokens
+        if budget is None:
+            return tuple(sizes)
+        budget = _checked_int("max_step_tokens", budget, 1)
+        self._set("max_step_tokens", budget)
+        if budget < sizes[0]:
+            raise ValueError(
+                f"max_step_tokens: expected at least {sizes[0]}, the window of the smallest of block_sizes = "
+                f"{tuple(sizes)}, got {budget}"
+            )
+        return tuple(size for size, total in zip(sizes, accumulate(sizes)) if total <= budget)
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]

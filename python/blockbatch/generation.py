@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from blockbatch import branches, devices, memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
+from blockbatch.decoding import METHOD_BUILDERS, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.models.model import Model
 from blockbatch.prompts import Prompt, check_prompt, read_prompts
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
-from blockbatch.tracing import Record, open_recorder
+from blockbatch.tracing import Record, TraceRecorder, open_recorder
 
 
 def generate(
@@ -39,6 +39,7 @@ def generate(
         ValueError, TypeError: before any work, naming the argument, what was expected and what came.
         MemoryError: what a single request needs does not fit, before any work; or the device ran out of
             memory all the same. The model stays usable.
+        NonFiniteLogitsError: a forward of any prompt gave NaN or infinity; the model stays usable.
     """
     prompts, single = read_prompts(model, prompt)
     names = ["prompt"] if single else [f"prompt[{index}]" for index in range(len(prompts))]
@@ -65,14 +66,28 @@ def decode(
     while len(results) < len(prompts):
         batch, session = _open(model, prompts[len(results) :], config)
         recorder = open_recorder(session, config)
-        while (step := session.step()) is not None:
-            if recorder:
-                recorder.add(step)
+        failed = _run(session, recorder)
+        if failed is not None:
+            del session, recorder
+            index = len(results) + failed.request
+            raise failed.of(names[index] if names else f"prompt[{index}]", index)
         for request in range(len(batch)):
             trace = recorder.traces[request] if recorder else None
             results.append(build_result(model, session, request, trace))
         del session, recorder  # its buffers serve the next batch
     return results
+
+
+def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsError | None:
+    """Runs a session to its end. Returns the error if it ends by one: raised from here, its traceback would
+    hold the session, and with it the cache that the next decode is to have."""
+    try:
+        while (step := session.step()) is not None:
+            if recorder:
+                recorder.add(step)
+    except NonFiniteLogitsError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:

@@ -85,6 +85,8 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
 
 
 def _compiled(model: Model) -> bool:
+    if model.device.type == "cpu" and model.backend is None:
+        return False
     names = ("lm_head_confidence", "varlen_attention", "linear_swiglu")
     size = dict(head_dim=model.spec.head_dim)
     return all(bbk.backend_of(name, model.device, model.backend, **size) != "reference" for name in names)

@@ -17,9 +17,15 @@ PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 DEFAULT_GEN_LENGTH = 256
 
 
-def fitting_block_sizes(gen_length: int, sizes: Sequence[int] = PAPER_BLOCK_SIZES) -> tuple[int, ...]:
-    """Those of `sizes` that divide `gen_length`; one block of all of it where none does."""
-    return tuple(size for size in sizes if gen_length % size == 0) or (gen_length,)
+def fitting_block_sizes(
+    gen_length: int, sizes: Sequence[int] = PAPER_BLOCK_SIZES, limit: int | None = None
+) -> tuple[int, ...]:
+    """Those of `sizes` that divide `gen_length`; where none does, one block of all of it, or else the largest
+    divisor that is at most `limit`."""
+    fitting = tuple(size for size in sizes if gen_length % size == 0)
+    if fitting or limit is None:
+        return fitting or (gen_length,)
+    return (max(size for size in range(1, min(limit, gen_length) + 1) if gen_length % size == 0),)
 
 
 def fitting_block_size(gen_length: int, wanted: int) -> int:
@@ -78,6 +84,7 @@ _ROWS = (
         module="blockbatch.decoding.blockbatch",
         options={
             "block_sizes": PAPER_BLOCK_SIZES,
+            "max_step_tokens": None,
             "threshold": 0.9,
             "tail_threshold": None,
             "merge_threshold": 0.5,
@@ -164,12 +171,13 @@ _PRESETS = (
     ),
     PresetRow(
         name="fast",
-        summary="LocalLeap's rule; ours: cheaper refreshes and drafts",
+        summary="LocalLeap's commit on BlockBatch's branches; ours: open queries",
         options={
-            "method": "local_leap",
-            "refresh_scope": "generation",
-            "drafts": (1, 2),
-            "eos_exit": "prefix",
+            "method": "blockbatch",
+            "commit": "local_leap",
+            "query_span": "open",
+            "refresh_interval": None,
+            "max_step_tokens": 128,
         },
         published=False,
     ),
@@ -252,6 +260,13 @@ OPTIONS = (
     OptionRow("method", "name", "NAME", _NAMES),
     OptionRow("gen_length", "integer", "N", "tokens to generate (256)"),
     OptionRow("block_sizes", "integers", "4,8,16", "blockbatch: a branch for each (4 to 128)"),
+    OptionRow(
+        "max_step_tokens",
+        "integer",
+        "N",
+        "blockbatch: leave out the largest sizes until their sum is at most this (none); ours",
+        none=True,
+    ),
     OptionRow(
         "block_size",
         "integer",

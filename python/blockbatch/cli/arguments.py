@@ -16,7 +16,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that say which model runs where, and how it is prompted."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="tiny", help="tiny (built in, default), a HuggingFace folder or a hub id"
+        "--model",
+        default="tiny",
+        help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"

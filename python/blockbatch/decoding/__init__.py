@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.decoding.runners import RunnerPool
 from blockbatch.decoding.session import Session
 from blockbatch.methods import METHOD_TABLE
@@ -10,4 +11,4 @@ from blockbatch.steps import Step
 
 METHOD_BUILDERS = {name: import_module(row.module).method for name, row in METHOD_TABLE.items()}
 
-__all__ = ["METHOD_BUILDERS", "Method", "RunnerPool", "Session", "Step"]
+__all__ = ["METHOD_BUILDERS", "Method", "NonFiniteLogitsError", "RunnerPool", "Session", "Step"]

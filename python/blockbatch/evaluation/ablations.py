@@ -55,6 +55,10 @@ ABLATIONS: dict[str, Ablation] = {
             *(_SIZES[:end] for end in range(2, 7)), *(_SIZES[start:] for start in range(1, 5)), (32,)
         ),
     ),
+    # Those left out are the largest sizes: at 256 tokens 4-64, 4-32, 4-16 and 4-8 are left.
+    "max-step-tokens": Ablation(
+        "most tokens of a block step", _values("max_step_tokens", (None, 128, 64, 32, 16))
+    ),
     "threshold": Ablation("commit threshold", _values("threshold", (0.7, 0.8, 0.9, 0.95, 0.97, 0.99))),
     "tail-threshold": Ablation(
         "tail threshold", _values("tail_threshold", (None, 0.95, 0.97, 0.98, 0.99, 0.995))
@@ -112,8 +116,8 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
 
     Args:
         kind: one of `KINDS`.
-        gen_length: tokens to generate. Sets with block sizes that do not divide it are left out, and drafts
-            that its block has no room for.
+        gen_length: tokens to generate. Sets with block sizes that do not divide it are left out, and so are
+            budgets that are too small for its smallest block size and drafts that its block has no room for.
 
     Raises:
         ValueError: an unknown kind, or a gen_length at which nothing is left to compare.
@@ -125,6 +129,9 @@ def ablation_settings(kind: str, gen_length: int) -> tuple[list[Setting], str]:
     settings, default_label = [], None
     for label, options in ABLATIONS[kind].variants.items():
         if any(gen_length % size for size in options.get("block_sizes", ())):
+            continue
+        budget = options.get("max_step_tokens")
+        if budget is not None and budget < default.block_sizes[0]:
             continue
         if max(options.get("drafts", (0,))) >= (default.block_size or gen_length):
             continue

@@ -20,7 +20,8 @@ from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
 from blockbatch.values import as_int
 
-TINY_FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
+_TINY = Path(__file__).resolve().parent.parent / "tiny"
+BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -173,8 +174,8 @@ def load_model(
     unpickled.
 
     Args:
-        name_or_path: "tiny" (the model inside this package), a folder, or a hub id
-            ("GSAI-ML/LLaDA-8B-Instruct").
+        name_or_path: "tiny" or "tiny-block" (the models inside this package: full attention, block
+            diffusion), a folder, or a hub id ("GSAI-ML/LLaDA-8B-Instruct").
         device: defaults to the current GPU where there is one, else the CPU. Decoding does not need it to
             be the current one.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
@@ -216,7 +217,7 @@ def load_model(
         if cache_bytes is None or cache_bytes <= 0:
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
-    folder = TINY_FOLDER if name_or_path == "tiny" else resolve_folder(name_or_path, revision=revision)
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     spec = read_spec(read_config(folder))
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     _check_room(spec, device, dtype, str(name_or_path))

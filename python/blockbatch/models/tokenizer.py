@@ -10,8 +10,10 @@ from typing import Any
 
 import tokenizers
 
+from blockbatch.models import added_tokens
 from blockbatch.models.chat import format_chat
-from blockbatch.models.checkpoint import read_json
+from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.relatives import check_tokenizer
 from blockbatch.models.spec import CheckpointError, ModelSpec, read_token_ids
 from blockbatch.texts import check_text, decode_file
 
@@ -74,24 +76,25 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Read tokenizer.json, or vocab.json + merges.txt of a Qwen2-like tokenizer (Dream).
 
+        Which added tokens there are, and which are special, `added_tokens` says.
+
         Raises:
             CheckpointError: there is no tokenizer of these kinds, or a file of it is broken.
         """
         folder = Path(folder)
-        settings = _read_optional(folder / "tokenizer_config.json")
+        settings = read_optional_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
-            backend = _from_tokenizer_json(folder / "tokenizer.json")
+            backend = _from_tokenizer_json(folder, settings)
         elif has_tokenizer(folder):
             backend = _from_qwen2_files(folder, settings)
         else:
             raise CheckpointError(
                 f"{folder}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), got none"
             )
-        _add_tokens(folder, backend, settings)
-        generation = _read_optional(folder / "generation_config.json")
+        check_tokenizer(backend.token_to_id, folder)
+        generation = read_optional_json(folder / "generation_config.json")
         end_ids = set(read_token_ids(generation, "eos_token_id", source="generation_config.json"))
-        eos = settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = added_tokens.named_token(settings, folder, "eos_token")
         if eos is not None:
             token = backend.token_to_id(eos) if isinstance(eos, str) else None
             if token is None:
@@ -189,12 +192,24 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    content = read_json(path)
     # The backend raises bare Exception for a broken file, and takes a byte order mark for one.
     try:
-        return tokenizers.Tokenizer.from_str(decode_file(path.read_bytes()))
+        backend = tokenizers.Tokenizer.from_str(decode_file(path.read_bytes()))
     except Exception as error:
         raise CheckpointError(f"{path}: expected a tokenizer, got {error}") from None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    own = added_tokens.read_own(path, content.get("added_tokens") or [])
+    tokens = added_tokens.read_tokens(folder, settings, own, vocabulary)
+    if added_tokens.holds(backend, tokens):
+        return backend
+    # Added tokens are numbered by their order, unless the vocabulary says their id.
+    content["added_tokens"] = added_tokens.fields_of(tokens)
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"].update(added_tokens.outside(tokens, vocabulary))
+    return _with_ids(folder, tokenizers.Tokenizer.from_str(json.dumps(content)), tokens)
 
 
 def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -205,7 +220,11 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
             f"tokenizer_config.json to be one of {', '.join(QWEN2_CLASSES)}, got {kind!r}"
         )
     try:
-        model = _read_bpe(folder / "vocab.json", folder / "merges.txt")
+        vocabulary, merges = _read_bpe(folder / "vocab.json", folder / "merges.txt")
+        tokens = added_tokens.read_tokens(folder, settings, (), vocabulary)
+        model = tokenizers.models.BPE(vocabulary | added_tokens.outside(tokens, vocabulary), merges)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: expected a vocabulary in vocab.json and merges.txt, got {error}"
@@ -219,38 +238,30 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
         ]
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
+    backend.add_tokens([token.added() for token in tokens])
+    return _with_ids(folder, backend, tokens)
 
 
-def _read_bpe(vocabulary: Path, merges: Path) -> tokenizers.models.BPE:
+def _read_bpe(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     contents = [path.read_bytes() for path in (vocabulary, merges)]
     if not any(content.startswith(codecs.BOM_UTF8) for content in contents):
-        return tokenizers.models.BPE.from_file(str(vocabulary), str(merges))
+        return tokenizers.models.BPE.read_file(str(vocabulary), str(merges))
     # The backend reads no byte order mark.
     ids, lines = json.loads(decode_file(contents[0])), decode_file(contents[1]).split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return tokenizers.models.BPE(vocab=ids, merges=pairs)
+    return ids, [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
-def _add_tokens(folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Add the tokens of `added_tokens_decoder` that the tokenizer lacks, at the ids written there."""
-    listed = settings.get("added_tokens_decoder") or {}
-    source = f"{folder}: tokenizer_config.json: added_tokens_decoder"
-    try:
-        tokens = sorted((int(token_id), fields["content"], fields) for token_id, fields in listed.items())
-    except (AttributeError, TypeError, ValueError, KeyError):
-        raise CheckpointError(f"{source}: expected {{id: {{content, ...}}}}, got {listed!r:.80}") from None
-    for token_id, content, fields in tokens:
-        if backend.token_to_id(content) is None:
-            flags = {
-                key: bool(fields.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")
-            }
-            added = tokenizers.AddedToken(content, special=bool(fields.get("special", False)), **flags)
-            backend.add_tokens([added])
-        if backend.token_to_id(content) != token_id:
+def _with_ids(
+    folder: Path, backend: tokenizers.Tokenizer, tokens: Iterable[added_tokens.Token]
+) -> tokenizers.Tokenizer:
+    """`backend`, once each token is found at its id."""
+    for token in tokens:
+        if backend.token_to_id(token.content) != token.id:
             raise CheckpointError(
-                f"{source}: expected {content!r} at id {token_id}, got id {backend.token_to_id(content)}"
+                f"{folder}: expected {token.content!r} at id {token.id}, got id "
+                f"{backend.token_to_id(token.content)} (this kind of vocabulary has no gaps in its ids)"
             )
+    return backend
 
 
 def _read_bos(
@@ -267,7 +278,3 @@ def _read_bos(
     if add_bos and token is None:
         raise CheckpointError(f"{source}: add_bos_token needs bos_token to be a known token, got {bos!r}")
     return token, bool(add_bos)
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

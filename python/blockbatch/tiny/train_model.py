@@ -32,12 +32,12 @@ class ModelShape:
     rope_theta: float = 10000.0
 
 
-def _norm(x: Tensor, gain: Tensor) -> Tensor:
+def norm(x: Tensor, gain: Tensor) -> Tensor:
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + _EPS) * gain).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [tokens, heads, head_dim]; cos, sin: [tokens, 1, head_dim / 2]."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -46,29 +46,29 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _before_attention(
     x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _norm(x, gain)
+    h = norm(x, gain)
     query, key, value = (F.linear(h, w.to(h.dtype)).unflatten(-1, (heads, -1)) for w in (q, k, v))
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
-def _after_attention(
+def after_attention(
     x: Tensor, attended: Tensor, out: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
     x = x + F.linear(attended, out.to(x.dtype))
-    h = _norm(x, gain)
+    h = norm(x, gain)
     return x + F.linear(F.silu(F.linear(h, gate.to(h.dtype))) * F.linear(h, up.to(h.dtype)), down.to(h.dtype))
 
 
 def _head(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(_norm(x, gain), weight.to(x.dtype)).float()
+    return F.linear(norm(x, gain), weight.to(x.dtype)).float()
 
 
-def _loss(x: Tensor, gain: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def masked_cross_entropy(x: Tensor, gain: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     losses = F.cross_entropy(_head(x, gain, weight), targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
-def _predict(x: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def top_token(x: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     logits = _head(x, gain, weight)
     top, token = logits.max(dim=-1)
     return token, torch.exp(top - torch.logsumexp(logits, dim=-1))
@@ -112,8 +112,8 @@ class TrainModel(nn.Module):
         def build(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False) if compiled else function
 
-        self._before, self._after = build(_before_attention), build(_after_attention)
-        self._loss, self._predict = build(_loss), build(_predict)
+        self._before, self._after = build(_before_attention), build(after_attention)
+        self._loss, self._predict = build(masked_cross_entropy), build(top_token)
 
     def hidden(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
         """tokens [rows, length] -> residual stream after the last layer, [rows * length, d_model]."""
