@@ -1,12 +1,15 @@
 """The token that begins a text: when prompts get it, in `generate`, in evaluations and in the harness."""
 
+import json
 import shlex
 
 import pytest
 
 import blockbatch
+from blockbatch.cli import main
 from blockbatch.evaluation import presets, runner
 from blockbatch.evaluation.harness_options import decode_options
+from blockbatch.evaluation.records import read_run
 from blockbatch.evaluation.settings import Setting
 from blockbatch.models import CheckpointError
 from blockbatch.models.tokenizer import Tokenizer
@@ -223,3 +226,37 @@ def test_commands_of_dream_by_other_methods_and_of_other_models(capsys):
     for model in (*presets.PAPER_MODELS[:2], "/home/dreamer/LLaDA"):
         given, _, printed = command(capsys, "gsm8k", "--model", model)
         assert set(given) == {"pretrained", "method", "preset"} and "#" not in printed
+
+
+def test_the_option_of_the_commands(begins, plain, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def generate(folder, *options):
+        command = ["generate", "--model", folder, "--device", "cpu", "--gen-length", "16", "--json"]
+        assert main([*command, "--prompt", "1+1=", *options]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    assert generate(plain, "--bos") == generate(begins) == generate(begins, "--bos") != generate(plain)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "1+1="}))
+    common = ["--device", "cpu", "--gen-length", "16", "--methods", "blockbatch"]
+    found = {}
+    for name, arguments in (("with", [plain, "--bos"]), ("set", [begins]), ("without", [plain])):
+        evaluation = ["eval", "--tasks", "own.jsonl", "--out", name, *common, "--model", *arguments]
+        assert main(evaluation) == 0
+        found[name] = read_run(tmp_path / name / "results.jsonl")
+        assert main(evaluation) == 0, "it goes on"
+    digests = {name: {record.prompt for record in run.records} for name, run in found.items()}
+    assert digests["with"] == digests["set"] != digests["without"]
+    assert found["with"].header["bos"] is True and "bos" not in found["without"].header
+    comparison = ["compare", "--prompt-file", "own.jsonl", *common, "--json", "-", "--model", plain]
+    capsys.readouterr()
+    texts = []
+    for options in (["--bos"], []):
+        assert main([*comparison, *options]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["rows"][0]["problems"][0]["text"])
+    assert texts[0] != texts[1]
+    assert main(["generate", "--prompt-ids", "1", "--bos"]) == 2
+    assert "--bos: expected a prompt as text, got --prompt-ids" in capsys.readouterr().err
+    for command in (["generate", "--prompt", "x"], ["compare"], ["eval"]):
+        assert main([*command, "--model", plain, "--device", "cpu", "--bos", "--chat"]) == 2
+        assert "--bos: expected only without --chat" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def _why_unavailable(device_index: int | None) -> str | None:
     except ModuleNotFoundError:
         return (
             "the extension blockbatch_kernels._C is not installed; "
-            "it is built at installation where nvcc is found (BBK_BUILD_CUDA=1 insists on it)"
+            "it is built at installation where nvcc and a GPU are found (BBK_BUILD_CUDA=1: without a GPU)"
         )
     except ImportError as error:
         return f"the extension blockbatch_kernels._C cannot be loaded: {error}"

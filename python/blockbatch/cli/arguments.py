@@ -24,6 +24,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
+    group.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin prompts with the BOS token, as evaluations of Dream do (as the tokenizer says)",
+    )
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument(
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
@@ -84,17 +89,28 @@ def chat_prompt(model: Model, text: str) -> str:
     return model.tokenizer.chat(text, model.spec.family)
 
 
-def encode_text(model: Model, text: str, chat: bool, name: str) -> list[int]:
-    """Token ids of a prompt; one in the chat format begins as the format says."""
+def encode_text(model: Model, text: str, options: argparse.Namespace, name: str) -> list[int]:
+    """Token ids of a prompt, in the chat format or behind the BOS token if the options say so.
+
+    Args:
+        name: what messages call the prompt.
+    """
     from blockbatch.prompts import encode_prompt
     from blockbatch.texts import check_text
 
     check_text(text, name)
-    return (
-        encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
-        if chat
-        else encode_prompt(model, text, name)
-    )
+    if options.chat:
+        check_bos(options)
+        return encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+    return encode_prompt(model, text, name, add_bos=True if options.bos else None)
+
+
+def check_bos(options: argparse.Namespace) -> None:
+    """Raises ValueError for two ways to begin a prompt."""
+    if options.bos and options.chat:
+        raise ValueError(
+            "--bos: expected only without --chat, whose format says how a prompt begins, got both"
+        )
 
 
 def int_list(text: str) -> tuple[int, ...]:

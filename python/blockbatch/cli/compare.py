@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, encode_text, load, methods_note, names
+from blockbatch.cli.arguments import add_model, check_bos, encode_text, load, methods_note, names
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
@@ -100,9 +100,10 @@ def run(options: argparse.Namespace) -> None:
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
         check_output(options.json, "--json")
+    check_bos(options)
     problems = read_problems(options)
     model = load(options)
-    prompts = _encode(model, problems, options.chat)
+    prompts = _encode(model, problems, options)
     # All prompts are checked before the first is decoded; a canvas has the same limit by every method.
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
@@ -124,11 +125,12 @@ def run(options: argparse.Namespace) -> None:
     _print(model, problems, rows, options)
 
 
-def _encode(model: Model, problems: list[Problem], chat: bool) -> list[list[int]]:
+def _encode(model: Model, problems: list[Problem], options: argparse.Namespace) -> list[list[int]]:
     if model.tokenizer is None:
         raise ValueError("--model: expected a model with a tokenizer, got one without")
     return [
-        encode_text(model, problem.prompt, chat, f"prompt[{index}]") for index, problem in enumerate(problems)
+        encode_text(model, problem.prompt, options, f"prompt[{index}]")
+        for index, problem in enumerate(problems)
     ]
 
 
@@ -182,7 +184,7 @@ def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
     command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
     named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
     prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
-    chat = " --chat" if options.chat else ""
+    chat = " --chat" if options.chat else " --bos" if options.bos else ""
     print(f"\nthe texts:        {command} compare{named} --show")
     given = f"{named}{chat} --gen-length {options.gen_length}"
     print(f"one of them live: {command} generate{given} --prompt {prompt}")

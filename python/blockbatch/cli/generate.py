@@ -13,6 +13,7 @@ from blockbatch.cli import canvas
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
+    check_bos,
     decode_config,
     encode_text,
     int_list,
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     text = _prompt_text(options)
     model = load(options)
     config = config.for_model(model.spec)
-    ids = list(options.prompt_ids) if text is None else _encode(model, text, options.chat)
+    ids = list(options.prompt_ids) if text is None else _encode(model, text, options)
     if model.device.type == "cuda":
         _tell_memory(model, ids, config)
     live = wants_live(sys.stdout) and not options.json and not options.no_live
@@ -116,9 +117,11 @@ def _tell_memory(model: Model, ids: list[int], config: DecodeConfig) -> None:
 
 
 def _prompt_text(options: argparse.Namespace) -> str | None:
+    check_bos(options)
     if options.prompt_ids is not None:
-        if options.chat:
-            raise ValueError("--chat: expected a prompt as text, got --prompt-ids")
+        for name in ("chat", "bos"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: expected a prompt as text, got --prompt-ids")
         return None
     if options.prompt_file is not None:
         return read_text(options.prompt_file, "--prompt-file").removesuffix("\n")
@@ -132,10 +135,10 @@ def _prompt_text(options: argparse.Namespace) -> str | None:
     return text
 
 
-def _encode(model: Model, text: str, chat: bool) -> list[int]:
+def _encode(model: Model, text: str, options: argparse.Namespace) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("--prompt: expected --prompt-ids, since the model has no tokenizer; got text")
-    return encode_text(model, text, chat, "prompt")
+    return encode_text(model, text, options, "prompt")
 
 
 def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:

@@ -64,6 +64,7 @@ def run(
     *,
     batch_size: int = 1,
     chat: bool = False,
+    bos: bool = False,
     traces: str | os.PathLike | None = None,
     progress: Callable[[Progress], None] | None = None,
     fresh: bool = False,
@@ -84,6 +85,7 @@ def run(
         path: the file of records (see `records`).
         batch_size: problems that a setting decodes at once; the seconds of each are its share.
         chat: write prompts as a user's message in the model's chat format.
+        bos: begin other prompts with the BOS token; False: as the tokenizer's settings say.
         traces: folder for the trace of every decode (None: none), named by task, id and label. Recording
             takes time that counts in `Record.seconds`.
         progress: called before every decode and at the end.
@@ -99,9 +101,11 @@ def run(
         OSError: a file cannot be written, or another process is writing it.
     """
     _check(model, problems, settings, batch_size)
-    prompts = _encode(model, problems, settings, chat)
+    prompts = _encode(model, problems, settings, chat, bos)
     trace_paths = None if traces is None else _trace_paths(Path(traces), problems, settings)
     options = {"batch_size": batch_size, "chat": chat, "traced": traces is not None}
+    if bos:  # files from before there was the option go on
+        options["bos"] = True
     full_header = {**describe_run(model), **options, **(header or {}), "settings": settings_header(settings)}
     with RecordFile(path, full_header, fresh=fresh) as file:
         records = {record.key: record for record in file.run.records}
@@ -193,7 +197,7 @@ def _check_names(argument: str, names: Sequence[Any]) -> None:
 
 
 def _encode(
-    model: Model, problems: Sequence[Problem], settings: Sequence[Setting], chat: bool
+    model: Model, problems: Sequence[Problem], settings: Sequence[Setting], chat: bool, bos: bool
 ) -> list[_Prompt]:
     """All prompts as token ids, checked before the first is decoded; half characters leave a problem out."""
     prompts = []
@@ -206,7 +210,7 @@ def _encode(
             logger.warning("%s; this problem is left out", error)
             continue
         text = model.tokenizer.chat(problem.prompt, model.spec.family) if chat else problem.prompt
-        ids = encode_prompt(model, text, name, add_bos=False if chat else None)
+        ids = encode_prompt(model, text, name, add_bos=False if chat else bos or None)
         digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=6).hexdigest()
         prompts.append(_Prompt(problem, ids, digest))
         for config in lengths.values():
