@@ -1,7 +1,5 @@
 """Rotary embedding with the cache write, and attention of packed queries over paged keys."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,13 +52,19 @@ def varlen_attention(
     """`plan` only says how compiled versions divide the work; it has no influence here."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     out = torch.zeros_like(q)
-    spans = list(_spans(cu_seqlens_q, seqlens_k))
+    page_size = k_cache.shape[1]
+    bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
     if softmax_scale < 0:  # torch's kernels for GPUs give NaN
         q, softmax_scale = -q, -softmax_scale
     # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the
     # batch.
-    for row, start, end, length in spans:
-        keys, values = (_of_row(cache, page_table[row], length) for cache in (k_cache, v_cache))
+    for row, length in enumerate(lengths):
+        start, end = bounds[row], bounds[row + 1]
+        if start == end or length == 0:
+            continue
+        pages = page_table[row, : -(-length // page_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, head_dim]
+        values = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1)
         # Nothing is causal, so the query heads of one kv head are simply more queries.
         queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         attended = F.scaled_dot_product_attention(
@@ -72,24 +76,28 @@ def varlen_attention(
     # torch's kernels for CPUs take a query whose scores are all NaN or infinite for one that is to see no
     # key, and give zeros.
     if not out[..., 0].all():
-        for row, start, end, length in spans:
-            keys = _of_row(k_cache, page_table[row], length).float().unsqueeze(2)
-            queries = q[start:end].float().unflatten(1, (num_kv_heads, -1))
-            scores = torch.einsum("thgd,hlgd->thgl", queries, keys.expand(-1, -1, queries.shape[2], -1))
-            has_no_softmax = (scores * softmax_scale).softmax(-1).isnan().any(-1).flatten(1)
-            out[start:end].masked_fill_(has_no_softmax.unsqueeze(-1), float("nan"))
+        _restore_nan(out, q, k_cache, page_table, bounds, lengths, softmax_scale)
     return out
 
 
-def _spans(cu_seqlens_q: Tensor, seqlens_k: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Row, its first query and the one behind its last, and its keys, of the rows that have both."""
-    bounds = cu_seqlens_q.tolist()
-    for row, length in enumerate(seqlens_k.tolist()):
-        if bounds[row] < bounds[row + 1] and length > 0:
-            yield row, bounds[row], bounds[row + 1], length
-
-
-def _of_row(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """[kv_heads, length, head_dim]: the keys or values on a row's pages."""
-    used = pages[: -(-length // cache.shape[1])].long()
-    return cache[used].flatten(0, 1)[:length].transpose(0, 1)
+def _restore_nan(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    page_table: Tensor,
+    bounds: list[int],
+    lengths: list[int],
+    softmax_scale: float,
+) -> None:
+    """Writes NaN to `out` where the scores of a query have no softmax."""
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    for row, length in enumerate(lengths):
+        start, end = bounds[row], bounds[row + 1]
+        if start == end or length == 0:
+            continue
+        pages = page_table[row, : -(-length // page_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].float()  # [length, kv_heads, head_dim]
+        queries = q[start:end].float().unflatten(1, (num_kv_heads, -1))
+        scores = torch.einsum("thgd,lhd->thgl", queries, keys) * softmax_scale
+        lost = scores.softmax(-1).isnan().any(-1).flatten(1)  # [tokens, num_heads]
+        out[start:end].masked_fill_(lost.unsqueeze(-1), float("nan"))
