@@ -7,8 +7,6 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.triton.launch import on_device_of_first
 
-_NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def _rotated(pointer, half_offset, cos, sin, inside):
@@ -57,11 +55,14 @@ def _rope_kv_write_kernel(
     position = tl.load(positions + token * position_stride).to(tl.int64)
     slot = tl.load(slot_mapping + token * slot_stride)
     in_half = column < half
-    # A position without angles gives NaN, a slot outside of the cache is not stored.
+    # A position without angles gives NaN, a slot outside of the cache is not stored. The NaN is no constant of
+    # the module: Triton compares those with their value of before at each launch, and NaN is never equal.
     line = position + tl.zeros_like(column)
     in_row = in_half & (line >= 0) & (line < num_positions)
-    cosine = tl.load(cos + position * cos_strides[0] + column * cos_strides[1], mask=in_row, other=_NAN)
-    sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_row, other=_NAN)
+    cosine = tl.load(
+        cos + position * cos_strides[0] + column * cos_strides[1], mask=in_row, other=float("nan")
+    )
+    sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_row, other=float("nan"))
 
     inside = (head < num_heads) & in_half
     pointer = q + token * q_strides[0] + head * q_strides[1] + column * q_strides[2]
