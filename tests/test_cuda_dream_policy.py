@@ -4,6 +4,7 @@ import functools
 import random
 
 import pytest
+import torch
 
 import blockbatch
 import blockbatch_kernels as bbk
@@ -80,3 +81,27 @@ def test_records_on_a_gpu(backend):
         assert bbk.backend_of(name, model.device, backend) == backend
     for record in RECORDS:
         check(model, record)
+    captured = [runner.graphs._graphs for runner in model.runners._idle.values() if runner.graphs]
+    assert bool(captured) == (backend != "reference") and all(captured)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_step_does_not_wait_for_the_device(backend):
+    state, predictions, plan, params = (
+        record if isinstance(record, bbk.PolicyParams) else to_device(record, "cuda")
+        for record in random_batch(3)
+    )
+    hidden, weight = torch.randn(9, 64, device="cuda"), torch.randn(500, 64, device="cuda")
+
+    def step():
+        bbk.lm_head_likely(hidden, weight, suppress_token=7, backend=backend)
+        bbk.decode_policy(state, predictions, plan, params, backend=backend)
+        bbk.initial_plan(state, params, backend=backend)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -55,8 +55,8 @@ def _rope_kv_write_kernel(
     position = tl.load(positions + token * position_stride).to(tl.int64)
     slot = tl.load(slot_mapping + token * slot_stride)
     in_half = column < half
-    # A position without angles gives NaN, a slot outside of the cache is not stored. NaN is no constant of the
-    # module: Triton compares those with their value of before at each launch, and NaN is never equal.
+    # A position without angles gives NaN, a slot outside of the cache is not stored. NaN is no constant of
+    # the module: Triton compares those with their value of before at each launch, and NaN is never equal.
     line = position + tl.zeros_like(column)
     in_row = in_half & (line >= 0) & (line < num_positions)
     cosine = tl.load(
