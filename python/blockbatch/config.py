@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
+from blockbatch.methods import BLOCK_METHOD_TABLE, DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
 
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
 QUERY_SPANS = ("window", "open")
+# Of block_diffusion: SDAR's rules, Fast-dLLM v2's samplers, and how far a text may go.
+BLOCK_COMMIT_RULES = ("dynamic", "static", "sequential", "all")
+SAMPLERS = ("generate", "batch")
+MAX_LENGTHS = ("limit", "grow")
 # Rows of a request beside its branch.
 MAX_DRAFTS = 31
 
@@ -35,17 +39,21 @@ class DecodeConfig:
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
-            "local_leap".
-        gen_length: tokens to generate, G.
+            "local_leap"; "block_diffusion" for models whose attention is causal across blocks (SDAR,
+            Fast-dLLM v2), which also run "blockbatch".
+        gen_length: tokens to generate, G. Block-causal models end with a whole block: SDAR with the one that
+            holds the last of them, Fast-dLLM v2 after `gen_length // block_size` blocks.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
-            paper, 4 to 128, that divide it.
-        block_size: baselines: size of the one block.
+            paper, 4 to 128, that divide it; of a block-causal model those that divide its block.
+        block_size: baselines: size of the one block. block_diffusion: of the mask; None: the trained one.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
-            None: a fixed number of tokens each step, as vanilla.
+            None: a fixed number of tokens each step, as vanilla. block_diffusion: with more than this
+            confidence; None: 0.85 for SDAR, 1 for Fast-dLLM v2.
         tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
             `threshold`, from `threshold` to 1; None: the same. Ours.
         steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
-            every block. Left out: one token a step.
+            every block. Left out: one token a step. block_diffusion, SDAR: denoise forwards a block, at most;
+            None: as many as it has positions.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
         sync_threshold: a branch that trails the leader by more tokens takes over its state; None: never.
         refresh_interval: full forward after this many tokens of finished blocks; None: never.
@@ -61,9 +69,24 @@ class DecodeConfig:
             Ours.
         eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
             that holds EOS is complete; "none": fill the canvas.
-        commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
+        commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place. block_diffusion,
+            SDAR: "dynamic" (all above `threshold`, at least the quota of `steps`), "static" (the quota),
+            "sequential" (the quota, from the left) or "all"; None: "dynamic".
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
+        sub_block_size: block_diffusion, Fast-dLLM v2: decoded one after the other in a block; None: 8.
+        block_cache: block_diffusion, Fast-dLLM v2: keep the block's K/V and compute sub-blocks alone; None:
+            off.
+        sampler: block_diffusion, Fast-dLLM v2: "generate", or "batch" for the one of its evaluation, which
+            ends a text at the end of a block; None: "generate".
+        fuse_store: block_diffusion, SDAR: a finished block is stored in the first forward of the next one,
+            with the same tokens in fewer forwards; False: forwards one by one, as published; None: on.
+        strict_published: block_diffusion, Fast-dLLM v2: also what looks like a defect of the published code:
+            a prompt of exactly one block is never read, and blocks that do not divide the trained one.
+        max_length: block_diffusion: "limit": memory for `gen_length` is checked before any work; "grow": a
+            text goes on while there is memory and ends with stop reason "length" where there is none.
+        prefix_cache: block_diffusion: K/V of finished blocks are kept for requests that begin with the same
+            tokens, and found there.
         eos_token_ids: ids that end a text; None: those of the model.
         stop: texts; a request ends once its text, as far as it is final, holds one, and is cut before it.
         trace: record every forward in `Result.trace`.
@@ -90,6 +113,13 @@ class DecodeConfig:
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
     leap_threshold: float | None = DEFAULT
+    sub_block_size: int | None = DEFAULT
+    block_cache: bool | None = DEFAULT
+    sampler: str | None = DEFAULT
+    fuse_store: bool | None = DEFAULT
+    strict_published: bool | None = DEFAULT
+    max_length: str | None = DEFAULT
+    prefix_cache: bool | None = DEFAULT
     eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     trace: bool = False
@@ -111,13 +141,17 @@ class DecodeConfig:
         from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for
 
         if self.method not in METHOD_OPTIONS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+            names = ", ".join((*METHODS, *BLOCK_METHOD_TABLE))
+            raise ValueError(f"method: expected one of {names}, got {self.method!r}")
         _check_int("gen_length", self.gen_length, 1)
         self._fill_defaults()
-        self._check_blocks()
-        self._check_thresholds()
-        self._check_cheaper_forwards()
-        if self.eos_exit not in EOS_EXITS:
+        if self.method in BLOCK_METHOD_TABLE:
+            self._check_block_diffusion()
+        else:
+            self._check_blocks()
+            self._check_thresholds()
+            self._check_cheaper_forwards()
+        if "eos_exit" in METHOD_OPTIONS[self.method] and self.eos_exit not in EOS_EXITS:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
@@ -134,6 +168,9 @@ class DecodeConfig:
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
+        # What a block-causal model makes of an option that was left out may differ from what others do.
+        left_out = {field.name for field in fields(self) if getattr(self, field.name) is DEFAULT}
+        object.__setattr__(self, "_left_out", frozenset(left_out))
         for field in fields(self):
             name = field.name
             if name in _COMMON:
@@ -180,6 +217,31 @@ class DecodeConfig:
         _check_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+
+    def _check_block_diffusion(self) -> None:
+        for name in ("block_size", "steps", "sub_block_size"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        if self.threshold is not None:
+            _check_probability("threshold", self.threshold, least=0.0)
+        for name, choices in (
+            ("commit", BLOCK_COMMIT_RULES),
+            ("sampler", SAMPLERS),
+            ("max_length", MAX_LENGTHS),
+        ):
+            value = getattr(self, name)
+            if value not in choices and not (value is None and name != "max_length"):
+                raise ValueError(
+                    f"{name}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}"
+                )
+        for name in ("block_cache", "fuse_store", "strict_published", "prefix_cache"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name in ("block_cache", "fuse_store")):
+                raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+    def was_left_out(self, name: str) -> bool:
+        """Whether an option has its default because nothing was given for it."""
+        return name in self._left_out
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]

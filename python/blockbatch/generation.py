@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from blockbatch import branches, memory
+from blockbatch import memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, RunnerPool, Session
+from blockbatch.decoding import BLOCK_METHOD_BUILDERS, METHOD_BUILDERS, BlockSession, RunnerPool, Session
+from blockbatch.decoding.block_diffusion import BlockMethod, warn_of_size
 from blockbatch.models.model import Model
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
@@ -72,7 +73,7 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     return _stream(model, open_session(model, prompts[0], config), config)
 
 
-def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[str]:
+def _stream(model: Model, session: Session | BlockSession, config: DecodeConfig) -> Iterator[str]:
     reader = PrefixReader(model.tokenizer, config.stop, session.params.eos_token_ids)
     length = 0
     while session.step() is not None:
@@ -83,12 +84,12 @@ def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[st
         yield rest
 
 
-def final_prefix(session: Session, request: int = 0) -> list[int]:
+def final_prefix(session: Session | BlockSession, request: int = 0) -> list[int]:
     """The longest prefix of a request's generation region on which all its branches agree."""
-    return branches.final_prefixes(session.state, session.params)[request]
+    return session.final_prefixes()[request]
 
 
-def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
+def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session | BlockSession:
     """A session of one prompt's token ids, for callers that want to look between the forwards.
 
     Raises what `generate` raises.
@@ -99,12 +100,16 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
     return _session(model, batch, config)
 
 
-def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
+def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
     eos_token_ids = _eos_token_ids(model, config)
-    method = METHOD_BUILDERS[config.method](config, model.spec, eos_token_ids)
+    method = _builder(model, config)(config, model.spec, eos_token_ids)
     stops = None
     if config.stop:
         stops = StopSequences(model.tokenizer, config.stop, eos_token_ids, len(prompts))
+    if model.spec.block_size is not None:
+        pool = memory.page_pool(model)
+        warn_of_size(method)
+        return BlockSession(model, prompts, method, pool, observed=config.trace, stops=stops)
     if model.device.type == "cpu":
         return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
     if model.runners is None:
@@ -117,6 +122,22 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
     return model.runners.open_session(
         model, prompts, method, config.gen_length, max_prompt, observed=config.trace, stops=stops
     )
+
+
+def _builder(model: Model, config: DecodeConfig):
+    """What makes the method of `config` for the model; ValueError if the model cannot run it."""
+    builders = METHOD_BUILDERS if model.spec.block_size is None else BLOCK_METHOD_BUILDERS
+    if config.method not in builders:
+        kind = "full" if model.spec.block_size is None else "block-causal"
+        raise ValueError(
+            f"method: expected {' or '.join(builders)} for {model.spec.family}, whose attention is {kind}, "
+            f"got {config.method!r}"
+        )
+    if config.trace_kv and model.spec.block_size is not None:
+        raise ValueError(
+            f"trace_kv: expected False for {model.spec.family}, whose stored K/V never change, got True"
+        )
+    return builders[config.method]
 
 
 def _check_stop(model: Model, config: DecodeConfig) -> None:
@@ -173,6 +194,7 @@ def _encode(model: Model, prompt: Prompt, name: str) -> list[int]:
 def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) -> None:
     """Raises ValueError if a prompt's ids cannot be decoded; `name` is what the message calls it."""
     spec = model.spec
+    method = _builder(model, config)(config, spec, _eos_token_ids(model, config))
     if not ids and spec.prediction_offset:
         raise ValueError(f"{name}: expected at least one token for {spec.family}, got an empty prompt")
     for position, token in enumerate(ids):
@@ -182,11 +204,25 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
             )
         if token == spec.mask_token_id:
             raise ValueError(f"{name}: expected no MASK token (id {token}), got one at position {position}")
+    if spec.block_size is not None:
+        _check_blocks(model, ids, method, name)
+        return
     canvas = len(ids) + config.gen_length
     if canvas > spec.max_length:
         raise ValueError(
             f"{name}: expected prompt and gen_length to fit in {spec.max_length} positions, got {len(ids)} + "
             f"{config.gen_length} = {canvas}"
+        )
+
+
+def _check_blocks(model: Model, ids: list[int], method: BlockMethod, name: str) -> None:
+    """That the text fits in the model's positions: its first block where it may grow, else all of it."""
+    size, most = method.block_size, model.spec.max_length
+    positions = (len(ids) // size + 1) * size if method.grow else method.positions(len(ids))
+    if positions > most:
+        raise ValueError(
+            f"{name}: expected prompt and gen_length in whole blocks of {size} to fit in {most} positions, "
+            f"got {len(ids)} + {method.gen_length}, which take {positions}"
         )
 
 
@@ -197,9 +233,11 @@ def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
     return tokens
 
 
-def build_result(model: Model, session: Session, request: int, trace: list[Record] | None = None) -> Result:
+def build_result(
+    model: Model, session: Session | BlockSession, request: int, trace: list[Record] | None = None
+) -> Result:
     """The result of a finished request of a session."""
-    outcome = branches.read_outcome(session.state, request, len(session.params.drafts))
+    outcome = session.outcome(request)
     tokens, stop_reason = outcome.canvas, outcome.stop_reason
     if session.stops is not None:
         tokens, text, stopped = cut(
@@ -219,4 +257,5 @@ def build_result(model: Model, session: Session, request: int, trace: list[Recor
         branches=outcome.branches,
         seconds=session.seconds[request],
         trace=trace,
+        prefix_tokens=outcome.prefix_tokens,
     )

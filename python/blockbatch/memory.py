@@ -10,9 +10,12 @@ import torch
 
 from blockbatch import kv_cache
 from blockbatch.config import DecodeConfig
+from blockbatch.decoding import BLOCK_METHOD_BUILDERS
+from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
+from blockbatch.page_pool import PagePool
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
@@ -41,6 +44,8 @@ def longest_prompt(device: torch.device, longest: int) -> int:
 def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -> Needs:
     """What a batch of `num_requests` prompts of at most `longest` tokens takes."""
     spec, dtype = model.spec, model.dtype
+    if spec.block_size is not None:
+        return _block_needs(model, _block_method(model, config), num_requests, longest)
     rows, length = num_requests * _rows(config), longest_prompt(model.device, longest) + config.gen_length
     cache = kv_cache.cache_bytes(
         rows,
@@ -55,6 +60,52 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
     region = config.gen_length + spec.prediction_offset
     tokens = min(rows * length, max(length, ROW_TOKENS[model.device.type], rows * region))
     return Needs(cache, transformer.activation_bytes(spec, dtype, tokens))
+
+
+def _block_method(model: Model, config: DecodeConfig) -> BlockMethod:
+    return BLOCK_METHOD_BUILDERS[config.method](config, model.spec, model.eos_token_ids)
+
+
+def _block_needs(model: Model, method: BlockMethod, num_requests: int, longest: int) -> Needs:
+    """Pages of every request, and activations of the prompts' forwards or of two blocks of every branch."""
+    size, pages = method.block_size, kv_cache.pages_per_row
+    branches = max(len(method.block_sizes), 1)
+    positions = (longest // size + 1) * size if method.grow else method.positions(longest)
+    each = pages(positions) + (branches - 1) * pages(size)
+    denoised = num_requests * (branches + 1) * size
+    prefilled = min(num_requests * longest, max(longest, ROW_TOKENS[model.device.type]))
+    work = transformer.activation_bytes(model.spec, model.dtype, max(denoised, prefilled))
+    return Needs(num_requests * each * _page_bytes(model), work)
+
+
+def _page_bytes(model: Model) -> int:
+    spec = model.spec
+    return kv_cache.cache_bytes(
+        1,
+        kv_cache.PAGE_SIZE,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=model.dtype,
+    )
+
+
+def page_pool(model: Model) -> PagePool:
+    """The model's pages, made at the first call; they may take `cache_bytes`, or else the free memory."""
+    spec = model.spec
+    if model.pool is None:
+        model.pool = PagePool(
+            0,
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+    # While a pool grows, its pages are there twice.
+    limit = model.cache_bytes if model.cache_bytes is not None else free_bytes(model) // 2
+    model.pool.most_pages = max(limit // _page_bytes(model), len(model.pool))
+    return model.pool
 
 
 def _rows(config: DecodeConfig) -> int:
@@ -84,6 +135,8 @@ def batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Ite
     if limit is None:
         limit, source = free_bytes(model), f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
+        if model.spec.block_size is not None:
+            limit //= 2  # see `page_pool`
 
     def needed(requests: int, longest: int) -> int:
         total = needs(model, config, requests, longest)

@@ -104,9 +104,35 @@ _ROWS = (
         published={"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
     ),
 )
+# Methods of models whose attention is causal across blocks, which also run `blockbatch` inside the block.
+_BLOCK_ROWS = (
+    MethodRow(
+        name="block_diffusion",
+        title="block diffusion",
+        summary="SDAR's and Fast-dLLM v2's decoding, K/V of finished blocks kept (arXiv 2503.09573)",
+        module="blockbatch.decoding.block_diffusion",
+        options={
+            "block_size": None,
+            "steps": None,
+            "commit": None,
+            "threshold": None,
+            "sub_block_size": None,
+            "block_cache": None,
+            "sampler": None,
+            "fuse_store": None,
+            "strict_published": False,
+            "max_length": "limit",
+            "prefix_cache": False,
+        },
+        published={},
+    ),
+)
+# By name: the methods of full-attention models, and those of block-causal models alone.
 METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+BLOCK_METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _BLOCK_ROWS}
 METHODS = tuple(METHOD_TABLE)
-METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in _ROWS}
+BLOCK_METHODS = (*BLOCK_METHOD_TABLE, "blockbatch")
+METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in (*_ROWS, *_BLOCK_ROWS)}
 DEFAULT_METHOD = METHODS[0]
 
 
@@ -192,8 +218,8 @@ class OptionRow:
 
     Attributes:
         name: the field of `DecodeConfig`.
-        kind: "name", "integer", "number", "integers" (with commas between them) or "texts" (one each time
-            that it is given).
+        kind: "name", "integer", "number", "integers" (with commas between them), "switch" (on or off) or
+            "texts" (one each time that it is given).
         metavar: what help shows for a value.
         help: what it does, in a line, with the default.
         none: whether the word none switches its rule off.
@@ -206,13 +232,13 @@ class OptionRow:
     none: bool = False
 
 
-_NAMES = f"{DEFAULT_METHOD} (default), {', '.join(METHODS[1:-1])} or {METHODS[-1]}"
+_NAMES = f"{DEFAULT_METHOD} (default), {', '.join(METHODS[1:])} or {', '.join(BLOCK_METHOD_TABLE)}"
 # In the order of the help.
 OPTIONS = (
     OptionRow("method", "name", "NAME", _NAMES),
     OptionRow("gen_length", "integer", "N", "tokens to generate (256)"),
     OptionRow("block_sizes", "integers", "4,8,16", "blockbatch: a branch for each (4 to 128)"),
-    OptionRow("block_size", "integer", "N", "other methods: the one block size (32)"),
+    OptionRow("block_size", "integer", "N", "other methods: the one block size (32; of the model)"),
     OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
     OptionRow(
         "tail_threshold",
@@ -268,11 +294,16 @@ OPTIONS = (
         "steps",
         "integer",
         "N",
-        "vanilla, and the caches with --threshold none: forwards in all (gen-length)",
+        "vanilla, and the caches with --threshold none: forwards in all (gen-length); block_diffusion, SDAR: "
+        "denoise forwards a block (block size)",
         none=True,
     ),
     OptionRow(
-        "commit", "name", "RULE", "blockbatch: threshold (default), or local_leap for LocalLeap's rule"
+        "commit",
+        "name",
+        "RULE",
+        "blockbatch: threshold (default), or local_leap for LocalLeap's rule; block_diffusion, SDAR: dynamic "
+        "(default), static, sequential or all",
     ),
     OptionRow("leap_radius", "integer", "N", "LocalLeap: distance to a sure token (4)"),
     OptionRow(
@@ -281,5 +312,37 @@ OPTIONS = (
         "P",
         "LocalLeap: confidence that is enough within that distance",
         none=True,
+    ),
+    OptionRow("sub_block_size", "integer", "N", "block_diffusion, Fast-dLLM v2: of the sub-blocks (8)"),
+    OptionRow("block_cache", "switch", "on|off", "block_diffusion, Fast-dLLM v2: sub-blocks alone (off)"),
+    OptionRow(
+        "sampler",
+        "name",
+        "NAME",
+        "block_diffusion, Fast-dLLM v2: generate (default), or batch for that of its evaluation",
+    ),
+    OptionRow(
+        "fuse_store",
+        "switch",
+        "on|off",
+        "block_diffusion, SDAR: store a block in the next one's first forward (on); the same tokens",
+    ),
+    OptionRow(
+        "strict_published",
+        "switch",
+        "on|off",
+        "block_diffusion: Fast-dLLM v2 as published where that is a defect (off)",
+    ),
+    OptionRow(
+        "max_length",
+        "name",
+        "MODE",
+        "block_diffusion: limit (default): room for gen-length is checked before; grow: as far as it goes",
+    ),
+    OptionRow(
+        "prefix_cache",
+        "switch",
+        "on|off",
+        "block_diffusion: keep K/V of finished blocks for requests that begin with them (off)",
     ),
 )

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from blockbatch.config import DecodeConfig
-from blockbatch.methods import METHOD_TABLE, OPTIONS, PRESET_TABLE
+from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, OPTIONS, PRESET_TABLE
 
 if TYPE_CHECKING:
     from blockbatch.models import Model
@@ -38,7 +38,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"start from named settings: {' or '.join(PRESET_TABLE)}; other options change them",
     )
-    kinds = {"name": str, "integer": int, "number": float, "integers": int_list}
+    kinds = {"name": str, "integer": int, "number": float, "integers": int_list, "switch": _switch}
     for option in OPTIONS:
         flag = "--" + option.name.replace("_", "-")
         shown = {"metavar": option.metavar, "help": option.help, "default": argparse.SUPPRESS}
@@ -51,7 +51,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def methods_note() -> str:
     """What each method and each preset is, for the end of a help text."""
-    tables = {"Methods": METHOD_TABLE, "Presets": PRESET_TABLE}
+    tables = {"Methods": METHOD_TABLE | BLOCK_METHOD_TABLE, "Presets": PRESET_TABLE}
     return " ".join(
         f"{title}: " + "; ".join(f"{name}: {row.summary}" for name, row in table.items()) + "."
         for title, table in tables.items()
@@ -93,6 +93,13 @@ def int_list(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _switch(text: str) -> bool:
+    """on or off"""
+    if text.lower() not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text.lower() == "on"
 
 
 def _or_none(kind: type) -> Any:

@@ -59,6 +59,9 @@ class Session:
             requests.
     """
 
+    # Whether steps come with trace records, rather than with what they are made of.
+    tells_records = False
+
     def __init__(
         self,
         model,
@@ -93,7 +96,7 @@ class Session:
     @torch.inference_mode()
     def step(self) -> Step | None:
         if self.stops is not None and self._plan.running:
-            self._end(self.stops.ended(branches.final_prefixes(self.state, self.params)))
+            self._end(self.stops.ended(self.final_prefixes()))
         plan = self._plan
         if not plan.running:
             return None
@@ -122,6 +125,14 @@ class Session:
                 if ended and self.seconds[request] is None:
                     self.seconds[request] = now - self._started
         return Step(phase, plan, windows, self._batch.events, now - begun, open_queries)
+
+    def final_prefixes(self) -> list[list[int]]:
+        """For each request the tokens that are final, up to the first position that is not."""
+        return branches.final_prefixes(self.state, self.params)
+
+    def outcome(self, request: int) -> branches.RequestOutcome:
+        """The end of a finished request."""
+        return branches.read_outcome(self.state, request, len(self.params.drafts))
 
     def run(self) -> None:
         while self.step() is not None:

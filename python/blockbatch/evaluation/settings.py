@@ -155,7 +155,7 @@ def _parse_value(label: str, name: str, value: str) -> Any:
     kind = _TYPES[name]  # as it is written in the class
     convert = float if "float" in kind else int if "int" in kind else str
     try:
-        if kind == "bool":
+        if kind.startswith("bool"):
             return {"true": True, "false": False}[value.lower()]
         if "tuple" in kind:
             return tuple(convert(member) for member in value.split("/"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, llada
+from blockbatch.models import dream, fast_dllm_v2, llada, sdar, unsupported
 from blockbatch.models.safetensors_file import (
     FLOAT_DTYPES,
     STAGING_BYTES,
@@ -26,8 +26,20 @@ from blockbatch.models.weights import Destination, TransformerWeights, allocate
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_spec", "resolve_folder"]
 
-SPEC_READERS = {"llada": llada.read_spec, "Dream": dream.read_spec}  # by model_type in config.json
-TENSOR_MAPS = {"llada": llada.tensor_map, "dream": dream.tensor_map}  # by ModelSpec.family
+# By model_type in config.json.
+SPEC_READERS = {
+    "llada": llada.read_spec,
+    "Dream": dream.read_spec,
+    "sdar": sdar.read_spec,
+    "Fast_dLLM_Qwen": fast_dllm_v2.read_spec,
+}
+# By ModelSpec.family.
+TENSOR_MAPS = {
+    "llada": llada.tensor_map,
+    "dream": dream.tensor_map,
+    "sdar": sdar.tensor_map,
+    "fast_dllm_v2": fast_dllm_v2.tensor_map,
+}
 
 HUB_FILES = (
     "config.json",
@@ -106,6 +118,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     Raises:
         CheckpointError: an unknown `model_type`, a missing size, or a setting that is not supported.
     """
+    unsupported.refuse(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in SPEC_READERS:
         raise CheckpointError(
