@@ -112,6 +112,15 @@ class BlockBranches:
             return self.finished
         return next((index for index, branch in enumerate(self.all) if branch.done), None)
 
+    def take_over(self, winner: int) -> list[Change]:
+        """Gives all branches the winner's ids, at the end of a block; not counted as syncs."""
+        changes = []
+        for index, branch in enumerate(self.all):
+            if branch.tokens != self.all[winner].tokens:
+                branch.tokens = list(self.all[winner].tokens)
+                changes.append(Change("sync", index, [], winner))
+        return changes
+
     def after_forward(self, predicted: Sequence[dict[int, tuple[int, float]]]) -> list[Change]:
         """Commit, end of text, advance, merge and sync.
 

@@ -238,6 +238,7 @@ def blockbatch(text: BlockText, method: BlockMethod) -> Program:
             text.note(changes)
             text.ids[start:stop] = branches.agreed()
         text.winner = winner
+        text.note(branches.take_over(winner))
         text.ids[start:stop] = branches.all[winner].tokens
         if branches.finished is not None:
             return "eos"

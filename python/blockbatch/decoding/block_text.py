@@ -186,7 +186,7 @@ class BlockText:
         return [place for place in range(start, stop) if self.ids[place] == self.mask]
 
     def write(self, places: Sequence[int], predicted: Predicted) -> None:
-        """Writes the top tokens at `places`; appends where the text ends before."""
+        """Writes the top tokens at `places`, for all branches; appends where the text ends before."""
         for place, (token, _) in zip(places, predicted, strict=True):
             if place == len(self.ids):
                 self.ids.append(token)
@@ -194,7 +194,11 @@ class BlockText:
                 self.ids[place] = token
         self.committed += len(places)
         tokens, confidences = [token for token, _ in predicted], [value for _, value in predicted]
-        self.commits.append(Commit(list(places), tokens, confidences))
+        every = self.branches.all if self.branches else (None,)
+        for index, branch in enumerate(every):
+            self.commits.append(Commit(list(places), tokens, confidences, index))
+            if branch is not None:
+                branch.committed += len(places)
 
     def branch_results(self, method: BlockMethod) -> tuple[BranchResult, ...]:
         """What each branch did."""
