@@ -41,11 +41,17 @@ def longest_prompt(device: torch.device, longest: int) -> int:
     return longest if device.type == "cpu" else -(-max(longest, 1) // _PROMPT_STEP) * _PROMPT_STEP
 
 
-def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -> Needs:
-    """What a batch of `num_requests` prompts of at most `longest` tokens takes."""
+def needs(
+    model: Model, config: DecodeConfig, num_requests: int, longest: int, *, least: bool = False
+) -> Needs:
+    """What a batch of `num_requests` prompts of at most `longest` tokens takes.
+
+    Args:
+        least: with `max_length="grow"` what the first block takes, rather than the whole text.
+    """
     spec, dtype = model.spec, model.dtype
     if spec.block_size is not None:
-        return _block_needs(model, _block_method(model, config), num_requests, longest)
+        return _block_needs(model, _block_method(model, config), num_requests, longest, least)
     rows, length = num_requests * _rows(config), longest_prompt(model.device, longest) + config.gen_length
     cache = kv_cache.cache_bytes(
         rows,
@@ -66,11 +72,11 @@ def _block_method(model: Model, config: DecodeConfig) -> BlockMethod:
     return BLOCK_METHOD_BUILDERS[config.method](config, model.spec, model.eos_token_ids)
 
 
-def _block_needs(model: Model, method: BlockMethod, num_requests: int, longest: int) -> Needs:
+def _block_needs(model: Model, method: BlockMethod, num_requests: int, longest: int, least: bool) -> Needs:
     """Pages of every request, and activations of the prompts' forwards or of two blocks of every branch."""
     size, pages = method.block_size, kv_cache.pages_per_row
     branches = max(len(method.block_sizes), 1)
-    positions = (longest // size + 1) * size if method.grow else method.positions(longest)
+    positions = (longest // size + 1) * size if method.grow and least else method.positions(longest)
     each = pages(positions) + (branches - 1) * pages(size)
     denoised = num_requests * (branches + 1) * size
     prefilled = min(num_requests * longest, max(longest, ROW_TOKENS[model.device.type]))
@@ -138,17 +144,20 @@ def batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Ite
         if model.spec.block_size is not None:
             limit //= 2  # see `page_pool`
 
-    def needed(requests: int, longest: int) -> int:
-        total = needs(model, config, requests, longest)
+    if model.pool is not None:
+        limit -= model.pool.held() * _page_bytes(model)
+
+    def needed(requests: int, longest: int, least: bool = False) -> int:
+        total = needs(model, config, requests, longest, least=least)
         return total.cache if model.cache_bytes is not None else sum(total)
 
     rows = f"{len(config.block_sizes)} branches" if config.block_sizes else "1 branch"
     if config.drafts:
         rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
     for ids in prompts:
-        if needed(1, len(ids)) > limit:
+        if needed(1, len(ids), least=True) > limit:
             raise MemoryError(
-                f"{source}: expected at least {needed(1, len(ids)):,} bytes for {purpose} of "
+                f"{source}: expected at least {needed(1, len(ids), least=True):,} bytes for {purpose} of "
                 f"{rows} of {len(ids) + config.gen_length} positions, got {limit:,}"
             )
     batch: list[list[int]] = []

@@ -98,12 +98,12 @@ class PagePool:
         """Pages that a request or the prefix cache holds."""
         return len(self._holders) - len(self._free)
 
-    def available(self) -> int:
-        """Pages that requests could still take, those of the prefix cache included."""
+    def held(self) -> int:
+        """Pages that requests hold; those that the prefix cache alone holds can be had."""
         kept = sum(
             self._holders[page] == 1 for entry in self._prefixes.entries.values() for page in entry.pages
         )
-        return self.most_pages - self.pages_in_use + kept
+        return self.pages_in_use - kept
 
     def take(self, count: int) -> list[int]:
         """Pages for a request to write; their content is of no meaning.

@@ -66,9 +66,8 @@ class BlockSession:
         self.model, self.params, self.observed, self.stops = model, method, observed, stops
         self._forward = BlockForward(model, pool)
         cached = method.block_size if method.prefix_cache else None
-        self.texts = [
-            BlockText(prompt, pool, model.spec.max_length, method.mask_token_id, cached) for prompt in prompts
-        ]
+        about = (pool, model.spec.max_length, method.mask_token_id, cached, method.grow)
+        self.texts = [BlockText(prompt, *about) for prompt in prompts]
         # Texts that nobody waits for any more give their pages back.
         self._returned = weakref.finalize(self, _release, self.texts)
         self._counts = [dict.fromkeys(("prefill", "denoise", "store"), 0) for _ in prompts]

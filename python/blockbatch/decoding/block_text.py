@@ -54,6 +54,7 @@ class BlockText:
         pool: where its pages come from.
         most_positions: of the model: the text ends before it would hold more.
         prefix_cache: the block size of the mask, to look for and keep finished blocks; None: neither.
+        grow: whether the text ends where the pool does; else that is an error.
 
     Attributes:
         ids: prompt and text; MASK where nothing stands yet.
@@ -76,6 +77,7 @@ class BlockText:
         most_positions: int,
         mask_token_id: int,
         prefix_cache: int | None = None,
+        grow: bool = False,
     ) -> None:
         self.ids, self.prompt_length, self.pool = list(prompt), len(prompt), pool
         self.mask, self.stored, self.shift, self.found = mask_token_id, 0, 0, 0
@@ -86,7 +88,7 @@ class BlockText:
         self.branches: BlockBranches | None = None
         self.winner = 0
         self.window = (len(prompt), len(prompt))
-        self._most_positions, self._prefix_cache = most_positions, prefix_cache
+        self._most_positions, self._prefix_cache, self._grow = most_positions, prefix_cache, grow
         self._settled = len(prompt)
 
     @property
@@ -117,7 +119,11 @@ class BlockText:
         return math.lcm(self._prefix_cache, self.pool.page_size)
 
     def make_room(self, places: int) -> bool:
-        """Takes pages for the text's first `places`; False: the model or the memory ends before."""
+        """Takes pages for the text's first `places`; False: the model or the memory ends before.
+
+        Raises:
+            OutOfPagesError: there are none, and the text does not take what there is.
+        """
         positions = places - self.shift
         if positions > self._most_positions:
             return False
@@ -126,6 +132,8 @@ class BlockText:
             try:
                 self.pages += self.pool.take(lacking)
             except OutOfPagesError:
+                if not self._grow:
+                    raise
                 return False
         return True
 
