@@ -9,15 +9,19 @@ VOCABULARY, MASK, STOP = 96, 94, 95
 
 
 def write(folder, family, seed=0, block_size=16, **changes):
-    """A model of two layers whose confidences lie on both sides of the usual thresholds."""
+    """A model of two layers whose confidences lie on both sides of the usual thresholds.
+
+    MASK, never predicted, is the second last of its ids, the end of a text the last.
+    """
+    vocabulary = changes.get("vocab_size", VOCABULARY)
     generator = torch.Generator().manual_seed(seed)
     sdar = family == "sdar"
     config = {
         "model_type": "sdar" if sdar else "Fast_dLLM_Qwen",
         "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
-        "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "mask_token_id": MASK,
-        "eos_token_id": STOP, "hidden_act": "silu",
+        "intermediate_size": 96, "vocab_size": vocabulary, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "mask_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1, "hidden_act": "silu",
         **({"head_dim": 16, "block_size": block_size} if sdar else {"bd_size": block_size}),
         **changes,
     }  # fmt: skip
@@ -32,11 +36,11 @@ def write(folder, family, seed=0, block_size=16, **changes):
         return 1 + 0.1 * torch.randn(size, generator=generator)
 
     tensors = {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, hidden, generator=generator),
+        "model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator),
         "model.norm.weight": near_one(hidden),
     }
     if not config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = matrix(VOCABULARY, hidden, 5.0)
+        tensors["lm_head.weight"] = matrix(vocabulary, hidden, 5.0)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}."
         sizes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
@@ -52,9 +56,8 @@ def write(folder, family, seed=0, block_size=16, **changes):
         tensors[f"{name}mlp.down_proj.weight"] = matrix(hidden, inner)
         for part in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}{part}.weight"] = near_one(hidden)
-    # MASK is never predicted.
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-    head[MASK] = 0.0
+    head[vocabulary - 2] = 0.0
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")

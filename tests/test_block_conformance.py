@@ -3,9 +3,13 @@
 import pytest
 
 import blockbatch
+import fast_interpreter
 from block_causal_data import FAMILIES, config, decode, expected_canvas, forwards, load, records
 from blockbatch_kernels import triton
 from interpreter import in_interpreter, run_in_the_interpreter
+
+if triton.interpreted():
+    fast_interpreter.replace_language_once()
 
 
 def check(model, record, **changes):

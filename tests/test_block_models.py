@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import blockbatch
+import fast_interpreter
 from block_causal_data import DATA, MASK, load
 from blockbatch.decoding.block_forward import BlockForward
 from blockbatch.decoding.block_text import BlockText
@@ -17,6 +18,9 @@ from blockbatch.models.chat import format_chat
 from blockbatch_kernels import triton
 from interpreter import in_interpreter, run_in_the_interpreter
 from test_tokenizer import write_tokenizer
+
+if triton.interpreted():
+    fast_interpreter.replace_language_once()
 
 FOLDERS = ("sdar", "fast_dllm_v2", "fast_dllm_v2_tied")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

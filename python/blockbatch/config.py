@@ -168,9 +168,6 @@ class DecodeConfig:
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
-        # What a block-causal model makes of an option that was left out may differ from what others do.
-        left_out = {field.name for field in fields(self) if getattr(self, field.name) is DEFAULT}
-        object.__setattr__(self, "_left_out", frozenset(left_out))
         for field in fields(self):
             name = field.name
             if name in _COMMON:
@@ -184,9 +181,7 @@ class DecodeConfig:
                     )
                 value = None
             elif value is DEFAULT:
-                value = options[name]
-                if name == "block_sizes":
-                    value = tuple(size for size in value if self.gen_length % size == 0) or (self.gen_length,)
+                value = self._default_of(name)
             object.__setattr__(self, name, value)
 
     def _check_blocks(self) -> None:
@@ -239,9 +234,15 @@ class DecodeConfig:
             if not isinstance(value, bool) and not (value is None and name in ("block_cache", "fuse_store")):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
 
-    def was_left_out(self, name: str) -> bool:
-        """Whether an option has its default because nothing was given for it."""
-        return name in self._left_out
+    def has_default(self, name: str) -> bool:
+        """Whether an option has the value that it has when it is left out."""
+        return getattr(self, name) == self._default_of(name)
+
+    def _default_of(self, name: str) -> Any:
+        value = METHOD_OPTIONS[self.method][name]
+        if name == "block_sizes":
+            value = tuple(size for size in value if self.gen_length % size == 0) or (self.gen_length,)
+        return value
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]

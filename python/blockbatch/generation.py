@@ -8,7 +8,14 @@ import torch
 
 from blockbatch import memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import BLOCK_METHOD_BUILDERS, METHOD_BUILDERS, BlockSession, RunnerPool, Session
+from blockbatch.decoding import (
+    BLOCK_METHOD_BUILDERS,
+    METHOD_BUILDERS,
+    BlockSession,
+    Method,
+    RunnerPool,
+    Session,
+)
 from blockbatch.decoding.block_diffusion import BlockMethod, warn_of_size
 from blockbatch.models.model import Model
 from blockbatch.result import Result
@@ -101,10 +108,10 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session 
 
 
 def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
-    eos_token_ids = _eos_token_ids(model, config)
-    method = _builder(model, config)(config, model.spec, eos_token_ids)
+    method = check_method(model, config)
     stops = None
     if config.stop:
+        eos_token_ids = _eos_token_ids(model, config)
         stops = StopSequences(model.tokenizer, config.stop, eos_token_ids, len(prompts))
     if model.spec.block_size is not None:
         pool = memory.page_pool(model)
@@ -124,8 +131,8 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
     )
 
 
-def _builder(model: Model, config: DecodeConfig):
-    """What makes the method of `config` for the model; ValueError if the model cannot run it."""
+def check_method(model: Model, config: DecodeConfig) -> Method | BlockMethod:
+    """The method of `config` for the model; ValueError if the model cannot run it."""
     builders = METHOD_BUILDERS if model.spec.block_size is None else BLOCK_METHOD_BUILDERS
     if config.method not in builders:
         kind = "full" if model.spec.block_size is None else "block-causal"
@@ -137,7 +144,7 @@ def _builder(model: Model, config: DecodeConfig):
         raise ValueError(
             f"trace_kv: expected False for {model.spec.family}, whose stored K/V never change, got True"
         )
-    return builders[config.method]
+    return builders[config.method](config, model.spec, _eos_token_ids(model, config))
 
 
 def _check_stop(model: Model, config: DecodeConfig) -> None:
@@ -194,7 +201,7 @@ def _encode(model: Model, prompt: Prompt, name: str) -> list[int]:
 def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) -> None:
     """Raises ValueError if a prompt's ids cannot be decoded; `name` is what the message calls it."""
     spec = model.spec
-    method = _builder(model, config)(config, spec, _eos_token_ids(model, config))
+    method = check_method(model, config)
     if not ids and spec.prediction_offset:
         raise ValueError(f"{name}: expected at least one token for {spec.family}, got an empty prompt")
     for position, token in enumerate(ids):

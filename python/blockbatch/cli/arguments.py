@@ -75,6 +75,17 @@ def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:
     return DecodeConfig(**given, **more)
 
 
+def default_methods(options: argparse.Namespace) -> tuple[str, ...]:
+    """The methods that the named model runs, in the order of a table."""
+    from blockbatch.evaluation.settings import BLOCK_TABLE_METHODS, TABLE_METHODS
+
+    if options.model == "tiny":
+        return TABLE_METHODS
+    from blockbatch.models.model import is_block_causal
+
+    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else TABLE_METHODS
+
+
 def chat_prompt(model: Model, text: str) -> str:
     """`text` as a user's message in the model's chat format."""
     if model.tokenizer is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, chat_prompt, load, methods_note, names
+from blockbatch.cli.arguments import add_model, chat_prompt, default_methods, load, methods_note, names
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import Row, comparison_table, family_table
@@ -84,10 +84,10 @@ def run(options: argparse.Namespace) -> None:
     from blockbatch import generation
     from blockbatch.evaluation.runner import warm_up
 
-    methods = TABLE_METHODS if options.methods is None else options.methods
+    methods = default_methods(options) if options.methods is None else options.methods
     presets = options.preset
     if presets is None:
-        presets = TABLE_PRESETS if options.methods is None else ()
+        presets = TABLE_PRESETS if options.methods is None and methods == TABLE_METHODS else ()
     settings = table_settings(methods, options.gen_length) + preset_settings(presets, options.gen_length)
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
@@ -98,6 +98,8 @@ def run(options: argparse.Namespace) -> None:
     # All prompts are checked before the first is decoded; a canvas has the same limit by every method.
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
+    for row in rows:
+        generation.check_method(model, row.config)
     with _progress() as show:
         warm_up(model, ((row.config, [ids]) for row in rows for ids in prompts), show)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, names
+from blockbatch.cli.arguments import add_model, default_methods, names
 from blockbatch.cli.files import write_json, write_text
 from blockbatch.cli.recorded import (
     add_lengths,
@@ -23,7 +23,6 @@ from blockbatch.evaluation.presets import METHOD_SETTINGS, PRESETS, Preset, get_
 from blockbatch.evaluation.progress import duration
 from blockbatch.evaluation.settings import (
     FIXED_BLOCKS,
-    TABLE_METHODS,
     Setting,
     fixed_block_settings,
     parse_setting,
@@ -111,7 +110,7 @@ def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset |
     Raises:
         ValueError: naming the option.
     """
-    named = TABLE_METHODS if options.methods is None else options.methods
+    named = default_methods(options) if options.methods is None else options.methods
     methods = [method for method in named if method != FIXED_BLOCKS]
     given = None if preset is None else METHOD_SETTINGS
     own = preset_settings([name for name in options.preset if name in PRESET_TABLE], gen_length)

@@ -163,7 +163,7 @@ def _summary(config: DecodeConfig, result: Result) -> str:
     parts = (
         config.method,
         f"{count} tokens in {result.seconds:.2f} s ({count / result.seconds:.0f} tokens/s)",
-        f"NFE {nfe.total} = {nfe.init} init + {nfe.block} block + {nfe.refresh} refresh",
+        f"NFE {nfe.total} = " + " + ".join(f"{count} {kind}" for kind, count in asdict(nfe).items()),
         *([f"{result.adopted} adopted from drafts"] if config.drafts else []),
         f"block {result.block_size} won" if len(result.branches) > 1 else f"block {result.block_size}",
         f"stop: {result.stop_reason}",

@@ -147,16 +147,11 @@ def branches(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ..
     """
     check_family(config, spec)
     size = spec.block_size
-    for name, fits in (
-        ("refresh_interval", (None,)),
-        ("refresh_scope", ("canvas",)),
-        ("query_span", ("window",)),
-        ("eos_exit", ("prefix",)),
-    ):
-        if not config.was_left_out(name) and getattr(config, name) not in fits:
+    for name in ("refresh_interval", "refresh_scope", "query_span", "eos_exit"):
+        if not config.has_default(name) and getattr(config, name) is not None:
             raise ValueError(
-                f"{name}: expected {fits[0]!r} for {spec.family}, whose stored K/V never change, got "
-                f"{getattr(config, name)!r}"
+                f"{name}: expected it left out for {spec.family}, whose stored K/V never change and whose "
+                f"text ends before an EOS, got {getattr(config, name)!r}"
             )
     if size % PAGE_SIZE:
         raise ValueError(
@@ -164,7 +159,7 @@ def branches(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ..
             f"block need one of a multiple of {PAGE_SIZE} positions, got 'blockbatch'"
         )
     sizes = config.block_sizes
-    if config.was_left_out("block_sizes"):
+    if config.has_default("block_sizes"):
         sizes = tuple(one for one in PAPER_BLOCK_SIZES if size % one == 0)
     for one in sizes:
         if size % one:

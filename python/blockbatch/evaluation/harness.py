@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ except ImportError as error:
         f"expected the package lm_eval 0.4.13 or newer: pip install 'blockbatch[lm-eval]' ({error})"
     ) from error
 
+from blockbatch.branches import NFE, BlockNFE
 from blockbatch.config import DecodeConfig
 from blockbatch.evaluation.harness_options import (
     DEFAULT_GEN_LENGTH,
@@ -92,7 +94,8 @@ class BlockBatchLM(LM):
             raise ValueError(f"pretrained: expected a model with a tokenizer, got {pretrained!r} without one")
         self._device = self.model.device
         self._requests, self._tokens, self._adopted, self._seconds = 0, 0, 0, 0.0
-        self._forwards = {"init": 0, "block": 0, "refresh": 0}
+        counts = NFE if self.model.spec.block_size is None else BlockNFE
+        self._forwards = {field.name: 0 for field in fields(counts)}
 
     @classmethod
     def create_from_arg_obj(
@@ -239,7 +242,10 @@ class BlockBatchLM(LM):
     def _prompt(self, context: str, config: DecodeConfig) -> list[int]:
         """The prompt's ids, without its beginning where the whole does not fit."""
         ids = self.model.tokenizer.encode(context)
-        room = self.max_length - config.gen_length
+        # A text of a block-causal model ends with a whole block.
+        size = config.block_size or self.model.spec.block_size or 1
+        whole = 1 if self.model.spec.block_size is None else size
+        room = self.max_length // whole * whole - config.gen_length
         if room < 1:
             raise ValueError(
                 f"gen_length: expected less than the {self.max_length} positions of the model, got "

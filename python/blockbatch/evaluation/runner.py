@@ -162,7 +162,7 @@ def warm_up(
             generation.generate(model, prompts, config)
         else:
             gen_length = min(_WARM_UP_TOKENS, config.gen_length)
-            one_block = {"block_size": gen_length} if config.block_sizes is None else {}
+            one_block = {} if config.block_size is None else {"block_size": gen_length}
             short = DecodeConfig(method=config.method, gen_length=gen_length, **one_block)
             generation.generate(model, prompts[0], short)
 
@@ -176,6 +176,8 @@ def _check(model: Model, problems: Sequence[Problem], settings: Sequence[Setting
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     _check_names("problems", [(problem.task, problem.id) for problem in problems])
     _check_names("settings", [setting.label for setting in settings])
+    for setting in settings:
+        generation.check_method(model, setting.config)
 
 
 def _check_names(argument: str, names: Sequence[Any]) -> None:

@@ -173,6 +173,17 @@ def _range(ids: Tensor) -> str:
     return f"ids from {int(ids.min())} to {int(ids.max())}"
 
 
+def is_block_causal(name_or_path: str | os.PathLike) -> bool:
+    """Whether `load_model` would give a model whose attention is causal across blocks.
+
+    Raises:
+        CheckpointError, FileNotFoundError: as `load_model`.
+    """
+    if str(name_or_path).startswith("tiny") and not Path(name_or_path).exists():
+        return name_or_path == "tiny-block"
+    return read_spec(read_config(resolve_folder(name_or_path))).block_size is not None
+
+
 def load_model(
     name_or_path: str | os.PathLike,
     *,
