@@ -20,8 +20,8 @@ def write(folder, family, seed=0, block_size=16, **changes):
         "model_type": "sdar" if sdar else "Fast_dLLM_Qwen",
         "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
         "intermediate_size": 96, "vocab_size": vocabulary, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "mask_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "mask_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "hidden_act": "silu",
         **({"head_dim": 16, "block_size": block_size} if sdar else {"bd_size": block_size}),
         **changes,
     }  # fmt: skip

@@ -23,6 +23,7 @@ from blockbatch.evaluation.presets import METHOD_SETTINGS, PRESETS, Preset, get_
 from blockbatch.evaluation.progress import duration
 from blockbatch.evaluation.settings import (
     FIXED_BLOCKS,
+    TABLE_METHODS,
     Setting,
     fixed_block_settings,
     parse_setting,
@@ -94,6 +95,8 @@ def run(options: argparse.Namespace) -> None:
     gen_length = options.gen_length
     if gen_length is None:
         gen_length = preset.gen_length if preset else default_length(tasks)
+    if options.methods is None:
+        options.methods = default_methods(options)
     settings = plan_settings(options, gen_length, preset)
     begun = time.perf_counter()
     folder = output_folder(options, DEFAULT_OUT)
@@ -110,7 +113,7 @@ def plan_settings(options: argparse.Namespace, gen_length: int, preset: Preset |
     Raises:
         ValueError: naming the option.
     """
-    named = default_methods(options) if options.methods is None else options.methods
+    named = TABLE_METHODS if options.methods is None else options.methods
     methods = [method for method in named if method != FIXED_BLOCKS]
     given = None if preset is None else METHOD_SETTINGS
     own = preset_settings([name for name in options.preset if name in PRESET_TABLE], gen_length)

@@ -175,14 +175,20 @@ class BlockSession:
 
     def _begin_record(self, request: int) -> dict[str, Any]:
         text, forward = self.texts[request], self._asked[request]
-        readers = forward.branches or (None,)
         lengths = [len(row.ids) for row in forward.rows]
+        # A forward for all branches alike counts as the first one's.
+        readers = forward.branches or (0,) * len(text.windows())
+        queries = [
+            0 if reader in readers[:index] else lengths[reader] for index, reader in enumerate(readers)
+        ]
+        if not forward.branches:
+            queries[0] = sum(lengths)
         return {
             "kind": forward.kind,
             "seconds": 0.0,
             "rows": list(range(len(readers))),
             "windows": [list(window) for window in text.windows()],
-            "queries": [sum(lengths) if reader is None else lengths[reader] for reader in readers],
+            "queries": queries,
             "packed_tokens": sum(lengths),
             "distinct_rows": len(set(readers)),
             "stored": text.stored,
