@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from blockbatch.decoding import (
     Session,
 )
 from blockbatch.decoding.block_diffusion import BlockMethod, warn_of_size
+from blockbatch.decoding.block_forward import BlockForward
 from blockbatch.models.model import Model
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
@@ -115,8 +117,13 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
         stops = StopSequences(model.tokenizer, config.stop, eos_token_ids, len(prompts))
     if model.spec.block_size is not None:
         pool = memory.page_pool(model)
+        if model.device.type == "cuda":
+            # Captured steps are of no use once the pool has moved.
+            pool.reserve(memory.first_pages(method, list(map(len, prompts))))
+        if model.block_forward is None:
+            model.block_forward = BlockForward(weakref.proxy(model), pool)
         warn_of_size(method)
-        return BlockSession(model, prompts, method, pool, observed=config.trace, stops=stops)
+        return BlockSession(model, prompts, method, model.block_forward, observed=config.trace, stops=stops)
     if model.device.type == "cpu":
         return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
     if model.runners is None:

@@ -114,6 +114,13 @@ def page_pool(model: Model) -> PagePool:
     return model.pool
 
 
+def first_pages(method: BlockMethod, lengths: list[int]) -> int:
+    """Pages that prompts of these lengths will need soon: those of up to 4096 positions of each text."""
+    pages = kv_cache.pages_per_row
+    more = (max(len(method.block_sizes), 1) - 1) * pages(method.block_size)
+    return sum(pages(min(method.positions(length), length + 4096)) + more for length in lengths)
+
+
 def _rows(config: DecodeConfig) -> int:
     """Rows of a request: its branches and its drafts."""
     branches = len(config.block_sizes) if config.block_sizes else 1

@@ -125,6 +125,11 @@ class PagePool:
             self._holders[page] = 1
         return pages
 
+    def reserve(self, count: int) -> None:
+        """Grows as far as `count` more pages need, within the most."""
+        if len(self._free) < count:
+            self._grow(self.pages_in_use + count)
+
     def hold(self, pages: Sequence[int]) -> None:
         """One more holder of pages that are in use."""
         for page in pages:

@@ -177,6 +177,7 @@ def _report(config: DecodeConfig, result: Result) -> dict[str, Any]:
         "tokens": result.tokens,
         "nfe": {**asdict(result.nfe), "total": result.nfe.total},
         "adopted": result.adopted,
+        "prefix_tokens": result.prefix_tokens,
         "stop_reason": result.stop_reason,
         "block_size": result.block_size,
         "branches": [asdict(branch) for branch in result.branches],

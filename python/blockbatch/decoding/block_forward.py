@@ -12,9 +12,17 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.page_pool import PagePool
+
+# Rows that are planned together: the plan of the attention compares every row with every other.
+_MOST_ROWS = 256
+# Forwards of more rows are as good as never repeated in the same shape.
+_MOST_GRAPH_ROWS = 12
+_MOST_GRAPHS = 48
 
 
 class Row(NamedTuple):
@@ -39,24 +47,53 @@ class Row(NamedTuple):
 Predicted = list[tuple[int, float]]
 
 
+class _Shape(NamedTuple):
+    """What decides which work is launched.
+
+    Attributes:
+        lengths: tokens of each row.
+        columns: pages of a row of the page table.
+        places: predictions.
+        distinct: texts that the rows belong to, as far as they begin differently.
+    """
+
+    lengths: tuple[int, ...]
+    columns: int
+    places: int
+    distinct: int
+
+
 class _Pages(NamedTuple):
     """What `Model.predict` wants of a cache."""
 
-    kv: torch.Tensor
-    page_table: torch.Tensor
+    kv: Tensor
+    page_table: Tensor
     distinct_rows: int
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    outputs: Tensor
 
 
 class BlockForward:
     """Runs rows on a model and its pool; the host waits for the device once a forward.
 
+    On a GPU forwards of few rows are captured as CUDA graphs: the first of a shape runs as it is.
+
     Args:
         model: see `BlockSession`.
         pool: the pages that rows speak of; *written* at their queries.
+
+    Attributes:
+        pool: as given.
     """
 
     def __init__(self, model, pool: PagePool) -> None:
-        self._model, self._pool = model, pool
+        self._model, self.pool = model, pool
+        self._graphs: dict[_Shape, _Graph] | None = {} if StepGraphs.possible(model) else None
+        self._graph_pool, self._generation = None, pool.generation
 
     def run(self, rows: Sequence[Row], max_tokens: int) -> list[Predicted]:
         """What the model predicts for each row; rows in front are computed before rows behind.
@@ -70,7 +107,27 @@ class BlockForward:
         return predicted
 
     def _run(self, rows: Sequence[Row]) -> list[Predicted]:
-        page_size, device = self._pool.page_size, self._model.device
+        captured = self._graphs is not None and len(rows) <= _MOST_GRAPH_ROWS and any(r.predict for r in rows)
+        shape, values = self._pack(rows, captured)
+        packed = torch.tensor(values, dtype=torch.int32)
+        both = (
+            self._replay(shape, packed) if captured else self._compute(shape, packed.to(self._model.device))
+        )
+        counts = [len(row.predict) for row in rows]
+        if not any(counts):
+            return [[] for _ in rows]
+        both = both.cpu()
+        pairs = list(zip(both[0].tolist(), both[1].view(torch.float32).tolist(), strict=True))
+        ends = list(accumulate(counts, initial=0))
+        return [pairs[start:end] for start, end in zip(ends, ends[1:])]
+
+    def _pack(self, rows: Sequence[Row], padded: bool) -> tuple[_Shape, list[int]]:
+        """The forward's inputs as one list, in the order in which `_compute` takes them apart.
+
+        Args:
+            padded: to few shapes: as many predictions as tokens, a page table of a power of two of columns.
+        """
+        page_size = self.pool.page_size
         ids, positions, slots, row_index, wanted = [], [], [], [], []
         for index, row in enumerate(rows):
             wanted += [len(ids) + place for place in row.predict]
@@ -80,49 +137,70 @@ class BlockForward:
                 positions.append(position)
                 slots.append(row.pages[position // page_size] * page_size + position % page_size)
         columns = max(-(-row.end // page_size) for row in rows)
-        tables = [list(row.pages[:columns]) for row in rows]
+        if padded:
+            columns = max(16, 1 << (columns - 1).bit_length())
         # Without a prediction to make, the last layer still needs a row to go on with.
-        places = wanted or [0]
-        parts = (
-            ids,
-            positions,
-            row_index,
-            list(accumulate((len(row.ids) for row in rows), initial=0)),
-            [row.end for row in rows],
-            slots,
-            places,
-            *(table + [table[0]] * (columns - len(table)) for table in tables),
-        )
-        sizes = [len(part) for part in parts]
-        packed = torch.tensor([value for part in parts for value in part], dtype=torch.int32)
-        on_device = packed.to(device, non_blocking=True).split(sizes)
-        input_ids, positions, row_index, cu_seqlens_q, seqlens_k, slots, places = on_device[:7]
+        places = len(ids) if padded else max(len(wanted), 1)
+        lengths = [len(row.ids) for row in rows]
+        ends = [row.end for row in rows]
+        table = []
+        for row in rows:
+            pages = list(row.pages[:columns])
+            table += pages + [pages[0]] * (columns - len(pages))
+        # Rows of one text share what is stored.
+        distinct = len({row.pages[0] for row in rows})
+        values = [*ids, *positions, *row_index, *accumulate(lengths, initial=0), *ends, *slots]
+        values += wanted + [0] * (places - len(wanted)) + table
+        return _Shape(tuple(lengths), columns, places, distinct), values
+
+    def _compute(self, shape: _Shape, packed: Tensor) -> Tensor:
+        """The forward of what `_pack` wrote, on the device: top tokens and the bits of confidences."""
+        rows, tokens = len(shape.lengths), sum(shape.lengths)
+        sizes = [tokens, tokens, tokens, rows + 1, rows, tokens, shape.places, rows * shape.columns]
+        ids, positions, row_index, cu_seqlens_q, seqlens_k, slots, places, table = packed.split(sizes)
         queries = bbk.PackedQueries(
-            input_ids=input_ids,
+            input_ids=ids,
             positions=positions,
             row_index=row_index,
             cu_seqlens_q=cu_seqlens_q,
             slot_mapping=slots.long(),
             predict_index=places.long(),
-            predict_target=torch.arange(len(places), device=device),
+            predict_target=torch.arange(shape.places, device=packed.device),
         )
-        distinct = len({tuple(table[-1:]) for table in tables})
-        pages = _Pages(self._pool.kv, torch.stack(on_device[7:]), distinct)
+        pages = _Pages(self.pool.kv, table.view(rows, shape.columns), shape.distinct)
         predictions = self._model.predict(queries, pages, seqlens_k)
-        if not wanted:
-            return [[] for _ in rows]
-        both = torch.stack((predictions.top_token, predictions.confidence.view(torch.int32))).cpu()
-        pairs = list(zip(both[0].tolist(), both[1].view(torch.float32).tolist(), strict=True))
-        ends = list(accumulate((len(row.predict) for row in rows), initial=0))
-        return [pairs[start:end] for start, end in zip(ends, ends[1:])]
+        return torch.stack((predictions.top_token, predictions.confidence.view(torch.int32)))
+
+    def _replay(self, shape: _Shape, packed: Tensor) -> Tensor:
+        """`_compute` by a graph, captured behind the first forward of its shape."""
+        if self._generation != self.pool.generation:
+            # The pool's memory is another.
+            self._graphs.clear()
+            self._generation = self.pool.generation
+        graph = self._graphs.get(shape)
+        if graph is not None:
+            graph.inputs.copy_(packed)
+            graph.graph.replay()
+            return graph.outputs
+        inputs = packed.to(self._model.device)
+        # This forward is real work and warms up what a capture must not do: loading kernels, choosing
+        # algorithms.
+        outputs = self._compute(shape, inputs)
+        if len(self._graphs) < _MOST_GRAPHS:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                captured = self._compute(shape, inputs)
+            self._graph_pool = self._graph_pool or graph.pool()
+            self._graphs[shape] = _Graph(graph, inputs, captured)
+        return outputs
 
 
 def _chunks(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Consecutive rows of at most `max_tokens` tokens together, or single rows."""
+    """Consecutive rows of at most `max_tokens` tokens together, or single rows; not too many either."""
     chunks: list[list[Row]] = []
     tokens = 0
     for row in rows:
-        if chunks and tokens + len(row.ids) <= max_tokens:
+        if chunks and tokens + len(row.ids) <= max_tokens and len(chunks[-1]) < _MOST_ROWS:
             chunks[-1].append(row)
             tokens += len(row.ids)
         else:

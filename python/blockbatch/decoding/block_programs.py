@@ -1,7 +1,7 @@
 """The published rules of SDAR and Fast-dLLM v2, each as a program that asks for one forward after the other.
 
-Written from what the published code does; `BLOCK_DIFFUSION.md` says the rules in words. A program yields forwards
-and is sent what they predict. Its return value says why it ended: "eos" or "length".
+Written from what the published code does; `BLOCK_DIFFUSION.md` says the rules in words. A program yields
+forwards and is sent what they predict. Its return value says why it ended: "eos" or "length".
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from blockbatch.decoding.block_forward import BlockForward, Predicted
 from blockbatch.decoding.block_programs import PROGRAMS
 from blockbatch.decoding.block_text import BlockText, Forward
 from blockbatch.decoding.session import ROW_TOKENS, Stops
-from blockbatch.page_pool import PagePool
 
 # What forwards count as; a fused one is a denoise forward that stores on the way.
 _COUNTS = {"prefill": "prefill", "store": "store"}
@@ -46,7 +45,7 @@ class BlockSession:
             `blockbatch.models.Model`.
         prompts: token ids, one list for each request.
         method: how to decode.
-        pool: pages of the model.
+        forward: of the model; several sessions may share it, one forward after the other.
         observed: whether steps tell what every forward did.
         stops: asked before every forward; None: the programs alone end requests.
     """
@@ -58,13 +57,13 @@ class BlockSession:
         model,
         prompts: list[list[int]],
         method: BlockMethod,
-        pool: PagePool,
+        forward: BlockForward,
         *,
         observed: bool = False,
         stops: Stops | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method, observed, stops
-        self._forward = BlockForward(model, pool)
+        self._forward, pool = forward, forward.pool
         cached = method.block_size if method.prefix_cache else None
         about = (pool, model.spec.max_length, method.mask_token_id, cached, method.grow)
         self.texts = [BlockText(prompt, *about) for prompt in prompts]

@@ -31,7 +31,7 @@ class Model:
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
-        pool: the pages of a block-causal model; None before the first decode.
+        pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
     """
 
@@ -50,7 +50,7 @@ class Model:
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
-        self.pool = None
+        self.pool, self.block_forward = None, None
         self._rope = transformer.rope_table(spec, self.device)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
