@@ -7,7 +7,7 @@ are written before the attention of a layer reads any, so one forward prefills t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -105,6 +105,15 @@ class BlockForward:
         for part in _chunks(rows, max_tokens):
             predicted += self._run(part)
         return predicted
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    def captured(self, rows: Sequence[Row]) -> Callable[[], None] | None:
+        """What replays the captured forward of these rows, for measurements; None if there is none."""
+        graph = (self._graphs or {}).get(self._pack(rows, padded=True)[0])
+        return None if graph is None else graph.graph.replay
 
     def _run(self, rows: Sequence[Row]) -> list[Predicted]:
         captured = self._graphs is not None and len(rows) <= _MOST_GRAPH_ROWS and any(r.predict for r in rows)

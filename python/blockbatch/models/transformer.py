@@ -132,12 +132,12 @@ def _normed_heads(
 ) -> Tensor:
     """`linear_rope_kv_write` with an RMSNorm over each head of q and k in front of the rotation (Qwen3)."""
     heads = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
-    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-
-    def norm(part: Tensor, weight: Tensor) -> Tensor:
-        rows = part.reshape(-1, spec.head_dim)
-        return bbk.rms_norm(rows, weight, eps=spec.rms_norm_eps, backend=backend).view(part.shape)
-
-    q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
-    bbk.rope_kv_write(q, k, v, *where, backend=backend)
+    if layer.head_norms is None:
+        parts = layer.q_norm.expand(spec.num_heads, -1), layer.k_norm.expand(spec.num_kv_heads, -1)
+        layer.head_norms, layer.ones = torch.cat(parts), torch.ones_like(layer.q_norm)
+    # The heads of v are normed for nothing: all heads lie back to back, and need one launch and no copy.
+    normed = bbk.rms_norm(heads.flatten(0, 1), layer.ones, eps=spec.rms_norm_eps, backend=backend)
+    normed = normed.view(heads.shape)[:, : len(layer.head_norms)].mul_(layer.head_norms)
+    q, k = normed.split((spec.num_heads, spec.num_kv_heads), dim=1)
+    bbk.rope_kv_write(q, k, heads[:, len(layer.head_norms) :], *where, backend=backend)
     return q
