@@ -71,9 +71,10 @@ endif
 	@echo "Installing into $(ENV_DIR):"
 	@echo "  $(or $(TORCH),torch as it is there)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	@echo "  blockbatch (editable)$(if $(EXTRAS), with the extra $(EXTRAS)), numpy, safetensors, tokenizers, huggingface_hub"
-	@echo "  the CUDA extension: BBK_BUILD_CUDA=$${BBK_BUILD_CUDA:-auto}, nvcc: $$(command -v nvcc || echo none)"
+	@echo "  the CUDA extension: BBK_BUILD_CUDA=$${BBK_BUILD_CUDA:-auto}, nvcc: $$(command -v nvcc || echo none);"
+	@echo "  it is compiled where there are both nvcc and a GPU, or with BBK_BUILD_CUDA=1, and takes some minutes"
 	$(if $(TORCH),$(ENV_PYTHON) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
-	$(ENV_PYTHON) -m pip install -q -e '.$(EXTRAS)'
+	$(ENV_PYTHON) -m pip install $$(sh -c ': >/dev/tty' 2>/dev/null && echo -q || echo -v) -e '.$(EXTRAS)'
 	@$(ENV_PYTHON) -c "from blockbatch_kernels import cuda; print('CUDA backend:', cuda.why_unavailable() or 'available')"
 	@echo $(CURDIR) | tee $@ > $(ENV_DIR)/.blockbatch-run
 

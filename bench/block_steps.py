@@ -24,10 +24,11 @@ import torch
 from random_models import DTYPES, random_model, random_prompt, with_backend
 from timing import ceilings, clean, device_of, event_ms, parser, rounded, target, wall_ms, write_report
 
-from blockbatch import memory
 from blockbatch.decoding.block_forward import BlockForward, Row
 from blockbatch.decoding.block_text import BlockText
+from blockbatch.kv_cache import PAGE_SIZE
 from blockbatch.models import Model
+from blockbatch.page_pool import PagePool
 
 # Tokens of a prompt that are computed at once, as decodes do on a GPU.
 ROW_TOKENS = 2048
@@ -37,11 +38,20 @@ FOUND = (0.0, 0.5, 0.75)
 TOLERANCE = 0.1
 
 
+def new_pool(model: Model, positions: int) -> PagePool:
+    spec = model.spec
+    sizes = dict(num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    # Pages of other branches, beside those of the text.
+    pages = positions // PAGE_SIZE + 1 + sum(BRANCHES) * spec.block_size
+    pool = PagePool(pages, **sizes, dtype=model.dtype, device=model.device)
+    pool.reserve(pages)
+    return pool
+
+
 def new_text(model: Model, length: int, more: int) -> BlockText:
     """A text of random ids with pages for `more` behind them."""
-    pool = memory.page_pool(model)
+    pool = new_pool(model, length + more)
     text = BlockText(random_prompt(model.spec, length), pool, model.spec.max_length, model.spec.mask_token_id)
-    pool.reserve((length + more) // pool.page_size + 1)
     if not text.make_room(length + more):
         raise SystemExit(f"expected room for {length + more} positions, got less")
     text.ids += [text.mask] * more
@@ -90,8 +100,8 @@ def kv_bytes(model: Model, positions: int) -> int:
 def denoise_lines(model: Model, stored: int, copy: float, repeats: int) -> list[dict]:
     """Forwards of one block behind a stored prefix, which is random memory: only its bytes matter."""
     size, lines = model.spec.block_size, []
-    forward = BlockForward(model, memory.page_pool(model))
     text = new_text(model, stored, 2 * size)
+    forward = BlockForward(model, text.pool)
     forward.run(text.blocks(0, stored, size), ROW_TOKENS)
     stop = stored + size
     everything = range(stored, stop)
@@ -112,8 +122,8 @@ def denoise_lines(model: Model, stored: int, copy: float, repeats: int) -> list[
 
 
 def prefill_lines(model: Model, length: int, repeats: int) -> list[dict]:
-    forward, lines = BlockForward(model, memory.page_pool(model)), []
-    text = new_text(model, length, 0)
+    text, lines = new_text(model, length, 0), []
+    forward = BlockForward(model, text.pool)
     for size in (model.spec.block_size, 4):
         rows = text.blocks(0, length, size)
         line = {"forward": "prefill", "block_size": size, "tokens": length}

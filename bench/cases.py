@@ -16,6 +16,7 @@ from blockbatch.decoding.forward import block_denoise
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.session import Runner, new_runner
 from blockbatch.models import Model
+from blockbatch_kernels.reference.plan import next_plan, write
 
 
 class Snapshot:
@@ -24,7 +25,9 @@ class Snapshot:
 
     def __init__(self, batch: Batch) -> None:
         tensors = [getattr(batch.state, field.name) for field in fields(batch.state)]
-        tensors += [batch.plan.host_part(), batch.plan.predict, batch.cache.page_table, batch.seqlens_k]
+        plan = batch.plan
+        tensors += [plan.host_part(), plan.predict, plan.query_position]
+        tensors += [batch.cache.page_table, batch.seqlens_k]
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -63,6 +66,10 @@ class StepCase:
         prompt_length, gen_length: tokens; the canvas is both.
         separate_pages: gives every branch pages of its own over its whole canvas; else all branches share
             the pages outside their windows.
+        known: this share of the generation region holds tokens before the step, at the same scattered places
+            in every branch.
+        settings: of the policy, beside its defaults; without them nothing is refreshed, so that block steps
+            follow each other for as long as they are timed.
     """
 
     def __init__(
@@ -73,24 +80,39 @@ class StepCase:
         gen_length: int,
         *,
         separate_pages: bool = False,
+        known: float = 0.0,
+        **settings,
     ) -> None:
         self.model, self.canvas_length = model, prompt_length + gen_length
-        # No refresh, so that block steps follow each other for as long as they are timed.
-        self.method = Method(block_sizes, policy(model, refresh_interval=None))
+        self.method = Method(block_sizes, policy(model, **{"refresh_interval": None} | settings))
         runner = new_runner(model, 1, self.method, gen_length, prompt_length)
         self.graphs = RecordedGraphs(runner.graphs) if runner.graphs is not None else None
         self.runner, self.batch = Runner(runner.batch, self.graphs), runner.batch
         prompt = random_prompt(model.spec, prompt_length)
         self.session = Session(model, [prompt], self.method, gen_length, runner=self.runner)
         self.session.step()
+        if known:
+            self._scatter(known)
         self.plan = host_plan(self.batch)
         self.tokens, self.predictions = self.plan.query_tokens, self.plan.predictions
         if separate_pages:
             canvas = self.batch.seqlens_k
             self.batch.cache.make_private(torch.zeros_like(canvas), canvas)
             self.batch.note_sources(list(range(self.batch.state.num_rows)))
-        self.batch.cache.make_private(self.batch.plan.query_start, self.batch.plan.query_end)
+        plan, scattered = self.batch.plan, self.method.params.query_span == "open"
+        positions = plan.query_position if scattered else None
+        self.batch.cache.make_private(plan.query_start, plan.query_end, positions)
         self.snapshot = Snapshot(self.batch)
+
+    def _scatter(self, known: float) -> None:
+        """Writes tokens to that share of the positions, computed as they stand there, and plans anew."""
+        state = self.batch.state
+        text = torch.tensor(random_prompt(self.model.spec, state.gen_length, seed=1), dtype=torch.int32)
+        order = torch.randperm(state.gen_length, generator=torch.Generator().manual_seed(0))
+        places = order[: int(known * state.gen_length)].sort().values
+        state.tokens[:, places] = text[places].to(state.tokens)
+        state.cached_token.copy_(state.tokens)
+        write(next_plan(state, self.method.params), self.batch.plan)
 
     def restore(self) -> None:
         self.snapshot.restore()

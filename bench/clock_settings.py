@@ -95,7 +95,7 @@ ROWS = (
     *(_leaping(sizes) for sizes in ((4, 8, 16, 32, 64), (8, 16, 32, 64), (16, 64))),
 )
 # The row that stands for the preset "fast".
-FAST = "local_leap, generation, drafts 1-2"
+FAST = "blockbatch 4..64, leap, open"
 BY_LABEL = {row.label: row for row in ROWS}
 
 

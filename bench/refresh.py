@@ -3,7 +3,8 @@
     python bench/refresh.py [--shapes llada-8b dream-7b] [--length 1280]
 
 A request of six branches is brought to a refresh in which only so many of its rows hold different tokens; the
-engine computes each distinct row once and shares its pages. On each line:
+engine computes each distinct row once and shares its pages: all of it (scope "canvas"), or its generation
+region alone ("generation"). On each line:
 
     ours_ms         from the plan on the host to the plan of the next step, median by events
     parts_ms        the same by part, from the profiler's times of its kernels (the fastest of three)
@@ -38,6 +39,7 @@ from timing import (
 )
 from verify import Wrong, check_hidden, check_predictions, hidden_states
 
+from blockbatch.config import REFRESH_SCOPES
 from blockbatch.decoding import Method, Session
 from blockbatch.decoding.forward import whole_rows
 from blockbatch.decoding.session import ROW_TOKENS, new_runner
@@ -51,10 +53,12 @@ BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 class RefreshCase:
     """A request whose next forward is a refresh of `distinct` different rows."""
 
-    def __init__(self, model: Model, distinct: int, prompt_length: int, gen_length: int) -> None:
+    def __init__(
+        self, model: Model, distinct: int, prompt_length: int, gen_length: int, scope: str = "canvas"
+    ) -> None:
         self.model = model
         sizes = tuple(size for size in BLOCK_SIZES if size <= gen_length)
-        method = Method(sizes, policy(model))
+        method = Method(sizes, policy(model, refresh_scope=scope))
         runner = new_runner(model, 1, method, gen_length, prompt_length)
         self.batch = runner.batch
         session = Session(
@@ -106,9 +110,9 @@ def check(case: RefreshCase) -> dict:
     return found
 
 
-def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int) -> dict:
+def measure(model: Model, distinct: int, length: int, scope: str, limits: dict, repeats: int) -> dict:
     gen_length = min(256, length // 2)
-    case = RefreshCase(model, distinct, length - gen_length, gen_length)
+    case = RefreshCase(model, distinct, length - gen_length, gen_length, scope)
     device = model.device
     case.run()
     checks = check(case)
@@ -120,6 +124,7 @@ def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int
         "model": model.name,
         "distinct_rows": distinct,
         "length": length,
+        "scope": scope,
         "tokens": case.tokens,
         "predictions": case.predictions,
         "ours_ms": ours,
@@ -133,7 +138,7 @@ def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int
         ),
     }
     del alone
-    eager = RefreshCase(EagerModel(model), distinct, length - gen_length, gen_length)
+    eager = RefreshCase(EagerModel(model), distinct, length - gen_length, gen_length, scope)
     line["eager_ms"] = wall_ms(eager.run, device, 2, eager.snapshot.restore)
     line["checks"] = checks
     return line
@@ -142,7 +147,7 @@ def measure(model: Model, distinct: int, length: int, limits: dict, repeats: int
 def add_parts(model: Model, line: dict) -> None:
     """Adds the time of each part of the line's refresh."""
     gen_length = min(256, line["length"] // 2)
-    case = RefreshCase(model, line["distinct_rows"], line["length"] - gen_length, gen_length)
+    case = RefreshCase(model, line["distinct_rows"], line["length"] - gen_length, gen_length, line["scope"])
     case.run()
     kernels = parts.record(case.run, model.device, case.snapshot.restore)
     line["parts_ms"] = rounded(parts.split(kernels, model.spec.num_layers))
@@ -152,7 +157,7 @@ def add_parts(model: Model, line: dict) -> None:
 
 
 def name_of(line: dict) -> str:
-    return f"{line['model']:11} {line['distinct_rows']} rows, {line['tokens']:5} tokens:"
+    return f"{line['model']:11} {line['scope']:10} {line['distinct_rows']} rows, {line['tokens']:5} tokens:"
 
 
 def show(line: dict) -> str:
@@ -168,6 +173,7 @@ def main() -> None:
     arguments = parser(__doc__, "refresh", ["llada-8b", "dream-7b"])
     arguments.add_argument("--length", type=int, default=1280)
     arguments.add_argument("--rows", nargs="*", type=int, choices=range(1, 7))
+    arguments.add_argument("--scopes", nargs="*", default=REFRESH_SCOPES, choices=REFRESH_SCOPES)
     arguments.add_argument("--repeats", type=int, default=5)
     options = arguments.parse_args()
     device = device_of(options)
@@ -176,15 +182,16 @@ def main() -> None:
     for name in options.shapes:
         model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
         for distinct in options.rows or ((1, 6) if options.quick else range(1, 7)):
-            line = measure(model, distinct, options.length, limits, options.repeats)
-            lines.append(rounded(line))
-            print(show(line), flush=True)
-            clean(device)
+            for scope in options.scopes:
+                line = measure(model, distinct, options.length, scope, limits, options.repeats)
+                lines.append(rounded(line))
+                print(show(line), flush=True)
+                clean(device)
         del model
     parts.add_to_lines(options, device, lines, add_parts, name_of)
     found = [
         target(
-            f"{line['model']}, {line['distinct_rows']} rows: times products and attention",
+            f"{line['model']}, {line['scope']}, {line['distinct_rows']} rows: times products and attention",
             line["over_products_and_attention"],
             1.15,
         )

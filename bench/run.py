@@ -10,6 +10,7 @@ ANYWHERE = ("decode_cpu.py", "batch_invariance.py", "rounding.py", "clock.py --d
 ON_A_GPU = (
     "step_latency.py",
     "refresh.py",
+    "cheaper_steps.py",
     "ops.py",
     "gemm.py --candidates",
     "attention.py",

@@ -122,6 +122,7 @@ def _truth(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
 def hidden_states(case: Case, *, with_truth: bool = True) -> Hidden:
     """The forward that the case's batch is at, all of its queries in one pack, by two or three ways."""
     batch, model = case.batch, case.model
+    block = bbk.PHASES[int(batch.plan.flags[1])] == "block"
     packed = bbk.pack_windows(
         batch.state,
         batch.plan,
@@ -130,6 +131,7 @@ def hidden_states(case: Case, *, with_truth: bool = True) -> Hidden:
         capacity=case.tokens,
         predict_capacity=case.predictions,
         prediction_offset=model.spec.prediction_offset,
+        scattered=block and batch.method.params.query_span == "open",
         backend="reference",
     )
     ours = _forward(model, case, packed)

@@ -14,14 +14,17 @@ backend, `reference` holds the semantics in plain torch.
 from blockbatch_kernels import ops
 from blockbatch_kernels.library import traceable
 from blockbatch_kernels.ops import backend_of
+from blockbatch_kernels.shapes import NUM_LIKELY, map_entries
 from blockbatch_kernels.structs import (
     EOS_EXITS,
     PHASES,
+    POLICIES,
     QUERY_SPANS,
     STOP_REASONS,
     AttentionPlan,
     BranchState,
     PackedQueries,
+    PagePool,
     PolicyEvents,
     PolicyParams,
     Predictions,
@@ -37,6 +40,7 @@ linear = traceable(ops.linear)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
 linear_swiglu = traceable(ops.linear_swiglu)
 lm_head_confidence = traceable(ops.lm_head_confidence)
+lm_head_likely = traceable(ops.lm_head_likely)
 pack_windows = traceable(ops.pack_windows)
 rms_norm = traceable(ops.rms_norm)
 rope_kv_write = traceable(ops.rope_kv_write)
@@ -48,12 +52,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EOS_EXITS",
+    "NUM_LIKELY",
     "PHASES",
+    "POLICIES",
     "QUERY_SPANS",
     "STOP_REASONS",
     "AttentionPlan",
     "BranchState",
     "PackedQueries",
+    "PagePool",
     "PolicyEvents",
     "PolicyParams",
     "Predictions",
@@ -67,6 +74,8 @@ __all__ = [
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
+    "lm_head_likely",
+    "map_entries",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

@@ -11,10 +11,12 @@ import torch
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, SettingsArg, TensorArg
+from blockbatch_kernels.shapes import NUM_LIKELY
 from blockbatch_kernels.structs import (
     AttentionPlan,
     BranchState,
     PackedQueries,
+    PagePool,
     PolicyEvents,
     PolicyParams,
     Predictions,
@@ -35,8 +37,8 @@ def _attention_plan_symbols(
     heads, page_size = (sizes["num_heads"], sizes["num_kv_heads"]), sizes["page_size"]
     rows, pages_per_row = sizes["rows"], sizes["pages_per_row"]
     distinct_rows = rows if sizes.get("distinct_rows") is None else sizes["distinct_rows"]
-    # Without the caches of these functions: sizes that are symbols cannot be looked up.
-    processors = tuning.num_processors.__wrapped__(device)
+    # Without the cache of attention_shape: sizes that are symbols cannot be looked up.
+    processors = tuning.num_processors(device)
     shape = tuning.attention_shape.__wrapped__(
         sizes["num_tokens"],
         *heads,
@@ -172,6 +174,20 @@ _TABLE = (
         ),
     ),
     Operator(
+        "lm_head_likely",
+        (
+            TensorArg("hidden", "predictions dim", FLOATS),
+            TensorArg("weight", "vocabulary dim", "hidden"),
+            Scalar("suppress_token", int, None),
+        ),
+        (
+            Result("predictions", torch.int32),
+            Result("predictions", torch.float32),
+            Result(f"predictions {NUM_LIKELY}", torch.int32),
+            Result(f"predictions {NUM_LIKELY}", torch.float32),
+        ),
+    ),
+    Operator(
         "pack_windows",
         (
             RecordArg("state", BranchState),
@@ -207,6 +223,7 @@ _TABLE = (
             TensorArg("write_end", "rows", INT),
             Scalar("num_branches", int),
             TensorArg("write_positions", "rows *", INT, optional=True),
+            RecordArg("pool", PagePool, optional=True, written=True),
         ),
     ),
     Operator(

@@ -133,26 +133,37 @@ class _Record(Registered):
         self.numbers = tuple(
             field.name for kind in self.kinds for field in shapes.fields_of(kind) if field.layout is None
         )
-        self.sizes = f"{argument.name}_sizes"
+        self.sizes, self.given = f"{argument.name}_sizes", f"{argument.name}_given"
+        # Whether any may be None: the list then comes with the places of those that are there.
+        self.optional = any(field.optional for kind in self.kinds for field in shapes.fields_of(kind))
         written = "(!)" if argument.written else ""
         super().__init__(
             argument.name,
             [f"Tensor{written}[] {argument.name}"],
-            [f"int[] {self.sizes}"] if self.numbers else [],
+            [f"int[] {name}" for name, used in self._lists().items() if used],
         )
+
+    def _lists(self) -> dict[str, bool]:
+        return {self.sizes: bool(self.numbers), self.given: self.optional}
 
     def take_apart(self, value, tensors, options):
         parts, numbers = [], []
         if value is not None:
             for record, names in zip((value,) if self.single else value, self.tensors):
-                parts += [getattr(record, name) for name in names if getattr(record, name) is not None]
+                parts += [getattr(record, name) for name in names]
                 numbers += [getattr(record, name) for name in self.numbers]
-        tensors.append(parts)
+        tensors.append([part for part in parts if part is not None])
         if self.numbers:
             options[self.sizes] = numbers
+        if self.optional:
+            options[self.given] = [place for place, part in enumerate(parts) if part is not None]
 
     def put_together(self, given):
-        left, numbers = list(given[self.name]), dict(zip(self.numbers, given.get(self.sizes, ())))
+        left = list(given[self.name])
+        if self.optional:
+            there = dict(zip(given[self.given], left))
+            left = [there.get(place) for place in range(sum(map(len, self.tensors)))] if left else []
+        numbers = dict(zip(self.numbers, given.get(self.sizes, ())))
         if not left:
             return None
         records = []

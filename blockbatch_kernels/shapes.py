@@ -12,7 +12,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from torch import Tensor
 UNIT_KEYS = 128
 UNIT_INTEGERS = 22
 STRETCH_INTEGERS = 4
+# Tokens above this probability are likely; of what adds up to 1 at most so many can be.
+LEAST_LIKELY, NUM_LIKELY = 0.2, 4
 
 _WORD = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?:/(\d+))?(?:\+(\d+))?")
 
@@ -138,3 +140,19 @@ def split_heads(product: Tensor, num_heads: int, k_cache: Tensor) -> tuple[Tenso
     """The heads of q, k and v as views of their product [tokens, all heads * head_dim]."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     return product.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+
+
+def map_entries(block_sizes: Sequence[int], gen_length: int) -> int:
+    """Entries of a line of `BranchState.map_token` that are always enough.
+
+    Tokens get an entry in block steps, while their position is a MASK inside the window. Each such step
+    decodes at least one other position of that window, and none of them becomes a MASK again before the map
+    is emptied: a sync replaces tokens and map together. So there are fewer steps than positions in the
+    windows of all sizes around the position. In each of them at most two tokens have one half.
+    """
+    spans = (
+        max(position // size * size + size for size in block_sizes)
+        - min(position // size * size for size in block_sizes)
+        for position in range(gen_length)
+    )
+    return max(1, 2 * (min(max(spans), gen_length) - 1))

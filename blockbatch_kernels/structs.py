@@ -18,12 +18,13 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, Layout, fields_of, zeros
+from blockbatch_kernels.shapes import NUM_LIKELY, STRETCH_INTEGERS, UNIT_INTEGERS, Layout, fields_of, zeros
 
 PHASES = ("init", "block", "refresh")
 QUERY_SPANS = ("window", "suffix", "canvas", "open")
 REFRESH_SCOPES = ("canvas", "generation")
 EOS_EXITS = ("prefix", "window", "none")
+POLICIES = ("llada_published", "dream_published")
 STOP_REASONS = ("running", "eos", "length")
 
 PHASE_INIT, PHASE_BLOCK, PHASE_REFRESH = range(3)
@@ -43,7 +44,8 @@ class BranchState:
     block_size: Annotated[Tensor, Layout("rows", given=True)]
     window_start: Annotated[Tensor, Layout("rows")]
     window_end: Annotated[Tensor, Layout("rows")]
-    # Tokens that the branch (or the leader it was synced to) committed.
+    # Tokens that the branch (or the leader it was synced to) committed; with the policy "dream_published"
+    # those that it holds, up to its first EOS.
     decoded: Annotated[Tensor, Layout("rows")]
     progress: Annotated[Tensor, Layout("rows")]  # start of the window, G when done
     blocks_since_refresh: Annotated[Tensor, Layout("rows")]
@@ -57,6 +59,13 @@ class BranchState:
     confidence: Annotated[Tensor, Layout("rows gen_length", torch.float32)]
     # The token that the cached K/V was computed from; kept with open queries alone.
     cached_token: Annotated[Tensor, Layout("rows gen_length")]
+    # The next three are kept by the policy "dream_published" alone. Tokens that the first MASK has moved
+    # over since the last full forward:
+    moved_since_refresh: Annotated[Tensor, Layout("rows")]
+    # Tokens that once had a probability of one half there since then, and the last one above 0.2.
+    # Entries fill a line from the front; a free one is 0. Without that policy map_entries is 0.
+    map_token: Annotated[Tensor, Layout("rows gen_length map_entries")]
+    map_probability: Annotated[Tensor, Layout("rows gen_length map_entries", torch.float32)]
     committed: Annotated[Tensor, Layout("rows")]  # tokens that this branch committed itself
     merged: Annotated[Tensor, Layout("rows")]  # tokens that it took from other branches by merge
     synced: Annotated[Tensor, Layout("rows")]  # how often it took over the leader's state
@@ -65,6 +74,8 @@ class BranchState:
     finished: Annotated[Tensor, Layout("requests", torch.bool)]
     winner: Annotated[Tensor, Layout("requests")]  # branch index; valid where finished
     stop_reason: Annotated[Tensor, Layout("requests")]  # index into STOP_REASONS
+    # Predictions of its rows, drafts included, that came with a confidence that is NaN or infinite.
+    non_finite: Annotated[Tensor, Layout("requests")]
 
     @property
     def num_rows(self) -> int:
@@ -90,6 +101,7 @@ class BranchState:
         block_sizes: Tensor,
         gen_length: int,
         mask_token_id: int,
+        map_entries: int = 0,
     ):
         """The state before the first forward: every branch at its first block, nothing generated yet.
 
@@ -99,11 +111,12 @@ class BranchState:
             block_sizes: [N] int32, the block size of each branch.
             gen_length: positions to generate, G.
             mask_token_id: the id that marks an undecoded position.
+            map_entries: for the policy "dream_published", `map_entries(block_sizes, gen_length)`.
         """
         num_requests, num_rows = prompt_tokens.shape[0], prompt_tokens.shape[0] * block_sizes.numel()
         device = prompt_tokens.device
         sizes = dict(requests=num_requests, rows=num_rows, gen_length=gen_length)
-        sizes["max_prompt"] = prompt_tokens.shape[1]
+        sizes |= dict(max_prompt=prompt_tokens.shape[1], map_entries=map_entries)
         given = dict(
             prompt_tokens=prompt_tokens,
             prompt_length=prompt_length,
@@ -150,8 +163,11 @@ class PolicyParams:
         leap_radius: LocalLeap (arXiv 2510.07081): within this distance of an anchor (a MASK that reaches
             its threshold in this step) a MASK already commits at `leap_threshold`. 0 switches it off.
         leap_threshold: see `leap_radius`.
-        tail_threshold: takes the place of `threshold` behind the first MASK of the window that is below
-            `threshold`: what may depend on an undecided token has to be surer. None: `threshold` holds there.
+        tail_threshold: from `threshold` to 1 (ours). Behind the first MASK of the window that is below
+            `threshold`, a MASK commits at this confidence instead, and is an anchor of `leap_radius` only
+            then: what may depend on an undecided token has to be surer. As elsewhere, a MASK near an anchor
+            commits at `leap_threshold` there, and the surest of the window always. None: `threshold` holds
+            in the whole window.
         merge_threshold: confidence that a destination must exceed to take a token from another branch.
         sync_threshold: a branch that trails the leader by more committed tokens than this takes over its
             state.
@@ -168,6 +184,10 @@ class PolicyParams:
             same, the draft's forward is its next one. See `reference/drafts.py`.
         prediction_offset: 0 if the logits at a position predict that position, 1 if they predict the next
             one.
+        policy: whose rule decides what is committed, merged and synced, and when a request ends: that which
+            BlockBatch's authors published for LLaDA, or that for Dream (see `reference/dream_policy.py`).
+            The latter has `threshold`, `sync_threshold`, `refresh_interval`, and as `eos_exit` "prefix" or
+            "none"; what else is a rule stays at its default.
     """
 
     mask_token_id: int
@@ -185,6 +205,7 @@ class PolicyParams:
     refresh_scope: Annotated[str, REFRESH_SCOPES] = "canvas"
     prediction_offset: Annotated[int, (0, 1)] = 0
     drafts: tuple[int, ...] = ()
+    policy: Annotated[str, POLICIES] = "llada_published"
 
     def check(self) -> None:
         """Raises ValueError, naming the setting, for values that the policy does not know."""
@@ -200,6 +221,8 @@ class PolicyParams:
         if not 0.5 <= self.merge_threshold <= 1.0:
             # Below one half two different tokens could pass, and the rule would need the whole distribution.
             raise ValueError(f"merge_threshold: expected a value from 0.5 to 1, got {self.merge_threshold}")
+        if self.policy == "dream_published":
+            self._check_dream()
         if (self.threshold is None) == (self.steps_per_block is None):
             raise ValueError("threshold: expected either threshold or steps_per_block, got both or neither")
         if self.tail_threshold is None:
@@ -211,6 +234,26 @@ class PolicyParams:
                 f"tail_threshold: expected at least threshold = {self.threshold}, got {self.tail_threshold}"
             )
 
+    def _check_dream(self) -> None:
+        if self.eos_exit == "window":
+            raise ValueError(
+                f'eos_exit: expected prefix or none with policy "{self.policy}", got {self.eos_exit!r}'
+            )
+        for name, only in _DREAM_HAS.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f'{name}: expected {only!r} with policy "{self.policy}", got {value!r}')
+
+
+# What the policy "dream_published" has no rule for.
+_DREAM_HAS = dict(
+    steps_per_block=None,
+    leap_radius=0,
+    tail_threshold=None,
+    merge_threshold=0.5,
+    query_span="window",
+    refresh_scope="canvas",
+    drafts=(),
+)
 
 # Setting -> the values that it may have, of the settings that say so.
 CHOICES: dict[str, tuple] = {
@@ -231,7 +274,8 @@ class StepPlan(NamedTuple):
 
     `flags` is what the host reads once a step: [running requests, phase (index into PHASES), query tokens,
     predictions, stalled rows]. A block step may hold no query token at all; its policy still runs. A row is
-    stalled when it has committed more tokens than there are: the model writes its own MASK.
+    stalled when it has committed more tokens than there are: the model writes its own MASK. So is every row
+    of a request with `BranchState.non_finite`, whose tokens mean nothing any more.
     """
 
     # Canvas positions [start, end) are computed; equal: the row sits out. In a block step of open queries
@@ -292,6 +336,9 @@ class Predictions(NamedTuple):
     confidence: Annotated[Tensor, Layout("predictions", torch.float32)]  # its softmax probability
     # Probability of the token that the position holds now.
     probe_probability: Annotated[Tensor | None, Layout("predictions", torch.float32)] = None
+    # What `lm_head_likely` says; for the policy "dream_published".
+    likely_token: Annotated[Tensor | None, Layout(f"predictions {NUM_LIKELY}")] = None
+    likely_probability: Annotated[Tensor | None, Layout(f"predictions {NUM_LIKELY}", torch.float32)] = None
 
 
 class PolicyEvents(NamedTuple):
@@ -308,6 +355,38 @@ class PolicyEvents(NamedTuple):
         return cls(**zeros(cls, dict(rows=num_rows, gen_length=gen_length), device))
 
 
+class PagePool(NamedTuple):
+    """Pages with ids of any allocator that `copy_pages` may give to the rows of a page table.
+
+    Which of them are free follows from the table: those that stand nowhere in it. So nothing is given back,
+    and `share_pages` needs no pool. No row writes a page that is not in the list.
+
+    The list is long enough where every row could have a page of its own in each column that it may write.
+    Where a page is wanted and none is free, the row keeps the one that it shares, or none, and `counts`
+    tells: the K/V of that step are wrong. Who cannot be sure reads `counts` with the wait for the device that
+    a step has anyway.
+    """
+
+    free_pages: Annotated[Tensor, Layout("pool_pages")]  # ids, each once, given in this order
+    # Pages that were free after the latest call, and those that were wanted and not there, over all calls.
+    counts: Annotated[Tensor, Layout("2")]
+
+    @classmethod
+    def of(cls, free_pages: Tensor) -> PagePool:
+        """The pool of these ids, [any] int32."""
+        counts = torch.tensor([len(free_pages), 0], dtype=torch.int32, device=free_pages.device)
+        return cls(free_pages, counts)
+
+    def check(self) -> None:
+        """Raises RuntimeError if a page was missing so far. Waits for the device."""
+        missing = int(self.counts[1])
+        if missing:
+            raise RuntimeError(
+                f"pool.free_pages: expected a free page for every write, {missing} were missing among "
+                f"{len(self.free_pages)}"
+            )
+
+
 class AttentionPlan(NamedTuple):
     """How the attention of one step is cut into work: made once a step, used by every layer.
 
@@ -318,7 +397,7 @@ class AttentionPlan(NamedTuple):
 
     The fastest kernel takes the same work from `units` instead, which only the CUDA backend plans; see
     `reference/attention_units.py`. Its processors tell each other through `arrivals` which partial results
-    are there, so a plan serves one stream at a time.
+    are there; a call on another stream than the plan's first one brings its own.
     """
 
     # Piece, first and number in query_order, a row of the group.

@@ -1,6 +1,11 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# What operators do not look at without it, since it would wait for a GPU: read when the package is imported.
+os.environ.setdefault("BBK_CHECK", "1")
 
 # The same examples on every run, and no limit on an example's time: a slow machine is no failure.
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
@@ -26,6 +31,14 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without `BBK_CHECK=1`, whose checks wait for the device."""
+    from blockbatch_kernels.ops import values
+
+    monkeypatch.setattr(values, "ENABLED", False)
 
 
 @pytest.fixture

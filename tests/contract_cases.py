@@ -10,6 +10,7 @@ from blockbatch_kernels.operators import OPERATORS
 from blockbatch_kernels.shapes import dims, fields_of
 from operator_arguments import EOS, MASK, arguments_of
 
+DREAM = bbk.PolicyParams(MASK, (EOS, 7), prediction_offset=1, policy="dream_published")
 WINDOW = bbk.PolicyParams(MASK, (EOS, 7), None, 4, eos_exit="window", query_span="suffix")
 # Calls that the arguments of `arguments_of` do not make: operator, what it is about, what is changed.
 OTHER_CALLS = (
@@ -17,6 +18,8 @@ OTHER_CALLS = (
     ("rms_norm", "transposed", lambda a: dict(a, x=a["x"].t().contiguous().t(), residual=None)),
     ("linear", "static weight", lambda a: dict(a, static_weight=True)),
     ("decode_policy", "window exit", lambda a: dict(a, params=WINDOW)),
+    ("decode_policy", "dream", lambda a: dict(a, params=DREAM)),
+    ("initial_plan", "dream", lambda a: dict(a, params=DREAM)),
     (
         "decode_policy",
         "no probe",

@@ -119,8 +119,11 @@ class Batch:
         }
         columns["prompt_length"] = np.array([case[2]["prompt_length"] for case in cases], np.int32)
         columns["prompt_tokens"] = np.zeros((requests, 1), np.int32)
+        columns["adopted"], columns["moved_since_refresh"] = np.zeros((2, rows), np.int32)
+        columns["map_token"] = np.zeros((rows, self.gen_length, 0), np.int32)
+        columns["map_probability"] = np.zeros((rows, self.gen_length, 0), np.float32)
         columns["nfe"] = np.zeros((requests, 3), np.int32)
-        for name in ("finished", "winner", "stop_reason"):
+        for name in ("finished", "winner", "stop_reason", "non_finite"):
             columns[name] = np.zeros(requests, DTYPES.get(name, np.int32))
         self.state = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
         self.plans = bbk.StepPlan.allocate(rows, self.gen_length, device)
@@ -152,6 +155,7 @@ class Batch:
 
     def run(self, decode_policy):
         per_request = {"prompt_length", "prompt_tokens", "nfe", "finished", "winner", "stop_reason"}
+        per_request.add("non_finite")
         for i, (_, config, state, _) in enumerate(self.cases):
             rows = slice(i * self.count, (i + 1) * self.count)
             fields = {

@@ -66,12 +66,15 @@ def linear_rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
 def policy(device):
     """Two requests of two branches at their first forward."""
     state = bbk.BranchState.create(
-        ints([[1, 2, 3], [4, 5, 0]], device), ints([3, 2], device), ints([4, 8], device), 16, MASK
+        ints([[1, 2, 3], [4, 5, 0]], device), ints([3, 2], device), ints([4, 8], device), 16, MASK, 14
     )
     plan = bbk.initial_plan(state, PARAMS)
     target = torch.cat((torch.arange(16), torch.arange(32, 48))).to(device)
     top_token, confidence = (target % MASK).int(), torch.linspace(0.5, 1.0, 32, device=device)
-    return state, plan, bbk.Predictions(target, top_token, confidence, confidence / 2)
+    likely_token = torch.stack((top_token, *[torch.full_like(top_token, -1)] * 3), 1)
+    likely_probability = torch.where(likely_token < 0, 0.0, confidence.unsqueeze(1))
+    predictions = (target, top_token, confidence, confidence / 2, likely_token, likely_probability)
+    return state, plan, bbk.Predictions(*predictions)
 
 
 def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
@@ -103,6 +106,11 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         probes = torch.arange(7, dtype=torch.int32, device=device)
         hidden, weight = rand(7, 64) / 8, rand(VOCABULARY, 64)
         return dict(hidden=hidden, weight=weight, probe_tokens=probes, suppress_token=MASK)
+    if operator == "lm_head_likely":
+        # The higher half of each row's probabilities falls to one to four tokens.
+        weight = rand(VOCABULARY, 64) / 64
+        weight[:4], hidden = whole_numbers((4, 64), device, dtype), whole_numbers((7, 64), device, dtype)
+        return dict(hidden=hidden, weight=weight, suppress_token=MASK)
     if operator == "share_pages":
         page_table = torch.arange(8, dtype=torch.int32, device=device).view(4, 2)
         return dict(page_table=page_table, source_row=ints([0, 0, -1, 2], device))
@@ -114,6 +122,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
             write_end=ints([9, 20, 0, 30], device),
             num_branches=2,
             write_positions=torch.arange(32, dtype=torch.int32, device=device).repeat(4, 1),
+            pool=bbk.PagePool.of(torch.arange(7, -1, -1, dtype=torch.int32, device=device)),
         )
     state, plan, predictions = policy(device)
     if operator == "pack_windows":

@@ -47,7 +47,7 @@ class EngineScripted:
             page_size=self.page_size,
         )
 
-    def predict(self, packed, cache, seqlens_k, probe_tokens=None):
+    def predict(self, packed, cache, seqlens_k, probe_tokens=None, *, likely=False):
         slots = packed.slot_mapping
         assert (slots >= 0).all() and len(set(slots.tolist())) == len(slots), "two queries share a slot"
         # Layer 0, K, every head dimension.
@@ -62,6 +62,11 @@ class EngineScripted:
             positions = packed.positions[packed.predict_index[rows == row]]
             hidden[rows == row] = self.scripted.logits(seen.numpy(), positions.tolist())
         suppress = self.scripted.mask_token_id if self.scripted.suppress_mask else None
+        if likely:
+            top, confidence, *likely_ones = bbk.lm_head_likely(
+                hidden, torch.eye(self.scripted.vocab_size), suppress_token=suppress
+            )
+            return bbk.Predictions(packed.predict_target, top, confidence, None, *likely_ones)
         top, confidence, probe = bbk.lm_head_confidence(
             hidden, torch.eye(self.scripted.vocab_size), probe_tokens=probe_tokens, suppress_token=suppress
         )

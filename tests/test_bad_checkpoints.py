@@ -56,7 +56,7 @@ def sharded(tmp_path):
         (dict(n_layers=True), "n_layers must be an integer, got True"),
         (dict(n_layers=0), "num_layers must be at least 1, got 0"),
         (dict(rope_theta="big"), "rope_theta must be a number, got 'big'"),
-        (dict(rms_norm_eps=0), "rms_norm_eps must be above 0, got 0"),
+        (dict(rms_norm_eps=0), "rms_norm_eps must be above 0 and finite, got 0"),
         (dict(weight_tying="no"), "weight_tying must be true or false, got 'no'"),
         (dict(n_heads=5), "n_heads must divide d_model = 32, got 5"),
         (dict(n_kv_heads=3), "num_kv_heads must divide the 4 query heads, got 3"),

@@ -103,7 +103,7 @@ WRONG_VALUES = [
     ("copy_pages", dict(num_branches=3), "num_branches: expected a divisor of the 4 rows, got 3"),
     (
         "copy_pages",
-        dict(kv_cache=torch.zeros(1, 2, 7, 16, 2, 64)),
+        dict(kv_cache=torch.zeros(1, 2, 7, 16, 2, 64), pool=None),
         "kv_cache: expected at least 8 pages, got 7",
     ),
 ]

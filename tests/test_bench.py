@@ -84,7 +84,22 @@ def test_refresh(tmp_path):
         "refresh.py", tmp_path / "refresh.json", "--dtype", "float32", "--shapes", "small-llada",
         "--length", "64", "--rows", "1", "3", "--repeats", "1",
     )  # fmt: skip
-    assert [(line["distinct_rows"], line["tokens"]) for line in report["lines"]] == [(1, 64), (3, 192)]
+    found = [(line["scope"], line["distinct_rows"], line["tokens"]) for line in report["lines"]]
+    assert found == [("canvas", 1, 64), ("generation", 1, 32), ("canvas", 3, 192), ("generation", 3, 96)]
+
+
+def test_cheaper_steps(tmp_path):
+    report = run(
+        "cheaper_steps.py", tmp_path / "steps.json", "--dtype", "float32", "--shapes", "small-llada",
+        "small-dream", "--length", "320", "--repeats", "1",
+    )  # fmt: skip
+    tokens = {(line["model"], line["step"]): line["tokens"] for line in report["lines"]}
+    for model in ("small-llada", "small-dream"):
+        assert [tokens[model, f"drafts {count}"] for count in (1, 2, 3)] == [64, 96, 128]
+        assert tokens[model, "windows"] == 124 and tokens[model, "one window"] == 32
+        # Half of 248 positions are decoded; one more is committed by every branch before its step.
+        assert 90 < tokens[model, "scattered"] < 160
+    assert all(line["ours_ms"] > 0 and sum(line["checks"]["committed"]) > 0 for line in report["lines"])
 
 
 def test_ops(tmp_path):

@@ -37,6 +37,7 @@ def share_arguments():
     return dict(
         page_table=torch.zeros(2, 3, dtype=torch.int32),
         source_row=torch.zeros(2, dtype=torch.int32),
+        workspace=None,
         stream=0,
     )
 
@@ -55,8 +56,8 @@ def test_names_that_are_missing_or_unknown_raise(extension, swiglu_arguments):
 def test_names_may_come_in_any_order_and_as_any_string(extension):
     table = torch.arange(6, dtype=torch.int32).view(2, 3)
     source = torch.tensor([1, -1], dtype=torch.int32)
-    names = ["".join(reversed(name)) for name in ("maerts", "wor_ecruos", "elbat_egap")]  # not interned
-    extension.share_pages(**dict(zip(names, (0, source, table))))
+    names = ["".join(reversed(name)) for name in ("maerts", "wor_ecruos", "ecapskrow", "elbat_egap")]
+    extension.share_pages(**dict(zip(names, (0, source, None, table))))  # names that are not interned
     assert table.tolist() == [[3, 4, 5], [3, 4, 5]]
 
 
@@ -163,7 +164,7 @@ def test_every_kind_of_tensor_is_read_alike(extension, kind):
                 tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.data_ptr(), -1
             ),
         }[kind]
-        extension.share_pages(page_table=given(view), source_row=given(source), stream=0)
+        extension.share_pages(page_table=given(view), source_row=given(source), workspace=None, stream=0)
         assert torch.equal(table, expected)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import block_models
 import blockbatch
-from blockbatch import generation, memory
+from blockbatch import block_memory, generation
 from blockbatch.page_pool import OutOfPagesError, PagePool
 from test_tokenizer import write_tokenizer
 
@@ -110,13 +110,9 @@ def test_a_prefix_is_found_and_changes_nothing(tmp_path, family):
         assert blockbatch.generate(model, system, other).prefix_tokens == 0
 
 
-def page_bytes(model):
-    return memory._page_bytes(model)
-
-
 def test_memory_is_checked_before_any_work(tmp_path):
     model = new_model(tmp_path)
-    model.cache_bytes = 6 * page_bytes(model)
+    model.cache_bytes = 6 * block_memory.page_bytes(model)
     assert len(blockbatch.generate(model, [1] * 20, config(gen_length=70)).canvas) == 76
     model.predict = None  # no forward may happen
     with pytest.raises(
@@ -134,7 +130,7 @@ def test_memory_is_checked_before_any_work(tmp_path):
 def test_a_text_grows_as_far_as_memory_goes(tmp_path):
     model = new_model(tmp_path)
     free = blockbatch.generate(model, [1] * 20, config(gen_length=400))
-    model = new_model(tmp_path, cache_bytes=6 * page_bytes(model))
+    model = new_model(tmp_path, cache_bytes=6 * block_memory.page_bytes(model))
     result = blockbatch.generate(model, [1] * 20, config(gen_length=400, max_length="grow"))
     assert result.stop_reason == "length" and result.canvas == free.canvas[: 6 * 16 - 20]
     assert model.pool.pages_in_use == 0 and len(model.pool) == 6
@@ -151,7 +147,7 @@ def test_prompts_run_together_as_far_as_memory_goes(tmp_path):
     model = new_model(tmp_path)
     prompts = [block_models.prompt(length, length) for length in (3, 20, 33, 50)]
     expected = [blockbatch.generate(model, prompt, config(gen_length=32)).canvas for prompt in prompts]
-    model.cache_bytes = 12 * page_bytes(model)
+    model.cache_bytes = 12 * block_memory.page_bytes(model)
     results = blockbatch.generate(model, prompts, config(gen_length=32))
     assert [result.canvas for result in results] == expected
 

@@ -1,6 +1,8 @@
 """What setup.py decides about the extension, what a wheel holds, and what importing the packages touches."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def setup_py(source_tree, tmp_path):
 
     def run(*arguments, path="", **variables):
         environ = {name: value for name, value in os.environ.items() if not name.startswith("BBK_")}
-        for name in ("CUDACXX", "CUDA_HOME"):
+        for name in ("CUDACXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES"):
             environ.pop(name, None)
         environ |= {"PATH": str(path), **variables}
         return subprocess.run(
@@ -79,6 +81,68 @@ def test_zero_skips_even_with_nvcc(build_ext, tmp_path):
     assert f"{SKIPPED} BBK_BUILD_CUDA=0" in result.stdout
 
 
+def gpu(tmp_path, answer="echo 'GPU 0: of a test'"):
+    """A folder whose nvidia-smi names a GPU."""
+    script(tmp_path / "gpu" / "nvidia-smi", answer)
+    return tmp_path / "gpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_without_a_gpu_one_line_says_that_the_extension_is_skipped(build_ext, tmp_path, hidden):
+    nvcc = script(tmp_path / "bin" / "nvcc", "exit 1")
+    result = build_ext(
+        path=f"{nvcc.parent}{os.pathsep}{gpu(tmp_path)}{os.pathsep}{os.environ['PATH']}",
+        CUDA_VISIBLE_DEVICES=hidden,
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if SKIPPED in line)
+    assert "there is no GPU here" in line and "BBK_BUILD_CUDA=1" in line
+    assert not list(tmp_path.rglob("_C*"))
+
+
+@pytest.mark.parametrize("answer", ["exit 9", "echo 'No devices found.'"])
+def test_a_driver_that_names_no_gpu(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))  # of /dev
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    for said, expected in ((answer, False), ("echo 'GPU 0: of a test'", True)):
+        path = f"{gpu(tmp_path, said)}{os.pathsep}{os.environ['PATH']}"
+        assert setup["has_gpu"]({"PATH": path}) is expected
+        assert setup["has_gpu"]({"PATH": path, "CUDA_VISIBLE_DEVICES": ""}) is False
+
+
+FAILING = [
+    {"BBK_BUILD_CUDA": "1", "CUDA_VISIBLE_DEVICES": ""},  # forced, without a GPU
+    {"BBK_CUDA_ARCHS": "90a", "CUDA_VISIBLE_DEVICES": ""},  # wanted
+    {},  # with a GPU
+]
+
+
+@pytest.mark.parametrize("variables", FAILING, ids=["forced", "architectures", "GPU"])
+def test_a_build_that_cannot_be_names_how_to_do_without(build_ext, tmp_path, variables):
+    nvcc = script(tmp_path / "cuda" / "bin" / "nvcc", "exit 1")
+    result = build_ext(
+        path=f"{gpu(tmp_path)}{os.pathsep}{os.environ['PATH']}", CUDACXX=str(nvcc), **variables
+    )
+    assert result.returncode == 1 and SKIPPED not in result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("blockbatch: building the CUDA extension failed")
+    assert "BBK_BUILD_CUDA=0" in last
+    assert "blockbatch: compiling the CUDA extension for" in result.stdout and "minutes" in result.stdout
+
+
+def test_a_build_shows_how_far_it_is(tmp_path, capfd):
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    tool = script(tmp_path / "tool", "echo '[1/2] one'; echo other; echo '[2/2] two'; exit ${1:-0}")
+    setup["run"].__globals__["PROGRESS_SECONDS"] = 0
+    setup["run"]([str(tool)], progress="compiling")
+    out = capfd.readouterr().out
+    assert re.findall(r"blockbatch: compiling: (\d/\d) after \d+ s", out) == ["1/2", "2/2"]
+    assert "other\n" in out, "the log is whole"
+    assert setup["duration"](62.4) == "1 min 2 s"
+    with pytest.raises(SystemExit, match="exit status 3.*BBK_BUILD_CUDA=0"):
+        setup["run"]([str(tool), "3"])
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -112,7 +176,7 @@ def test_a_failing_compiler_fails_the_build(build_ext, tmp_path, where):
         variables = {"CUDA_HOME": str(tmp_path / "cuda")}
     elif where == "PATH":
         variables, path = {}, f"{nvcc.parent}{os.pathsep}{path}"
-    result = build_ext(path=path, **variables)
+    result = build_ext(path=path, BBK_BUILD_CUDA="1", **variables)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("blockbatch: building the CUDA extension failed")
     assert str(nvcc) in result.stdout + result.stderr

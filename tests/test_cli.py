@@ -206,9 +206,9 @@ def test_bad_prompts(model_folder, tmp_path, capsys):
 def test_arguments_that_argparse_refuses(capsys):
     for arguments, message in {
         (): "the following arguments are required: COMMAND",
-        ("generate",): "one of the arguments --prompt --prompt-file --prompt-ids is required",
+        ("generate",): "one of the arguments PROMPT --prompt --prompt-file --prompt-ids is required",
         ("generate", "--prompt", "x", "--threshold", "high"): "expected a number or none, got 'high'",
-        ("generate", "--prompt", "x", "--gen", "8"): "unrecognized arguments: --gen 8",
+        ("generate", "--prompt", "x", "--gen", "8"): "--gen; did you mean --gen-length?",
     }.items():
         with pytest.raises(SystemExit) as left:
             main(arguments)

@@ -11,6 +11,9 @@ from blockbatch_kernels import reference
 from cuda_places import PLACES, check_seeds, open_place, random_table
 from policy_random import assert_equal_records, random_params, random_state, to_device
 
+# Capacities that are too small are tried, too.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(params=PLACES)
 def place(request):

@@ -180,7 +180,7 @@ def test_policy_in_a_graph_writes_its_plan_in_place(requests):
 
 
 @pytest.mark.gpu
-def test_no_host_synchronisation():
+def test_no_host_synchronisation(unchecked):
     state, predictions, plan, params = random_batch(21, max_requests=3)
     device = torch.device("cuda")
     ours, our_predictions, our_plan = (to_device(x, device) for x in (state, predictions, plan))

@@ -44,6 +44,7 @@ def test_every_operator_is_shown():
         ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
         ("lm_head_confidence", ["top_token", "confidence", "probe"]),
+        ("lm_head_likely", ["top_token", "confidence", "likely_token", "likely_probability"]),
         ("share_pages", ["page_table"]),
     ],
 )

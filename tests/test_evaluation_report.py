@@ -126,7 +126,9 @@ def test_presets_give_every_row_its_settings():
     rows = evaluate.plan_settings(options, preset.gen_length, preset)
     assert [row.label for row in rows] == ["dual_cache", "dual_cache +eos", "blockbatch"]
     assert [row.config for row in rows] == [
-        preset.config("dual_cache"), preset.config("dual_cache", eos_exit="prefix"), preset.config()
+        preset.config("dual_cache"),
+        preset.config("dual_cache", eos_exit="prefix"),
+        preset.config(eos_exit="prefix"),
     ]  # fmt: skip
 
 

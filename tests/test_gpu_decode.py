@@ -70,7 +70,7 @@ def test_memory_stays_over_a_hundred_decodes(model):
 
 
 @pytest.mark.parametrize("options", CHEAPER, ids=str)
-def test_a_step_waits_for_the_device_once(model, options):
+def test_a_step_waits_for_the_device_once(model, options, unchecked):
     """Anything that waits on its own, such as .item(), raises in this mode; the wait on an event does not."""
     ids = model.tokenizer.encode(prompts(1)[0])
     config = blockbatch.DecodeConfig(gen_length=128, **options)

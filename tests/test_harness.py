@@ -189,7 +189,7 @@ def test_presets(make):
         decoding = lm.get_model_info()["decoding"]
         assert decoding["gen_length"] == 256 and lm.stop_early
         fast = blockbatch.DecodeConfig.preset("fast", gen_length=256)
-        assert (decoding["method"], decoding["drafts"]) == (fast.method, fast.drafts)
+        assert (decoding["method"], decoding["query_span"]) == (fast.method, fast.query_span)
     with pytest.raises(ValueError, match="decode_preset: expected one of paper, fast"):
         make(decode_preset="quick")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,26 +39,38 @@ def test_the_table_is_whole():
         assert len(row.summary) <= 70 and "\n" not in row.summary
 
 
-def test_paper_is_what_the_class_does():
-    assert DecodeConfig.preset("paper") == DecodeConfig()
-    for method in METHODS:
+def test_paper_is_the_rule_of_the_models_family_and_else_what_the_class_does(tiny):
+    paper, dream = DecodeConfig.preset("paper"), SimpleNamespace(family="dream", prediction_offset=1)
+    assert paper.for_model(tiny.spec) == DecodeConfig()
+    assert paper.for_model(dream) == DecodeConfig(policy="dream_published")
+    assert paper.for_model(dream).eos_exit == "none" and DecodeConfig().for_model(dream) == DecodeConfig()
+    kept = DecodeConfig.preset("paper", eos_exit="prefix", gen_length=64).for_model(dream)
+    assert kept == DecodeConfig(gen_length=64, eos_exit="prefix", policy="dream_published")
+    for method in METHODS[1:]:
         assert DecodeConfig.preset("paper", method=method) == DecodeConfig(method=method)
 
 
 def test_fast_and_what_changes_it():
     fast = DecodeConfig.preset("fast")
     assert fast.eos_exit == "prefix"
-    changed = DecodeConfig.preset("fast", gen_length=64, eos_exit="none", threshold=0.8)
-    assert changed == dataclasses.replace(fast, gen_length=64, eos_exit="none", threshold=0.8, steps=None)
+    assert fast.block_sizes == (4, 8, 16, 32, 64), "of the default sizes those whose windows fit into a step"
+    changed = DecodeConfig.preset("fast", gen_length=128, eos_exit="none", threshold=0.8)
+    assert changed == dataclasses.replace(fast, gen_length=128, eos_exit="none", threshold=0.8)
+
+
+@pytest.mark.parametrize("gen_length, sizes", [(32, (4, 8, 16, 32)), (100, (4,)), (250, (125,)), (251, (1,))])
+def test_fast_fits_any_length(gen_length, sizes):
+    assert DecodeConfig.preset("fast", gen_length=gen_length).block_sizes == sizes
 
 
 def test_a_method_without_the_presets_options():
     message = (
-        "method: expected dual_cache or local_leap for preset 'fast', which sets drafts, got 'blockbatch'"
+        "method: expected dual_cache or local_leap for preset 'careful', which sets drafts, got 'blockbatch'"
     )
     with pytest.raises(ValueError, match=message):
-        DecodeConfig.preset("fast", method="blockbatch")
-    assert DecodeConfig.preset("fast", method="local_leap").drafts == DecodeConfig.preset("fast").drafts
+        DecodeConfig.preset("careful", method="blockbatch")
+    leap = DecodeConfig.preset("careful", method="local_leap")
+    assert leap.drafts == DecodeConfig.preset("careful").drafts
     with pytest.raises(ValueError, match="method: expected one of blockbatch, vanilla"):
         DecodeConfig.preset("fast", method="magic")
 
@@ -121,11 +134,10 @@ def test_records_of_before_have_no_drafts(tmp_path):
 
 
 def test_model_args():
-    fast = {"method": "dual_cache", "refresh_scope": "generation", "drafts": (1, 2), "eos_exit": "prefix"}
-    fast = {**fast, **PRESET_TABLE["fast"].options}
-    assert decode_options("fast", {}) == decode_options(None, {}, "fast") == fast
-    assert decode_options("fast", {"drafts": "1:3"})["drafts"] == (1, 3)
-    assert decode_options("fast", {"drafts": "none"})["drafts"] is None
+    for name in ("fast", "careful"):
+        assert decode_options(name, {}) == decode_options(None, {}, name) == dict(PRESET_TABLE[name].options)
+    assert decode_options("careful", {"drafts": "1:3"})["drafts"] == (1, 3)
+    assert decode_options("careful", {"drafts": "none"})["drafts"] is None
     # Beside a benchmark: its length, and what else the decode's settings leave to the method as published.
     both = DecodeConfig(**decode_options("gsm8k", {"threshold": 0.95}, "fast"))
     assert both == DecodeConfig.preset("fast", gen_length=256, threshold=0.95)
@@ -147,8 +159,8 @@ def test_model_args():
             f"decode_preset: expected one of {NAMES}, got 'quick'",
         ),
         (
-            lambda: decode_options("gsm8k", {"method": "blockbatch"}, "fast"),
-            "method: expected dual_cache or local_leap for decode_preset 'fast'",
+            lambda: decode_options("gsm8k", {"method": "blockbatch"}, "careful"),
+            "method: expected dual_cache or local_leap for decode_preset 'careful'",
         ),
         (
             lambda: decode_options("fast", {}, "paper"),
@@ -173,7 +185,7 @@ def test_what_there_is_not(call, message):
         (["eval", "--preset", "gsm8k", "--preset", "math"], "--preset: expected at most one of gsm8k, math"),
         (
             ["generate", "--prompt", "x", "--preset", "fast", "--method", "vanilla"],
-            "method: expected dual_cache",
+            "method: expected blockbatch for preset 'fast', which sets",
         ),
     ],
 )

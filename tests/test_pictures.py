@@ -142,7 +142,7 @@ BAD_FILES = {
     "nested too deeply": "[" * 100_000,
     "no record": broken(lambda found: found.update(trace=[])),
     "gen_length: 'long'": broken(lambda found: found.update(gen_length="long")),
-    "gen_length: inf": broken(lambda found: found.update(gen_length=float("inf"))),
+    "Infinity, which is no number of JSON": broken(lambda found: found.update(gen_length=float("inf"))),
     "canvas of 4 tokens, gen_length 8": broken(lambda found: found.update(gen_length=8)),
     "block_sizes: True": broken(lambda found: found.update(block_sizes=[True])),
     r"block_sizes: \[1, 2, 2\]": broken(lambda found: found.update(block_sizes=[1, 2, 2])),
@@ -156,8 +156,11 @@ BAD_FILES = {
         lambda found: found["trace"][0]["commits"][0].update(positions=[4])
     ),
     "record 0: tokens: 2 for 1": broken(lambda found: found["trace"][0]["commits"][0].update(tokens=[1, 1])),
-    r"record 0: confidence: \[nan\]": broken(
+    "NaN, which is no number of JSON": broken(
         lambda found: found["trace"][0]["commits"][0].update(confidence=[float("nan")])
+    ),
+    r"record 0: confidence: \[7\]": broken(
+        lambda found: found["trace"][0]["commits"][0].update(confidence=[7])
     ),
     "record 2: leader: 3 where": broken(lambda found: found["trace"][2]["syncs"][0].update(leader=3)),
     "record 2: syncs: nothing": broken(lambda found: found["trace"][2].pop("syncs")),
@@ -248,6 +251,26 @@ def test_page_holds_the_trace_and_nothing_breaks_out(tmp_path):
     assert "<title>Replay: &lt;/script&gt;" in page
     assert not re.search(r"(src|href)\s*=|url\(|@import|https?:", page)
     assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_page_tells_the_options_that_are_ours(model, tmp_path):
+    problem = picture_traces.problem("symbolic", 4)
+    for options, shown in (
+        ({"method": "dual_cache", "drafts": (1, 2), "refresh_scope": "generation"}, {"drafts": [1, 2]}),
+        ({"max_step_tokens": 30, "query_span": "open"}, {"max_step_tokens": 30, "block_sizes": [4, 8, 16]}),
+    ):
+        trace = picture_traces.decode(model, problem, gen_length=32, **options)[0]
+        for found in (trace, load_trace(write(tmp_path / "trace.json", trace))):
+            content = re.search(r'id="decode">(.*?)</script>', replay.page(found), re.S)[1]
+            settings = json.loads(content)["settings"]
+            named = {name: value for name, value in options.items() if name != "method" and name not in shown}
+            assert settings == settings | shown | named
+        records = json.loads(content)["records"][1:]
+        if "drafts" in options:
+            assert all(len(record["drafts"]) <= 2 for record in records)
+            assert sum(record["adopted"] for record in records) == trace["adopted"]
+        else:
+            assert trace["block_sizes"] == [4, 8, 16] and all(record["positions"] for record in records)
 
 
 def test_picture_command(decodes, tmp_path, capsys):

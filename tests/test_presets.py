@@ -24,10 +24,11 @@ def test_the_settings_of_the_paper(name, shots):
         merge_threshold=0.5,
         sync_threshold=8,
         refresh_interval=32,
-        eos_exit="prefix",
+        policy="published",
     )
     for method in METHODS:
-        assert preset.config(method) == DecodeConfig(method, gen_length=256), "the baselines run as published"
+        published = DecodeConfig.preset("paper", method=method, gen_length=256)
+        assert preset.config(method) == published, "the baselines run as published"
     assert preset.config("dual_cache", eos_exit="prefix").eos_exit == "prefix"
 
 
@@ -38,6 +39,10 @@ def test_printed_commands_name_the_task_and_its_examples(capsys):
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options["--model_args"] == "pretrained=a b,method=dual_cache,preset=gsm8k"
     assert (options["--tasks"], options["--num_fewshot"]) == ("gsm8k", "5")
+    presets.main(["gsm8k", "--model", "Dream-org/Dream-v0-Base-7B"])
+    words = shlex.split(capsys.readouterr().out)
+    given = dict(part.split("=") for part in words[words.index("--model_args") + 1].split(","))
+    assert (given["policy"], given["block_sizes"]) == ("dream_published", "4:8:16:32:64:128")
     presets.main([])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     assert len(lines) == 4

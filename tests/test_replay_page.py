@@ -7,9 +7,11 @@ import pytest
 import blockbatch
 import picture_traces
 from blockbatch.pictures import replay
+from blockbatch.pictures.states import agreement, expand
 from blockbatch.tracing import load_trace
 from blockbatch.tracing import replay as replayed
 from browser import CHROMIUM, Browser
+from command_runs import ROOT
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -62,7 +64,56 @@ def click(page, selector):
     page.mouse(*found, click=True)
 
 
+def opening_of(trace):
+    """The first forward after which there is something to compare."""
+    records = trace["trace"]
+    seen = (
+        agreement(expand(trace)).distinct.max(1) > 1,
+        [bool(record["merges"]) for record in records],
+        [record.get("adopted", 0) > 0 for record in records],
+        [bool(record["syncs"]) for record in records],
+        [any(record.get("query_stale", [])) for record in records],
+    )
+    first = (next((step for step, is_it in enumerate(one, 1) if is_it), None) for one in seen)
+    return next(filter(None, first), -(-len(records) // 2))
+
+
+def test_it_opens_where_branches_first_differ_and_plays_from_the_start(page, trace):
+    opening = opening_of(trace)
+    assert 0 < opening < len(trace["trace"]) and step_of(page) == opening
+    assert page.run("document.querySelectorAll('.cell.split').length") > 0
+    page.run("speed.value = '0.5'")
+    click(page, "#play")
+    assert step_of(page) == 0
+    click(page, "#play")
+    # A place that was chosen is where it plays from.
+    move_slider(page, opening)
+    click(page, "#play")
+    assert step_of(page) == opening
+    click(page, "#play")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dual_cache", "threshold": 0.99, "drafts": (1, 2)},
+        {"method": "dual_cache", "threshold": 0.99, "query_span": "open"},
+        {"method": "dual_cache"},
+        {"block_sizes": (8, 16), "merge_threshold": None, "threshold": 0.99},
+    ],
+    ids=["drafts", "open", "plain", "pair"],
+)
+def test_where_a_page_opens(browser, tmp_path, options):
+    model = blockbatch.load_model("tiny", device="cpu")
+    trace = picture_traces.decode(model, picture_traces.problem("symbolic", 4), gen_length=64, **options)[0]
+    browser.open(replay.draw(trace, tmp_path / "page.html").as_uri())
+    assert step_of(browser) == opening_of(trace) > 0
+    browser.open((tmp_path / "page.html").as_uri() + "#forward=1")
+    assert step_of(browser) == 1
+
+
 def test_it_starts_masked_and_ends_as_the_trace(page, trace):
+    move_slider(page, 0)
     assert page.run(CANVASES) == canvases(trace, 0)
     assert (
         page.run("new Set([...document.querySelectorAll('.branch .cell')].map(c => c.className)).size") == 1
@@ -106,6 +157,7 @@ def test_play_and_pause(page, trace):
 
 def test_buttons_and_keys(page, trace):
     total, moves = len(trace["trace"]), []
+    move_slider(page, 0)
     for selector in ("#next", "#next", "#back", "#last", "#first"):
         click(page, selector)
         moves.append(step_of(page))
@@ -270,4 +322,13 @@ def test_drafts_stand_apart_from_the_branch(browser, tmp_path):
     assert marks == ["A" * record["adopted"] for record in trace["trace"] if record["adopted"]] != []
     outcome = browser.run("document.getElementById('outcome').textContent")
     assert f"{sum(record['adopted'] for record in trace['trace'])} drafts adopted" in outcome
+    assert browser.problems == []
+
+
+def test_a_trace_of_an_older_version_opens_where_something_is_to_be_seen(browser, tmp_path):
+    trace = load_trace(ROOT / "tests" / "data" / "old_trace.json")
+    assert not any("queries" in record or "drafts" in record for record in trace["trace"])
+    browser.open(replay.draw(trace, tmp_path / "page.html").as_uri())
+    assert step_of(browser) == opening_of(trace) > 0
+    assert browser.run(CANVASES) == canvases(trace, step_of(browser))
     assert browser.problems == []

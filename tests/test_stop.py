@@ -184,7 +184,7 @@ def test_the_trained_model_stops(device, backend):
 @pytest.mark.parametrize(
     "stop, error, message",
     [
-        ("Question:", TypeError, "stop: expected a sequence of texts, got 'Question:'"),
+        (b"Question:", TypeError, "stop: expected a sequence of texts, got b'Question:'"),
         (None, TypeError, "stop: expected a sequence of texts, got None"),
         ([1], TypeError, "stop: expected texts, got 1"),
         (["a", ""], ValueError, "stop: expected texts of at least one character, got an empty one"),

@@ -270,8 +270,8 @@ def test_vocabulary_of_an_unknown_kind(tmp_path, kind):
             "expected '<.eot_id.>' at id 7, got id 260",
         ),
         (
-            {"added_tokens_decoder": {"999": {"content": "<|new|>"}}},
-            "expected '<.new.>' at id 999, got id 262",
+            {"added_tokens_decoder": {"260": {"content": "<|new|>"}}},
+            "expected '<.new.>' at id 260, which is the id of '<.eot_id.>'",
         ),
         ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder: expected"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder: expected"),

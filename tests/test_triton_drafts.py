@@ -10,6 +10,9 @@ import triton_option_checks as checks
 from interpreter import interpreted_checks
 from random_branches import differences, moved
 
+# Capacities that are too small are tried, too.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def interpreted():
@@ -141,7 +144,7 @@ def test_a_captured_turn_runs_again(case):
 
 
 @pytest.mark.gpu
-def test_a_turn_does_not_wait_for_the_device():
+def test_a_turn_does_not_wait_for_the_device(unchecked):
     device = torch.device("cuda", torch.cuda.current_device())
     generator = torch.Generator().manual_seed(4)
     state, plan, params = drafted.midway(generator, drafted.CASES[0], 3)

@@ -8,6 +8,9 @@ import triton_checks
 from interpreter import interpreted_checks
 from random_branches import differences, moved, params_of, random_batch, random_predictions
 
+# Capacities that are too small are tried, too.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 GPU_CASES = [
     *triton_checks.POLICY_CASES,
     ((4, 8, 16, 32, 64, 128), 256, {}),

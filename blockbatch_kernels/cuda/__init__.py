@@ -9,7 +9,7 @@ from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
 from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
-from blockbatch_kernels.cuda.lm_head import lm_head_confidence
+from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.cuda.norm import rms_norm
 from blockbatch_kernels.cuda.pack import pack_windows
 from blockbatch_kernels.cuda.pages import copy_pages, share_pages
@@ -27,6 +27,7 @@ __all__ = [
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
+    "lm_head_likely",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

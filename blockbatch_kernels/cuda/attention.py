@@ -23,6 +23,26 @@ def _packed(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _home_of(plan: AttentionPlan, stream: int) -> int:
+    """The stream that the plan's `arrivals` serve: the first that attended with it."""
+    # One step, so that two threads agree.
+    return vars(plan.arrivals).setdefault("blockbatch_stream", stream)
+
+
+def _arrivals_of(plan: AttentionPlan, stream: int) -> Tensor:
+    """Where the processors of one call tell each other what is there: zeros, which the call leaves as zeros.
+
+    Calls on one stream follow each other and share the plan's. On another stream a call may run at the same
+    time: it gets its own, and keeps the plan's memory from being given away while it reads it.
+    """
+    if _home_of(plan, stream) == stream:
+        return plan.arrivals.contiguous()
+    current = torch.cuda.current_stream(plan.arrivals.device)
+    for tensor in plan[:8]:
+        tensor.record_stream(current)
+    return torch.zeros_like(plan.arrivals, memory_format=torch.contiguous_format)
+
+
 def attention_plan(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -107,6 +127,7 @@ def varlen_attention(
     tiles, units, stretches = _packed(plan.tiles), _packed(plan.units), _packed(plan.stretches)
     query_order, pieces, token_row, counts = (tensor.contiguous() for tensor in plan[1:5])
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    stream = extension.stream_of(q)
     compiled = extension.load()
     num_partials = compiled.attention_partials(q=q, pieces=pieces, stretches=stretches)
     compiled.varlen_attention(
@@ -124,10 +145,10 @@ def varlen_attention(
         counts=counts,
         units=units,
         stretches=stretches,
-        arrivals=plan.arrivals.contiguous(),
+        arrivals=_arrivals_of(plan, stream),
         tile_tokens=plan.tile_tokens,
         softmax_scale=softmax_scale,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        stream=extension.stream_of(q),
+        stream=stream,
     )
     return out

@@ -5,10 +5,11 @@ It is imported at its first use, and no GPU is touched before.
 
 import functools
 import importlib
+import warnings
 
 import torch
 
-API = 9  # kApi in csrc/bind/module.cpp
+API = 10  # kApi in csrc/bind/module.cpp
 
 
 @functools.cache
@@ -20,9 +21,18 @@ def load():
 def code_for(device_index: int) -> str:
     """What of the loaded extension runs on a GPU: "none", "portable" or, with the kernels of sm_90a, "sm90a".
 
-    Found once and kept. Raises RuntimeError where there is no such GPU.
+    Found once for each GPU and kept. Warns where the GPU could run the kernels of sm_90a and the build has
+    none. Raises RuntimeError where there is no such GPU.
     """
-    return load().has_code_for(device_index)
+    code = load().has_code_for(device_index)
+    if code == "portable" and torch.cuda.get_device_capability(device_index) == (9, 0):
+        archs = ", ".join(load().build_info()["cuda_archs"])
+        warnings.warn(
+            f"the extension is built for the architectures {archs}, without the fastest kernels of "
+            f"cuda:{device_index}, an sm_90: others take their place; build with BBK_CUDA_ARCHS=90a",
+            stacklevel=2,
+        )
+    return code
 
 
 def _build_for(arch: str) -> str:
@@ -34,6 +44,14 @@ def _major(version: str) -> int:
     return int(version.split(".")[0])
 
 
+def _index_of(device: torch.device | int | None) -> int | None:
+    """The GPU's number; without one that of the current GPU, which may be another at the next call."""
+    index = device.index if isinstance(device, torch.device) else device
+    if index is None and torch.cuda.is_available():
+        return torch.cuda.current_device()
+    return index
+
+
 @functools.cache
 def _why_unavailable(device_index: int | None) -> str | None:
     try:
@@ -41,7 +59,7 @@ def _why_unavailable(device_index: int | None) -> str | None:
     except ModuleNotFoundError:
         return (
             "the extension blockbatch_kernels._C is not installed; "
-            "it is built at installation where nvcc is found (BBK_BUILD_CUDA=1 insists on it)"
+            "it is built at installation where nvcc and a GPU are found (BBK_BUILD_CUDA=1: without a GPU)"
         )
     except ImportError as error:
         return f"the extension blockbatch_kernels._C cannot be loaded: {error}"
@@ -53,9 +71,8 @@ def _why_unavailable(device_index: int | None) -> str | None:
     driver = extension.driver_version()
     if _major(driver) < _major(info["cuda_version"]):
         return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
-    index = torch.cuda.current_device() if device_index is None else device_index
-    if extension.has_code_for(index) == "none":
-        arch = "{}{}".format(*torch.cuda.get_device_capability(index))
+    if code_for(device_index) == "none":
+        arch = "{}{}".format(*torch.cuda.get_device_capability(device_index))
         return (
             f"the extension is built for the architectures {', '.join(info['cuda_archs'])}, "
             f"the GPU is sm_{arch}; build with BBK_CUDA_ARCHS={_build_for(arch)}"
@@ -70,7 +87,7 @@ def why_unavailable(device: torch.device | int | None = None) -> str | None:
     the CUDA version of the build, or the extension holds no code for the GPU's architecture. The answer is
     found once per device and kept.
     """
-    return _why_unavailable(device.index if isinstance(device, torch.device) else device)
+    return _why_unavailable(_index_of(device))
 
 
 def is_available(device: torch.device | int | None = None) -> bool:

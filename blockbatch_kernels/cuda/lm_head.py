@@ -1,14 +1,18 @@
 """Top token and its softmax probability, from logits that never exist or exist a chunk at a time."""
 
+from collections.abc import Iterator
+
 import torch
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.cuda.gemm import is_aligned, kernel_exists
+from blockbatch_kernels.shapes import NUM_LIKELY
 
 # Rows whose logits exist at the same time.
 _SLICE_ROWS = 512
 _PARTIAL_WORDS = 4  # LmHeadPartial in csrc/gemm/lm_head.h
+_LIKELY_WORDS = 4 + 2 * NUM_LIKELY  # LmHeadLikelyPartial
 
 
 @torch.no_grad()
@@ -101,25 +105,73 @@ def _partials_of_logits(
     """The same, from logits in memory."""
     library = extension.load()
     piece_tokens = library.LM_HEAD_PIECE_TOKENS
+    partials = _empty_partials(hidden, weight, _PARTIAL_WORDS)
+    for rows, token, logits in _parts_of_logits(hidden, weight):
+        library.lm_head_reduce(
+            logits=logits,
+            probe_tokens=None if probe_tokens is None else probe_tokens[rows],
+            partials=partials[rows],
+            first_token=token,
+            suppress_token=suppress_token,
+            stream=extension.stream_of(hidden),
+        )
+    return partials, piece_tokens
+
+
+@torch.no_grad()
+def lm_head_likely(
+    hidden: torch.Tensor, weight: torch.Tensor, *, suppress_token: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `blockbatch_kernels.ops.lm_head_likely`. Tensors as for `lm_head_confidence`, and the same way
+    through torch's product in chunks of the vocabulary, with 48 bytes per row and 4096 tokens."""
+    num_rows = hidden.shape[0]
+    top_token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
+    confidence = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    likely_token = torch.empty(num_rows, NUM_LIKELY, dtype=torch.int32, device=hidden.device)
+    likely_probability = torch.empty_like(likely_token, dtype=torch.float32)
+    results = top_token, confidence, likely_token, likely_probability
+    if num_rows == 0:
+        return results
+    if weight.shape[0] == 0:
+        raise ValueError("weight: expected at least one row, got none")
+    library, stream = extension.load(), extension.stream_of(hidden)
+    partials = _empty_partials(hidden, weight, _LIKELY_WORDS)
+    for rows, token, logits in _parts_of_logits(hidden, weight):
+        library.lm_head_likely_reduce(
+            logits=logits,
+            partials=partials[rows],
+            first_token=token,
+            suppress_token=suppress_token,
+            stream=stream,
+        )
+    library.lm_head_likely_finish(
+        partials=partials,
+        top_token=top_token,
+        confidence=confidence,
+        likely_token=likely_token,
+        likely_probability=likely_probability,
+        stream=stream,
+    )
+    return results
+
+
+def _empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> torch.Tensor:
+    num_pieces = -(-weight.shape[0] // extension.load().LM_HEAD_PIECE_TOKENS)
+    return torch.empty(hidden.shape[0], num_pieces, words, dtype=torch.float32, device=hidden.device)
+
+
+def _parts_of_logits(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Some rows, the first of some tokens, and their logits; the next ones overwrite them."""
+    piece_tokens = extension.load().LM_HEAD_PIECE_TOKENS
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    num_pieces = -(-vocab_size // piece_tokens)
     slice_rows = min(num_rows, _SLICE_ROWS)
     piece_bytes = slice_rows * piece_tokens * hidden.element_size()
     chunk_tokens = min(vocab_size, max(1, tuning.LM_HEAD_LOGITS_BYTES // piece_bytes) * piece_tokens)
     workspace = hidden.new_empty(slice_rows * chunk_tokens)
-    partials = torch.empty(num_rows, num_pieces, _PARTIAL_WORDS, dtype=torch.float32, device=hidden.device)
     for row in range(0, num_rows, slice_rows):
         rows = hidden[row : row + slice_rows]
         for token in range(0, vocab_size, chunk_tokens):
             chunk = weight[token : token + chunk_tokens]
             logits = workspace[: rows.shape[0] * chunk.shape[0]].view(rows.shape[0], chunk.shape[0])
             torch.mm(rows, chunk.t(), out=logits)
-            library.lm_head_reduce(
-                logits=logits,
-                probe_tokens=None if probe_tokens is None else probe_tokens[row:],
-                partials=partials[row : row + slice_rows],
-                first_token=token,
-                suppress_token=suppress_token,
-                stream=extension.stream_of(hidden),
-            )
-    return partials, piece_tokens
+            yield slice(row, row + slice_rows), token, logits

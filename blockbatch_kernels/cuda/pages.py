@@ -6,13 +6,21 @@ import torch
 from torch import Tensor
 
 from blockbatch_kernels.cuda import extension
+from blockbatch_kernels.structs import PagePool
+
+# Rows whose column of the table has room in the shared memory of every GPU.
+_FEW_ROWS = 8192
 
 
 def share_pages(page_table: Tensor, source_row: Tensor) -> None:
     """See `blockbatch_kernels.ops.share_pages`. One launch."""
+    workspace = None
+    if page_table.shape[0] > _FEW_ROWS:
+        workspace = torch.empty(page_table.numel(), dtype=torch.int32, device=page_table.device)
     extension.load().share_pages(
         page_table=page_table,
         source_row=source_row.contiguous(),
+        workspace=workspace,
         stream=extension.stream_of(page_table),
     )
 
@@ -25,8 +33,9 @@ def copy_pages(
     *,
     num_branches: int,
     write_positions: Tensor | None = None,
+    pool: PagePool | None = None,
 ) -> None:
-    """See `blockbatch_kernels.ops.copy_pages`. Two launches; at most 32 branches.
+    """See `blockbatch_kernels.ops.copy_pages`. Two launches; without `pool` at most 32 branches.
 
     `kv_cache` may have any strides for which a page of one layer and side is dense, in any order of its
     positions, heads and head dimension.
@@ -36,6 +45,11 @@ def copy_pages(
     # Every row might move every page.
     moves = torch.empty(2 * page_table.numel(), dtype=torch.int32, device=page_table.device)
     num_moves = torch.empty(compiled.MAX_MOVE_LISTS, dtype=torch.int32, device=page_table.device)
+    workspace = None
+    if pool is not None:
+        # A place for each page, each entry of the table and each page of the list.
+        size = kv_cache.shape[2] + page_table.numel() + pool.free_pages.shape[0]
+        workspace = torch.empty(size, dtype=torch.int32, device=page_table.device)
     compiled.copy_pages(
         kv_cache=kv_cache,
         page_table=page_table,
@@ -43,7 +57,10 @@ def copy_pages(
         write_end=write_end.contiguous(),
         num_moves=num_moves,
         moves=moves,
-        write_positions=write_positions,
+        write_positions=None if write_positions is None else write_positions.contiguous(),
+        free_pages=None if pool is None else pool.free_pages.contiguous(),
+        counts=None if pool is None else pool.counts,
+        workspace=workspace,
         num_branches=num_branches,
         stream=extension.stream_of(page_table),
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.checks import checker
-from blockbatch_kernels.ops import dispatch
+from blockbatch_kernels.ops import dispatch, values
 from blockbatch_kernels.structs import AttentionPlan
 
 _check_attention_plan = checker("attention_plan")
@@ -29,7 +29,7 @@ def attention_plan(
 
     Rows whose pages are the same over a stretch of keys are computed together there. Keys are cut finer while
     there are too few tiles to fill the GPU. `reference/attention_plan.py` fixes the result bit for bit.
-    A plan serves one stream at a time.
+    A plan may be used on several streams at once; on the first it is fastest.
 
     Args:
         page_table: [rows, pages_per_row] int32.
@@ -46,6 +46,8 @@ def attention_plan(
     _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+    if values.ENABLED:
+        values.check_attention(*tensors, page_size=page_size, num_tokens=num_tokens)
     module = dispatch.module_for(backend, "attention_plan", page_table)
     heads, (rows, pages_per_row), device = (num_heads, num_kv_heads), page_table.shape, page_table.device
     if distinct_rows is None:
@@ -99,6 +101,14 @@ def varlen_attention(
         )
     if plan is not None:
         _check_plan(plan, q, k_cache.shape[2])
+    if values.ENABLED:
+        values.check_attention(
+            *tensors[3:],
+            page_size=k_cache.shape[1],
+            num_tokens=q.shape[0],
+            num_pages=k_cache.shape[0],
+            plan=plan,
+        )
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
     if plan is None:

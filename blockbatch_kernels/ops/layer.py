@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
-from blockbatch_kernels.ops import dispatch
+from blockbatch_kernels.ops import dispatch, values
 
 _check_rms_norm = checker("rms_norm")
 _check_swiglu = checker("swiglu")
@@ -14,6 +14,7 @@ _check_linear_swiglu = checker("linear_swiglu")
 _check_rope_kv_write = checker("rope_kv_write")
 _check_linear_rope_kv_write = checker("linear_rope_kv_write")
 _check_lm_head_confidence = checker("lm_head_confidence")
+_check_lm_head_likely = checker("lm_head_likely")
 
 
 def rms_norm(
@@ -129,6 +130,8 @@ def rope_kv_write(
             rotation.
     """
     _check_rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    if values.ENABLED:
+        values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "rope_kv_write", q)
     module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
 
@@ -179,6 +182,8 @@ def linear_rope_kv_write(
             f"weight: expected {rows} rows ({num_heads} heads of q and {num_kv_heads} each of k and v, of "
             f"{head_dim}), got {weight.shape[0]}"
         )
+    if values.ENABLED:
+        values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "linear_rope_kv_write", x)
     return module.linear_rope_kv_write(
         x, weight, bias, *where, num_heads=num_heads, static_weight=static_weight
@@ -197,19 +202,56 @@ def lm_head_confidence(
 
     Equivalent to `softmax((hidden @ weight.T).float(), -1).max(-1)`, with the lowest id on a tie.
 
+    Logits are to be below infinity, and one of each row above minus infinity. A row with a NaN, with plus
+    infinity, or with minus infinity alone has no softmax: its confidence and its probe's probability are NaN,
+    and its top token says nothing. Single logits of minus infinity are tokens of probability 0. So whether a
+    model's numbers can be trusted is seen by the confidences; `decode_policy` counts those that are not
+    finite.
+
     Args:
         hidden: [predictions, dim], fp32, bf16 or fp16.
         weight: [vocabulary, dim], same dtype.
         probe_tokens: [predictions] int32, a token of each row whose probability is wanted as well.
-        suppress_token: its logit counts as minus infinity.
+        suppress_token: its logit counts as minus infinity, whatever it is.
 
     Returns:
         top_token [predictions] int32, confidence [predictions] fp32, probe_probability [predictions] fp32 or
         None.
     """
     _check_lm_head_confidence(hidden, weight, probe_tokens, suppress_token)
-    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
-        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
+    _check_suppressed(suppress_token, weight)
+    if values.ENABLED and probe_tokens is not None:
+        values.check_tokens("probe_tokens", probe_tokens, weight.shape[0])
     return dispatch.module_for(backend, "lm_head_confidence", hidden).lm_head_confidence(
         hidden, weight, probe_tokens=probe_tokens, suppress_token=suppress_token
     )
+
+
+def lm_head_likely(
+    hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `lm_head_confidence` says, and every token whose probability is above 0.2, `LEAST_LIKELY`.
+
+    For them no token is suppressed: with MASK as the suppressed token, its probability is missing from
+    theirs. Four places are enough, since probabilities add up to 1.
+
+    Args:
+        hidden: [predictions, dim], fp32, bf16 or fp16.
+        weight: [vocabulary, dim], same dtype.
+        suppress_token: its logit counts as minus infinity for top token and confidence alone.
+
+    Returns:
+        top_token [predictions] int32, confidence [predictions] fp32, likely_token [predictions, 4] int32 and
+        likely_probability [predictions, 4] fp32, the most probable first, the lowest id first on a tie; -1
+        and 0 where there are fewer.
+    """
+    _check_lm_head_likely(hidden, weight, suppress_token)
+    _check_suppressed(suppress_token, weight)
+    return dispatch.module_for(backend, "lm_head_likely", hidden).lm_head_likely(
+        hidden, weight, suppress_token=suppress_token
+    )
+
+
+def _check_suppressed(suppress_token: int | None, weight: Tensor) -> None:
+    if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
+        raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
-from blockbatch_kernels.ops import dispatch
+from blockbatch_kernels.ops import dispatch, values
 from blockbatch_kernels.structs import (
     BranchState,
     PackedQueries,
+    PagePool,
     PolicyEvents,
     PolicyParams,
     Predictions,
@@ -51,6 +52,9 @@ def pack_windows(
         state, plan, page_table, page_size, capacity, predict_capacity, prediction_offset, scattered
     )
     _check_requests(state)
+    if values.ENABLED:
+        sizes = (page_size, capacity, predict_capacity, prediction_offset, scattered)
+        values.check_packing(state, plan, page_table, *sizes)
     return dispatch.module_for(backend, "pack_windows", state.tokens).pack_windows(
         state,
         plan,
@@ -71,6 +75,8 @@ def share_pages(page_table: Tensor, source_row: Tensor, *, backend: str | None =
         source_row: [R] int32; the row itself or -1 leaves the row as it is.
     """
     _check_share_pages(page_table, source_row)
+    if values.ENABLED:
+        values.check_sources(source_row, page_table.shape[0])
     dispatch.module_for(backend, "share_pages", page_table).share_pages(page_table, source_row)
 
 
@@ -82,31 +88,46 @@ def copy_pages(
     *,
     num_branches: int,
     write_positions: Tensor | None = None,
+    pool: PagePool | None = None,
     backend: str | None = None,
 ) -> None:
     """Copy on write: gives each row its own page wherever it is about to change one that another row uses
     too.
 
-    The pages of a request come from a pool of `num_branches` pages for every column of its page tables, page
-    id (request * num_branches + k) * pages_per_row + column, so a free one always exists. The contents are
-    copied, in all layers, where the write does not cover the page whole.
+    Without `pool` the pages of a request come from `num_branches` pages for every column of its page tables,
+    page id (request * num_branches + k) * pages_per_row + column for k from 0 to num_branches - 1, so a free
+    one always exists. The table must hold such ids alone: it starts as -1, and `copy_pages` and `share_pages`
+    write nothing else. Tables with ids of another allocator need a `pool`. The contents are copied, in all
+    layers, where the write does not cover the page whole.
 
     Args:
         kv_cache: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* in the new pages.
-        page_table: [R, pages_per_row] int32, -1 where a row has no page yet; *written*.
+        page_table: [R, pages_per_row] int32, -1 where a row has no page yet; *written*. With `pool` a page
+            may stand in one column alone, in rows of any request.
         write_start, write_end: [R] int32, positions that the row will write; equal: none.
         num_branches: rows per request.
         write_positions: [R, any] int32, ascending; with it a row writes the positions at the places from
             `write_start` to `write_end` of its line. A page is then covered whole if all its positions are
             listed.
+        pool: the pages that rows may be given, see `PagePool`; *written*: how many were missing. A page that
+            is not in it is copied before a row writes it, as if another row used it.
+
+    Raises, for tensors in host memory, and with `BBK_CHECK=1` on a GPU: ValueError for a page that is none of
+    `kv_cache`, and without `pool` for one that is not the row's by the rule above.
     """
-    _check_copy_pages(kv_cache, page_table, write_start, write_end, num_branches, write_positions)
+    _check_copy_pages(kv_cache, page_table, write_start, write_end, num_branches, write_positions, pool)
     rows = page_table.shape[0]
     if num_branches < 1 or rows % num_branches:
         raise ValueError(f"num_branches: expected a divisor of the {rows} rows, got {num_branches}")
-    if kv_cache.shape[2] < page_table.numel():
-        raise ValueError(f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}")
-    module = dispatch.module_for(backend, "copy_pages", page_table, num_branches=num_branches)
+    sizes = {}
+    if pool is None:
+        sizes["num_branches"] = num_branches
+        if kv_cache.shape[2] < page_table.numel():
+            raise ValueError(
+                f"kv_cache: expected at least {page_table.numel()} pages, got {kv_cache.shape[2]}"
+            )
+    values.check_pages(kv_cache, page_table, write_start, write_end, num_branches, write_positions, pool)
+    module = dispatch.module_for(backend, "copy_pages", page_table, **sizes)
     module.copy_pages(
         kv_cache,
         page_table,
@@ -114,7 +135,10 @@ def copy_pages(
         write_end,
         num_branches=num_branches,
         write_positions=write_positions,
+        pool=pool,
     )
+    if pool is not None and values.ENABLED and values.is_readable(page_table):
+        pool.check()
 
 
 def initial_plan(
@@ -143,7 +167,12 @@ def decode_policy(
     """Everything between two forwards: commit, EOS check, advance, merge, sync, and the plan of the next
     forward.
 
-    Source of the method: arXiv 2605.29233; LocalLeap's commit rule: arXiv 2510.07081.
+    Source of the method: arXiv 2605.29233, whose authors published one rule for LLaDA and another for Dream
+    (`params.policy`); LocalLeap's commit rule: arXiv 2510.07081.
+
+    A confidence that is NaN or infinite says that the model's numbers broke. It goes through the rules as the
+    highest one, and is counted in `state.non_finite`. The plan's flags then count all rows of the request as
+    stalled, so that the host learns of it with what it reads anyway.
 
     Args:
         state: *written*.
@@ -160,8 +189,11 @@ def decode_policy(
     _check_decode_policy(state, predictions, plan, params, out)
     _check_requests(state)
     _check_drafts(state, params)
+    _check_map(state, predictions, params)
     if predictions.probe_probability is None and params.eos_exit == "window":
         raise ValueError('predictions.probe_probability: expected a tensor with eos_exit="window", got None')
+    if values.ENABLED:
+        values.check_predictions(state, predictions)
     module = dispatch.module_for(backend, "decode_policy", state.tokens, **_policy_sizes(state, params))
     return module.decode_policy(state, predictions, plan, params, out=out)
 
@@ -176,6 +208,16 @@ def _check_drafts(state: BranchState, params: PolicyParams) -> None:
             f"params.drafts: expected one for each row of a request but the first, {state.num_branches - 1}, "
             f"got {len(params.drafts)}"
         )
+
+
+def _check_map(state: BranchState, predictions: Predictions, params: PolicyParams) -> None:
+    if params.policy != "dream_published":
+        return
+    for name in ("likely_token", "likely_probability"):
+        if getattr(predictions, name) is None:
+            raise ValueError(f'predictions.{name}: expected a tensor with policy="{params.policy}", got None')
+    if state.map_token.shape[2] == 0:
+        raise ValueError(f'state.map_token: expected entries with policy="{params.policy}", got none')
 
 
 def _check_requests(state: BranchState) -> None:

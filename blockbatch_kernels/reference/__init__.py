@@ -3,7 +3,7 @@
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
 from blockbatch_kernels.reference.attention_plan import attention_plan
 from blockbatch_kernels.reference.gemm import linear, linear_rope_kv_write, linear_swiglu
-from blockbatch_kernels.reference.lm_head import lm_head_confidence
+from blockbatch_kernels.reference.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
 from blockbatch_kernels.reference.pages import copy_pages, share_pages
@@ -19,6 +19,7 @@ __all__ = [
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
+    "lm_head_likely",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

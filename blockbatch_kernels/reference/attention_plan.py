@@ -22,7 +22,9 @@ def attention_plan(
     num_tokens: int,
     shape: AttentionShape,
 ) -> AttentionPlan:
-    table, bounds, lengths = page_table.tolist(), cu_seqlens_q.tolist(), seqlens_k.tolist()
+    table, bounds = page_table.tolist(), cu_seqlens_q.tolist()
+    # Lengths beyond the table are a caller's mistake: there is nothing to read.
+    lengths = [min(length, page_table.shape[1] * page_size) for length in seqlens_k.tolist()]
     queries = {
         row: range(bounds[row], bounds[row + 1])
         for row, length in enumerate(lengths)
@@ -116,21 +118,21 @@ def _as_tensors(
     units: tuple[Tensor, Tensor, Tensor],
 ) -> AttentionPlan:
     max_tiles = shape.max_tiles + shape.max_pieces * page_table.shape[0]
-    tiles = torch.zeros(max_tiles, 4, dtype=torch.int32)
-    query_order = torch.full((shape.max_pieces, num_tokens), -1, dtype=torch.int32)
-    bounds = torch.zeros(shape.max_pieces, 2, dtype=torch.int32)
-    token_row = torch.full((num_tokens,), -1, dtype=torch.int32)
+    tiles = torch.zeros(max_tiles, 4, dtype=torch.int32, device="cpu")
+    query_order = torch.full((shape.max_pieces, num_tokens), -1, dtype=torch.int32, device="cpu")
+    bounds = torch.zeros(shape.max_pieces, 2, dtype=torch.int32, device="cpu")
+    token_row = torch.full((num_tokens,), -1, dtype=torch.int32, device="cpu")
     for row, packed in queries.items():
         token_row[packed.start : packed.stop] = row
     number = 0
     for index, (start, end, owner) in enumerate(pieces):
-        bounds[index] = torch.tensor([start * segment_keys, end * segment_keys])
+        bounds[index] = torch.tensor([start * segment_keys, end * segment_keys], device="cpu")
         order = [token for row in sorted(owner, key=lambda row: (owner[row], row)) for token in queries[row]]
-        query_order[index, : len(order)] = torch.tensor(order, dtype=torch.int32)
+        query_order[index, : len(order)] = torch.tensor(order, dtype=torch.int32, device="cpu")
         for tile in _tiles(owner, queries, shape):
-            tiles[number] = torch.tensor([index, *tile], dtype=torch.int32)
+            tiles[number] = torch.tensor([index, *tile], dtype=torch.int32, device="cpu")
             number += 1
-    counts = torch.tensor([number, len(pieces)], dtype=torch.int32)
+    counts = torch.tensor([number, len(pieces)], dtype=torch.int32, device="cpu")
     tensors = (tiles, query_order, bounds, token_row, counts, *units)
     return AttentionPlan(
         *(tensor.to(page_table.device) for tensor in tensors),

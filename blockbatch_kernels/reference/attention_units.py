@@ -40,9 +40,11 @@ def attention_units(
         table, lengths: pages and keys of every row.
         queries: packed tokens of the rows that have queries and keys.
     """
-    units = torch.zeros(shape.max_units(num_tokens, len(table), page_size), UNIT_INTEGERS, dtype=torch.int32)
-    stretches = torch.zeros(shape.processors, STRETCH_INTEGERS, dtype=torch.int32)
-    arrivals = torch.zeros(2 * shape.processors, dtype=torch.int32)
+    units = torch.zeros(
+        shape.max_units(num_tokens, len(table), page_size), UNIT_INTEGERS, dtype=torch.int32, device="cpu"
+    )
+    stretches = torch.zeros(shape.processors, STRETCH_INTEGERS, dtype=torch.int32, device="cpu")
+    arrivals = torch.zeros(2 * shape.processors, dtype=torch.int32, device="cpu")
     if not shape.block_tokens:
         return units, stretches, arrivals
     records: list[list[int]] = []
@@ -66,8 +68,8 @@ def attention_units(
         records[begin:] = [[begin, len(records), *record] for record in records[begin:]]
     units[0, 0] = len(records)
     if records:
-        units[1 : 1 + len(records)] = torch.tensor(records, dtype=torch.int32)
-        cut = torch.tensor(_stretches(sizes, shape), dtype=torch.int32)
+        units[1 : 1 + len(records)] = torch.tensor(records, dtype=torch.int32, device="cpu")
+        cut = torch.tensor(_stretches(sizes, shape), dtype=torch.int32, device="cpu")
         stretches[: len(cut), :3] = cut
     return units, stretches, arrivals
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from blockbatch_kernels.reference.plan import by_request, in_window, is_eos, running_rows
 from blockbatch_kernels.structs import PHASE_BLOCK, BranchState, PolicyEvents, PolicyParams, StepPlan
 
-_OF_REQUESTS = ("prompt_tokens", "prompt_length", "nfe", "finished", "winner", "stop_reason")
+_OF_REQUESTS = ("prompt_tokens", "prompt_length", "nfe", "finished", "winner", "stop_reason", "non_finite")
 
 
 def follow(

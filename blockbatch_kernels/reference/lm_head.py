@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.shapes import LEAST_LIKELY, NUM_LIKELY
+
 # Rows whose logits exist at the same time: 256 x 126,464 fp32 logits are 130 MB.
 _CHUNK_ROWS = 256
 
@@ -28,3 +30,25 @@ def lm_head_confidence(
             probed = weights.gather(-1, probe_tokens[chunk].long().unsqueeze(-1)).squeeze(-1)
             probe_probability[chunk] = probed / total
     return top_token, confidence, probe_probability
+
+
+def lm_head_likely(
+    hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    top_token, confidence, _ = lm_head_confidence(hidden, weight, suppress_token=suppress_token)
+    num_rows = hidden.shape[0]
+    likely_token = torch.full((num_rows, NUM_LIKELY), -1, dtype=torch.int32, device=hidden.device)
+    likely_probability = torch.zeros_like(likely_token, dtype=torch.float32)
+    most = min(NUM_LIKELY, weight.shape[0])
+    for start in range(0, num_rows, _CHUNK_ROWS):
+        chunk = slice(start, start + _CHUNK_ROWS)
+        logits = F.linear(hidden[chunk], weight).float()
+        probabilities = logits.softmax(-1)
+        for place in range(most):
+            token = logits.argmax(-1, keepdim=True)
+            probability = probabilities.gather(-1, token)
+            is_likely = probability > LEAST_LIKELY
+            likely_token[chunk, place : place + 1] = torch.where(is_likely, token, -1).int()
+            likely_probability[chunk, place : place + 1] = torch.where(is_likely, probability, 0.0)
+            logits.scatter_(-1, token, float("-inf"))
+    return top_token, confidence, likely_token, likely_probability

@@ -3,10 +3,16 @@
 Column j of a request's page tables holds the pages of positions [j * page_size, (j + 1) * page_size). Its N
 rows draw on a pool of N pages per column, numbered (request * N + k) * pages_per_row + j, so a row that must
 leave a shared page always finds a free one: no allocator, no host, and memory that is known beforehand.
+
+With a `PagePool` the ids are those of another allocator, and all rows of the table draw on one list.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from blockbatch_kernels.structs import PagePool
 
 
 def share_pages(page_table: Tensor, source_row: Tensor) -> None:
@@ -23,8 +29,23 @@ def copy_pages(
     *,
     num_branches: int,
     write_positions: Tensor | None = None,
+    pool: PagePool | None = None,
 ) -> None:
-    page_size = kv_cache.shape[3]
+    written = _written(page_table, write_start, write_end, write_positions, kv_cache.shape[3])
+    if pool is None:
+        _copy_in_fixed_pool(kv_cache, page_table, *written, num_branches)
+    else:
+        _copy_in_pool(kv_cache, page_table, *written, pool)
+
+
+def _written(
+    page_table: Tensor,
+    write_start: Tensor,
+    write_end: Tensor,
+    write_positions: Tensor | None,
+    page_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Of each row and column [rows, columns]: whether the page is written, and whether whole."""
     num_rows, pages_per_row = page_table.shape
     column_start = torch.arange(pages_per_row, device=page_table.device) * page_size
     first, last = write_start.unsqueeze(1), write_end.unsqueeze(1)
@@ -36,6 +57,13 @@ def copy_pages(
         written = torch.zeros(num_rows, pages_per_row + 1, dtype=torch.int32, device=page_table.device)
         written.scatter_add_(1, column.long(), torch.ones_like(column, dtype=torch.int32))
         touched, covered = written[:, :-1] > 0, written[:, :-1] == page_size
+    return touched, covered
+
+
+def _copy_in_fixed_pool(
+    kv_cache: Tensor, page_table: Tensor, touched: Tensor, covered: Tensor, num_branches: int
+) -> None:
+    num_rows, pages_per_row = page_table.shape
 
     def by_request(x: Tensor) -> Tensor:
         return x.view(-1, num_branches, pages_per_row)
@@ -63,4 +91,40 @@ def copy_pages(
     # use, so the order of the copies does not matter.
     moved = (new != old) & (old >= 0) & ~by_request(covered)
     kv_cache[:, :, page_ids(new)[moved]] = kv_cache[:, :, page_ids(old)[moved]]
-    page_table.copy_(torch.where(new < 0, -1, page_ids(new)).view_as(page_table))
+    page_table.copy_(torch.where(new == old, by_request(page_table), page_ids(new)).view_as(page_table))
+
+
+def _copy_in_pool(
+    kv_cache: Tensor, page_table: Tensor, touched: Tensor, covered: Tensor, pool: PagePool
+) -> None:
+    num_rows, num_pages, device = page_table.shape[0], kv_cache.shape[2], page_table.device
+    held = page_table.long()
+    exists = (held >= 0) & (held < num_pages)
+    ids = pool.free_pages.long()
+    place = torch.where((ids >= 0) & (ids < num_pages), ids, num_pages)
+    # Of each page its first place in the list, of pages that are not in it the length of the list.
+    first = torch.full((num_pages + 1,), len(ids), device=device)
+    first.scatter_reduce_(0, place, torch.arange(len(ids), device=device), "amin")
+    in_pool = exists & (first[torch.where(exists, held, num_pages)] < len(ids))
+    in_use = torch.zeros(num_pages + 1, dtype=torch.bool, device=device)
+    in_use[torch.where(exists, held, num_pages)] = True
+    free = (place < num_pages) & (first[place] == torch.arange(len(ids), device=device)) & ~in_use[place]
+
+    # Row after row: one that has left a page no longer shares it.
+    leaves = torch.zeros_like(touched)
+    for row in range(num_rows):
+        others = (held == held[row]) & ~leaves
+        leaves[row] = touched[row] & (~in_pool[row] | (others.sum(0) > 1))
+
+    # The free pages in the order of the list, to the rows one after the other.
+    order = torch.where(free, free.cumsum(0) - 1, len(ids))
+    given = torch.full((len(ids) + 1,), -1, device=device).scatter_(0, order, ids)
+    given[-1] = -1
+    turn = (leaves.flatten().cumsum(0) - 1).view_as(held)
+    new = given[torch.where(leaves, turn, len(ids)).clamp(max=len(ids))]
+    moved = new >= 0
+    copied = moved & exists & ~covered
+    kv_cache[:, :, new[copied]] = kv_cache[:, :, held[copied]]
+    page_table.copy_(torch.where(moved, new, held))
+    pool.counts[0] = free.sum() - moved.sum()
+    pool.counts[1] += (leaves & ~moved).sum()

@@ -141,6 +141,13 @@ def _open_queries(state: BranchState, params: PolicyParams, active: Tensor) -> S
     return plan._replace(query_position=position[:, : gen_length + 1].contiguous())
 
 
+def _asked_by_dream(state: BranchState, params: PolicyParams, phase: int) -> Tensor:
+    """A sync takes the map with the tokens, so that a row asks for its own MASKs alone; and of a full
+    forward for the first of them."""
+    masked = state.tokens == params.mask_token_id
+    return masked if phase == PHASE_BLOCK else masked & (masked.int().cumsum(1) == 1)
+
+
 def _plan(
     state: BranchState,
     params: PolicyParams,
@@ -155,7 +162,9 @@ def _plan(
     # tokens between branches but never adds a MASK or EOS that no branch of the request held before, so
     # positions where no branch holds one need no LM head.
     open_positions = (state.tokens == params.mask_token_id) | is_eos(state.tokens, params)
-    if not params.drafts:
+    if params.policy == "dream_published":
+        open_positions = _asked_by_dream(state, params, phase)
+    elif not params.drafts:
         open_positions = by_request(state, open_positions).any(1).repeat_interleave(state.num_branches, 0)
     prompt = state.prompt_length.repeat_interleave(state.num_branches).unsqueeze(1)
     # The query that predicts each generation position.
@@ -165,7 +174,8 @@ def _plan(
     predict = open_positions & predicted
     running = (~state.finished).sum().int()
     counts = (query_end - query_start).sum().int(), predict.sum().int()
-    stalled = (state.decoded > state.gen_length).sum().int()
+    broken = (state.non_finite > 0).repeat_interleave(state.num_branches)
+    stalled = (broken | (state.decoded > state.gen_length)).sum().int()
     flags = torch.stack((running, torch.full_like(running, phase), *counts, stalled))
     position = state.tokens.new_zeros(state.num_rows, state.gen_length + 1)
     return StepPlan(query_start, query_end, source_row, predict, flags, position)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockbatch_kernels.reference import drafts
+from blockbatch_kernels.reference import drafts, dream_policy
 from blockbatch_kernels.reference.plan import (
     by_request,
     first_true,
@@ -44,7 +44,9 @@ def decode_policy(
     if params.query_span == "open":
         _note_cached(state, forwarded)
     probe_probability = store_predictions(state, predictions, plan)
-    if params.drafts:
+    if params.policy == "dream_published":
+        events = dream_policy.after_forward(state, predictions, forwarded, phase, params)
+    elif params.drafts:
         events = drafts.follow(state, plan, probe_probability, params, after_forward)
     else:
         events = after_forward(state, forwarded, phase, probe_probability, params)
@@ -104,6 +106,9 @@ def _note_cached(state: BranchState, forwarded: Tensor) -> None:
 def store_predictions(state: BranchState, predictions: Predictions, plan: StepPlan) -> Tensor:
     """Scatters the packed predictions; returns the probe probabilities, [R, G]."""
     num_rows, gen_length = state.tokens.shape
+    request = predictions.target.clamp(min=0) // (state.num_branches * gen_length)
+    non_finite = (predictions.target >= 0) & ~predictions.confidence.isfinite()
+    state.non_finite.index_add_(0, request, non_finite.int())
     behind = num_rows * gen_length  # padding goes to a slot behind the end
     target = torch.where(predictions.target < 0, behind, predictions.target)
     rows = torch.arange(num_rows, device=target.device)

@@ -24,6 +24,7 @@ _OPERATORS = {
     "linear_rope_kv_write": "gemm",
     "linear_swiglu": "gemm",
     "lm_head_confidence": "lm_head",
+    "lm_head_likely": "likely",
     "pack_windows": "pack",
     "rms_norm": "norm",
     "rope_kv_write": "rope",

@@ -57,6 +57,7 @@ def _attention_kernel(
     counts,
     scale,  # softmax_scale * log2(e), not negative
     num_tokens,
+    most_keys,  # that the pages of a row hold
     q_strides,
     k_strides,
     v_strides,
@@ -86,7 +87,7 @@ def _attention_kernel(
         piece, first_query = tl.load(tile), tl.load(tile + 1)
         num_queries, row = tl.load(tile + 2), tl.load(tile + 3)
         start = tl.load(pieces + 2 * piece)
-        end = tl.minimum(tl.load(pieces + 2 * piece + 1), tl.load(seqlens_k + row))
+        end = tl.minimum(tl.load(pieces + 2 * piece + 1), tl.minimum(tl.load(seqlens_k + row), most_keys))
 
         tile_row = item // NUM_KV_HEADS % SUBTILES * BLOCK_M + tl.arange(0, BLOCK_M)
         query = tile_row // GROUP
@@ -264,6 +265,7 @@ def varlen_attention(
         counts,
         softmax_scale * _LOG2_E,
         num_tokens,
+        page_table.shape[1] * page_size,
         q.stride(),
         k_cache.stride(),
         v_cache.stride(),

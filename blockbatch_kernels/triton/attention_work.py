@@ -30,12 +30,12 @@ def _num_queries(cu_seqlens_q, seqlens_k, row, num_rows):
 
 
 @triton.jit
-def _num_keys(cu_seqlens_q, seqlens_k, row, num_rows):
-    """Keys of each row, none in a row without queries."""
+def _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most):
+    """Keys of each row, no more than its pages hold, and none in a row without queries."""
     is_row = row < num_rows
     first = tl.load(cu_seqlens_q + row, mask=is_row, other=0)
     behind = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=0)
-    return tl.where(behind > first, tl.load(seqlens_k + row, mask=is_row, other=0), 0)
+    return tl.where(behind > first, tl.minimum(tl.load(seqlens_k + row, mask=is_row, other=0), most), 0)
 
 
 @triton.jit
@@ -48,18 +48,19 @@ def _owner(
     num_rows,
     page_size,
     segment_pages,
+    most,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """[BLOCK_ROWS]: the first row that reads the same pages in the segment; -1 in rows that end before it."""
     row = tl.arange(0, BLOCK_ROWS)
     start = segment * segment_pages * page_size
-    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
+    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most)
     end = tl.minimum(num_keys, start + segment_pages * page_size)
     owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
     for first in range(0, num_rows, BLOCK_COLUMNS):
         other = first + tl.arange(0, BLOCK_COLUMNS)
-        other_keys = _num_keys(cu_seqlens_q, seqlens_k, other, num_rows)
+        other_keys = _num_keys(cu_seqlens_q, seqlens_k, other, num_rows, most)
         other_end = tl.minimum(other_keys, start + segment_pages * page_size)
         differ = (end[:, None] != other_end[None, :]).to(tl.int32)
         for index in tl.range(0, segment_pages, loop_unroll_factor=8):
@@ -94,7 +95,7 @@ def _num_tiles(
 
 
 # Compiled once for all shapes: the integers are no reason for another version.
-@triton.jit(do_not_specialize=["num_rows", "page_size", "segment_pages", "tile_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "page_size", "segment_pages", "tile_tokens", "most"])
 def _segments_kernel(
     page_table,
     table_strides,
@@ -106,6 +107,7 @@ def _segments_kernel(
     page_size,
     segment_pages,
     tile_tokens,
+    most,  # keys that the pages of a row hold
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -119,6 +121,7 @@ def _segments_kernel(
         num_rows,
         page_size,
         segment_pages,
+        most,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
@@ -132,6 +135,7 @@ def _segments_kernel(
         num_rows,
         page_size,
         segment_pages,
+        most,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
@@ -148,15 +152,8 @@ def _smaller(a, b):
 
 
 @triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "max_segments",
-        "segment_keys",
-        "tile_tokens",
-        "max_pieces",
-        "target_tiles",
-        "min_segments",
-    ]
+    do_not_specialize=["num_rows", "max_segments", "segment_keys", "tile_tokens", "max_pieces"]
+    + ["target_tiles", "min_segments", "most"]
 )
 def _pieces_kernel(
     cu_seqlens_q,
@@ -173,13 +170,14 @@ def _pieces_kernel(
     max_pieces,
     target_tiles,
     min_segments,
+    most,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     row, segment = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_SEGMENTS)
-    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows)
+    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most)
     num_segments = (tl.max(num_keys, axis=0) + segment_keys - 1) // segment_keys
     starts_run = tl.load(segments + segment, mask=segment < num_segments, other=0)
     num_tiles = tl.load(segments + max_segments + segment, mask=segment < num_segments, other=0)
@@ -342,6 +340,7 @@ def attention_plan(
         num_kv_heads=shape.num_kv_heads,
     )
     owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)
+    most = page_table.shape[1] * page_size
     # Blocks are seldom smaller than these, and every other size would be compiled.
     rows = dict(BLOCK_ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK_COLUMNS=_BLOCK_COLUMNS)
     _segments_kernel[(max_segments,)](
@@ -355,6 +354,7 @@ def attention_plan(
         page_size=page_size,
         segment_pages=shape.segment_pages,
         tile_tokens=shape.tile_tokens,
+        most=most,
         **rows,
     )
     _pieces_kernel[(1,)](
@@ -372,6 +372,7 @@ def attention_plan(
         max_pieces=max_pieces,
         target_tiles=shape.target_tiles,
         min_segments=shape.min_segments,
+        most=most,
         BLOCK_PIECES=max(32, triton.next_power_of_2(max_pieces)),
         BLOCK_SEGMENTS=max(64, triton.next_power_of_2(max_segments)),
         **rows,

@@ -5,6 +5,8 @@ The logits of a part are reduced while they are still in the L2 cache, and the n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
-def _highest(logit, token):
+def highest_of(logit, token):
     """The highest logit and its lowest token. What is not a number is the highest, as torch has it."""
     is_nan = logit != logit
     any_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
@@ -48,7 +50,7 @@ def _reduce_kernel(
     pointer = logits + row.to(tl.int64) * num_columns + column
     logit = tl.load(pointer, mask=inside, other=float("-inf")).to(tl.float32)
     logit = tl.where(token == suppress_token, float("-inf"), logit)
-    top, top_id = _highest(logit, token)
+    top, top_id = highest_of(logit, token)
     base = tl.where(top == float("-inf"), 0.0, top)
     result = (first_block + tl.program_id(1)) * num_rows + row
     tl.store(highest + result, top)
@@ -79,7 +81,7 @@ def _combine_kernel(
     block = tl.arange(0, BLOCK)
     source, is_block = block * num_rows + row, block < num_blocks
     top_of = tl.load(highest + source, mask=is_block, other=float("-inf"))
-    top, top_id = _highest(top_of, tl.load(top_token + source, mask=is_block, other=2147483647))
+    top, top_id = highest_of(top_of, tl.load(top_token + source, mask=is_block, other=2147483647))
     sums = tl.load(total + source, mask=is_block, other=0.0) * tl.exp(top_of - top)
     denominator = tl.sum(sums, axis=0)
     tl.store(token_out + row, top_id)
@@ -88,6 +90,20 @@ def _combine_kernel(
         probe = tl.load(probe_tokens + row * probe_stride)
         logit = tl.load(probe_logit + row, mask=(probe >= 0) & (probe < vocab_size), other=float("-inf"))
         tl.store(probe_out + row, tl.exp(logit - top) / denominator)
+
+
+def parts_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first token of each part of the vocabulary, and its logits; the next part overwrites them."""
+    num_rows, vocab_size, block = hidden.shape[0], weight.shape[0], tuning.TRITON_LM_HEAD.block
+    row_bytes = num_rows * hidden.element_size()
+    part = max(1, tuning.TRITON_LM_HEAD.part_bytes // (row_bytes * block)) * block
+    part = min(part, triton.cdiv(vocab_size, block) * block)
+    logits = torch.empty(num_rows * part, dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, vocab_size, part):
+        columns = min(part, vocab_size - first)
+        chunk = logits[: num_rows * columns].view(num_rows, columns)
+        torch.mm(hidden, weight[first : first + columns].t(), out=chunk)
+        yield first, chunk
 
 
 @on_device_of_first
@@ -103,19 +119,13 @@ def lm_head_confidence(
     if num_rows == 0:
         return top_token, confidence, probe_probability
 
-    row_bytes = num_rows * hidden.element_size()
-    part = max(1, tuning.TRITON_LM_HEAD.part_bytes // (row_bytes * block)) * block
-    part = min(part, triton.cdiv(vocab_size, block) * block)
     num_blocks = triton.cdiv(vocab_size, block)
-    logits = torch.empty(num_rows * part, dtype=hidden.dtype, device=hidden.device)
     highest, total = torch.empty(2, num_blocks, num_rows, dtype=torch.float32, device=hidden.device)
     top_of = torch.empty(num_blocks, num_rows, dtype=torch.int32, device=hidden.device)
     probe_logit = torch.empty_like(confidence)
     probe_stride = probe_tokens.stride(0) if has_probe else 0
-    for first in range(0, vocab_size, part):
-        columns = min(part, vocab_size - first)
-        chunk = logits[: num_rows * columns].view(num_rows, columns)
-        torch.mm(hidden, weight[first : first + columns].t(), out=chunk)
+    for first, chunk in parts_of_logits(hidden, weight):
+        columns = chunk.shape[1]
         _reduce_kernel[(num_rows, triton.cdiv(columns, block))](
             chunk,
             probe_tokens,

@@ -58,6 +58,7 @@ def pack_windows(
             plan,
             page_table,
             *page_table.stride(),
+            page_table.shape[1],
             prediction_counts,
             packed,
             num_rows,
@@ -157,6 +158,7 @@ def _pack_kernel(
     page_table,
     table_row_stride,
     table_column_stride,
+    pages_per_row,
     prediction_counts,
     packed,
     num_rows,
@@ -191,13 +193,15 @@ def _pack_kernel(
         if SCATTERED:
             position = _scattered(plan, row, position, valid, gen_length)
         generated = position - tl.load(state.prompt_length + row // num_branches)
-        prompt_at = (row // num_branches).to(tl.int64) * max_prompt + position
+        # What lies outside of prompt, canvas and pages is a caller's mistake, and not read.
+        prompt_at = (row // num_branches).to(tl.int64) * max_prompt + tl.minimum(position, max_prompt - 1)
         prompt_id = tl.load(state.prompt_tokens + prompt_at, mask=valid & (generated < 0), other=0)
-        generated_at = row.to(tl.int64) * gen_length + generated
+        generated_at = row.to(tl.int64) * gen_length + tl.minimum(generated, gen_length - 1)
         generated_id = tl.load(state.tokens + generated_at, mask=valid & (generated >= 0), other=0)
         page_at = (position // page_size).to(tl.int64) * table_column_stride
-        page = tl.load(page_table + row.to(tl.int64) * table_row_stride + page_at, mask=valid, other=0)
-        slot = page.to(tl.int64) * page_size + position % page_size
+        has_page = valid & (position >= 0) & (position // page_size < pages_per_row)
+        page = tl.load(page_table + row.to(tl.int64) * table_row_stride + page_at, mask=has_page, other=0)
+        slot = tl.where(has_page, page.to(tl.int64) * page_size + position % page_size, -1)
         tl.store(packed.input_ids + index, tl.where(generated < 0, prompt_id, generated_id), mask=valid)
         tl.store(packed.positions + index, position, mask=valid)
         tl.store(packed.row_index + index, tl.zeros_like(index) + row, mask=valid)

@@ -1,18 +1,20 @@
 """Sharing of cache pages between the branches of a request; `reference/pages.py` describes their pool."""
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from blockbatch_kernels.structs import PagePool
+from blockbatch_kernels.triton.page_pool import choose_from_pool, listed_in
 from blockbatch_kernels.triton.rows import device_of, pick
 
 # Table entries of a program of share_pages, which holds some columns of all rows.
 _SHARED_ENTRIES = 4096
 # Columns of a program that chooses pages: small, so that even short tables occupy several processors.
 _COLUMNS = 16
-# Listed positions that such a program looks through at a time.
-_PLACES = tl.constexpr(16)
 # Elements that a program copies of each moved page: 16 bytes a thread and load, several in flight.
 _COPIED_ELEMENTS = 8192
 # Programs that walk the list of moves for each of those pieces. A window moves few pages, at most one at
@@ -52,7 +54,7 @@ def _share_kernel(
     row = tl.arange(0, ROWS)
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     source = tl.load(source_row + row * source_stride, mask=row < num_rows, other=-1)
-    repointed = (source >= 0)[:, None] & (column < num_columns)
+    repointed = ((source >= 0) & (source < num_rows))[:, None] & (column < num_columns)
     offset = column.to(tl.int64) * column_stride
     pages = tl.load(page_table + source.to(tl.int64)[:, None] * row_stride + offset, mask=repointed)
     tl.debug_barrier()  # all rows read the table as it was before
@@ -67,6 +69,7 @@ def copy_pages(
     *,
     num_branches: int,
     write_positions: Tensor | None = None,
+    pool: PagePool | None = None,
 ) -> None:
     layers, sides, _, page_size, num_kv_heads, head_dim = kv_cache.shape
     layer_stride, side_stride, page_stride = kv_cache.stride()[:3]
@@ -81,24 +84,30 @@ def copy_pages(
     # Every page moved, as (from, to); the order in which programs append does not change the result.
     moves = torch.empty(num_rows * num_columns, 2, dtype=torch.int32, device=page_table.device)
     num_moves = torch.zeros(1, dtype=torch.int32, device=page_table.device)
+    writes = (
+        write_start,
+        write_start.stride(0),
+        write_end,
+        write_end.stride(0),
+        write_positions,
+        *(write_positions.stride() if write_positions is not None else (None, None)),
+    )
     with device_of(page_table):
-        _choose_kernel[(num_rows // num_branches, triton.cdiv(num_columns, _COLUMNS))](
-            page_table,
-            *page_table.stride(),
-            write_start,
-            write_start.stride(0),
-            write_end,
-            write_end.stride(0),
-            write_positions,
-            *(write_positions.stride() if write_positions is not None else (None, None)),
-            moves,
-            num_moves,
-            num_columns,
-            page_size,
-            num_branches,
-            ROWS=triton.next_power_of_2(num_branches),
-            COLUMNS=_COLUMNS,
-        )
+        if pool is not None:
+            choose_from_pool(page_table, writes, moves, num_moves, pool, kv_cache.shape[2], page_size)
+        else:
+            _choose_kernel[(num_rows // num_branches, triton.cdiv(num_columns, _COLUMNS))](
+                page_table,
+                *page_table.stride(),
+                *writes,
+                moves,
+                num_moves,
+                num_columns,
+                page_size,
+                num_branches,
+                ROWS=triton.next_power_of_2(num_branches),
+                COLUMNS=_COLUMNS,
+            )
         elements = page_size * num_kv_heads * head_dim
         if layers * elements == 0:
             return
@@ -153,7 +162,7 @@ def _choose_kernel(
         covered = (start <= page_start) & (end >= page_end)
     else:
         lines = write_positions + row.to(tl.int64) * positions_stride
-        number = _listed_in(lines, place_stride, start, end, page_start, page_end)
+        number = listed_in(lines, place_stride, start, end, page_start, page_end)
         touched = inside & (number > 0)
         covered = number == page_size
 
@@ -172,7 +181,7 @@ def _choose_kernel(
         new = tl.where((member == leaving) & must_leave[None, :], free[None, :], new)
 
     new_page = tl.where(new < 0, -1, (request * num_branches + new) * num_columns + column[None, :])
-    tl.store(page_table + entry, new_page, mask=inside)
+    tl.store(page_table + entry, new_page, mask=inside & (new != old))
     # A page that the write covers whole needs no copy.
     moved = inside & (new != old) & (old >= 0) & ~covered
     count = tl.sum(tl.sum(moved.to(tl.int32), 1), 0)
@@ -183,19 +192,6 @@ def _choose_kernel(
         index = tl.atomic_add(num_moves, count) + before_row[:, None] + by_column - 1
         tl.store(moves + index * 2, old_page, mask=moved)
         tl.store(moves + index * 2 + 1, new_page, mask=moved)
-
-
-@triton.jit
-def _listed_in(lines, place_stride, start, end, page_start, page_end):
-    """[N, columns]: how many positions of a page a row lists at the places [start, end) of its line."""
-    number = tl.zeros_like(start + page_start)
-    for first in range(tl.min(tl.min(start, 1), 0), tl.max(tl.max(end, 1), 0), _PLACES):
-        place = first + tl.arange(0, _PLACES)[None, :]
-        listed = (place >= start) & (place < end)
-        position = tl.load(lines[:, None] + place * place_stride, mask=listed, other=-1)[:, None, :]
-        here = (position >= page_start[:, :, None]) & (position < page_end[:, :, None])
-        number += tl.sum(here.to(tl.int32), 2)
-    return number
 
 
 @triton.jit

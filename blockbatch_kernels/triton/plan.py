@@ -17,6 +17,7 @@ from blockbatch_kernels.triton.rows import (
     any_of,
     check_contiguous,
     device_of,
+    first_true,
     in_window,
     is_eos,
     kernel,
@@ -63,6 +64,7 @@ def write_plan(
             SPAN=params.query_span,
             GENERATION=params.refresh_scope == "generation",
             DRAFTS=len(params.drafts),
+            DREAM=params.policy == "dream_published",
             **tile_options(state),
         )
 
@@ -82,6 +84,7 @@ def _plan_kernel(
     SPAN: tl.constexpr,
     GENERATION: tl.constexpr,
     DRAFTS: tl.constexpr,
+    DREAM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -136,7 +139,12 @@ def _plan_kernel(
 
     # Where no branch of the request holds MASK or EOS, no prediction can matter.
     open_position = masked | is_eos(tokens, EOS)
-    if DRAFTS == 0:
+    if DREAM:
+        # A row asks for its own MASKs, and of a full forward for the first of them.
+        first_mask = first_true(masked, column[None, :], gen_length)
+        any_mask = tl.zeros_like(first_mask) + phase == BLOCK
+        open_position = masked & (any_mask[:, None] | (column[None, :] == first_mask[:, None]))
+    elif DRAFTS == 0:
         open_position = any_of(open_position, 0)[None, :]
     query = column + prompt - prediction_offset  # that predicts the position
     predict = open_position & (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])
@@ -165,7 +173,8 @@ def _plan_kernel(
     tl.atomic_add(plan.flags, (finished == 0).to(tl.int32))
     tl.atomic_add(plan.flags + 2, tl.sum(tl.where(valid, end - start, 0), 0))
     tl.atomic_add(plan.flags + 3, tl.sum(tl.sum(predict.to(tl.int32), 1), 0))
-    tl.atomic_add(plan.flags + 4, tl.sum((decoded > gen_length).to(tl.int32), 0))
+    stalled = valid & ((decoded > gen_length) | (tl.load(state.non_finite + request) > 0))
+    tl.atomic_add(plan.flags + 4, tl.sum(stalled.to(tl.int32), 0))
     if request == 0:
         tl.store(plan.flags + 1, phase)
 

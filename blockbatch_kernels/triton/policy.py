@@ -18,13 +18,16 @@ from blockbatch_kernels.structs import (
     Predictions,
     StepPlan,
 )
+from blockbatch_kernels.triton import dream_policy
 from blockbatch_kernels.triton.commit import best, mergeable, near_anchors, scheduled, sure
 from blockbatch_kernels.triton.drafts import equal_draft, write_drafts
 from blockbatch_kernels.triton.plan import BLOCK, INIT, REFRESH, write_plan
+from blockbatch_kernels.triton.predictions import store_predictions
 from blockbatch_kernels.triton.rows import (
     any_of,
     as_key,
     check_contiguous,
+    count_up,
     device_of,
     first_true,
     in_window,
@@ -36,7 +39,6 @@ from blockbatch_kernels.triton.rows import (
     tile_options,
 )
 
-_SCATTER_BLOCK = 256
 EOS_REASON = tl.constexpr(STOP_EOS)
 LENGTH_REASON = tl.constexpr(STOP_LENGTH)
 
@@ -48,6 +50,8 @@ def decode_policy(
     params: PolicyParams,
     out: tuple[StepPlan, PolicyEvents] | None = None,
 ) -> tuple[StepPlan, PolicyEvents]:
+    if params.policy == "dream_published":
+        return dream_policy.decode_policy(state, predictions, plan, params, out)
     device, num_rows, gen_length = state.tokens.device, state.num_rows, state.gen_length
     if out is None:
         out = (
@@ -64,17 +68,8 @@ def decode_policy(
     drafts = len(params.drafts)
     # Of the forward that drafts were part of; a request has one branch then, and its rows behind are drafts.
     window_end = torch.empty_like(wants_refresh) if drafts else None
-    size = predictions.target.shape[0]
     with device_of(state.tokens):
-        if size:
-            _scatter_kernel[(triton.cdiv(size, _SCATTER_BLOCK),)](
-                predictions,
-                state.top_token,
-                state.confidence,
-                probe,
-                size,
-                BLOCK_SIZE=_SCATTER_BLOCK,
-            )
+        store_predictions(state, predictions, probe)
         for forward in range(1 + drafts):
             _policy_kernel[(state.num_requests,)](
                 state_tensors(state),
@@ -106,18 +101,6 @@ def decode_policy(
             write_drafts(state, plan.source_row, window_end, events, params)
     write_plan(state, params, next_plan, wants_refresh=wants_refresh)
     return out
-
-
-@kernel
-def _scatter_kernel(predictions, top_token, confidence, probe, num_predictions, BLOCK_SIZE: tl.constexpr):
-    index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = target >= 0
-    tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
-    tl.store(confidence + target, tl.load(predictions.confidence + index, mask=given), mask=given)
-    if probe is not None:
-        value = tl.load(predictions.probe_probability + index, mask=given)
-        tl.store(probe + target, value, mask=given)
 
 
 @kernel
@@ -183,7 +166,7 @@ def _policy_kernel(
         renewed = (tokens == mask_id) & in_window(column, window_start, window_end)
         taken_from = tl.where(renewed, kv_row[:, None], row[:, None]) * gen_length + column
         committed = tl.load(events.committed + at, mask=inside, other=False) != 0
-        _count_up(state.adopted + row, forwarded.to(tl.int32), valid)
+        count_up(state.adopted + row, forwarded.to(tl.int32), valid)
     else:
         # A row takes the predictions of its source: equal rows of a full forward were computed once.
         source = tl.load(source_row + row, mask=valid, other=-1)
@@ -219,7 +202,7 @@ def _policy_kernel(
     tokens = tl.where(chosen, top, tokens)
     count = tl.sum(chosen.to(tl.int32), 1)
     decoded += count
-    _count_up(state.committed + row, count, valid)
+    count_up(state.committed + row, count, valid)
     steps += forwarded.to(tl.int32)
 
     refreshed = forwarded & (is_refresh | (phase == INIT))
@@ -259,7 +242,7 @@ def _policy_kernel(
     merged &= (confidence > merge_threshold) & (tl.max(decoded, 0) > 0)
     tl.store(events.merged + at, merged, mask=inside)
     tokens = tl.where(merged, top, tokens)
-    _count_up(state.merged + row, tl.sum(merged.to(tl.int32), 1), valid)
+    count_up(state.merged + row, tl.sum(merged.to(tl.int32), 1), valid)
     horizon = _horizon(tokens, column, gen_length, EOS, EXIT)
     window_end = tl.minimum(window_end, horizon)
     moving = member & ~_open(tokens, column, window_start, window_end, mask_id)
@@ -280,7 +263,7 @@ def _policy_kernel(
     decoded = tl.where(trails, ahead, decoded)
     done |= trails & any_of((branch == leader) & done, 0)
     tl.store(events.sync_source + row, tl.where(trails, first_row + leader, kv_row), mask=valid)
-    _count_up(state.synced + row, trails.to(tl.int32), valid)
+    count_up(state.synced + row, trails.to(tl.int32), valid)
     horizon = _horizon(tokens, column, gen_length, EOS, EXIT)
     start, end, complete = _first_block(tokens, column, horizon, size, mask_id, gen_length)
     window_start, window_end, progress, done, steps = _move(
@@ -318,11 +301,6 @@ def _policy_kernel(
         tl.store(next_flags, 0)
         for flag in tl.static_range(2, 5):
             tl.store(next_flags + flag, 0)
-
-
-@triton.jit
-def _count_up(counter, number, valid):
-    tl.store(counter, tl.load(counter, mask=valid, other=0) + number, mask=valid)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.triton.launch import on_device_of_first
 
+_NAN = tl.constexpr(float("nan"))
+
 
 @triton.jit
 def _rotated(pointer, half_offset, cos, sin, inside):
@@ -35,6 +37,8 @@ def _rope_kv_write_kernel(
     num_kv_heads,
     page_size,
     half,
+    num_positions,
+    num_slots,
     q_strides,
     k_strides,
     v_strides,
@@ -53,8 +57,11 @@ def _rope_kv_write_kernel(
     position = tl.load(positions + token * position_stride).to(tl.int64)
     slot = tl.load(slot_mapping + token * slot_stride)
     in_half = column < half
-    cosine = tl.load(cos + position * cos_strides[0] + column * cos_strides[1], mask=in_half, other=0.0)
-    sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_half, other=0.0)
+    # A position without angles gives NaN, a slot outside of the cache is not stored.
+    line = position + tl.zeros_like(column)
+    in_row = in_half & (line >= 0) & (line < num_positions)
+    cosine = tl.load(cos + position * cos_strides[0] + column * cos_strides[1], mask=in_row, other=_NAN)
+    sine = tl.load(sin + position * sin_strides[0] + column * sin_strides[1], mask=in_row, other=_NAN)
 
     inside = (head < num_heads) & in_half
     pointer = q + token * q_strides[0] + head * q_strides[1] + column * q_strides[2]
@@ -62,7 +69,7 @@ def _rope_kv_write_kernel(
     tl.store(pointer, first, mask=inside)
     tl.store(pointer + half * q_strides[2], second, mask=inside)
 
-    if slot >= 0:
+    if (slot >= 0) & (slot < num_slots):
         inside = (head < num_kv_heads) & in_half
         page, offset = slot // page_size, slot % page_size
         pointer = k + token * k_strides[0] + head * k_strides[1] + column * k_strides[2]
@@ -112,6 +119,8 @@ def rope_kv_write(
         num_kv_heads,
         k_cache.shape[1],
         half,
+        cos.shape[0],
+        k_cache.shape[0] * k_cache.shape[1],
         q.stride(),
         k.stride(),
         v.stride(),

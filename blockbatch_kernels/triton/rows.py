@@ -27,6 +27,7 @@ kernel = triton.jit(
         "num_predictions",
         "capacity",
         "predict_capacity",
+        "num_positions",
     ),
     do_not_specialize_on_alignment=("state", "plan", "predictions", "events", "packed", "page_table")
     + ("source_row", "flags", "next_flags"),
@@ -125,3 +126,8 @@ def in_window(column, window_start, window_end):
 def load_tokens(tokens, at, valid):
     """The tile at the offsets `at`; the padding holds no token."""
     return tl.load(tokens + at, mask=valid, other=_NO_TOKEN)
+
+
+@triton.jit
+def count_up(counter, number, valid):
+    tl.store(counter, tl.load(counter, mask=valid, other=0) + number, mask=valid)

@@ -9,16 +9,21 @@ import torch
 from blockbatch_kernels.tuning.records import DeviceKind
 
 
-@functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 for the CPU."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Streaming multiprocessors of a GPU (of its part under MIG); 1 for the CPU."""
+    return device_kind(device).num_sms
+
+
+def device_kind(device: torch.device) -> DeviceKind:
+    """The kind of a GPU, without an index of the current one; (0, 0) and 1 for the CPU."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _kind(device)
 
 
 @functools.cache
-def device_kind(device: torch.device) -> DeviceKind:
-    """The kind of a GPU; (0, 0) and 1 for the CPU."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return DeviceKind(capability, num_processors(device))
+def _kind(device: torch.device) -> DeviceKind:
+    if device.type != "cuda":
+        return DeviceKind((0, 0), 1)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceKind((properties.major, properties.minor), properties.multi_processor_count)

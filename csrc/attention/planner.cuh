@@ -93,13 +93,14 @@ class Planner {
     int most = 0;
     for_each(rows_, [&](int row) {
       const int queries = p_.cu_seqlens_q[row + 1] - p_.cu_seqlens_q[row];
-      const bool takes_part = queries > 0 && p_.seqlens_k[row] > 0;
+      // Lengths beyond the table are a caller's mistake: there is nothing to read.
+      const int length = smaller(p_.seqlens_k[row], p_.pages_per_row * p_.page_size);
+      const bool takes_part = queries > 0 && length > 0;
       w_.queries[row] = takes_part ? queries : 0;
-      w_.length[row] = takes_part ? p_.seqlens_k[row] : 0;
+      w_.length[row] = takes_part ? length : 0;
       most = larger(most, ceil_div(w_.length[row], segment_keys_));
     });
-    // Lengths beyond the table are a caller's mistake, which must not reach beyond the workspace.
-    segments_ = smaller(p_.max_segments, -group_.lowest(-most, scratch_));
+    segments_ = -group_.lowest(-most, scratch_);
   }
 
   __host__ __device__ void write_token_rows() const {

@@ -57,11 +57,13 @@ void call_pack_windows(Call& call, const Record& state, const Record& plan, cons
   pack_windows(params, call.launch());
 }
 
-void call_share_pages(Call& call, const TensorView& page_table, const TensorView& source_row) {
+void call_share_pages(Call& call, const TensorView& page_table, const TensorView& source_row,
+                      const TensorView& workspace) {
   SharePagesParams params{};
   params.page_table = page_table.data<int32_t>();
   params.page_table_stride = page_table.row_stride();
   params.source_row = source_row.contiguous().data<const int32_t>();
+  params.workspace = workspace.contiguous().data_or_null<int32_t>();
   params.num_rows = page_table.int_size(0);
   params.pages_per_row = page_table.int_size(1);
   share_pages(params, call.launch());
@@ -70,7 +72,8 @@ void call_share_pages(Call& call, const TensorView& page_table, const TensorView
 // A page's chunk of kv_cache [layers, 2, pages, page_size, kv_heads, head_dim] must be dense.
 void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& page_table,
                      const TensorView& write_start, const TensorView& write_end, const TensorView& num_moves,
-                     const TensorView& moves, const TensorView& write_positions, int num_branches) {
+                     const TensorView& moves, const TensorView& write_positions, const TensorView& free_pages,
+                     const TensorView& counts, const TensorView& workspace, int num_branches) {
   const int64_t bytes = size_of(kv_cache.dtype);
   CopyPagesParams params{};
   params.kv_cache = static_cast<char*>(kv_cache.data<void>());
@@ -91,6 +94,14 @@ void call_copy_pages(Call& call, const TensorView& kv_cache, const TensorView& p
   params.num_requests = num_branches > 0 ? page_table.int_size(0) / num_branches : 0;
   params.num_branches = num_branches;
   params.pages_per_row = page_table.int_size(1);
+  if (!free_pages.is_none()) {
+    params.has_pool = true;
+    params.free_pages = free_pages.contiguous().data<const int32_t>();
+    params.counts = counts.contiguous().data<int32_t>();
+    params.workspace = workspace.contiguous().data<int32_t>();
+    params.num_free_pages = free_pages.int_size(0);
+  }
+  params.num_pages = kv_cache.int_size(2);
   params.num_moves = num_moves.contiguous().data<int32_t>();
   params.moves = moves.contiguous().data<int32_t>();
   copy_pages(params, call.launch());
@@ -107,6 +118,7 @@ PolicyParams policy_params(const Record& state, const Record& out_plan, const Re
   params.num_requests = sizes.num_requests;
   params.num_branches = sizes.num_branches;
   params.gen_length = sizes.gen_length;
+  params.map_entries = state.get<TensorView>(BBK_KEY("map_token")).int_size(2);
   return params;
 }
 
@@ -153,6 +165,7 @@ py::dict record_fields() {
 #undef BBK_ADD
   fields["eos_exit"] = tuple_of(EnumNames<EosExit>::kNames);
   fields["query_span"] = tuple_of(EnumNames<QuerySpan>::kNames);
+  fields["policy"] = tuple_of(EnumNames<Policy>::kNames);
   fields["refresh_scope"] = tuple_of(EnumNames<RefreshScope>::kNames);
   return fields;
 }
@@ -166,10 +179,10 @@ void bind_decode(py::module_& module) {
   define<&call_pack_windows>(
       module, "pack_windows",
       {"state", "plan", "page_table", "packed", "page_size", "prediction_offset", "scattered"});
-  define<&call_share_pages>(module, "share_pages", {"page_table", "source_row"});
+  define<&call_share_pages>(module, "share_pages", {"page_table", "source_row", "workspace"});
   define<&call_copy_pages>(module, "copy_pages",
                            {"kv_cache", "page_table", "write_start", "write_end", "num_moves", "moves",
-                            "write_positions", "num_branches"});
+                            "write_positions", "free_pages", "counts", "workspace", "num_branches"});
   define<&call_decode_policy>(
       module, "decode_policy",
       {"state", "predictions", "plan", "out_plan=out[0]", "events=out[1]", "params", "counters"});

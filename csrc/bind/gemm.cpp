@@ -117,6 +117,41 @@ void call_lm_head_finish(Call& call, const TensorView& partials, const TensorVie
   lm_head_finish(params, call.launch_on_gpu());
 }
 
+// [rows, pieces, 12] floats
+LmHeadLikelyPartial* likely_partials_of(const TensorView& partials) {
+  static_assert(sizeof(LmHeadLikelyPartial) == 12 * sizeof(float));
+  return reinterpret_cast<LmHeadLikelyPartial*>(partials.contiguous().data<float>());
+}
+
+void call_lm_head_likely_reduce(Call& call, const TensorView& logits, const TensorView& partials,
+                                int64_t first_token, const Optional<int64_t>& suppress_token) {
+  LmHeadLikelyReduceParams params{};
+  params.dtype = float_dtype({&logits});
+  params.logits = logits.data<const void>();
+  params.partials = likely_partials_of(partials);
+  params.num_rows = logits.size(0);
+  params.num_tokens = logits.size(1);
+  params.row_stride = logits.row_stride();
+  params.first_token = first_token;
+  params.suppress_token = token_or_none(suppress_token);
+  params.num_pieces = partials.size(1);
+  lm_head_likely_reduce(params, call.launch_on_gpu());
+}
+
+void call_lm_head_likely_finish(Call& call, const TensorView& partials, const TensorView& top_token,
+                                const TensorView& confidence, const TensorView& likely_token,
+                                const TensorView& likely_probability) {
+  LmHeadLikelyFinishParams params{};
+  params.partials = likely_partials_of(partials);
+  params.top_token = top_token.contiguous().data<int32_t>();
+  params.confidence = confidence.contiguous().data<float>();
+  params.likely_token = likely_token.contiguous().data<int32_t>();
+  params.likely_probability = likely_probability.contiguous().data<float>();
+  params.num_rows = partials.size(0);
+  params.num_pieces = partials.size(1);
+  lm_head_likely_finish(params, call.launch_on_gpu());
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& module) {
@@ -132,6 +167,11 @@ void bind_gemm(py::module_& module) {
                                 {"hidden", "weight", "partials", "suppress_token", "tile_rows"});
   define<&call_lm_head_reduce>(module, "lm_head_reduce",
                                {"logits", "probe_tokens", "partials", "first_token", "suppress_token"});
+  define<&call_lm_head_likely_reduce>(module, "lm_head_likely_reduce",
+                                      {"logits", "partials", "first_token", "suppress_token"});
+  define<&call_lm_head_likely_finish>(
+      module, "lm_head_likely_finish",
+      {"partials", "top_token", "confidence", "likely_token", "likely_probability"});
   define<&call_lm_head_finish>(module, "lm_head_finish",
                                {"partials", "probe_tokens", "top_token", "confidence", "probe_probability",
                                 "piece_tokens", "vocab_size"});

@@ -8,6 +8,7 @@
 
 #include "bind/bindings.h"
 #include "common/capability.h"
+#include "common/device.h"
 
 namespace py = pybind11;
 
@@ -20,7 +21,7 @@ std::string version_text(int version) {
 
 // Raised with every change to what the functions of this module take; `API` in
 // blockbatch_kernels/cuda/extension.py is the same number.
-constexpr int kApi = 9;
+constexpr int kApi = 10;
 
 py::dict build_info() {
   py::list archs;
@@ -72,6 +73,10 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "has_code_for", &bbk::code_for, py::arg("device"),
       "What of the extension runs on a GPU: 'none', 'portable' (all but the kernels of sm_90a), 'sm90a'.");
+  module.def(
+      "limit_shared_bytes", [](int bytes) { bbk::shared_bytes_limit() = bytes > 0 ? bytes : INT_MAX; },
+      py::arg("bytes"),
+      "For tests: GPUs count as having no more shared memory for a CTA; 0: what they have.");
   bbk::prepare_tensors();
   bbk::bind_attention(module);
   bbk::bind_decode(module);

@@ -2,30 +2,58 @@
 #pragma once
 
 #include <atomic>
+#include <climits>
 
-#include "common/check.h"
+#include "common/driver.h"
 #include "common/integers.h"
 
 namespace bbk {
 
-// Makes `device` current while it lives: a stream takes launches from its own device alone.
+// The context that the runtime uses on a device.
+inline CUcontext primary_context(int device, const char* op) {
+  constexpr int kMaxDevices = 64;  // those beyond are asked every time
+  static std::atomic<CUcontext> known[kMaxDevices];
+  const bool is_kept = device >= 0 && device < kMaxDevices;
+  CUcontext context = is_kept ? known[device].load(std::memory_order_acquire) : nullptr;
+  if (context != nullptr) return context;
+  static const auto get = driver_function<PFN_cuDeviceGet_v2000>(op, "cuDeviceGet", 2000);
+  static const auto retain =
+      driver_function<PFN_cuDevicePrimaryCtxRetain_v7000>(op, "cuDevicePrimaryCtxRetain", 7000);
+  CUdevice handle;
+  check_driver(get(&handle, device), op, "cuDeviceGet");
+  check_driver(retain(&context, handle), op, "cuDevicePrimaryCtxRetain");
+  if (is_kept) known[device].store(context, std::memory_order_release);
+  return context;
+}
+
+// Makes `device` current while it lives: a stream takes launches from its own device alone. It pushes a
+// context and pops it: cudaSetDevice on the way back would start a context on the device that was current,
+// some 500 MB of its memory, where there was none.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* op) {
-    check_cuda(cudaGetDevice(&previous_), op);
-    if (device != previous_) {
-      check_cuda(cudaSetDevice(device), op);
-      changed_ = true;
-    }
+    int current = 0;
+    check_cuda(cudaGetDevice(&current), op);
+    if (device == current) return;
+    static const auto push = driver_function<PFN_cuCtxPushCurrent_v4000>(op, "cuCtxPushCurrent", 4000);
+    pop_ = pop(op);
+    check_driver(push(primary_context(device, op)), op, "cuCtxPushCurrent");
+    changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    CUcontext popped;
+    if (changed_) pop_(&popped);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
+  static PFN_cuCtxPopCurrent_v4000 pop(const char* op) {
+    static const auto function = driver_function<PFN_cuCtxPopCurrent_v4000>(op, "cuCtxPopCurrent", 4000);
+    return function;
+  }
+
+  PFN_cuCtxPopCurrent_v4000 pop_ = nullptr;
   bool changed_ = false;
 };
 
@@ -63,9 +91,17 @@ inline int num_sms(const char* op, int device) {
   return device_attribute<cudaDevAttrMultiProcessorCount>(op, device);
 }
 
-// Bytes of shared memory that a CTA can have, static and dynamic together.
+// For tests: no device counts as having more shared memory for a CTA than this.
+inline std::atomic<int>& shared_bytes_limit() {
+  static std::atomic<int> limit{INT_MAX};
+  return limit;
+}
+
+// Bytes of shared memory that a CTA can have, static and dynamic together: 99 KiB on sm_86, sm_89 and sm_120,
+// 163 on sm_80, 227 on sm_90.
 inline int max_shared_bytes(const char* op, int device) {
-  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(op, device);
+  const int there = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(op, device);
+  return smaller(there, shared_bytes_limit().load(std::memory_order_relaxed));
 }
 
 }  // namespace bbk

@@ -1,28 +1,15 @@
 // Describes tensors to the copy engine of sm_90.
 #pragma once
 
-#include <cudaTypedefs.h>
-
-#include "common/check.h"
+#include "common/driver.h"
 #include "common/integers.h"
 #include "common/params.h"
 
 namespace bbk {
 
-// The driver's function that describes a tensor. Linking it would need libcuda at load time, which a machine
-// without a GPU does not have.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(const char* op) {
-  static const auto function = [op] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault,
-                                                &found),
-               op);
-    if (found != cudaDriverEntryPointSuccess) {
-      fail(op, "the driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(pointer);
-  }();
+  static const auto function =
+      driver_function<PFN_cuTensorMapEncodeTiled_v12000>(op, "cuTensorMapEncodeTiled", 12000);
   return function;
 }
 

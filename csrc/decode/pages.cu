@@ -4,20 +4,23 @@
 #include <vector>
 
 #include "common/launch.cuh"
-#include "decode/pages.cuh"
+#include "decode/page_pool.cuh"
 
 namespace bbk {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPoolThreads = 512;
 constexpr int kCtasPerSm = 4;
 constexpr int kLoadsInFlight = 4;       // per thread
 constexpr int kTableColumns = 32;       // of the tables that a CTA moves: a full cache line a row
 constexpr int64_t kMaxShared = 163000;  // bytes that hold them, where the device has as much for a CTA
 
 __global__ void __launch_bounds__(kThreads)
-    share_pages_kernel(const __grid_constant__ SharePagesParams params, int columns) {
-  extern __shared__ int32_t entries[];  // [num_rows, columns]
+    share_pages_kernel(const __grid_constant__ SharePagesParams params, int columns, bool in_shared) {
+  extern __shared__ int32_t shared_entries[];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * params.num_rows * columns;
+  int32_t* entries = in_shared ? shared_entries : params.workspace + first;  // [num_rows, columns]
   bool any = false;
   for (int row = threadIdx.x; row < params.num_rows; row += kThreads) any |= source_of(params, row) != row;
   if (!__syncthreads_or(any)) return;
@@ -28,6 +31,12 @@ __global__ void __launch_bounds__(kThreads)
     choose_pages_kernel(const __grid_constant__ CopyPagesParams params) {
   __shared__ int length;
   choose_list(Group(), params, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), &length);
+}
+
+__global__ void __launch_bounds__(kPoolThreads)
+    choose_from_pool_kernel(const __grid_constant__ CopyPagesParams params) {
+  __shared__ PoolScratch scratch;
+  choose_from_pool(Group(), params, &scratch);
 }
 
 template <typename T>
@@ -77,7 +86,7 @@ void check(const CopyPagesParams& params, const char* op) {
   check_at_least(op, "num_layers", params.num_layers, 0);
   check_at_least(op, "page_size", params.page_size, 1);
   check_at_least(op, "num_branches", params.num_branches, 1);
-  if (params.num_branches > kMaxPageBranches) {
+  if (!params.has_pool && params.num_branches > kMaxPageBranches) {
     refuse(op, "num_branches: expected at most " + std::to_string(kMaxPageBranches) + ", got " +
                    std::to_string(params.num_branches));
   }
@@ -90,7 +99,13 @@ void share_on_host(const SharePagesParams& params) {
 
 void copy_on_host(const CopyPagesParams& params) {
   int length = 0;
-  choose_list(Group(), params, 0, 1, &length);
+  if (params.has_pool) {
+    PoolScratch scratch;
+    choose_from_pool(Group(), params, &scratch);
+    length = scratch.num_moves;
+  } else {
+    choose_list(Group(), params, 0, 1, &length);
+  }
   const MoveList list = move_list(params, 0, 1);
   const CopyShape shape = copy_shape(params, larger<int64_t>(params.chunk_bytes, 1));
   for (int i = 0; i < length; ++i) {
@@ -108,19 +123,21 @@ void share_pages(const SharePagesParams& params, const Launch& launch) {
   check_at_least(kOp, "num_rows", params.num_rows, 0);
   check_at_least(kOp, "pages_per_row", params.pages_per_row, 0);
   if (params.num_rows == 0 || params.pages_per_row == 0) return;
+  if (launch.device < 0) return share_on_host(params);
   const int64_t column_bytes = sizeof(int32_t) * static_cast<int64_t>(params.num_rows);
-  const int64_t shared_limit =
-      launch.device < 0 ? kMaxShared : smaller<int64_t>(kMaxShared, max_shared_bytes(kOp, launch.device));
-  if (column_bytes > shared_limit) {
+  const int64_t shared_limit = smaller<int64_t>(kMaxShared, max_shared_bytes(kOp, launch.device));
+  const bool in_shared = column_bytes <= shared_limit;
+  if (!in_shared && params.workspace == nullptr) {
     refuse(kOp, "num_rows: expected at most " + std::to_string(shared_limit / sizeof(int32_t)) + ", got " +
                     std::to_string(params.num_rows) + ", whose column of " + std::to_string(column_bytes) +
-                    " bytes must lie in the shared memory of a CTA");
+                    " bytes must lie in the shared memory of a CTA where there is no workspace");
   }
-  if (launch.device < 0) return share_on_host(params);
   const DeviceGuard guard(launch.device, kOp);
-  const int columns = static_cast<int>(smaller<int64_t>(kTableColumns, shared_limit / column_bytes));
+  const int columns =
+      in_shared ? static_cast<int>(smaller<int64_t>(kTableColumns, shared_limit / column_bytes)) : 1;
   const dim3 grid(static_cast<unsigned>(ceil_div(params.pages_per_row, columns)));
-  launch_kernel<share_pages_kernel>(kOp, launch, {grid, kThreads, columns * column_bytes}, params, columns);
+  launch_kernel<share_pages_kernel>(kOp, launch, {grid, kThreads, in_shared ? columns * column_bytes : 0},
+                                    params, columns, in_shared);
 }
 
 void copy_pages(const CopyPagesParams& params, const Launch& launch) {
@@ -130,9 +147,13 @@ void copy_pages(const CopyPagesParams& params, const Launch& launch) {
   const int64_t columns = static_cast<int64_t>(params.num_requests) * params.pages_per_row;
   if (columns == 0) return;
   const DeviceGuard guard(launch.device, kOp);
-  const int num_lists =
-      static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(columns, kThreads), kMaxMoveLists));
-  launch_kernel<choose_pages_kernel>(kOp, launch, {dim3(num_lists), kThreads}, params);
+  int num_lists = 1;
+  if (params.has_pool) {
+    launch_kernel<choose_from_pool_kernel>(kOp, launch, {dim3(1), kPoolThreads}, params);
+  } else {
+    num_lists = static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(columns, kThreads), kMaxMoveLists));
+    launch_kernel<choose_pages_kernel>(kOp, launch, {dim3(num_lists), kThreads}, params);
+  }
   if (params.num_layers == 0 || params.chunk_bytes == 0) return;
 
   const dim3 grid(static_cast<unsigned>(num_sms(kOp, launch.device) * kCtasPerSm));

@@ -13,6 +13,8 @@ struct SharePagesParams {
   int32_t* page_table;  // [num_rows, pages_per_row], written
   int64_t page_table_stride;
   const int32_t* source_row;  // [num_rows]
+  // [num_rows * pages_per_row] scratch, for so many rows that a column has no room in shared memory, or null.
+  int32_t* workspace;
   int32_t num_rows;
   int32_t pages_per_row;
 };
@@ -38,6 +40,13 @@ struct CopyPagesParams {
   int32_t num_requests;
   int32_t num_branches;
   int32_t pages_per_row;
+  // With a pool: ids of any allocator, of pages that any row may be given. Without, all is null.
+  bool has_pool;
+  const int32_t* free_pages;  // [num_free_pages]
+  int32_t* counts;            // [2]: pages left, written, and pages that were not there, added to
+  int32_t* workspace;         // [num_pages + num_requests * num_branches * pages_per_row + num_free_pages]
+  int32_t num_free_pages;
+  int32_t num_pages;  // of kv_cache
   // Scratch: as many lists of moves as `num_move_lists` says, each with room for the moves of its columns.
   int32_t* num_moves;  // [kMaxMoveLists]
   int32_t* moves;      // [num_requests * num_branches * pages_per_row, 2]: source page, destination page

@@ -5,6 +5,7 @@
 
 #include "common/launch.cuh"
 #include "decode/policy_drafts.cuh"
+#include "decode/policy_dream.cuh"
 #include "decode/policy_plan.cuh"
 
 namespace bbk {
@@ -20,9 +21,10 @@ __device__ void copy_tokens(const Group& group, int32_t* to, const int32_t* from
   for (int64_t i = group.rank(); i < count; i += group.size()) to[i] = from[i];
 }
 
-// Calls with and without drafts go through the same kernels, compiled for either.
+// Calls of either rule, with and without drafts, go through the same kernels, compiled for each.
 __host__ __device__ const PolicyParams& all_rows(const PolicyParams& params) { return params; }
 __host__ __device__ const PolicyParams& all_rows(const DraftParams& params) { return params.all; }
+__host__ __device__ const PolicyParams& all_rows(const DreamParams& params) { return params.all; }
 
 BBK_HD Outcome decide(const Group& group, const PolicyParams& params, int64_t index, int32_t* tokens,
                       RequestScratch* scratch) {
@@ -31,6 +33,10 @@ BBK_HD Outcome decide(const Group& group, const PolicyParams& params, int64_t in
 BBK_HD Outcome decide(const Group& group, const DraftParams& params, int64_t index, int32_t* tokens,
                       RequestScratch* scratch) {
   return policy_with_drafts(group, params, index, tokens, scratch);
+}
+BBK_HD Outcome decide(const Group& group, const DreamParams& params, int64_t index, int32_t* tokens,
+                      RequestScratch* scratch) {
+  return dream_request(group, params.all, index, tokens, scratch);
 }
 
 // The policy of request `index` in shared memory where its tokens fit, in place where not. Returns the tokens
@@ -151,6 +157,14 @@ void check(const PolicyParams& params, const char* op) {
   }
 }
 
+void check_dream(const PolicyParams& params, const char* op) {
+  check_at_least(op, "map_entries", params.map_entries, 1);
+  if (is_scheduled(params.settings)) refuse(op, "threshold: expected a number, got None");
+  if (!params.predictions.likely_token.given || !params.predictions.likely_probability.given) {
+    refuse(op, "predictions.likely_token: expected a tensor, got None");
+  }
+}
+
 void launch_plan(const PolicyParams& params, bool is_init, const Launch& launch, const char* op) {
   const dim3 grid(static_cast<unsigned>(params.num_requests));
   launch_kernel<plan_kernel>(op, launch, {grid, num_threads(params)}, params, is_init);
@@ -190,6 +204,10 @@ void run(const Params& given, const Launch& launch, const char* op) {
 void decode_policy(const PolicyParams& params, const Launch& launch) {
   constexpr char kOp[] = "decode_policy";
   check(params, kOp);
+  if (params.settings.policy == kDreamPublished) {
+    check_dream(params, kOp);
+    return run(DreamParams{params}, launch, kOp);
+  }
   if (params.settings.drafts.count > 0) return run(draft_params(params), launch, kOp);
   run(params, launch, kOp);
 }

@@ -26,6 +26,13 @@ BBK_ENUM(QuerySpan, BBK_QUERY_SPANS)
 #define BBK_REFRESH_SCOPES(X) X(kScopeCanvas, "canvas") X(kScopeGeneration, "generation")
 BBK_ENUM(RefreshScope, BBK_REFRESH_SCOPES)
 
+#define BBK_POLICIES(X) X(kLladaPublished, "llada_published") X(kDreamPublished, "dream_published")
+BBK_ENUM(Policy, BBK_POLICIES)
+
+// Tokens above this probability are likely; of what adds up to 1 at most so many can be.
+constexpr float kLeastLikely = 0.2f;
+constexpr int kNumLikely = 4;
+
 struct TokenIds {
   static constexpr int kMost = kMaxEosTokens;
   int32_t count;
@@ -55,7 +62,8 @@ struct DraftLengths {
   X(QuerySpan, query_span)               \
   X(RefreshScope, refresh_scope)         \
   X(int32_t, prediction_offset)          \
-  X(DraftLengths, drafts)
+  X(DraftLengths, drafts)                \
+  X(Policy, policy)
 
 struct PolicySettings {
   BBK_POLICY_SETTINGS(BBK_MEMBER)
@@ -74,6 +82,7 @@ struct PolicyParams {
   int64_t num_requests;
   int32_t num_branches;
   int32_t gen_length;
+  int32_t map_entries;  // of a line of the state's map; 0 without the policy that keeps one
 };
 
 constexpr int kNumCounters = 5;

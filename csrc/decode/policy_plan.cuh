@@ -164,15 +164,37 @@ BBK_HD void list_open_queries(const Group& group, const PolicyParams& params, co
   }
 }
 
+// Group: the first MASK of each row, whatever its window.
+BBK_HD void find_first_masks(const Group& group, const PolicyParams& params, const int32_t* tokens,
+                             BranchRow* rows) {
+  for (int n = group.rank(); n < params.num_branches; n += group.size()) {
+    rows[n].scan.first_mask = params.gen_length;
+  }
+  group.sync();
+  for_each_stretch(group, params.num_branches, params.gen_length, [&](int n, int first, int behind) {
+    int first_mask = params.gen_length;
+    for (int p = first + group.lane(); p < behind; p += group.num_lanes()) {
+      const int32_t token = tokens[static_cast<int64_t>(n) * params.gen_length + p];
+      if (token == params.settings.mask_token_id) first_mask = smaller(first_mask, p);
+    }
+    first_mask = group.team_min(first_mask);
+    if (group.lane() == 0) group.lower_to(&rows[n].scan.first_mask, first_mask);
+  });
+  group.sync();
+}
+
 // Group: which predictions can still matter. One can only where the row holds MASK or EOS at the moment it is
 // asked for. Sync moves tokens between branches but never adds a MASK or EOS that no branch of the request
 // held before, so positions where no branch holds one need no LM head.
 //
-// A draft, whose tokens no row takes over, predicts at its own MASKs alone.
+// A draft, whose tokens no row takes over, predicts at its own MASKs alone. So does a row of the rule for
+// Dream, whose map goes with its tokens; in a full forward at the first of them.
 BBK_HD void plan_predictions(const Group& group, const PolicyParams& params, const Request& request,
-                             bool is_open_step, const int32_t* tokens, int prompt_length,
+                             Phase phase, bool is_open_step, const int32_t* tokens, int prompt_length,
                              RequestScratch* scratch) {
   const bool has_drafts = params.settings.drafts.count > 0;
+  const bool is_dream = params.settings.policy == kDreamPublished;
+  if (is_dream && phase != kPhaseBlock) find_first_masks(group, params, tokens, scratch->rows);
   const auto can_change = [&](int32_t token) {
     return token == params.settings.mask_token_id || is_eos(params.settings, token);
   };
@@ -188,6 +210,11 @@ BBK_HD void plan_predictions(const Group& group, const PolicyParams& params, con
       const BranchRow& row = scratch->rows[n];
       bool predicted = open;
       if (has_drafts) predicted = can_change(tokens[static_cast<int64_t>(n) * params.gen_length + p]);
+      if (is_dream) {
+        const int32_t token = tokens[static_cast<int64_t>(n) * params.gen_length + p];
+        predicted =
+            token == params.settings.mask_token_id && (phase == kPhaseBlock || p == row.scan.first_mask);
+      }
       if (is_open_step) {
         const OpenQueries queries = open_queries(params, request, row, n, tokens);
         predicted = predicted && row.source_row >= 0 && p >= queries.start && p < queries.end &&
@@ -237,13 +264,14 @@ BBK_HD RequestCounts plan_request(const Group& group, const PolicyParams& params
   }
   group.sync();
   list_open_queries(group, params, request, is_open_step, tokens, prompt_length, rows);
-  plan_predictions(group, params, request, is_open_step, tokens, prompt_length, scratch);
+  plan_predictions(group, params, request, phase, is_open_step, tokens, prompt_length, scratch);
   group.sync();
 
+  const bool is_broken = params.state.non_finite[index] > 0;
   RequestCounts counts{finished ? 0 : 1, 0, scratch->predictions, 0};
   for (int n = 0; n < num_branches; ++n) {
     counts.query_tokens += rows[n].query_end - rows[n].query_start;
-    counts.stalled += rows[n].decoded > params.gen_length;
+    counts.stalled += is_broken || rows[n].decoded > params.gen_length;
   }
   return counts;
 }

@@ -43,8 +43,13 @@ struct BranchRow {
   int32_t merged_now;
   unsigned long long best;  // order_key and the position of the highest candidate, see best_key; 0: none
   int32_t first_unsure;     // first candidate below the threshold; gen_length: none, or nobody asks
-  uint32_t allowed;         // branches that stand behind this one in the order of the merge
-  uint32_t differing;       // of them (or of the earlier ones, at a refresh), those that hold other tokens
+  // Of the rule for Dream: see BranchState; the first MASK before the first EOS or, without one, what stands
+  // behind that; the highest candidate, an EOS or not, as `best`.
+  int32_t moved_since_refresh;
+  int32_t frontier;
+  unsigned long long best_of_all;
+  uint32_t allowed;    // branches that stand behind this one in the order of the merge
+  uint32_t differing;  // of them (or of the earlier ones, at a refresh), those that hold other tokens
 };
 
 struct RequestScratch {
@@ -93,6 +98,9 @@ BBK_HD uint32_t order_key(float value) {
   memcpy(&bits, &value, sizeof(bits));
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// Infinity and NaN alone leave something when they are taken from themselves.
+BBK_HD bool is_finite(float value) { return value - value == 0.0f; }
 
 BBK_HD bool is_open(const BranchRow& row) { return row.scan.first_open < row.window_end; }
 
@@ -214,6 +222,7 @@ BBK_HD void load_request(const Group& group, const PolicyParams& params, const R
     if (target < 0 || position < 0 || position >= positions) continue;
     params.state.top_token[target] = top_token;
     params.state.confidence[target] = confidence;
+    if (!is_finite(confidence)) group.add(&params.state.non_finite[request.index], 1);
   }
   fill_with_zeros(group, params.events.committed + request.first_position, positions);
   fill_with_zeros(group, params.events.merged + request.first_position, positions);

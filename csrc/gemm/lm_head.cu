@@ -162,29 +162,11 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_reduce_kernel(LmHeadReduc
   }
 }
 
-// A row's reduction so far.
-struct Total {
-  float highest;
-  double sum;
-  int32_t token;
-};
-
-// Of equal logits the lowest token stays.
-__device__ __forceinline__ void merge(Total& into, float highest, double sum, int32_t token) {
-  const float merged = max_or_nan(into.highest, highest);
-  const float reference = reference_of(merged);
-  if (is_higher(highest, into.highest) || (!is_higher(into.highest, highest) && token < into.token)) {
-    into.token = token;
-  }
-  into.sum = into.sum * weight_of(into.highest, reference) + sum * weight_of(highest, reference);
-  into.highest = merged;
-}
-
 __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinishParams params) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= params.num_rows) return;
   const LmHeadPartial* partials = params.partials + row * params.num_pieces;
-  Total total{-INFINITY, 0.0, INT_MAX};
+  LmHeadTotal total{-INFINITY, 0.0, INT_MAX};
   for (int64_t piece = threadIdx.x % 32; piece < params.num_pieces; piece += 32) {
     merge(total, partials[piece].highest, partials[piece].sum, partials[piece].token);
   }

@@ -64,6 +64,44 @@ struct LmHeadProductParams {
 // Needs what gemm() needs; num_rows <= tile_rows, which is 16, 64 or 128.
 void lm_head_product(const LmHeadProductParams& params, int tile_rows, const Launch& launch);
 
+// Tokens above a probability of 0.2 are likely; of what adds up to 1 at most so many can be.
+constexpr int kNumLikelyTokens = 4;
+
+// The reduction of one row over one piece, for the likely tokens.
+struct LmHeadLikelyPartial {
+  float highest;                          // logit, of what is not suppressed, as the next two
+  float sum;                              // of exp(logit - highest)
+  int32_t token;                          // the lowest one that has the highest logit
+  float suppressed;                       // logit of the suppressed token, in the piece that holds it
+  float likely_logits[kNumLikelyTokens];  // the highest of all, falling
+  int32_t likely_tokens[kNumLikelyTokens];
+};
+
+struct LmHeadLikelyReduceParams {
+  const void* logits;             // [num_rows, num_tokens]
+  LmHeadLikelyPartial* partials;  // [num_rows, num_pieces], written where the tokens are
+  int64_t num_rows;
+  int64_t num_tokens;
+  int64_t row_stride;
+  int64_t first_token;     // a multiple of kLmHeadPieceTokens
+  int64_t suppress_token;  // counts for the likely tokens alone; -1: none
+  int64_t num_pieces;      // of the whole vocabulary
+  DType dtype;             // of the logits
+};
+
+struct LmHeadLikelyFinishParams {
+  const LmHeadLikelyPartial* partials;  // [num_rows, num_pieces]
+  int32_t* top_token;                   // [num_rows], written
+  float* confidence;                    // [num_rows], written
+  int32_t* likely_token;                // [num_rows, kNumLikelyTokens], written; -1 where there are fewer
+  float* likely_probability;            // the same; 0
+  int64_t num_rows;
+  int64_t num_pieces;
+};
+
+void lm_head_likely_reduce(const LmHeadLikelyReduceParams& params, const Launch& launch);
+void lm_head_likely_finish(const LmHeadLikelyFinishParams& params, const Launch& launch);
+
 void lm_head_reduce(const LmHeadReduceParams& params, const Launch& launch);
 void lm_head_finish(const LmHeadFinishParams& params, const Launch& launch);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 namespace bbk {
 
@@ -25,5 +26,23 @@ __device__ __forceinline__ float weight_of(float logit, float highest) {
 
 // What the weights refer to: any number will do while only minus infinity, of weight 0, has been seen.
 __device__ __forceinline__ float reference_of(float highest) { return highest == -INFINITY ? 0.0f : highest; }
+
+// A row's reduction so far.
+struct LmHeadTotal {
+  float highest;
+  double sum;
+  int32_t token;
+};
+
+// Of equal logits the lowest token stays.
+__device__ __forceinline__ void merge(LmHeadTotal& into, float highest, double sum, int32_t token) {
+  const float merged = max_or_nan(into.highest, highest);
+  const float reference = reference_of(merged);
+  if (is_higher(highest, into.highest) || (!is_higher(into.highest, highest) && token < into.token)) {
+    into.token = token;
+  }
+  into.sum = into.sum * weight_of(into.highest, reference) + sum * weight_of(highest, reference);
+  into.highest = merged;
+}
 
 }  // namespace bbk

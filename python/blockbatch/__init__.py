@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockbatch.branches import NFE, BranchResult
     from blockbatch.config import DecodeConfig
+    from blockbatch.decoding import NonFiniteLogitsError
     from blockbatch.generation import generate, stream
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
@@ -31,6 +32,7 @@ _HOMES = {
     "CheckpointError": "blockbatch.models",
     "DecodeConfig": "blockbatch.config",
     "Model": "blockbatch.models",
+    "NonFiniteLogitsError": "blockbatch.decoding",
     "Result": "blockbatch.result",
     "__version__": "blockbatch_kernels",
     "generate": "blockbatch.generation",
@@ -47,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "DecodeConfig",
     "Model",
+    "NonFiniteLogitsError",
     "Result",
     "__version__",
     "generate",

@@ -75,12 +75,13 @@ class RequestOutcome:
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [Q, longest] int32, zero behind each prompt, and lengths [Q] int32."""
+    """Token ids [Q, longest] int32, zero behind each prompt, and lengths [Q] int32; on the CPU."""
     longest = max(len(prompt) for prompt in prompts)
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int32)
+    kind = dict(dtype=torch.int32, device="cpu")
+    padded = torch.zeros(len(prompts), longest, **kind)
     for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-    return padded, torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+        row[: len(prompt)] = torch.tensor(prompt, **kind)
+    return padded, torch.tensor([len(prompt) for prompt in prompts], **kind)
 
 
 def empty_state(
@@ -88,14 +89,15 @@ def empty_state(
     max_prompt: int,
     block_sizes: tuple[int, ...],
     gen_length: int,
-    mask_token_id: int,
+    params: bbk.PolicyParams,
     device: torch.device,
 ) -> bbk.BranchState:
     """A state with room for prompts of up to `max_prompt` tokens, to be `reset` before use."""
     prompts = torch.zeros(num_requests, max_prompt, dtype=torch.int32, device=device)
     lengths = torch.zeros(num_requests, dtype=torch.int32, device=device)
     sizes = torch.tensor(block_sizes, dtype=torch.int32, device=device)
-    return bbk.BranchState.create(prompts, lengths, sizes, gen_length, mask_token_id)
+    entries = bbk.map_entries(block_sizes, gen_length) if params.policy == "dream_published" else 0
+    return bbk.BranchState.create(prompts, lengths, sizes, gen_length, params.mask_token_id, entries)
 
 
 def read_outcome(state: bbk.BranchState, request: int, drafts: int = 0) -> RequestOutcome:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
-from blockbatch.methods import BLOCK_METHOD_TABLE, DEFAULT_METHOD, METHOD_OPTIONS, METHODS, preset_options
+from blockbatch import block_methods
+from blockbatch.methods import (
+    BLOCK_METHOD_TABLE,
+    DEFAULT_GEN_LENGTH,
+    DEFAULT_METHOD,
+    METHOD_OPTIONS,
+    METHODS,
+    fitting_block_size,
+    fitting_block_sizes,
+    preset_options,
+)
+from blockbatch.texts import check_text
+from blockbatch.values import as_bool, as_float, as_int
 
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
 QUERY_SPANS = ("window", "open")
-# Of block_diffusion: SDAR's rules, Fast-dLLM v2's samplers, and how far a text may go.
-BLOCK_COMMIT_RULES = ("dynamic", "static", "sequential", "all")
-SAMPLERS = ("generate", "batch")
-MAX_LENGTHS = ("limit", "grow")
+# Rules of blockbatch; "published" stands for that of the model's family.
+POLICIES = ("llada_published", "dream_published", "published")
+# What Dream's published rule fixes.
+_DREAM_FIXES = {
+    "tail_threshold": None,
+    "merge_threshold": 0.5,
+    "refresh_scope": "canvas",
+    "query_span": "window",
+    "commit": "threshold",
+}
 # Rows of a request beside its branch.
 MAX_DRAFTS = 31
 
@@ -36,24 +56,25 @@ class DecodeConfig:
 
     What is marked as ours is not part of what the method's authors published, and off by default;
     `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
+    Numbers may be numpy's or torch's; they are kept as Python's.
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
-            "local_leap"; "block_diffusion" for models whose attention is causal across blocks (SDAR,
-            Fast-dLLM v2), which also run "blockbatch".
-        gen_length: tokens to generate, G. Block-causal models end with a whole block: SDAR with the one that
-            holds the last of them, Fast-dLLM v2 after `gen_length // block_size` blocks.
+            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch".
+        gen_length: tokens to generate, G; a block-causal model ends with a whole block.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it; of a block-causal model those that divide its block.
-        block_size: baselines: size of the one block. block_diffusion: of the mask; None: the trained one.
+        max_step_tokens: blockbatch: the windows of a block step hold at most so many tokens together. The
+            largest of `block_sizes` are left out until their sum fits; the attribute then holds those that
+            are left. None: no limit. Ours.
+        block_size: baselines: size of the one block. Left out: 32, or the largest of 4, 8 and 16 that divides
+            `gen_length`, or all of it.
         threshold: commit every MASK with at least this confidence, in (0, 1]. The cached baselines also take
-            None: a fixed number of tokens each step, as vanilla. block_diffusion: with more than this
-            confidence; None: 0.85 for SDAR, 1 for Fast-dLLM v2.
+            None: a fixed number of tokens each step, as vanilla.
         tail_threshold: blockbatch: what `threshold` is behind the first MASK of a window that is below
             `threshold`, from `threshold` to 1; None: the same. Ours.
         steps: vanilla, and the cached baselines without a threshold: forwards in all, the same number for
-            every block. Left out: one token a step. block_diffusion, SDAR: denoise forwards a block, at most;
-            None: as many as it has positions.
+            every block. Left out: one token a step.
         merge_threshold: take another branch's token above this confidence, in [0.5, 1]; None: never.
         sync_threshold: a branch that trails the leader by more tokens takes over its state; None: never.
         refresh_interval: full forward after this many tokens of finished blocks; None: never.
@@ -67,28 +88,20 @@ class DecodeConfig:
             surest MASKs were committed, for each of these numbers, such as (1, 2). The same tokens in fewer,
             somewhat larger forwards. With `eos_exit="prefix"` drafts end before an EOS. None: no drafts.
             Ours.
+        policy: blockbatch: which published rule decides what is committed, merged and synced:
+            "llada_published"; "dream_published", which the authors run on Dream (for models that predict the
+            next position); or "published": the one of the model's family, settled when a decode begins.
         eos_exit: "prefix": stop when everything before the first EOS is decoded; "window": stop when a window
-            that holds EOS is complete; "none": fill the canvas.
-        commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place. block_diffusion,
-            SDAR: "dynamic" (all above `threshold`, at least the quota of `steps`), "static" (the quota),
-            "sequential" (the quota, from the left) or "all"; None: "dynamic".
+            that holds EOS is complete; "none": fill the canvas. Left out: as published, and for blockbatch
+            as the policy has it (prefix for LLaDA, none for Dream; None until "published" is settled).
+        commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
-        sub_block_size: block_diffusion, Fast-dLLM v2: decoded one after the other in a block; None: 8.
-        block_cache: block_diffusion, Fast-dLLM v2: keep the block's K/V and compute sub-blocks alone; None:
-            off.
-        sampler: block_diffusion, Fast-dLLM v2: "generate", or "batch" for the one of its evaluation, which
-            ends a text at the end of a block; None: "generate".
-        fuse_store: block_diffusion, SDAR: a finished block is stored in the first forward of the next one,
-            with the same tokens in fewer forwards; False: forwards one by one, as published; None: on.
-        strict_published: block_diffusion, Fast-dLLM v2: also what looks like a defect of the published code:
-            a prompt of exactly one block is never read, and blocks that do not divide the trained one.
-        max_length: block_diffusion: "limit": memory for `gen_length` is checked before any work; "grow": a
-            text goes on while there is memory and ends with stop reason "length" where there is none.
-        prefix_cache: block_diffusion: K/V of finished blocks are kept for requests that begin with the same
-            tokens, and found there.
+        sub_block_size, block_cache, sampler, fuse_store, strict_published, max_length, prefix_cache:
+            block_diffusion; these, and what it has beside them: see `blockbatch.block_methods`.
         eos_token_ids: ids that end a text; None: those of the model.
-        stop: texts; a request ends once its text, as far as it is final, holds one, and is cut before it.
+        stop: texts, or one text; a request ends once its text, as far as it is final, holds one, and is cut
+            before it.
         trace: record every forward in `Result.trace`.
         trace_kv: with `trace`: also record where each branch's K/V cache goes (see `blockbatch.tracing`).
 
@@ -97,8 +110,9 @@ class DecodeConfig:
     """
 
     method: str = DEFAULT_METHOD
-    gen_length: int = 256
+    gen_length: int = DEFAULT_GEN_LENGTH
     block_sizes: tuple[int, ...] | None = DEFAULT
+    max_step_tokens: int | None = DEFAULT
     block_size: int | None = DEFAULT
     threshold: float | None = DEFAULT
     tail_threshold: float | None = DEFAULT
@@ -109,7 +123,8 @@ class DecodeConfig:
     refresh_scope: str | None = DEFAULT
     query_span: str | None = DEFAULT
     drafts: tuple[int, ...] | None = DEFAULT
-    eos_exit: str = DEFAULT
+    policy: str | None = DEFAULT
+    eos_exit: str | None = DEFAULT
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
     leap_threshold: float | None = DEFAULT
@@ -129,13 +144,33 @@ class DecodeConfig:
     def preset(cls, name: str, **overrides: Any) -> DecodeConfig:
         """The settings of a row of `blockbatch.methods.PRESET_TABLE`, with some of them changed.
 
-        "paper" is the published rule of the method (BlockBatch unless `method` says otherwise), as are the
-        defaults of this class. "fast" is ours, not published.
+        "paper" is the published rule of the method (BlockBatch unless `method` says otherwise). The defaults
+        of this class are that rule too, but for BlockBatch on a Dream model, which "paper" decodes by the
+        rule that the authors published for Dream. "fast" is ours, not published.
 
         Raises:
             ValueError, TypeError: there is no such preset, or as the class itself.
         """
         return cls(**preset_options(name, overrides))
+
+    def for_model(self, spec: Any) -> DecodeConfig:
+        """These settings for a model of this spec (`blockbatch.models.ModelSpec`), without "published" left.
+
+        Raises:
+            ValueError: a policy that the model cannot have, or an option that the policy does not have.
+        """
+        if getattr(spec, "block_size", None) is not None:
+            # Inside a block one rule is all that there is.
+            return replace(self, policy="llada_published") if self.policy == "published" else self
+        if self.policy == "dream_published" and spec.prediction_offset != 1:
+            raise ValueError(
+                "policy: expected llada_published for a model that does not predict the next position "
+                f"({spec.family}), got {self.policy!r}"
+            )
+        if self.policy != "published":
+            return self
+        policy = "dream_published" if spec.prediction_offset == 1 else "llada_published"
+        return replace(self, policy=policy, eos_exit=DEFAULT if self.eos_exit is None else self.eos_exit)
 
     def __post_init__(self) -> None:
         from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for
@@ -143,28 +178,37 @@ class DecodeConfig:
         if self.method not in METHOD_OPTIONS:
             names = ", ".join((*METHODS, *BLOCK_METHOD_TABLE))
             raise ValueError(f"method: expected one of {names}, got {self.method!r}")
-        _check_int("gen_length", self.gen_length, 1)
+        self._set_int("gen_length", 1)
         self._fill_defaults()
         if self.method in BLOCK_METHOD_TABLE:
-            self._check_block_diffusion()
+            options = {name: getattr(self, name) for name in METHOD_OPTIONS[self.method]}
+            for name, value in block_methods.checked(options).items():
+                self._set(name, value)
         else:
             self._check_blocks()
             self._check_thresholds()
             self._check_cheaper_forwards()
-        if "eos_exit" in METHOD_OPTIONS[self.method] and self.eos_exit not in EOS_EXITS:
+            self._check_policy()
+        free = self.method in BLOCK_METHOD_TABLE or (self.eos_exit is None and self.policy == "published")
+        if self.eos_exit not in EOS_EXITS and not free:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
-            for token in ids:
-                _check_int("eos_token_ids", token, 0)
-            object.__setattr__(self, "eos_token_ids", ids)
-        object.__setattr__(self, "stop", _as_texts("stop", self.stop))
-        if not isinstance(self.trace, bool):
-            raise TypeError(f"trace: expected True or False, got {self.trace!r}")
-        if not isinstance(self.trace_kv, bool):
-            raise TypeError(f"trace_kv: expected True or False, got {self.trace_kv!r}")
+            self._set("eos_token_ids", tuple(_checked_int("eos_token_ids", token, 0) for token in ids))
+        self._set("stop", _as_texts("stop", self.stop))
+        for name in ("trace", "trace_kv"):
+            flag = as_bool(getattr(self, name))
+            if flag is None:
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+            self._set(name, flag)
         if self.trace_kv and not self.trace:
             raise ValueError("trace_kv: expected only together with trace, got trace_kv without it")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_int(self, name: str, least: int) -> None:
+        self._set(name, _checked_int(name, getattr(self, name), least))
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -182,7 +226,31 @@ class DecodeConfig:
                 value = None
             elif value is DEFAULT:
                 value = self._default_of(name)
-            object.__setattr__(self, name, value)
+            self._set(name, value)
+
+    def has_default(self, name: str) -> bool:
+        """Whether an option has the value that it has when it is left out."""
+        value = self._default_of(name)
+        if name == "block_sizes":
+            value = self._within_budget(sorted(value))
+        return getattr(self, name) == value
+
+    def _default_of(self, name: str) -> Any:
+        value = METHOD_OPTIONS[self.method][name]
+        if name == "eos_exit" and self.policy in ("dream_published", "published"):
+            value = "none" if self.policy == "dream_published" else None
+        if name == "block_sizes":
+            value = fitting_block_sizes(self.gen_length, value, self._step_limit())
+        elif name == "block_size" and value is not None:
+            value = fitting_block_size(self.gen_length, value)
+        return value
+
+    def _step_limit(self) -> int:
+        """The largest block that a step has room for."""
+        budget = self.max_step_tokens
+        return (
+            min(self.gen_length, budget) if isinstance(budget, Integral) and budget > 0 else self.gen_length
+        )
 
     def _check_blocks(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -190,59 +258,55 @@ class DecodeConfig:
             sizes = _as_tuple("block_sizes", self.block_sizes)
             if not sizes:
                 raise ValueError("block_sizes: expected at least one size, got none")
-            for size in sizes:
-                self._check_block_size("block_sizes", size)
+            sizes = tuple(self._checked_block_size("block_sizes", size) for size in sizes)
             if len(set(sizes)) != len(sizes):
                 raise ValueError(f"block_sizes: expected different sizes, got {sizes}")
-            object.__setattr__(self, "block_sizes", tuple(sorted(sizes)))
+            self._set("block_sizes", self._within_budget(sorted(sizes)))
             return
-        self._check_block_size("block_size", self.block_size)
+        self._set("block_size", self._checked_block_size("block_size", self.block_size))
         if "steps" in options:
             blocks = self.gen_length // self.block_size
             if self.steps is None:
-                object.__setattr__(self, "steps", self.gen_length)
-            _check_int("steps", self.steps, 1)
+                self._set("steps", self.gen_length)
+            self._set_int("steps", 1)
             if self.steps % blocks or self.steps > self.gen_length:
                 raise ValueError(
                     f"steps: expected a multiple of the {blocks} blocks, at most gen_length = "
-                    f"{self.gen_length}, got {self.steps}"
+                    f"{self.gen_length}, got {self.steps} (block_size is {self.block_size})"
                 )
 
-    def _check_block_size(self, name: str, size: Any) -> None:
-        _check_int(name, size, 1)
+    def _checked_block_size(self, name: str, size: Any) -> int:
+        size = _checked_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
+        return size
 
-    def _check_block_diffusion(self) -> None:
-        for name in ("block_size", "steps", "sub_block_size"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1)
-        if self.threshold is not None:
-            _check_probability("threshold", self.threshold, least=0.0)
-        for name, choices in (
-            ("commit", BLOCK_COMMIT_RULES),
-            ("sampler", SAMPLERS),
-            ("max_length", MAX_LENGTHS),
-        ):
-            value = getattr(self, name)
-            if value not in choices and not (value is None and name != "max_length"):
-                raise ValueError(
-                    f"{name}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}"
-                )
-        for name in ("block_cache", "fuse_store", "strict_published", "prefix_cache"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name in ("block_cache", "fuse_store")):
-                raise TypeError(f"{name}: expected True or False, got {value!r}")
+    def _within_budget(self, sizes: list[int]) -> tuple[int, ...]:
+        """Of ascending sizes as many of the smallest as `max_step_tokens` has room for."""
+        budget = self.max_step_tokens
+        if budget is None:
+            return tuple(sizes)
+        budget = _checked_int("max_step_tokens", budget, 1)
+        self._set("max_step_tokens", budget)
+        if budget < sizes[0]:
+            raise ValueError(
+                f"max_step_tokens: expected at least {sizes[0]}, the window of the smallest of block_sizes = "
+                f"{tuple(sizes)}, got {budget}"
+            )
+        return tuple(size for size, total in zip(sizes, accumulate(sizes)) if total <= budget)
 
-    def has_default(self, name: str) -> bool:
-        """Whether an option has the value that it has when it is left out."""
-        return getattr(self, name) == self._default_of(name)
-
-    def _default_of(self, name: str) -> Any:
-        value = METHOD_OPTIONS[self.method][name]
-        if name == "block_sizes":
-            value = tuple(size for size in value if self.gen_length % size == 0) or (self.gen_length,)
-        return value
+    def _check_policy(self) -> None:
+        if "policy" in METHOD_OPTIONS[self.method] and self.policy not in POLICIES:
+            raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.policy != "dream_published":
+            return
+        for name, only in _DREAM_FIXES.items():
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f'{name}: expected {only!r} with policy="{self.policy}", got {value!r}')
+        if self.eos_exit == "window":
+            raise ValueError(
+                f'eos_exit: expected prefix or none with policy="{self.policy}", got {self.eos_exit!r}'
+            )
 
     def _check_cheaper_forwards(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -251,9 +315,7 @@ class DecodeConfig:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.drafts is None:
             return
-        drafts = _as_tuple("drafts", self.drafts)
-        for length in drafts:
-            _check_int("drafts", length, 1)
+        drafts = tuple(_checked_int("drafts", length, 1) for length in _as_tuple("drafts", self.drafts))
         if not drafts or sorted(set(drafts)) != list(drafts) or len(drafts) > MAX_DRAFTS:
             raise ValueError(f"drafts: expected 1 to {MAX_DRAFTS} ascending numbers, got {drafts}")
         if drafts[-1] >= self.block_size:
@@ -266,27 +328,38 @@ class DecodeConfig:
                 f'drafts: expected query_span="window", where a draft computes just what the next forward '
                 f"would, got {self.query_span!r}"
             )
-        object.__setattr__(self, "drafts", drafts)
+        self._set("drafts", drafts)
 
     def _check_thresholds(self) -> None:
         options = METHOD_OPTIONS[self.method]
         if "threshold" in options and not (self.threshold is None and "steps" in options):
-            _check_probability("threshold", self.threshold, above=0.0)
+            self._set_probability("threshold", above=0.0)
         if self.tail_threshold is not None:
-            _check_probability("tail_threshold", self.tail_threshold, least=self.threshold)
+            self._set_probability("tail_threshold", least=self.threshold)
         if self.merge_threshold is not None:
             # Below one half two different tokens could pass at the same position.
-            _check_probability("merge_threshold", self.merge_threshold, least=0.5)
+            self._set_probability("merge_threshold", least=0.5)
         if self.sync_threshold is not None:
-            _check_int("sync_threshold", self.sync_threshold, 0)
+            self._set_int("sync_threshold", 0)
         if self.refresh_interval is not None:
-            _check_int("refresh_interval", self.refresh_interval, 1)
+            self._set_int("refresh_interval", 1)
         if "commit" in options and self.commit not in COMMIT_RULES:
             raise ValueError(f"commit: expected one of {', '.join(COMMIT_RULES)}, got {self.commit!r}")
         if "leap_radius" in options:
-            _check_int("leap_radius", self.leap_radius, 1)
+            self._set_int("leap_radius", 1)
         if self.leap_threshold is not None:
-            _check_probability("leap_threshold", self.leap_threshold, above=0.0)
+            self._set_probability("leap_threshold", above=0.0)
+
+    def _set_probability(self, name: str, *, above: float | None = None, least: float | None = None) -> None:
+        given = getattr(self, name)
+        value = as_float(given)
+        if value is None:
+            raise TypeError(f"{name}: expected a number, got {given!r}")
+        low_enough = value > above if above is not None else value >= least
+        if not (low_enough and value <= 1.0):
+            bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
+            raise ValueError(f"{name}: expected a value {bounds}, got {given}")
+        self._set(name, value)
 
 
 def decode_settings(config: DecodeConfig) -> dict[str, Any]:
@@ -295,37 +368,34 @@ def decode_settings(config: DecodeConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _checked_int(name: str, value: Any, least: int) -> int:
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def _check_probability(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    low_enough = value > above if above is not None else value >= least
-    if not (low_enough and value <= 1.0):
-        bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
-        raise ValueError(f"{name}: expected a value {bounds}, got {value}")
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
 
 
 def _as_tuple(name: str, value: Any) -> tuple:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    members = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(members, (str, bytes)) or not hasattr(members, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
-    return tuple(value)
+    return tuple(members)
 
 
 def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    if isinstance(value, str):
+        texts, names = (value,), (name,)
+    elif isinstance(value, (bytes, bytearray)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
-    texts = tuple(value)
-    for text in texts:
+    else:
+        texts = tuple(value)
+        names = tuple(f"{name}[{index}]" for index in range(len(texts)))
+    for text, called in zip(texts, names):
         if not isinstance(text, str):
             raise TypeError(f"{name}: expected texts, got {text!r}")
         if not text:
             raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
-    return texts
+        check_text(text, called)
+    return tuple(map(str, texts))

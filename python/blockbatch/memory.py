@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import bisect
+import itertools
 from typing import NamedTuple
 
 import torch
 
-from blockbatch import kv_cache
+import blockbatch_kernels as bbk
+from blockbatch import block_memory, devices, kv_cache
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import BLOCK_METHOD_BUILDERS
-from blockbatch.decoding.block_diffusion import BlockMethod
+from blockbatch.decoding import Method
+from blockbatch.decoding.batch import most_tokens
+from blockbatch.decoding.choice import method_for
+from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, packed_capacity, pool_bytes
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
-from blockbatch.page_pool import PagePool
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
+# Graphs of several sizes do not fit into each other's memory without a gap.
+_GRAPH_SHARE = 2
+# Of the matrix library, for the stream of the steps and for the one that captures, and of attention's plan.
+_GPU_WORKSPACES = 3 * (32 << 20)
+# Records of a position of the generation region, and what the policy makes of one: for itself, and for each
+# branch that it is compared with.
+_POSITION_BYTES, _PAIR_BYTES = 512, 64
 
 
 class Needs(NamedTuple):
     """Bytes that a batch takes beside the weights.
 
     Attributes:
-        cache: the K/V cache, allocated once before the first forward.
+        cache: the K/V cache, allocated once before the first forward; with Dream's published rule also its
+            map of probabilities.
         work: activations, logits and partial results of a forward, at most.
+        rest: what captured steps hold, workspaces of libraries, the policy's records.
     """
 
     cache: int
     work: int
+    rest: int = 0
 
     def __str__(self) -> str:
-        return f"K/V cache {self.cache / 2**20:,.0f} MiB, working memory up to {self.work / 2**20:,.0f} MiB"
+        work = (self.work + self.rest) / 2**20
+        return f"K/V cache {self.cache / 2**20:,.0f} MiB, working memory up to {work:,.0f} MiB"
 
 
 def longest_prompt(device: torch.device, longest: int) -> int:
@@ -49,10 +62,12 @@ def needs(
     Args:
         least: with `max_length="grow"` what the first block takes, rather than the whole text.
     """
-    spec, dtype = model.spec, model.dtype
+    spec, dtype, device = model.spec, model.dtype, model.device
     if spec.block_size is not None:
-        return _block_needs(model, _block_method(model, config), num_requests, longest, least)
-    rows, length = num_requests * _rows(config), longest_prompt(model.device, longest) + config.gen_length
+        return _block_needs(model, config, num_requests, longest, least)
+    method: Method = method_for(model, config)
+    num_branches, prompt = len(method.block_sizes), longest_prompt(device, longest)
+    rows, length = num_requests * num_branches, prompt + config.gen_length
     cache = kv_cache.cache_bytes(
         rows,
         length,
@@ -61,118 +76,90 @@ def needs(
         head_dim=spec.head_dim,
         dtype=dtype,
     )
-    # Whole rows go in chunks; a block step holds at most every row's generation region and, where a model
-    # predicts the next position, the one in front of it.
-    region = config.gen_length + spec.prediction_offset
-    tokens = min(rows * length, max(length, ROW_TOKENS[model.device.type], rows * region))
-    return Needs(cache, transformer.activation_bytes(spec, dtype, tokens))
+    if config.policy == "dream_published":
+        cache += rows * config.gen_length * bbk.map_entries(config.block_sizes, config.gen_length) * 8
+    compiled = _compiled(model)
+    # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
+    whole = min(rows * length, max(length, ROW_TOKENS[device.type]))
+    step = most_tokens(method, num_requests, prompt, config.gen_length)
+    region = min(rows * length, rows * (config.gen_length + spec.prediction_offset))
+    work = transformer.activation_bytes(spec, dtype, max(whole, step, region), compiled=compiled)
+    rest = rows * config.gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
+    if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
+        row = 2 * spec.num_kv_heads + 4 * spec.num_heads
+        rest += length * row * spec.head_dim * max(dtype.itemsize, 4)
+    if device.type == "cuda":
+        rest += _GPU_WORKSPACES
+        if StepGraphs.possible(model):
+            captured = min(packed_capacity(min(step, MAX_GRAPH_TOKENS)), step)
+            rest += _GRAPH_SHARE * transformer.activation_bytes(spec, dtype, captured, compiled=compiled)
+    return Needs(cache, work, rest)
 
 
-def _block_method(model: Model, config: DecodeConfig) -> BlockMethod:
-    return BLOCK_METHOD_BUILDERS[config.method](config, model.spec, model.eos_token_ids)
+def _block_needs(model: Model, config: DecodeConfig, num_requests: int, longest: int, least: bool) -> Needs:
+    method = method_for(model, config)
+    compiled, on_gpu = _compiled(model), model.device.type == "cuda"
+    tokens = block_memory.work_tokens(model, method, num_requests, longest)
+    work = transformer.activation_bytes(model.spec, model.dtype, tokens, compiled=compiled)
+    cache = block_memory.cache_bytes(model, method, num_requests, longest, least=least)
+    return Needs(cache, work, _GPU_WORKSPACES + work if on_gpu else 0)
 
 
-def _block_needs(model: Model, method: BlockMethod, num_requests: int, longest: int, least: bool) -> Needs:
-    """Pages of every request, and activations of the prompts' forwards or of two blocks of every branch."""
-    size, pages = method.block_size, kv_cache.pages_per_row
-    branches = max(len(method.block_sizes), 1)
-    positions = (longest // size + 1) * size if method.grow and least else method.positions(longest)
-    each = pages(positions) + (branches - 1) * pages(size)
-    denoised = num_requests * (branches + 1) * size
-    prefilled = min(num_requests * longest, max(longest, ROW_TOKENS[model.device.type]))
-    work = transformer.activation_bytes(model.spec, model.dtype, max(denoised, prefilled))
-    return Needs(num_requests * each * _page_bytes(model), work)
-
-
-def _page_bytes(model: Model) -> int:
-    spec = model.spec
-    return kv_cache.cache_bytes(
-        1,
-        kv_cache.PAGE_SIZE,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=model.dtype,
-    )
-
-
-def page_pool(model: Model) -> PagePool:
-    """The model's pages, made at the first call; they may take `cache_bytes`, or else the free memory."""
-    spec = model.spec
-    if model.pool is None:
-        model.pool = PagePool(
-            0,
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
-    # While a pool grows, its pages are there twice.
-    limit = model.cache_bytes if model.cache_bytes is not None else free_bytes(model) // 2
-    model.pool.most_pages = max(limit // _page_bytes(model), len(model.pool))
-    return model.pool
-
-
-def first_pages(method: BlockMethod, lengths: list[int]) -> int:
-    """Pages that prompts of these lengths will need soon: those of up to 4096 positions of each text."""
-    pages = kv_cache.pages_per_row
-    more = (max(len(method.block_sizes), 1) - 1) * pages(method.block_size)
-    return sum(pages(min(method.positions(length), length + 4096)) + more for length in lengths)
-
-
-def _rows(config: DecodeConfig) -> int:
-    """Rows of a request: its branches and its drafts."""
-    branches = len(config.block_sizes) if config.block_sizes else 1
-    return branches + len(config.drafts or ())
+def _compiled(model: Model) -> bool:
+    if model.device.type == "cpu" and model.backend is None:
+        return False
+    names = ("lm_head_confidence", "varlen_attention", "linear_swiglu")
+    size = dict(head_dim=model.spec.head_dim)
+    return all(bbk.backend_of(name, model.device, model.backend, **size) != "reference" for name in names)
 
 
 def free_bytes(model: Model) -> int:
-    """Memory that a new batch may take."""
-    device = model.device
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        idle = model.runners.idle_bytes() if model.runners else 0
-        return int((torch.cuda.mem_get_info(device)[0] + held + idle) * 0.95)
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-    return int(pages * os.sysconf("SC_PAGE_SIZE") * 0.9) if pages else 2**40
+    """Memory that a new batch may take: what is free, and what batches hold that wait for another decode."""
+    free = devices.free_bytes(model.device)
+    if model.device.type == "cpu":
+        return free
+    idle = model.runners.idle_bytes() if model.runners else 0
+    return max(0, free - pool_bytes(model.device) + idle)
 
 
-def batches(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Iterator[list[list[int]]]:
-    """As many prompts at a time as `cache_bytes`, or else the free memory, has room for.
+def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) -> list[list[int]]:
+    """The first of `prompts`, as many as `cache_bytes`, or else the free memory, has room for.
+
+    Called in the turn in which the batch is made, so that what is free still is.
 
     Raises:
-        MemoryError: a single prompt does not fit; before the first batch.
+        MemoryError: one of the prompts, alone, does not fit.
     """
     limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
     if limit is None:
         limit, source = free_bytes(model), f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
-        if model.spec.block_size is not None:
-            limit //= 2  # see `page_pool`
-
-    if model.pool is not None:
-        limit -= model.pool.held() * _page_bytes(model)
+    if model.spec.block_size is not None:
+        limit = limit // (1 if model.cache_bytes is not None else block_memory.GROWTH)
+        limit -= block_memory.held_bytes(model)
 
     def needed(requests: int, longest: int, least: bool = False) -> int:
         total = needs(model, config, requests, longest, least=least)
         return total.cache if model.cache_bytes is not None else sum(total)
 
-    rows = f"{len(config.block_sizes)} branches" if config.block_sizes else "1 branch"
-    if config.drafts:
-        rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
-    for ids in prompts:
-        if needed(1, len(ids), least=True) > limit:
-            raise MemoryError(
-                f"{source}: expected at least {needed(1, len(ids), least=True):,} bytes for {purpose} of "
-                f"{rows} of {len(ids) + config.gen_length} positions, got {limit:,}"
-            )
-    batch: list[list[int]] = []
-    for ids in prompts:
-        longest = max(len(other) for other in [*batch, ids])
-        if batch and needed(len(batch) + 1, longest) > limit:
-            yield batch
-            batch = []
-        batch.append(ids)
-    if batch:
-        yield batch
+    longest = max(map(len, prompts))
+    if (least := needed(1, longest, least=True)) > limit:
+        rows = f"{len(config.block_sizes)} branches" if config.block_sizes else "1 branch"
+        if config.drafts:
+            rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
+        raise MemoryError(
+            f"{source}: expected at least {least:,} bytes for {purpose} of "
+            f"{rows} of {longest + config.gen_length} positions, got {limit:,}{_others(model)}"
+        )
+    lengths = list(itertools.accumulate(map(len, prompts), max))
+    # More prompts need more, so the first number that is too many is found by halving.
+    count = bisect.bisect_right(range(2, len(prompts) + 1), limit, key=lambda n: needed(n, lengths[n - 1]))
+    return prompts[: count + 1]
+
+
+def _others(model: Model) -> str:
+    """What else the process holds on a GPU, for a message."""
+    if model.device.type == "cpu" or model.cache_bytes is not None:
+        return ""
+    held = torch.cuda.memory_allocated(model.device)
+    return f" (this process holds {held:,}, weights and running decodes among them)"

@@ -8,11 +8,47 @@ third table; a new preset is a row of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+from blockbatch import block_methods
+
 PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+DEFAULT_GEN_LENGTH = 256
+
+
+def fitting_block_sizes(
+    gen_length: int, sizes: Sequence[int] = PAPER_BLOCK_SIZES, limit: int | None = None
+) -> tuple[int, ...]:
+    """Those of `sizes` that divide `gen_length`; where none does, one block of all of it, or else the largest
+    divisor that is at most `limit`."""
+    fitting = tuple(size for size in sizes if gen_length % size == 0)
+    if fitting or limit is None:
+        return fitting or (gen_length,)
+    return (max(size for size in range(1, min(limit, gen_length) + 1) if gen_length % size == 0),)
+
+
+def fitting_block_size(gen_length: int, wanted: int) -> int:
+    """`wanted` if it divides `gen_length`, else the largest of the usual sizes below it that does."""
+    return fitting_block_sizes(gen_length, (wanted, *(n for n in PAPER_BLOCK_SIZES[::-1] if n < wanted)))[0]
+
+
+def fitted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that come from a table, with block sizes that go with their `gen_length`.
+
+    Published settings are those of 256 tokens: of another length nobody asked for their block sizes. What a
+    user gave does not belong here, since it is refused where it does not fit.
+    """
+    found, length = dict(options), options.get("gen_length")
+    if not isinstance(length, Integral) or length < 1:
+        return found  # `DecodeConfig` says what is wrong with it
+    if found.get("block_sizes") is not None:
+        found["block_sizes"] = fitting_block_sizes(length, found["block_sizes"])
+    if found.get("block_size") is not None:
+        found["block_size"] = fitting_block_size(length, found["block_size"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,6 +86,7 @@ _ROWS = (
         module="blockbatch.decoding.blockbatch",
         options={
             "block_sizes": PAPER_BLOCK_SIZES,
+            "max_step_tokens": None,
             "threshold": 0.9,
             "tail_threshold": None,
             "merge_threshold": 0.5,
@@ -57,6 +94,8 @@ _ROWS = (
             "refresh_interval": 32,
             "refresh_scope": "canvas",
             "query_span": "window",
+            "policy": "llada_published",
+            # With Dream's published rule left out it is "none".
             "eos_exit": "prefix",
             "commit": "threshold",
             "leap_radius": 4,
@@ -68,7 +107,8 @@ _ROWS = (
             "merge_threshold": 0.5,
             "sync_threshold": 8,
             "refresh_interval": 32,
-            "eos_exit": "prefix",
+            # Of the model's family, which has its own end: prefix for LLaDA, none for Dream.
+            "policy": "published",
         },
     ),
     MethodRow(
@@ -104,29 +144,8 @@ _ROWS = (
         published={"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
     ),
 )
-# Methods of models whose attention is causal across blocks, which also run `blockbatch` inside the block.
-_BLOCK_ROWS = (
-    MethodRow(
-        name="block_diffusion",
-        title="block diffusion",
-        summary="SDAR's and Fast-dLLM v2's decoding, K/V of finished blocks kept (arXiv 2503.09573)",
-        module="blockbatch.decoding.block_diffusion",
-        options={
-            "block_size": None,
-            "steps": None,
-            "commit": None,
-            "threshold": None,
-            "sub_block_size": None,
-            "block_cache": None,
-            "sampler": None,
-            "fuse_store": None,
-            "strict_published": False,
-            "max_length": "limit",
-            "prefix_cache": False,
-        },
-        published={},
-    ),
-)
+# Of models whose attention is causal across blocks, which also run `blockbatch` inside the block.
+_BLOCK_ROWS = (MethodRow(**block_methods.ROW),)
 # By name: the methods of full-attention models, and those of block-causal models alone.
 METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
 BLOCK_METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _BLOCK_ROWS}
@@ -144,7 +163,8 @@ class PresetRow:
         name: what `preset` calls it; no benchmark of `blockbatch.evaluation.presets` has the same.
         summary: what it is, in one sentence.
         options: arguments of `DecodeConfig`; what is left out has the method's default.
-        published: whether this is the rule as its authors published it, rather than ours.
+        published: whether this is the rule as its authors published it, rather than ours; options that the
+            method lacks are then passed over.
     """
 
     name: str
@@ -156,18 +176,19 @@ class PresetRow:
 _PRESETS = (
     PresetRow(
         name="paper",
-        summary="the method's published rule, which is what all options default to",
-        options={},
+        summary="the method's published rule, on Dream that of the code for Dream",
+        options={"policy": "published"},
         published=True,
     ),
     PresetRow(
         name="fast",
-        summary="LocalLeap's rule; ours: cheaper refreshes and drafts",
+        summary="LocalLeap's commit on BlockBatch's branches; ours: open queries",
         options={
-            "method": "local_leap",
-            "refresh_scope": "generation",
-            "drafts": (1, 2),
-            "eos_exit": "prefix",
+            "method": "blockbatch",
+            "commit": "local_leap",
+            "query_span": "open",
+            "refresh_interval": None,
+            "max_step_tokens": 128,
         },
         published=False,
     ),
@@ -203,13 +224,27 @@ def preset_options(name: str, changes: Mapping[str, Any], argument: str = "prese
     options = {**row.options, **changes}
     known = METHOD_OPTIONS.get(options.get("method", DEFAULT_METHOD))
     lacking = [option for option in row.options if known is not None and option not in ("method", *known)]
-    if lacking:
+    if row.published:
+        options = {option: value for option, value in options.items() if option not in lacking} | changes
+    elif lacking:
         having = [method for method, known in METHOD_OPTIONS.items() if all(one in known for one in lacking)]
         raise ValueError(
             f"method: expected {' or '.join(having)} for {argument} {name!r}, which sets "
             f"{', '.join(lacking)}, got {options.get('method', DEFAULT_METHOD)!r}"
         )
+    if row.options.get("drafts") and "drafts" not in changes:
+        options["drafts"] = _fitting_drafts(options, known or {})
     return options
+
+
+def _fitting_drafts(options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Those of a preset's drafts that leave a MASK in a block; of short texts nobody asked for the others."""
+    length, size = options.get("gen_length", DEFAULT_GEN_LENGTH), options.get("block_size")
+    if size is None and isinstance(length, Integral) and length >= 1:
+        size = fitting_block_size(length, known.get("block_size", 1))
+    if not isinstance(size, Integral):
+        return options["drafts"]  # `DecodeConfig` says what is wrong with it
+    return tuple(draft for draft in options["drafts"] if draft < size) or None
 
 
 @dataclass(frozen=True)
@@ -238,7 +273,19 @@ OPTIONS = (
     OptionRow("method", "name", "NAME", _NAMES),
     OptionRow("gen_length", "integer", "N", "tokens to generate (256)"),
     OptionRow("block_sizes", "integers", "4,8,16", "blockbatch: a branch for each (4 to 128)"),
-    OptionRow("block_size", "integer", "N", "other methods: the one block size (32; of the model)"),
+    OptionRow(
+        "max_step_tokens",
+        "integer",
+        "N",
+        "blockbatch: leave out the largest sizes until their sum is at most this (none); ours",
+        none=True,
+    ),
+    OptionRow(
+        "block_size",
+        "integer",
+        "N",
+        "other methods: the one block size (32, or the next smaller that divides; of the model)",
+    ),
     OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
     OptionRow(
         "tail_threshold",
@@ -287,6 +334,12 @@ OPTIONS = (
         "dual_cache, local_leap: compute ahead what the next commit may write (none); ours",
         none=True,
     ),
+    OptionRow(
+        "policy",
+        "name",
+        "RULE",
+        "blockbatch: llada_published (default), dream_published, or published: that of the model's family",
+    ),
     OptionRow("eos_exit", "name", "MODE", "prefix or window: stop with the text; none: fill the canvas"),
     OptionRow("eos_token_ids", "integers", "1,2", "ids that end the text (the model's)"),
     OptionRow("stop", "texts", "TEXT", "end the text before this text; repeatable"),
@@ -313,36 +366,5 @@ OPTIONS = (
         "LocalLeap: confidence that is enough within that distance",
         none=True,
     ),
-    OptionRow("sub_block_size", "integer", "N", "block_diffusion, Fast-dLLM v2: of the sub-blocks (8)"),
-    OptionRow("block_cache", "switch", "on|off", "block_diffusion, Fast-dLLM v2: sub-blocks alone (off)"),
-    OptionRow(
-        "sampler",
-        "name",
-        "NAME",
-        "block_diffusion, Fast-dLLM v2: generate (default), or batch for that of its evaluation",
-    ),
-    OptionRow(
-        "fuse_store",
-        "switch",
-        "on|off",
-        "block_diffusion, SDAR: store a block in the next one's first forward (on); the same tokens",
-    ),
-    OptionRow(
-        "strict_published",
-        "switch",
-        "on|off",
-        "block_diffusion: Fast-dLLM v2 as published where that is a defect (off)",
-    ),
-    OptionRow(
-        "max_length",
-        "name",
-        "MODE",
-        "block_diffusion: limit (default): room for gen-length is checked before; grow: as far as it goes",
-    ),
-    OptionRow(
-        "prefix_cache",
-        "switch",
-        "on|off",
-        "block_diffusion: keep K/V of finished blocks for requests that begin with them (off)",
-    ),
+    *(OptionRow(*row) for row in block_methods.OPTION_ROWS),
 )

@@ -6,13 +6,24 @@ pages of equal beginnings can be kept, and serve every later request that begins
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from blockbatch.kv_cache import PAGE_SIZE
+
+
+def _locked(method):
+    @functools.wraps(method)
+    def run(self, *arguments):
+        with self.lock:
+            return method(self, *arguments)
+
+    return run
 
 
 class OutOfPagesError(MemoryError):
@@ -64,6 +75,7 @@ class PagePool:
         page_size: positions a page.
         most_pages: it grows no further.
         generation: how often it grew.
+        lock: held while the pool changes and while a forward uses its memory, so that threads may share it.
         stats: of the prefix cache.
     """
 
@@ -79,6 +91,7 @@ class PagePool:
         page_size: int = PAGE_SIZE,
     ) -> None:
         self.page_size, self.most_pages, self.generation = page_size, most_pages, 0
+        self.lock = threading.RLock()
         self._shape = (page_size, num_kv_heads, head_dim)
         self.kv = torch.zeros(num_layers, 2, 0, *self._shape, dtype=dtype, device=device)
         self._free: list[int] = []
@@ -98,6 +111,7 @@ class PagePool:
         """Pages that a request or the prefix cache holds."""
         return len(self._holders) - len(self._free)
 
+    @_locked
     def held(self) -> int:
         """Pages that requests hold; those that the prefix cache alone holds can be had."""
         kept = sum(
@@ -105,6 +119,7 @@ class PagePool:
         )
         return self.pages_in_use - kept
 
+    @_locked
     def take(self, count: int) -> list[int]:
         """Pages for a request to write; their content is of no meaning.
 
@@ -125,16 +140,19 @@ class PagePool:
             self._holders[page] = 1
         return pages
 
+    @_locked
     def reserve(self, count: int) -> None:
         """Grows as far as `count` more pages need, within the most."""
         if len(self._free) < count:
             self._grow(self.pages_in_use + count)
 
+    @_locked
     def hold(self, pages: Sequence[int]) -> None:
         """One more holder of pages that are in use."""
         for page in pages:
             self._holders[page] += 1
 
+    @_locked
     def release(self, pages: Sequence[int]) -> None:
         """One holder less; a page without any is free."""
         for page in pages:
@@ -142,6 +160,7 @@ class PagePool:
             if self._holders[page] == 0:
                 self._free.append(page)
 
+    @_locked
     def find(self, block_size: int, run: int, tokens: Sequence[int]) -> list[int]:
         """Pages that hold the K and V of the longest known beginning of `tokens`, held for the caller.
 
@@ -158,6 +177,7 @@ class PagePool:
         self.stats.found += len(pages) * self.page_size
         return pages
 
+    @_locked
     def keep(self, block_size: int, run: int, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Keeps the pages of all whole runs of `tokens`, for `find`.
 
@@ -180,6 +200,7 @@ class PagePool:
                 parent.children += 1
             parent = entry
 
+    @_locked
     def forget(self) -> None:
         """Gives up all kept prefixes."""
         for entry in self._prefixes.entries.values():

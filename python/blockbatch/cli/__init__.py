@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from blockbatch.cli.parser import build_parser
+from blockbatch.cli.suggest import advice
 from blockbatch.cli.terminal import escape
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _INPUT_ERRORS as error:
         if os.environ.get("BLOCKBATCH_TRACEBACK"):
             raise
-        print(f"blockbatch: error: {escape(_message(error))}", file=sys.stderr)
+        message = _message(error)
+        print(f"blockbatch: error: {escape(message + advice(message))}", file=sys.stderr)
         return BAD_INPUT
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from blockbatch.cli.arguments import add_model
 from blockbatch.cli.files import write_json, write_text
+from blockbatch.cli.help import examples, rows
 from blockbatch.cli.recorded import (
     add_lengths,
     add_output,
@@ -19,6 +20,7 @@ from blockbatch.cli.recorded import (
     output_folder,
 )
 from blockbatch.cli.terminal import escape
+from blockbatch.evaluation.knobs import ABLATIONS
 from blockbatch.evaluation.progress import duration
 from blockbatch.tasks import FAMILIES
 
@@ -28,15 +30,19 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "ablate",
         help="turn one knob of blockbatch: accuracy, forwards, time",
-        description="Decode the problems of some tasks by blockbatch with one option at several values: "
-        "block-sizes, threshold, tail-threshold, merge-threshold, sync-threshold, refresh-interval, "
-        "components (merge, sync and refresh switched off), commit, eos-exit, query-span, refresh-scope, or "
-        "drafts (by the dual cache, with the end of blockbatch). Every value is compared with the default on "
-        "the same problems. An ablation that was interrupted goes on when it is started "
-        "again.",
+        description="Decode the problems of some tasks by blockbatch with one option at several values. "
+        "Every value is compared with the default on the same problems. An ablation that was interrupted "
+        "goes on when it is started again.",
+        epilog=rows("Kinds", {kind: one.title for kind, one in ABLATIONS.items()})
+        + "\n\n"
+        + examples(
+            "blockbatch ablate sync-threshold --limit 10",
+            "blockbatch ablate max-step-tokens --tasks symbolic,arithmetic",
+            "blockbatch ablate components --run-code --out components",
+        ),
     )
     parser.set_defaults(run=run)
-    parser.add_argument("kind", metavar="KIND", help="what to vary, of the list above")
+    parser.add_argument("kind", metavar="KIND", help="what to vary, of the list below")
     add_model(parser)
     add_problems(parser)
     add_lengths(parser.add_argument_group("settings"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli.help import rows
 from blockbatch.config import DecodeConfig
 from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, OPTIONS, PRESET_TABLE
 
@@ -16,10 +17,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that say which model runs where, and how it is prompted."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="tiny", help="tiny (built in, default), a HuggingFace folder or a hub id"
+        "--model",
+        default="tiny",
+        help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
+    )
+    group.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin prompts with the BOS token, as evaluations of Dream do (as the tokenizer says)",
     )
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument(
@@ -52,9 +60,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 def methods_note() -> str:
     """What each method and each preset is, for the end of a help text."""
     tables = {"Methods": METHOD_TABLE | BLOCK_METHOD_TABLE, "Presets": PRESET_TABLE}
-    return " ".join(
-        f"{title}: " + "; ".join(f"{name}: {row.summary}" for name, row in table.items()) + "."
-        for title, table in tables.items()
+    return "\n\n".join(
+        rows(title, {name: row.summary for name, row in table.items()}) for title, table in tables.items()
     )
 
 
@@ -91,6 +98,30 @@ def chat_prompt(model: Model, text: str) -> str:
     if model.tokenizer is None:
         raise ValueError("--chat: expected a model with a tokenizer, got one without")
     return model.tokenizer.chat(text, model.spec.family)
+
+
+def encode_text(model: Model, text: str, options: argparse.Namespace, name: str) -> list[int]:
+    """Token ids of a prompt, in the chat format or behind the BOS token if the options say so.
+
+    Args:
+        name: what messages call the prompt.
+    """
+    from blockbatch.prompts import encode_prompt
+    from blockbatch.texts import check_text
+
+    check_text(text, name)
+    if options.chat:
+        check_bos(options)
+        return encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+    return encode_prompt(model, text, name, add_bos=True if options.bos else None)
+
+
+def check_bos(options: argparse.Namespace) -> None:
+    """Raises ValueError for two ways to begin a prompt."""
+    if options.bos and options.chat:
+        raise ValueError(
+            "--bos: expected only without --chat, whose format says how a prompt begins, got both"
+        )
 
 
 def int_list(text: str) -> tuple[int, ...]:

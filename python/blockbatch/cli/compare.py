@@ -12,8 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, chat_prompt, default_methods, load, methods_note, names
+from blockbatch.cli.arguments import (
+    add_model,
+    check_bos,
+    default_methods,
+    encode_text,
+    load,
+    methods_note,
+    names,
+)
 from blockbatch.cli.files import check_output, write_json
+from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import Row, comparison_table, family_table
 from blockbatch.cli.terminal import escape
@@ -35,7 +44,14 @@ def add_parser(commands: Any) -> None:
         description="Decode the same prompts by every method and print what each needed. Baselines run as "
         "published (the canvas is filled) and, marked +eos, with the same end as blockbatch. Named settings "
         "have that end, too.",
-        epilog=methods_note(),
+        epilog=methods_note()
+        + "\n\n"
+        + examples(
+            "blockbatch compare",
+            "blockbatch compare --family symbolic --count 10 --show",
+            "blockbatch compare --methods dual_cache,blockbatch --preset fast",
+            "blockbatch compare --prompt-file problems.jsonl --json figures.json",
+        ),
     )
     parser.set_defaults(run=run)
     add_model(parser)
@@ -82,6 +98,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Compares and prints as the options say."""
     from blockbatch import generation
+    from blockbatch.decoding.choice import method_for
     from blockbatch.evaluation.runner import warm_up
 
     methods = default_methods(options) if options.methods is None else options.methods
@@ -92,21 +109,22 @@ def run(options: argparse.Namespace) -> None:
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
         check_output(options.json, "--json")
+    check_bos(options)
     problems = read_problems(options)
     model = load(options)
-    prompts = _encode(model, problems, options.chat)
+    prompts = _encode(model, problems, options)
     # All prompts are checked before the first is decoded; a canvas has the same limit by every method.
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
     for row in rows:
-        generation.check_method(model, row.config)
+        method_for(model, row.config.for_model(model.spec))
     with _progress() as show:
         warm_up(model, ((row.config, [ids]) for row in rows for ids in prompts), show)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.
         for index, (problem, ids) in enumerate(zip(problems, prompts, strict=True), 1):
             for row in rows:
                 show(f"problem {index} of {len(problems)}: {row.label}")
-                result = generation.generate(model, ids, row.config)
+                (result,) = generation.decode(model, [ids], row.config)
                 row.results.append(result)
                 row.right.append(None if problem.is_right is None else problem.is_right(result.text))
     report = _report(model, problems, rows, options.gen_length)
@@ -118,11 +136,13 @@ def run(options: argparse.Namespace) -> None:
     _print(model, problems, rows, options)
 
 
-def _encode(model: Model, problems: list[Problem], chat: bool) -> list[list[int]]:
+def _encode(model: Model, problems: list[Problem], options: argparse.Namespace) -> list[list[int]]:
     if model.tokenizer is None:
         raise ValueError("--model: expected a model with a tokenizer, got one without")
-    texts = [chat_prompt(model, problem.prompt) if chat else problem.prompt for problem in problems]
-    return [model.tokenizer.encode(text) for text in texts]
+    return [
+        encode_text(model, problem.prompt, options, f"prompt[{index}]")
+        for index, problem in enumerate(problems)
+    ]
 
 
 @contextmanager
@@ -175,7 +195,7 @@ def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
     command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
     named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
     prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
-    chat = " --chat" if options.chat else ""
+    chat = " --chat" if options.chat else " --bos" if options.bos else ""
     print(f"\nthe texts:        {command} compare{named} --show")
     given = f"{named}{chat} --gen-length {options.gen_length}"
     print(f"one of them live: {command} generate{given} --prompt {prompt}")

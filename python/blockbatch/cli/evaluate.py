@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.arguments import add_model, default_methods, names
 from blockbatch.cli.files import write_json, write_text
+from blockbatch.cli.help import examples
 from blockbatch.cli.recorded import (
     add_lengths,
     add_output,
@@ -48,7 +49,16 @@ def add_parser(commands: Any) -> None:
         help="measure methods on tasks: accuracy, forwards, time",
         description="Decode the problems of some tasks by every method, as published and, marked +eos, with "
         "the end of blockbatch; judge the answers, compare the methods on the same problems, write a report. "
-        "An evaluation that was interrupted goes on when it is started again.",
+        "An evaluation that was interrupted goes on when it is started again. It prints what was found in "
+        "five lines, then the tables.",
+        epilog=examples(
+            "blockbatch eval --limit 4",
+            "blockbatch eval --run-code --preset fast --out results",
+            "blockbatch eval --methods dual_cache,blockbatch --tasks symbolic --limit 100",
+            'blockbatch eval --set "own:threshold=0.95,block_sizes=4/8/16" --limit 20',
+            "blockbatch eval --preset gsm8k --model GSAI-ML/LLaDA-8B-Instruct --chat",
+            "blockbatch eval --tasks own.jsonl --traces traces",
+        ),
     )
     parser.set_defaults(run=run)
     add_model(parser)
@@ -146,6 +156,7 @@ def _default_tasks(preset: Preset | None) -> tuple[str, ...]:
 
 def _write(report: Report, methods: dict[str, str], folder: Path) -> None:
     from blockbatch.evaluation.markdown import heading, markdown
+    from blockbatch.evaluation.verdict import verdict
     from blockbatch.pictures.evaluation import draw
 
     picture = folder / "report.png"
@@ -158,14 +169,15 @@ def _write(report: Report, methods: dict[str, str], folder: Path) -> None:
     else:
         picture.unlink(missing_ok=True)
     name = picture.name if picture.exists() else None
-    write_text(folder / "report.md", markdown(report, picture=name))
+    write_text(folder / "report.md", markdown(report, picture=name, verdict=verdict(report)[1:]))
     write_json(str(folder / "summary.json"), report.as_dict())
 
 
 def _print(report: Report, folder: Path, seconds: float) -> None:
-    from blockbatch.evaluation.markdown import heading, main_part, verdict_lines
+    from blockbatch.evaluation.markdown import main_part, verdict_lines
+    from blockbatch.evaluation.verdict import verdict
 
-    print(escape(heading(report)) + "\n")
+    print(escape("\n".join(verdict(report))) + "\n")
     print(escape("\n".join([*main_part(report), "", *verdict_lines(report)])))
     names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     print(f"\n{duration(seconds)}; in {escape(str(folder))}: {names}")

@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blockbatch.texts import decode_file
+
 
 def read_text(path: str, name: str) -> str:
-    """The UTF-8 text of a file, or of standard input for "-"; `name` is the option that named it."""
+    """The text of a file, or of standard input for "-"; `name` is the option that named it.
+
+    The same text wherever it was written: see `decode_file`.
+    """
     content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        return content.decode("utf-8")
+        return decode_file(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: expected UTF-8 text, got {path}: {error}") from None
 

@@ -13,13 +13,15 @@ from blockbatch.cli import canvas
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
-    chat_prompt,
+    check_bos,
     decode_config,
+    encode_text,
     int_list,
     load,
     methods_note,
 )
 from blockbatch.cli.files import check_output, read_text
+from blockbatch.cli.help import examples
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
 from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.tracing import open_recorder, save_trace, trace_header
@@ -39,10 +41,22 @@ def add_parser(commands: Any) -> None:
         help="decode one prompt",
         description="Decode one prompt. A terminal shows the text while it denoises; elsewhere only "
         "the text is written.",
-        epilog=methods_note(),
+        epilog=methods_note()
+        + "\n\n"
+        + examples(
+            'blockbatch generate "Divide with remainder until zero: 51 and 16."',
+            'echo "Write a function that sums a list." | blockbatch generate -',
+            "blockbatch generate --prompt-file prompt.txt --preset fast --json",
+            'blockbatch generate "PROMPT" --method dual_cache --threshold 0.95',
+            'blockbatch generate "PROMPT" --query-span open --refresh-interval none',
+            'blockbatch generate "PROMPT" --gen-length 128 --trace trace.json',
+            'blockbatch generate "PROMPT" --model GSAI-ML/LLaDA-8B-Instruct --chat',
+        ),
     )
     parser.set_defaults(run=run)
+    parser.stray = "a prompt of several words stands in quotes"
     group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; -: standard input")
     group.add_argument("--prompt", metavar="TEXT", help="the prompt")
     group.add_argument(
         "--prompt-file",
@@ -72,11 +86,15 @@ def run(options: argparse.Namespace) -> None:
         check_output(options.trace, "--trace")
     text = _prompt_text(options)
     model = load(options)
-    ids = list(options.prompt_ids) if text is None else _encode(model, text, options.chat)
+    config = config.for_model(model.spec)
+    ids = list(options.prompt_ids) if text is None else _encode(model, text, options)
     if model.device.type == "cuda":
         _tell_memory(model, ids, config)
     live = wants_live(sys.stdout) and not options.json and not options.no_live
-    result = _decode_live(model, ids, config) if live else generation.generate(model, ids, config)
+    if live:
+        result = _decode_live(model, ids, config)
+    else:
+        (result,) = generation.decode(model, [ids], config, ["prompt"])
     if options.trace is not None:
         save_trace(options.trace, result.trace, **trace_header(model, ids, config, result))
     if options.json:
@@ -99,23 +117,28 @@ def _tell_memory(model: Model, ids: list[int], config: DecodeConfig) -> None:
 
 
 def _prompt_text(options: argparse.Namespace) -> str | None:
+    check_bos(options)
     if options.prompt_ids is not None:
-        if options.chat:
-            raise ValueError("--chat: expected a prompt as text, got --prompt-ids")
+        for name in ("chat", "bos"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: expected a prompt as text, got --prompt-ids")
         return None
     if options.prompt_file is not None:
         return read_text(options.prompt_file, "--prompt-file").removesuffix("\n")
+    if options.text == "-":
+        return read_text("-", "PROMPT").removesuffix("\n")
+    name, text = ("--prompt", options.prompt) if options.text is None else ("PROMPT", options.text)
     try:
-        options.prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"--prompt: expected UTF-8 text, got {options.prompt!r:.80}") from None
-    return options.prompt
+        raise ValueError(f"{name}: expected UTF-8 text, got {text!r:.80}") from None
+    return text
 
 
-def _encode(model: Model, text: str, chat: bool) -> list[int]:
+def _encode(model: Model, text: str, options: argparse.Namespace) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("--prompt: expected --prompt-ids, since the model has no tokenizer; got text")
-    return model.tokenizer.encode(chat_prompt(model, text) if chat else text)
+    return encode_text(model, text, options, "prompt")
 
 
 def _decode_live(model: Model, ids: list[int], config: DecodeConfig) -> Result:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from blockbatch.cli import ablate, compare, evaluate, generate, pictures
+from blockbatch.cli.help import Parser, examples, leaves
 
 # In the order of the help.
 COMMANDS = (generate, compare, evaluate, ablate, pictures)
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(2, f"blockbatch: error: {message}\n")
 
 
 class _Version(argparse.Action):
@@ -34,14 +25,22 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; its result has a function `run` that takes it."""
-    parser = _Parser(
+    """The parser; its result has a function `run` that takes it, and the command's own `parser`."""
+    parser = Parser(
         prog="blockbatch",
-        description="Fast decoding of masked diffusion language models (LLaDA, Dream).",
-        epilog="BLOCKBATCH_TRACEBACK=1 in the environment shows where an error came from.",
+        description="Fast decoding of masked diffusion language models (LLaDA, Dream). "
+        "`blockbatch COMMAND --help` tells what a command takes.",
+        epilog="BLOCKBATCH_TRACEBACK=1 in the environment shows where an error came from.\n\n"
+        + examples(
+            'blockbatch generate "Divide with remainder until zero: 51 and 16."',
+            "blockbatch compare",
+            "blockbatch eval --limit 4 --run-code",
+        ),
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    for leaf in leaves(parser):
+        leaf.set_defaults(parser=leaf)
     return parser

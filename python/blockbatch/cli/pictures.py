@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockbatch.cli.files import check_output
+from blockbatch.cli.help import examples
 
 Trace = dict[str, Any]
 
@@ -25,6 +26,11 @@ def add_parser(commands: Any) -> None:
         "picture",
         help="draw saved traces",
         description="Draw what decodes did, from traces that `blockbatch generate --trace FILE` saved.",
+        epilog=examples(
+            'blockbatch generate "PROMPT" --gen-length 128 --trace trace.json',
+            "blockbatch picture replay trace.json",
+            "blockbatch picture consensus trace.json",
+        ),
     )
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     _add_replay(kinds)
@@ -41,7 +47,10 @@ def _add_replay(kinds: Any) -> None:
         "a page that plays a decode step by step",
         "A page that plays a decode: the canvas of every branch after every forward, with commits, merges, "
         "syncs and refreshes. One HTML file that needs no network. Several traces, or a folder of them, "
-        "become a page each.",
+        "become a page each. The page opens at the forward where branches first differ, or first merge, "
+        "sync or adopt a draft; #forward=N behind its address opens another one.",
+        "blockbatch picture replay trace.json",
+        "blockbatch picture replay traces --out pages",
     )
     parser.set_defaults(run=_run_replay)
 
@@ -53,6 +62,8 @@ def _add_consensus(kinds: Any) -> None:
         "a heat map of which branches agree at each position",
         "A heat map over positions and forwards: how many branches hold the same token, and where two hold "
         "different ones. PNG. Several traces, or a folder of them, become a picture each.",
+        "blockbatch picture consensus trace.json",
+        "blockbatch picture consensus trace.json --whole --out consensus.png",
     )
     parser.add_argument("--whole", action="store_true", help="all positions, also those behind all text")
     parser.set_defaults(run=_run_consensus)
@@ -63,8 +74,12 @@ def _add_frontier(kinds: Any) -> None:
         "frontier",
         help="accuracy against forwards",
         description="Accuracy against forwards of fixed block sizes, of BlockBatch, and of an oracle that "
-        "picks the best fixed size for each problem, with 95%% intervals. PNG, from the results of "
+        "picks the best fixed size for each problem, with 95% intervals. PNG, from the results of "
         "`blockbatch eval --methods blockbatch,fixed-blocks`.",
+        epilog=examples(
+            "blockbatch eval --methods blockbatch,fixed-blocks --out sizes",
+            "blockbatch picture frontier sizes/results.jsonl",
+        ),
     )
     parser.add_argument("results", metavar="RESULTS", help="results.jsonl of an evaluation")
     parser.add_argument("--out", metavar="FILE", help="PNG to write (left out: frontier.png beside RESULTS)")
@@ -79,6 +94,9 @@ def _add_trajectories(kinds: Any) -> None:
         "The paths of the branches' K/V states around their common start, the prompt with an empty canvas, "
         "with the jumps of refreshes and syncs. One PNG from traces of one prompt that `blockbatch generate "
         "--trace FILE --trace-kv` saved, such as one of BlockBatch and one of each block size alone.",
+        'blockbatch generate "PROMPT" --trace all.json --trace-kv',
+        'blockbatch generate "PROMPT" --method dual_cache --trace one.json --trace-kv',
+        "blockbatch picture trajectories all.json one.json",
     )
     parser.set_defaults(run=_run_trajectories)
 
@@ -91,14 +109,18 @@ def _add_agreement(kinds: Any) -> None:
         "How often and when branches decide on the same token, and how they came to their tokens, for "
         "digits, words, punctuation, whitespace and keywords. One PNG from many traces, such as those of "
         "`blockbatch eval --traces FOLDER`; decodes with a single block size do not count.",
+        "blockbatch eval --methods blockbatch --traces traces",
+        "blockbatch picture agreement traces --setting blockbatch",
     )
     parser.add_argument("--setting", metavar="LABEL", help="only traces of this setting of the evaluation")
     parser.set_defaults(run=_run_agreement)
 
 
-def _add_joint_kind(kinds: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    """A parser of a kind of picture that shows all traces in one."""
-    parser = kinds.add_parser(name, help=help, description=description)
+def _add_joint_kind(
+    kinds: Any, name: str, help: str, description: str, *commands: str
+) -> argparse.ArgumentParser:
+    """A parser of a kind of picture that shows all traces in one; `commands` are its examples."""
+    parser = kinds.add_parser(name, help=help, description=description, epilog=examples(*commands))
     parser.add_argument("traces", nargs="+", metavar="TRACE", help="trace file, or a folder with *.json")
     parser.add_argument(
         "--out", metavar="FILE", help=f"PNG to write (left out: one named {name} beside the first trace)"
@@ -106,9 +128,9 @@ def _add_joint_kind(kinds: Any, name: str, help: str, description: str) -> argpa
     return parser
 
 
-def add_kind(kinds: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    """A parser of one kind of picture, with `traces` and `out`."""
-    parser = kinds.add_parser(name, help=help, description=description)
+def add_kind(kinds: Any, name: str, help: str, description: str, *commands: str) -> argparse.ArgumentParser:
+    """A parser of one kind of picture, with `traces` and `out`; `commands` are its examples."""
+    parser = kinds.add_parser(name, help=help, description=description, epilog=examples(*commands))
     parser.add_argument("traces", nargs="+", metavar="TRACE", help="trace file, or a folder with *.json")
     parser.add_argument(
         "--out", metavar="PATH", help="file to write; a folder for several (left out: beside the traces)"

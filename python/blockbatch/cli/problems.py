@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from blockbatch import sandbox
 from blockbatch.cli.files import read_text
 from blockbatch.tasks import FAMILIES, Problem, built_in_problems, parse_problems
 
@@ -26,8 +27,10 @@ def read_problems(options: argparse.Namespace) -> list[Problem]:
             raise ValueError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     if count < 1:
         raise ValueError(f"--count: expected at least 1, got {count}")
+    # Where no program can be run, answers that are programs stay unjudged.
+    run_code = sandbox.why_unavailable() is None
     return [
         problem
         for family in families
-        for problem in built_in_problems(family, split="test", count=count, seed=seed, run_code=True)
+        for problem in built_in_problems(family, split="test", count=count, seed=seed, run_code=run_code)
     ]

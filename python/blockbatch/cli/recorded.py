@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import load, names
+from blockbatch.cli.arguments import check_bos, load, names
 from blockbatch.evaluation.progress import progress_bar
 from blockbatch.tasks import FAMILIES, Problem, load_task
 
@@ -101,6 +101,7 @@ def decode_recorded(
     """Decodes the problems of `tasks` by all settings into the folder's results.jsonl, or goes on with it."""
     from blockbatch.evaluation import runner
 
+    check_bos(options)
     problems = read_problems(options, tasks)
     model = load(options)
     path = folder / "results.jsonl"
@@ -113,6 +114,7 @@ def decode_recorded(
                 path,
                 batch_size=options.batch_size,
                 chat=options.chat,
+                bos=options.bos,
                 traces=options.traces,
                 progress=show,
                 fresh=options.fresh,

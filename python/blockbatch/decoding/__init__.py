@@ -1,16 +1,12 @@
 """The decoding methods, and the session that runs any of them."""
 
-from importlib import import_module
-
-from blockbatch.decoding.block_diffusion import BUILDERS as BLOCK_METHOD_BUILDERS
 from blockbatch.decoding.block_session import BlockSession, BlockStep
+from blockbatch.decoding.choice import BLOCK_METHOD_BUILDERS, METHOD_BUILDERS
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.decoding.runners import RunnerPool
 from blockbatch.decoding.session import Session
-from blockbatch.methods import METHOD_TABLE
 from blockbatch.steps import Step
-
-METHOD_BUILDERS = {name: import_module(row.module).method for name, row in METHOD_TABLE.items()}
 
 __all__ = [
     "BLOCK_METHOD_BUILDERS",
@@ -18,6 +14,7 @@ __all__ = [
     "BlockSession",
     "BlockStep",
     "Method",
+    "NonFiniteLogitsError",
     "RunnerPool",
     "Session",
     "Step",

@@ -10,6 +10,18 @@ from blockbatch.decoding.method import Method
 from blockbatch.steps import HostPlan
 
 
+def most_tokens(method: Method, num_requests: int, max_prompt: int, gen_length: int) -> int:
+    """Packed tokens of the largest block step of a batch."""
+    rows, region = len(method.block_sizes), gen_length + method.params.prediction_offset
+    each = {
+        "window": sum(min(size, gen_length) for size in method.block_sizes),
+        "suffix": rows * region,
+        "open": rows * region,
+        "canvas": rows * (max_prompt + gen_length),
+    }
+    return num_requests * each[method.params.query_span]
+
+
 class Batch:
     """State, plan and K/V cache of `num_requests` requests that are decoded together.
 
@@ -33,7 +45,7 @@ class Batch:
             max_prompt,
             method.block_sizes,
             gen_length,
-            method.params.mask_token_id,
+            method.params,
             self.device,
         )
         self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)
@@ -41,21 +53,26 @@ class Batch:
         self.seqlens_k = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         self.cache = model.new_cache(num_requests, num_branches, max_prompt + gen_length)
         on_gpu = self.device.type == "cuda"
-        self._host = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, pin_memory=on_gpu)
-        self._finished = torch.zeros(num_requests, dtype=torch.bool, pin_memory=on_gpu)
+        host = dict(device="cpu", pin_memory=on_gpu)
+        self._host = torch.zeros(5 + 3 * num_rows, dtype=torch.int32, **host)
+        self._finished = torch.zeros(num_requests, dtype=torch.bool, **host)
         self._copied = torch.cuda.Event() if on_gpu else None
+        self._stream: torch.cuda.Stream | None = None
         self._sources = list(range(num_rows))
 
     def most_tokens(self) -> int:
         """Packed tokens of the largest block step that can come up."""
-        max_prompt, gen_length = self.state.prompt_tokens.shape[1], self.state.gen_length
-        each = {
-            "window": sum(min(size, gen_length) for size in self.method.block_sizes),
-            "suffix": len(self.method.block_sizes) * (gen_length + self.method.params.prediction_offset),
-            "open": len(self.method.block_sizes) * (gen_length + self.method.params.prediction_offset),
-            "canvas": len(self.method.block_sizes) * (max_prompt + gen_length),
-        }
-        return self.state.num_requests * each[self.method.params.query_span]
+        max_prompt = self.state.prompt_tokens.shape[1]
+        return most_tokens(self.method, self.state.num_requests, max_prompt, self.state.gen_length)
+
+    def join_stream(self) -> None:
+        """Work of the current stream comes behind what another one may still run on these buffers."""
+        if self.device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != current:
+            current.wait_stream(self._stream)
+        self._stream = current
 
     def start(self, prompts: list[list[int]]) -> None:
         """Puts new prompts, no longer than the longest that fits, in front of empty generation regions."""

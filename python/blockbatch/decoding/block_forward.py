@@ -102,8 +102,9 @@ class BlockForward:
             max_tokens: rows are computed several at a time within this many tokens, a longer row alone.
         """
         predicted: list[Predicted] = []
-        for part in _chunks(rows, max_tokens):
-            predicted += self._run(part)
+        with self.pool.lock:
+            for part in _chunks(rows, max_tokens):
+                predicted += self._run(part)
         return predicted
 
     @property
@@ -124,6 +125,8 @@ class BlockForward:
         )
         counts = [len(row.predict) for row in rows]
         if not any(counts):
+            if both.is_cuda:  # the next forward may be that of another thread, on another stream
+                torch.cuda.current_stream().synchronize()
             return [[] for _ in rows]
         both = both.cpu()
         pairs = list(zip(both[0].tolist(), both[1].view(torch.float32).tolist(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch import devices
 from blockbatch.branches import BlockNFE, RequestOutcome
 from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_forward import BlockForward, Predicted
 from blockbatch.decoding.block_programs import PROGRAMS
 from blockbatch.decoding.block_text import BlockText, Forward
+from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.decoding.session import ROW_TOKENS, Stops
 
 # What forwards count as; a fused one is a denoise forward that stores on the way.
@@ -80,6 +83,17 @@ class BlockSession:
 
     @torch.inference_mode()
     def step(self) -> BlockStep | None:
+        """One forward, in a turn of the device.
+
+        Raises:
+            MemoryError: the device ran out of memory although what a decode needs was there before it began.
+            NonFiniteLogitsError: the forward gave NaN or infinity.
+        """
+        device = self.model.device
+        with devices.turn(device), devices.memory_errors(device, "the next forward"):
+            return self._step()
+
+    def _step(self) -> BlockStep | None:
         if self.stops is not None and any(self._asked):
             for request in self.stops.ended(self.final_prefixes()):
                 if self._asked[request] is not None:
@@ -98,7 +112,9 @@ class BlockSession:
         done = 0
         for request, forward in zip(running, forwards, strict=True):
             self._counts[request][_COUNTS.get(forward.kind, "denoise")] += 1
-            self._go_on(request, predicted[done : done + len(forward.rows)])
+            mine = predicted[done : done + len(forward.rows)]
+            self._refuse_non_finite(request, forward.kind, mine)
+            self._go_on(request, mine)
             done += len(forward.rows)
         seconds = time.perf_counter() - begun
         if records is not None:
@@ -157,6 +173,14 @@ class BlockSession:
             # As published: MASK stands behind the block in which a text ended.
             canvas += [text.mask] * (self.params.positions(text.prompt_length) - len(text.ids))
         return canvas
+
+    def _refuse_non_finite(self, request: int, kind: str, predicted: list[Predicted]) -> None:
+        if all(math.isfinite(confidence) for pairs in predicted for _, confidence in pairs):
+            return
+        counts = self._counts[request]
+        name = "prompt" if len(self.texts) == 1 else f"prompt[{request}]"
+        number, forwards = counts[_COUNTS.get(kind, "denoise")], sum(counts.values())
+        raise NonFiniteLogitsError(name, request, kind, number, forwards, self.model.dtype)
 
     def _go_on(self, request: int, predicted: list[Predicted] | None) -> None:
         """Sends a program what its forward predicted, and takes what it asks for next."""

@@ -2,7 +2,8 @@
 
 After every forward each branch commits what it is sure of; branches then merge tokens that a compatible
 branch already holds and that they would have chosen themselves, and branches that trail take over the
-leader's state. `ALGORITHM.md` beside this file is the exact rule.
+leader's state. `ALGORITHM.md` beside this file is the exact rule, `DREAM.md` the one that the authors run on
+Dream.
 """
 
 from blockbatch.config import DecodeConfig
@@ -15,6 +16,7 @@ _NEVER = 2**30
 
 
 def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]) -> Method:
+    config = config.for_model(spec)
     leap_threshold = spec.leap_threshold if config.leap_threshold is None else config.leap_threshold
     params = PolicyParams(
         mask_token_id=spec.mask_token_id,
@@ -31,5 +33,6 @@ def method(config: DecodeConfig, spec: ModelSpec, eos_token_ids: tuple[int, ...]
         query_span=config.query_span,
         refresh_scope=config.refresh_scope,
         prediction_offset=spec.prediction_offset,
+        policy=config.policy,
     )
     return Method(config.block_sizes, params)

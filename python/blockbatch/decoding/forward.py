@@ -99,6 +99,8 @@ def _predict(
     probe_tokens = None
     if params.eos_exit == "window":
         probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
+    if params.policy == "dream_published":
+        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True)
     return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens)
 
 
@@ -117,7 +119,8 @@ def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:
 
 def _no_predictions(device: torch.device) -> bbk.Predictions:
     nothing = torch.zeros(0, dtype=torch.int32, device=device)
-    return bbk.Predictions(nothing.long(), nothing, nothing.float(), nothing.float())
+    likely = nothing.view(0, bbk.NUM_LIKELY)
+    return bbk.Predictions(nothing.long(), nothing, nothing.float(), nothing.float(), likely, likely.float())
 
 
 def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import torch
 
 import blockbatch_kernels as bbk
@@ -11,8 +14,18 @@ from blockbatch_kernels import tuning
 
 # Larger packs keep the GPU busy for longer than the host needs to launch them.
 MAX_GRAPH_TOKENS = 4096
+# torch captures one graph at a time in a process, whatever the device.
+_capturing = threading.Lock()
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+# Of each device, bytes in the memory pool of every batch's graphs: torch counts them as free.
+_pools: dict[torch.device, list[list[int]]] = {}
 # Operators of a step whose reference asks the host for lengths.
 _DEVICE_OPS = ("varlen_attention", "attention_plan", "copy_pages", "decode_policy", "pack_windows")
+
+
+def pool_bytes(device: torch.device) -> int:
+    """Memory of a device that captured steps keep for themselves, which torch counts as free."""
+    return sum(held for (held,) in list(_pools.get(device, ())))
 
 
 def packed_capacity(tokens: int) -> int:
@@ -30,13 +43,21 @@ def packed_capacity(tokens: int) -> int:
 
 
 class StepGraphs:
-    """Runs the block steps of one batch; the first step of a size runs as it is and is captured then."""
+    """Runs the block steps of one batch; the first step of a size runs as it is and is captured then.
+
+    A capture forbids the calls that would break it to its own thread alone: other threads may allocate and
+    wait meanwhile. It is for the current device, which is the batch's in a turn (see `blockbatch.devices`).
+    """
 
     def __init__(self, model, batch: Batch) -> None:
         self._model, self._batch = model, batch
         # By capacity and by whether the attention is planned in units.
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = None
+        self._held = [0]  # bytes of the pool
+        pools = _pools.setdefault(batch.device, [])
+        pools.append(self._held)
+        weakref.finalize(self, _forget, pools, self._held)
         # Not only is padding beyond it useless: the matrix library is faster on 252 rows than on 256.
         self._most = batch.most_tokens()
 
@@ -77,10 +98,31 @@ class StepGraphs:
             num_tokens=capacity,
         )
 
+    @property
+    def pool_bytes(self) -> int:
+        """Memory that the graphs work in, which nothing else can use while they are there."""
+        return self._held[0]
+
     def _capture(self, capacity: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # The graphs run one after the other, so all can work in the same memory.
-        with torch.cuda.graph(graph, pool=self._pool):
-            block_denoise(self._model, self._batch, capacity, capacity)
+        device = self._batch.device
+        with _capturing:
+            # Of this device: torch's own stream is of whichever device was the first to capture.
+            stream = _capture_streams.get(device)
+            if stream is None:
+                stream = _capture_streams[device] = torch.cuda.Stream(device)
+            graph = torch.cuda.CUDAGraph()
+            # The graphs run one after the other, so all can work in the same memory.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved(device)
+                block_denoise(self._model, self._batch, capacity, capacity)
+                self._held[0] += max(0, torch.cuda.memory_reserved(device) - before)
         self._pool = self._pool or graph.pool()
         return graph
+
+
+def _forget(pools: list[list[int]], held: list[int]) -> None:
+    # By identity: two batches may hold equally much.
+    for index, other in enumerate(pools):
+        if other is held:
+            del pools[index]
+            return

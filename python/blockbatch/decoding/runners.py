@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import NamedTuple
 
 from blockbatch.decoding.method import Method
@@ -14,14 +15,30 @@ class _Shape(NamedTuple):
     method: Method
     gen_length: int
     max_prompt: int
+    number: int = 0  # among runners of this shape, which several threads have at the same time
 
 
 class RunnerPool:
     """The runners of one model. One that a session uses is not in the pool: it comes back when the session is
-    gone, however it ended."""
+    gone, however it ended.
+
+    Its methods are called in a turn of the model's device (see `blockbatch.devices`), so by one thread at a
+    time. A session may end in any thread, in the middle of such a call, too: its runner waits in front of the
+    pool until the next call.
+    """
 
     def __init__(self) -> None:
-        self._idle: dict[_Shape, Runner] = {}  # the one used last stands last
+        self._shelf: dict[_Shape, Runner] = {}  # the one used last stands last
+        self._returned: deque[tuple[_Shape, Runner]] = deque()
+
+    @property
+    def _idle(self) -> dict[_Shape, Runner]:
+        while self._returned:
+            shape, runner = self._returned.popleft()
+            numbers = {other.number for other in self._shelf if other._replace(number=0) == shape}
+            free = next(number for number in range(len(numbers) + 1) if number not in numbers)
+            self._shelf[shape._replace(number=free)] = runner
+        return self._shelf
 
     def open_session(
         self,
@@ -36,7 +53,8 @@ class RunnerPool:
     ) -> Session:
         """A session on a runner with room for `max_prompt` tokens, kept from earlier or new."""
         shape = _Shape(len(prompts), method, gen_length, max_prompt)
-        runner = self._idle.pop(shape, None)
+        found = self._find(shape)
+        runner = None if found is None else self._idle.pop(found)
         if runner is None:
             runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
         session = Session(model, prompts, method, gen_length, runner=runner, observed=observed, stops=stops)
@@ -45,21 +63,31 @@ class RunnerPool:
 
     def has(self, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> bool:
         """Whether such a runner waits in the pool."""
-        return _Shape(num_requests, method, gen_length, max_prompt) in self._idle
+        return self._find(_Shape(num_requests, method, gen_length, max_prompt)) is not None
+
+    def _find(self, shape: _Shape) -> _Shape | None:
+        """The key of the runner of this shape that was used last."""
+        matching = [key for key in self._idle if key._replace(number=0) == shape]
+        return matching[-1] if matching else None
 
     def idle_bytes(self) -> int:
-        """Device memory of the K/V caches that wait in the pool."""
-        return sum(runner.batch.cache.kv.nbytes for runner in self._idle.values())
+        """Device memory of the K/V caches and graphs that wait in the pool."""
+        return sum(runner.nbytes for runner in self._idle.values())
 
-    def make_room(self, needed: int, free: int) -> None:
-        """Drops runners, the one used longest ago first, until `needed` bytes are free."""
-        for shape in list(self._idle):
+    def make_room(self, needed: int, free: int, *, keep: tuple[int, Method, int, int] | None = None) -> None:
+        """Drops runners, the one used longest ago first, until `needed` bytes are free.
+
+        Args:
+            keep: the arguments of `has` for a runner that is about to be used.
+        """
+        kept = None if keep is None else self._find(_Shape(*keep))
+        for shape in [shape for shape in self._idle if shape != kept]:
             if needed <= free:
                 return
-            free += self._idle.pop(shape).batch.cache.kv.nbytes
+            free += self._idle.pop(shape).nbytes
 
 
 def _put_back(pool: weakref.ref[RunnerPool], shape: _Shape, runner: Runner) -> None:
     alive = pool()
     if alive is not None:
-        alive._idle[shape] = runner
+        alive._returned.append((shape, runner))

@@ -10,11 +10,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch import branches
+from blockbatch import branches, devices
 from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.non_finite import refuse_non_finite
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
@@ -35,16 +36,25 @@ class Runner(NamedTuple):
     batch: Batch
     graphs: StepGraphs | None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the K/V cache and of the graphs."""
+        return self.batch.cache.kv.nbytes + (self.graphs.pool_bytes if self.graphs else 0)
+
 
 def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
-    batch = Batch(model, num_requests, method, gen_length, max_prompt)
-    # Runners are kept on the model: a strong reference back would keep both alive.
-    graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+    with devices.turn(model.device):
+        batch = Batch(model, num_requests, method, gen_length, max_prompt)
+        # Runners are kept on the model: a strong reference back would keep both alive.
+        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
     return Runner(batch, graphs)
 
 
 class Session:
     """Decodes a batch of prompts; `step()` runs one forward and returns None when every request is finished.
+
+    Once a forward gives NaN or infinity for any request, `step()` raises NonFiniteLogitsError, at no wait for
+    the device but the one that every step has.
 
     Args:
         model: anything with the attributes `spec`, `device` and `backend` and the methods `new_cache` and
@@ -80,9 +90,12 @@ class Session:
             )
         self._batch, self._graphs = runner
         self._started = time.perf_counter()
-        self._batch.start(prompts)
-        self._batch.copy_plan_to_host()
-        self._plan = self._batch.host_plan()
+        with devices.turn(self._batch.device):
+            self._batch.join_stream()
+            self._batch.start(prompts)
+            self._batch.copy_plan_to_host()
+            self._plan = self._batch.host_plan()
+        self._phase = self._plan.phase  # of the last forward
         self.seconds: list[float | None] = [None] * len(prompts)
 
     @property
@@ -95,6 +108,19 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> Step | None:
+        """One forward, in a turn of the device.
+
+        Raises:
+            MemoryError: the device ran out of memory although what a decode needs was there before it began.
+            NonFiniteLogitsError: the forward before gave NaN or infinity.
+        """
+        device = self._batch.device
+        with devices.turn(device), devices.memory_errors(device, "the next forward"):
+            self._batch.join_stream()
+            return self._step()
+
+    def _step(self) -> Step | None:
+        self._refuse_non_finite()
         if self.stops is not None and self._plan.running:
             self._end(self.stops.ended(self.final_prefixes()))
         plan = self._plan
@@ -106,6 +132,7 @@ class Session:
                 "commits than positions: the model keeps predicting its own MASK token"
             )
         begun = time.perf_counter()
+        self._phase = plan.phase
         phase = bbk.PHASES[plan.phase]
         windows = self._windows() if self.observed else None
         open_queries = None
@@ -118,6 +145,7 @@ class Session:
         else:
             forward.block_denoise(self.model, self._batch, plan.query_tokens, plan.predictions)
         self._plan = self._batch.host_plan()
+        self._refuse_non_finite()
         now = time.perf_counter()
         if self._plan.running != plan.running:
             finished = self._batch.finished() if self._plan.running else [True] * len(self.seconds)
@@ -137,6 +165,11 @@ class Session:
     def run(self) -> None:
         while self.step() is not None:
             pass
+
+    def _refuse_non_finite(self) -> None:
+        """Raises NonFiniteLogitsError if the predictions of the last forward have no softmax."""
+        if self._plan.stalled:
+            refuse_non_finite(self.state, self._phase, self.cache.kv.dtype)
 
     def _end(self, requests: list[int]) -> None:
         """Ends those of `requests` that still run; the next forward is made for the others."""

@@ -35,7 +35,9 @@ from blockbatch.evaluation.harness_options import (
 from blockbatch.generation import Result, generate
 from blockbatch.methods import METHOD_OPTIONS
 from blockbatch.models import load_model
+from blockbatch.prompts import encode_prompt
 from blockbatch.stops import cut
+from blockbatch.texts import check_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ class BlockBatchLM(LM):
         preset: a benchmark of the paper (see `blockbatch.evaluation.presets`), or named settings of a decode
             ("paper", "fast"; see `DecodeConfig.preset`); `options` change its settings.
         decode_preset: named settings of a decode beside a benchmark: preset=gsm8k,decode_preset=fast.
+        add_bos_token: whether every prompt begins with the tokenizer's beginning-of-sequence token, once.
+            Left out: as tokenizer_config.json says, but for prompts in the chat format.
+        escape_until: texts are not cut at a task's stop sequences, which do not end decoding either; a later
+            step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
         device, dtype, backend, revision: as `load_model`.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
@@ -75,6 +81,8 @@ class BlockBatchLM(LM):
         backend: str | None = None,
         revision: str | None = None,
         stop_early: bool | None = None,
+        add_bos_token: bool | None = None,
+        escape_until: bool = False,
         trust_remote_code: bool = False,
         max_batch_size: int | None = None,
         **options: Any,
@@ -83,15 +91,21 @@ class BlockBatchLM(LM):
         self.batch_size = read_batch_size(batch_size)
         self._options = decode_options(preset, options, decode_preset)
         self._fixed_length = self._options.pop("gen_length", None)
-        if stop_early is not None and not isinstance(stop_early, bool):
-            raise TypeError(f"stop_early: expected true or false, got {stop_early!r}")
+        flags = {"stop_early": stop_early, "add_bos_token": add_bos_token, "escape_until": escape_until}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool) and not (flag is None and name != "escape_until"):
+                raise TypeError(f"{name}: expected true or false, got {flag!r}")
+        self.escape_until, self._add_bos, self._chats = escape_until, add_bos_token, False
         # What does not depend on a request is refused before the model is loaded.
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
-        fills_canvas = preset is not None and config.eos_exit == "none"
-        self.stop_early = not fills_canvas if stop_early is None else stop_early
         self.model = load_model(pretrained, device=device, dtype=dtype, backend=backend, revision=revision)
+        # The end is that of the model's family where the policy is.
+        fills_canvas = preset is not None and config.for_model(self.model.spec).eos_exit == "none"
+        self.stop_early = not fills_canvas if stop_early is None else stop_early
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained: expected a model with a tokenizer, got {pretrained!r} without one")
+        if add_bos_token and self.model.tokenizer.bos_token_id is None:
+            raise ValueError(f"add_bos_token: expected a tokenizer with a bos_token, got {pretrained!r}")
         self._device = self.model.device
         self._requests, self._tokens, self._adopted, self._seconds = 0, 0, 0, 0.0
         counts = NFE if self.model.spec.block_size is None else BlockNFE
@@ -151,6 +165,7 @@ class BlockBatchLM(LM):
         Raises:
             ValueError, CheckpointError: as `blockbatch.models.chat.format_chat`.
         """
+        self._chats = True
         if add_generation_prompt:
             return self._chat(chat_history)
         *before, last = chat_history
@@ -164,20 +179,29 @@ class BlockBatchLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each request, before the first stop sequence of its `until`.
 
+        A prompt that holds half a character, which has no token, gets an empty text and a warning; it does
+        not end the evaluation.
+
         Raises:
             ValueError, TypeError: for the first request that cannot be decoded, before any is.
         """
         from tqdm import tqdm
 
         wishes = [Wishes.read(request.args[1]) for request in requests]
+        if self.escape_until:
+            wishes = [wish._replace(until=()) for wish in wishes]
         configs = [self._config(wish, wish.until if self.stop_early else ()) for wish in wishes]
         prompts = [
-            self._prompt(request.args[0], config) for request, config in zip(requests, configs, strict=True)
+            self._prompt(request, f"request[{index}]", config)
+            for index, (request, config) in enumerate(zip(requests, configs, strict=True))
         ]
         groups: dict[tuple[DecodeConfig, Wishes], list[int]] = {}
-        for index, key in enumerate(zip(configs, wishes, strict=True)):
-            groups.setdefault(key, []).append(index)
         texts: dict[int, str] = {}
+        for index, key in enumerate(zip(configs, wishes, strict=True)):
+            if prompts[index] is None:
+                texts[index] = ""
+            else:
+                groups.setdefault(key, []).append(index)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
             for (config, wish), group in groups.items():
                 # Prompts of about one length waste least; the longest first, to run out of memory at once.
@@ -222,6 +246,8 @@ class BlockBatchLM(LM):
                 **{name: getattr(config, name) for name in names},
                 "gen_length": self._fixed_length,
                 "stop_early": self.stop_early,
+                "add_bos_token": self._begins_with_bos(),
+                "escape_until": self.escape_until,
             },
             "decoded": {
                 "requests": self._requests,
@@ -239,9 +265,21 @@ class BlockBatchLM(LM):
             length = -(-wish.max_gen_toks // unit) * unit
         return DecodeConfig(gen_length=length, stop=stop, **self._options)
 
-    def _prompt(self, context: str, config: DecodeConfig) -> list[int]:
-        """The prompt's ids, without its beginning where the whole does not fit."""
-        ids = self.model.tokenizer.encode(context)
+    def _begins_with_bos(self) -> bool:
+        """Whether prompts get the token that begins a text."""
+        if self._add_bos is not None:
+            return self._add_bos
+        return self.model.tokenizer.add_bos and not self._chats
+
+    def _prompt(self, request: Instance, name: str, config: DecodeConfig) -> list[int] | None:
+        """The prompt's ids, without its beginning where the whole does not fit; None for half a character."""
+        context = request.args[0]
+        try:
+            check_text(context, f"{name} (task {request.task_name}, doc {request.doc_id})")
+        except ValueError as error:
+            logger.warning("%s; its answer is left empty", error)
+            return None
+        ids = encode_prompt(self.model, context, name, add_bos=self._begins_with_bos())
         # A text of a block-causal model ends with a whole block.
         size = config.block_size or self.model.spec.block_size or 1
         whole = 1 if self.model.spec.block_size is None else size
@@ -251,6 +289,7 @@ class BlockBatchLM(LM):
                 f"gen_length: expected less than the {self.max_length} positions of the model, got "
                 f"{config.gen_length}"
             )
+        begin = ids[:1] if self._begins_with_bos() else []
         if len(ids) > room:
             logger.warning(
                 "a prompt of %d tokens and gen_length = %d do not fit in %d positions: its first %d tokens "
@@ -260,7 +299,8 @@ class BlockBatchLM(LM):
                 self.max_length,
                 len(ids) - room,
             )
-        return ids[-room:]
+            return begin + ids[len(ids) - room + len(begin) :]
+        return ids
 
     def _decode(self, prompts: list[list[int]], config: DecodeConfig) -> list[Result]:
         started = time.perf_counter()

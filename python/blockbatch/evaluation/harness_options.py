@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from blockbatch.config import DecodeConfig
 from blockbatch.evaluation.presets import PRESETS, get_preset
 from blockbatch.methods import DEFAULT_METHOD, METHOD_OPTIONS, PRESET_TABLE, preset_options
+from blockbatch.texts import has_half
 
 DEFAULT_GEN_LENGTH = 256
 # The names under which tasks say how long a text may become, the first one given counts.
@@ -50,8 +51,8 @@ class Wishes(NamedTuple):
         length = lengths[0] if lengths else DEFAULT_GEN_LENGTH
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"max_gen_toks: expected an integer of at least 1, got {length!r}")
-        # An empty text would stand everywhere.
-        return cls(tuple(text for text in until if text), length)
+        # An empty text would stand everywhere, half a character nowhere.
+        return cls(tuple(text for text in until if text and not has_half(text)), length)
 
 
 def decode_options(
@@ -93,7 +94,7 @@ def decode_options(
     if preset is None:
         return given
     benchmark = get_preset(preset, (*PRESETS, *PRESET_TABLE))
-    return {**benchmark.options(given.get("method", DEFAULT_METHOD)), **given}
+    return {**benchmark.options(given.get("method", DEFAULT_METHOD), given.get("gen_length")), **given}
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...] | None:

@@ -25,9 +25,18 @@ their number. That no difference is shown does not mean that there is none: the 
 may be."""
 
 
-def markdown(report: Report, *, picture: str | None = None) -> str:
-    """The report as Markdown; `picture` is the name of a file to show in it."""
-    lines = [f"# {heading(report)}", "", *facts(report.header), "", *_cautions(report)]
+def markdown(report: Report, *, picture: str | None = None, verdict: Sequence[str] = ()) -> str:
+    """The report as Markdown, `verdict` first; `picture` is the name of a file to show in it."""
+    found = [f"- {_cell(' '.join(line.split()))}" for line in verdict]
+    lines = [
+        f"# {heading(report)}",
+        "",
+        *found,
+        *([""] if found else []),
+        *facts(report.header),
+        "",
+        *_cautions(report),
+    ]
     if picture:
         lines += ["", f"![Accuracy against NFE and against seconds]({picture})"]
     lines += ["", "## All tasks" if len(report.by_task) > 1 else "## Results", "", *main_part(report)]

@@ -19,6 +19,8 @@ except ImportError:  # not POSIX: nothing keeps a second process out of the file
     fcntl = None
 
 FORMAT = 1
+# Windows would turn line ends and cut off at a control character without O_BINARY, which others lack.
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 # A difference in these does not make it another run.
 _FREE = ("command", "started")
 _START = b'{"run": '
@@ -107,7 +109,7 @@ class RecordFile:
         header = json.loads(json.dumps({"format": FORMAT, **header}))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Neither "w", which would empty another process's file, nor "a", which could not cut off a tail.
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = os.fdopen(os.open(self.path, _OPEN, 0o666), "r+b")
         try:
             self._lock()
             self.run = self._resume(header, fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
@@ -15,14 +16,19 @@ from typing import Any, NamedTuple
 
 from blockbatch import generation, memory
 from blockbatch.config import DecodeConfig
+from blockbatch.decoding.choice import method_for
 from blockbatch.environment import describe
 from blockbatch.evaluation.progress import Clock, Progress
 from blockbatch.evaluation.records import Record, RecordFile, Run
 from blockbatch.evaluation.settings import Setting, settings_header
 from blockbatch.generation import Result
 from blockbatch.models import Model
+from blockbatch.prompts import encode_prompt
 from blockbatch.tasks import Problem
+from blockbatch.texts import check_text
 from blockbatch.tracing import save_trace, trace_header
+
+logger = logging.getLogger(__name__)
 
 # The first decodes of a process pay for memory and threads that later ones find ready; a short one is enough.
 _WARM_UP_TOKENS = 32
@@ -59,6 +65,7 @@ def run(
     *,
     batch_size: int = 1,
     chat: bool = False,
+    bos: bool = False,
     traces: str | os.PathLike | None = None,
     progress: Callable[[Progress], None] | None = None,
     fresh: bool = False,
@@ -72,12 +79,14 @@ def run(
     or setting does.
 
     Args:
-        model: with a tokenizer.
-        problems: their task and id together name each.
+        model: with a tokenizer; a GPU that it is on need not be the current one.
+        problems: their task and id together name each. One whose prompt holds half a character is left out,
+            with a warning.
         settings: with labels of their own.
         path: the file of records (see `records`).
         batch_size: problems that a setting decodes at once; the seconds of each are its share.
         chat: write prompts as a user's message in the model's chat format.
+        bos: begin other prompts with the BOS token; False: as the tokenizer's settings say.
         traces: folder for the trace of every decode (None: none), named by task, id and label. Recording
             takes time that counts in `Record.seconds`.
         progress: called before every decode and at the end.
@@ -93,9 +102,11 @@ def run(
         OSError: a file cannot be written, or another process is writing it.
     """
     _check(model, problems, settings, batch_size)
-    prompts = _encode(model, problems, settings, chat)
+    prompts = _encode(model, problems, settings, chat, bos)
     trace_paths = None if traces is None else _trace_paths(Path(traces), problems, settings)
     options = {"batch_size": batch_size, "chat": chat, "traced": traces is not None}
+    if bos:  # files from before there was the option go on
+        options["bos"] = True
     full_header = {**describe_run(model), **options, **(header or {}), "settings": settings_header(settings)}
     with RecordFile(path, full_header, fresh=fresh) as file:
         records = {record.key: record for record in file.run.records}
@@ -159,12 +170,12 @@ def warm_up(
         warm.add(kind)
         tell(f"warming up: {config.method}")
         if on_gpu:
-            generation.generate(model, prompts, config)
+            generation.decode(model, prompts, config)
         else:
             gen_length = min(_WARM_UP_TOKENS, config.gen_length)
             one_block = {} if config.block_size is None else {"block_size": gen_length}
             short = DecodeConfig(method=config.method, gen_length=gen_length, **one_block)
-            generation.generate(model, prompts[0], short)
+            generation.decode(model, prompts[:1], short)
 
 
 def _check(model: Model, problems: Sequence[Problem], settings: Sequence[Setting], batch_size: int) -> None:
@@ -177,7 +188,7 @@ def _check(model: Model, problems: Sequence[Problem], settings: Sequence[Setting
     _check_names("problems", [(problem.task, problem.id) for problem in problems])
     _check_names("settings", [setting.label for setting in settings])
     for setting in settings:
-        generation.check_method(model, setting.config)
+        method_for(model, setting.config.for_model(model.spec))
 
 
 def _check_names(argument: str, names: Sequence[Any]) -> None:
@@ -189,18 +200,26 @@ def _check_names(argument: str, names: Sequence[Any]) -> None:
 
 
 def _encode(
-    model: Model, problems: Sequence[Problem], settings: Sequence[Setting], chat: bool
+    model: Model, problems: Sequence[Problem], settings: Sequence[Setting], chat: bool, bos: bool
 ) -> list[_Prompt]:
-    """All prompts as token ids, checked before the first is decoded."""
+    """All prompts as token ids, checked before the first is decoded; half characters leave a problem out."""
     prompts = []
     lengths = {setting.config.gen_length: setting.config for setting in settings}
     for problem in problems:
+        name = f"{problem.task} {problem.id}"
+        try:
+            check_text(problem.prompt, f"problem {name}")
+        except ValueError as error:
+            logger.warning("%s; this problem is left out", error)
+            continue
         text = model.tokenizer.chat(problem.prompt, model.spec.family) if chat else problem.prompt
-        ids = model.tokenizer.encode(text)
+        ids = encode_prompt(model, text, name, add_bos=False if chat else bos or None)
         digest = hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=6).hexdigest()
         prompts.append(_Prompt(problem, ids, digest))
         for config in lengths.values():
             generation.check_prompt(model, ids, config, prompts[-1].name)
+    if not prompts:
+        raise ValueError("problems: expected at least one of whole characters, got none")
     return prompts
 
 
@@ -247,7 +266,7 @@ def _decode(model: Model, job: _Job, traced: bool) -> tuple[list[Result], list[f
     """The results, and the seconds of each."""
     config = replace(job.setting.config, trace=True) if traced else job.setting.config
     begun = time.perf_counter()
-    results = generation.generate(model, [prompt.ids for prompt in job.prompts], config)
+    results = generation.decode(model, [prompt.ids for prompt in job.prompts], config)
     if len(results) == 1:
         return results, [results[0].seconds]
     share = (time.perf_counter() - begun) / len(results)

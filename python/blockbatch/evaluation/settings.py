@@ -13,8 +13,9 @@ from blockbatch.methods import (
     DEFAULT_METHOD,
     METHOD_OPTIONS,
     METHODS,
-    PAPER_BLOCK_SIZES,
     PRESET_TABLE,
+    fitted,
+    fitting_block_sizes,
     preset_options,
 )
 
@@ -60,8 +61,8 @@ def table_settings(
     Args:
         methods: some of `METHODS` or of `BLOCK_METHODS`; the same one counts once.
         gen_length: tokens to generate.
-        options: of each method, arguments of `DecodeConfig`; `eos_exit` and `gen_length` among them do not
-            count.
+        options: of each method, arguments of `DecodeConfig`, such as the published ones; `eos_exit` and
+            `gen_length` among them do not count, nor do block sizes that do not divide `gen_length`.
         vanilla_limit: problems of each task for vanilla as published, the slowest row by far.
 
     Raises:
@@ -76,11 +77,9 @@ def table_settings(
             raise ValueError(f"--methods: expected some of {names}, got {method!r}")
 
     def config(method: str, eos_exit: str) -> DecodeConfig:
-        given = dict((options or {}).get(method, {}))
-        given |= {"method": method, "gen_length": gen_length}
-        if "eos_exit" in METHOD_OPTIONS[method]:
-            given["eos_exit"] = eos_exit
-        return DecodeConfig(**given)
+        given = {**(options or {}).get(method, {}), "method": method, "gen_length": gen_length}
+        end = {"eos_exit": eos_exit} if "eos_exit" in METHOD_OPTIONS[method] else {}
+        return DecodeConfig(**{**fitted(given), **end})
 
     rows = [
         Setting(method, config(method, "none"), vanilla_limit if method == "vanilla" else None)
@@ -112,13 +111,12 @@ def preset_settings(names: Sequence[str], gen_length: int) -> list[Setting]:
 
 def fixed_block_settings(gen_length: int) -> list[Setting]:
     """The dual cache with each of the paper's block sizes that divides `gen_length`: "block 4", "block 8"."""
-    sizes = [size for size in PAPER_BLOCK_SIZES if gen_length % size == 0] or [gen_length]
     return [
         Setting(
             f"block {size}",
             DecodeConfig(method="dual_cache", gen_length=gen_length, block_size=size, eos_exit="prefix"),
         )
-        for size in sizes
+        for size in fitting_block_sizes(gen_length)
     ]
 
 

@@ -5,7 +5,6 @@ Only JSON and safetensors are read: no code of a model repository runs, nothing 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,12 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, fast_dllm_v2, llada, sdar, unsupported
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, tied_head
+from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
+from blockbatch.models.config_keys import checked
+from blockbatch.models.folders import hint
+from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.relatives import check_model
 from blockbatch.models.safetensors_file import (
     FLOAT_DTYPES,
     STAGING_BYTES,
@@ -22,9 +26,10 @@ from blockbatch.models.safetensors_file import (
     read_tensor,
 )
 from blockbatch.models.spec import CheckpointError, ModelSpec
+from blockbatch.models.token_keys import check_generation_config
 from blockbatch.models.weights import Destination, TransformerWeights, allocate
 
-__all__ = ["CheckpointError", "load_weights", "read_config", "read_spec", "resolve_folder"]
+__all__ = ["CheckpointError", "load_weights", "read_config", "read_json", "read_spec", "resolve_folder"]
 
 # By model_type in config.json.
 SPEC_READERS = {
@@ -52,6 +57,7 @@ HUB_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    ADAPTER_CONFIG,  # so that an adapter is known as one
 )
 # Tables that some exporters store although they follow from config.json.
 HARMLESS_BUFFERS = re.compile(
@@ -90,41 +96,34 @@ def resolve_folder(name_or_path: str | Path, revision: str | None = None) -> Pat
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `folder`/config.json.
+    """The content of `folder`/config.json, in a folder of one whole model.
+
+    generation_config.json is checked as well, since it may name tokens that no decode here knows.
 
     Raises:
-        CheckpointError: the file is missing or not a JSON object.
+        CheckpointError: the file is missing or not a JSON object; the folder holds an adapter; a key of
+            generation_config.json is not supported.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
+    if folder.is_dir():
+        refuse_adapter(folder)
+    path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: expected a config.json, there is none")
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; CheckpointError if it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
-    return content
+        raise CheckpointError(f"{folder}: expected a config.json, there is none{hint(folder)}")
+    config = read_json(path)
+    check_generation_config(read_optional_json(folder / "generation_config.json"), config)
+    return config
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read a config.json of any supported family.
 
     Raises:
-        CheckpointError: an unknown `model_type`, a missing size, or a setting that is not supported.
+        CheckpointError: a model that is not supported, a missing size, or a key that asks for what the
+            forward pass does not do (`config_keys` says which).
     """
-    unsupported.refuse(config)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in SPEC_READERS:
-        raise CheckpointError(
-            f"config.json: model_type must be one of {', '.join(map(repr, SPEC_READERS))}, got {model_type!r}"
-        )
-    return SPEC_READERS[model_type](config)
+    model_type = check_model(config, tuple(SPEC_READERS))
+    return SPEC_READERS[model_type](checked(config, model_type))
 
 
 def load_weights(
@@ -139,19 +138,24 @@ def load_weights(
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
             is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
-            that are not finite in `dtype`.
+            that are not finite in `dtype`; an LM head that differs from the embedding it is tied to.
         ValueError: `dtype` is not float32, bfloat16 or float16.
     """
     folder = Path(folder)
-    places = TENSOR_MAPS[spec.family](spec)
+    tensor_map = TENSOR_MAPS[spec.family]
+    places = tensor_map(spec)
     entries = _read_headers(folder)
+    foreign_tensors.check_storage(folder, entries, places)
+    tied = tied_head.resolve(places, entries, spec, tensor_map)
     _check_tensors(folder, entries, places)
     weights = allocate(spec, device, dtype)
     # Four bytes an element hold any stored dtype.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8)
+    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
         read_tensor(entry, places[entry.name].rows(weights), staging)
+    if tied is not None:
+        tied_head.compare(*tied, spec.vocab_size, staging)
     return weights
 
 
@@ -163,16 +167,21 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     # The patterns' "*" also matches "/", but nothing in a subfolder belongs to the model itself.
     options = {"revision": revision, "allow_patterns": list(HUB_FILES), "ignore_patterns": ["*/*"]}
     # What these calls raise depends on the version and the transport below it (HTTP, offline mode, file
-    # system), so every failure counts alike: the model could not be had from there.
+    # system), so every failure counts alike: the model could not be had from there. Newer versions refuse a
+    # cached folder for lack of any file that the repository lists, and name the folder.
+    cached = None
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True, **options))
         if _is_complete(folder):
             return folder
-    except Exception:
-        pass
+    except Exception as error:
+        cached = _named_folder(error)
     try:
         return Path(snapshot_download(hub_id, **options))
     except Exception as error:
+        for folder in (cached, _named_folder(error)):
+            if folder is not None and _is_complete(folder):
+                return folder
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"model {hub_id!r}{at}: expected it in the HuggingFace cache or on the hub; it is not cached in "
@@ -180,13 +189,26 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def _named_folder(error: Exception) -> Path | None:
+    """The cached folder that `huggingface_hub.errors.IncompleteSnapshotError` (from 1.22 on) names."""
+    path = getattr(error, "snapshot_path", None)
+    return Path(path) if isinstance(path, (str, Path)) and path else None
+
+
 def _is_complete(folder: Path) -> bool:
+    """Whether a model can be loaded from `folder`, or is known not to be one."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return True
     try:
         _shards(folder)
     except CheckpointError:
         return False
-    return (folder / "config.json").is_file() and any(
-        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
+
+    def holds(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    return holds("config.json") and (
+        holds("tokenizer.json") or holds("vocab.json", "merges.txt", "tokenizer_config.json")
     )
 
 
@@ -234,7 +256,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{folder}: expected weights as safetensors files, got only pickled ones (never opened): "
             + _listed(pickled)
         )
-    raise CheckpointError(f"{folder}: expected weights as *.safetensors files, there are none")
+    raise CheckpointError(f"{folder}: expected weights as *.safetensors files, there are none{hint(folder)}")
 
 
 def _read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -268,6 +290,7 @@ def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[s
     if extra:
         raise CheckpointError(
             f"{folder}: superfluous tensors that config.json does not ask for: {_listed(extra)}"
+            + foreign_tensors.kind_of(extra)
         )
     for name, place in places.items():
         entry = entries[name]

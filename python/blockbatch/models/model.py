@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights
+from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.values import as_int
 
-TINY_FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
+_TINY = Path(__file__).resolve().parent.parent / "tiny"
+BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,7 +70,13 @@ class Model:
         )
 
     def predict(
-        self, packed: bbk.PackedQueries, cache: KVCache, seqlens_k: Tensor, probe_tokens: Tensor | None = None
+        self,
+        packed: bbk.PackedQueries,
+        cache: KVCache,
+        seqlens_k: Tensor,
+        probe_tokens: Tensor | None = None,
+        *,
+        likely: bool = False,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -76,6 +85,7 @@ class Model:
             cache: *written* at the queries' slots.
             seqlens_k: [rows] int32, canvas lengths.
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
+            likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
@@ -92,17 +102,24 @@ class Model:
             distinct_rows=cache.distinct_rows,
             backend=self.backend,
         )
+        hidden = hidden if few else hidden[packed.predict_index]
+        suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
+        if likely:
+            top_token, confidence, *likely_ones = bbk.lm_head_likely(
+                hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
+            )
+            return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
         top_token, confidence, probe_probability = bbk.lm_head_confidence(
-            hidden if few else hidden[packed.predict_index],
+            hidden,
             self.weights.lm_head,
             probe_tokens=probe_tokens,
-            suppress_token=self.spec.mask_token_id if self.spec.suppress_mask else None,
+            suppress_token=suppress_token,
             backend=self.backend,
         )
         return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
-        """One full forward without a cache.
+        """One full forward without a cache, in a turn of the device.
 
         Args:
             input_ids: [rows, length] integers (one row may be given flat).
@@ -128,9 +145,13 @@ class Model:
             raise ValueError(
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
+        with devices.turn(self.device):
+            return self._logits(ids, block_size)
 
+    def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
         # One page a row; the layers take turns on the same memory, since none looks back. A block of a row is
         # a row of its own for the attention, which sees the page as far as the block reaches.
+        rows, length = ids.shape
         size = length if block_size is None else block_size
         ends = torch.tensor([min(start + size, length) for start in range(0, length, size)])
         blocks = len(ends)
@@ -179,9 +200,8 @@ def is_block_causal(name_or_path: str | os.PathLike) -> bool:
     Raises:
         CheckpointError, FileNotFoundError: as `load_model`.
     """
-    if str(name_or_path).startswith("tiny") and not Path(name_or_path).exists():
-        return name_or_path == "tiny-block"
-    return read_spec(read_config(resolve_folder(name_or_path))).block_size is not None
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path)
+    return read_spec(read_config(folder)).block_size is not None
 
 
 def load_model(
@@ -198,9 +218,10 @@ def load_model(
     repository runs, nothing is unpickled.
 
     Args:
-        name_or_path: "tiny" (the model inside this package), a folder, or a hub id
-            ("GSAI-ML/LLaDA-8B-Instruct").
-        device: defaults to the current GPU where there is one, else the CPU.
+        name_or_path: "tiny" or "tiny-block" (the models inside this package: full attention, block
+            diffusion), a folder, or a hub id ("GSAI-ML/LLaDA-8B-Instruct").
+        device: defaults to the current GPU where there is one, else the CPU. Decoding does not need it to
+            be the current one.
         dtype: torch dtype or its name; defaults to float32 on the CPU, bfloat16 elsewhere.
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
@@ -209,15 +230,23 @@ def load_model(
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
+        MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
+    if device.type == "cpu":
+        device = torch.device("cpu")
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -228,13 +257,35 @@ def load_model(
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
     if backend not in (None, "reference", "triton", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
-    if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes <= 0):
-        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
+    if cache_bytes is not None:
+        given, cache_bytes = cache_bytes, as_int(cache_bytes)
+        if cache_bytes is None or cache_bytes <= 0:
+            raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
-    folder = TINY_FOLDER if name_or_path == "tiny" else resolve_folder(name_or_path, revision=revision)
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    weights = load_weights(folder, spec, device, dtype)
-    return Model(spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path))
+    _check_room(spec, device, dtype, str(name_or_path))
+    what = f"the weights of {name_or_path}"
+    with devices.current(device), devices.memory_errors(device, what):
+        weights = load_weights(folder, spec, device, dtype)
+        model = Model(
+            spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
+        )
+        if device.type == "cuda":  # the first decode may run on another stream
+            torch.cuda.current_stream().synchronize()
+    return model
+
+
+def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    """Raises MemoryError if the weights do not fit into what a GPU has free."""
+    if device.type != "cuda":
+        return  # a system may well swap
+    needed, free = weight_bytes(spec, dtype), devices.free_bytes(device)
+    if needed > free:
+        raise MemoryError(
+            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
+            f"{str(dtype).removeprefix('torch.')}, got {free:,}"
+        )

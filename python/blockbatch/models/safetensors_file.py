@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blockbatch.models.folders import LFS_POINTER
 from blockbatch.models.spec import CheckpointError
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,6 +26,9 @@ ITEM_SIZES = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
     "U16": 2,
     "I16": 2,
     "F16": 2,
@@ -36,6 +40,7 @@ ITEM_SIZES = {
     "I64": 8,
     "F64": 8,
 }
+SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2", "I4", "U4")  # less than a byte an element
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 STAGING_BYTES = 16 << 20  # large enough for the disk's full speed, small beside any real shard
 
@@ -63,6 +68,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == LFS_POINTER[:8]:
+            raise CheckpointError(
+                f"{path}: expected a safetensors file, got a pointer of Git LFS: fetch the file with "
+                "`git lfs pull`"
+            )
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
@@ -142,6 +152,11 @@ def _entry_fields(path: Path, name: str, fields: Any) -> tuple[str, tuple[int, .
     if not isinstance(dtype, str) or not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{path}: corrupted: expected dtype, shape and data_offsets of {name!r}, got {fields!r:.200}"
+        )
+    if dtype in SUB_BYTE:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, got {dtype}: quantised "
+            "weights are not read: load the F32, F16 or BF16 checkpoint that they were made from"
         )
     if dtype not in ITEM_SIZES:
         raise CheckpointError(

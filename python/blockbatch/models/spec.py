@@ -88,8 +88,8 @@ class ModelSpec:
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise CheckpointError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise CheckpointError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"num_kv_heads must divide the {self.num_heads} query heads, got {self.num_kv_heads}"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from blockbatch.models import added_tokens
 from blockbatch.models.chat import format_chat
-from blockbatch.models.checkpoint import read_json
+from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.relatives import check_tokenizer
 from blockbatch.models.spec import CheckpointError, ModelSpec, read_token_ids
+from blockbatch.texts import check_text, decode_file
 
 # Ends of text and of a turn in the supported families; whichever the tokenizer holds ends an answer.
 KNOWN_ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
@@ -47,12 +52,23 @@ class Tokenizer:
     Args:
         backend: the tokenizer proper.
         end_ids: ids that end a text besides config.json's (generation_config.json's, the tokenizer's EOS).
+        bos_token_id: of the token that begins a text; None: there is none.
+        add_bos: whether the tokenizer's settings want it in front of every text. `encode` leaves that to its
+            callers.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, end_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        end_ids: Iterable[int] = (),
+        *,
+        bos_token_id: int | None = None,
+        add_bos: bool = False,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self.bos_token_id, self.add_bos = bos_token_id, add_bos
         known = (backend.token_to_id(token) for token in KNOWN_ENDS)
         self._end_ids = frozenset(end_ids) | {token for token in known if token is not None}
 
@@ -60,24 +76,25 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Read tokenizer.json, or vocab.json + merges.txt of a Qwen2-like tokenizer (Dream).
 
+        Which added tokens there are, and which are special, `added_tokens` says.
+
         Raises:
             CheckpointError: there is no tokenizer of these kinds, or a file of it is broken.
         """
         folder = Path(folder)
-        settings = _read_optional(folder / "tokenizer_config.json")
+        settings = read_optional_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
-            backend = _from_tokenizer_json(folder / "tokenizer.json")
+            backend = _from_tokenizer_json(folder, settings)
         elif has_tokenizer(folder):
             backend = _from_qwen2_files(folder, settings)
         else:
             raise CheckpointError(
                 f"{folder}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), got none"
             )
-        _add_tokens(folder, backend, settings)
-        generation = _read_optional(folder / "generation_config.json")
+        check_tokenizer(backend.token_to_id, folder)
+        generation = read_optional_json(folder / "generation_config.json")
         end_ids = set(read_token_ids(generation, "eos_token_id", source="generation_config.json"))
-        eos = settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = added_tokens.named_token(settings, folder, "eos_token")
         if eos is not None:
             token = backend.token_to_id(eos) if isinstance(eos, str) else None
             if token is None:
@@ -85,7 +102,8 @@ class Tokenizer:
                     f"{folder}: tokenizer_config.json: eos_token must be a known token, got {eos!r}"
                 )
             end_ids.add(token)
-        return cls(backend, end_ids)
+        bos_token_id, add_bos = _read_bos(folder, backend, settings)
+        return cls(backend, end_ids, bos_token_id=bos_token_id, add_bos=add_bos)
 
     @property
     def vocab_size(self) -> int:
@@ -93,9 +111,15 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Special tokens written in it are recognised; none is added."""
+        """Token ids of `text`. Special tokens written in it are recognised; none is added.
+
+        Raises:
+            TypeError: it is no text.
+            ValueError: it holds a lone surrogate.
+        """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
+        check_text(text, "text")
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -174,12 +198,24 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._context + self._pending, self._skip_special)[len(before) :]
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    # The backend raises bare Exception for a broken file.
+def _from_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    # The backend raises bare Exception for a broken file, and takes a byte order mark for one.
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_str(decode_file(path.read_bytes()))
     except Exception as error:
         raise CheckpointError(f"{path}: expected a tokenizer, got {error}") from None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    own = added_tokens.read_own(path, content.get("added_tokens") or [])
+    tokens = added_tokens.read_tokens(folder, settings, own, vocabulary)
+    if added_tokens.holds(backend, tokens):
+        return backend
+    # Added tokens are numbered by their order, unless the vocabulary says their id.
+    content["added_tokens"] = added_tokens.fields_of(tokens)
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"].update(added_tokens.outside(tokens, vocabulary))
+    return _with_ids(folder, tokenizers.Tokenizer.from_str(json.dumps(content)), tokens)
 
 
 def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -190,7 +226,11 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
             f"tokenizer_config.json to be one of {', '.join(QWEN2_CLASSES)}, got {kind!r}"
         )
     try:
-        model = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        vocabulary, merges = _read_bpe(folder / "vocab.json", folder / "merges.txt")
+        tokens = added_tokens.read_tokens(folder, settings, (), vocabulary)
+        model = tokenizers.models.BPE(vocabulary | added_tokens.outside(tokens, vocabulary), merges)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: expected a vocabulary in vocab.json and merges.txt, got {error}"
@@ -204,29 +244,43 @@ def _from_qwen2_files(folder: Path, settings: Mapping[str, Any]) -> tokenizers.T
         ]
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens([token.added() for token in tokens])
+    return _with_ids(folder, backend, tokens)
+
+
+def _read_bpe(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    contents = [path.read_bytes() for path in (vocabulary, merges)]
+    if not any(content.startswith(codecs.BOM_UTF8) for content in contents):
+        return tokenizers.models.BPE.read_file(str(vocabulary), str(merges))
+    # The backend reads no byte order mark.
+    ids, lines = json.loads(decode_file(contents[0])), decode_file(contents[1]).split("\n")
+    return ids, [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def _with_ids(
+    folder: Path, backend: tokenizers.Tokenizer, tokens: Iterable[added_tokens.Token]
+) -> tokenizers.Tokenizer:
+    """`backend`, once each token is found at its id."""
+    for token in tokens:
+        if backend.token_to_id(token.content) != token.id:
+            raise CheckpointError(
+                f"{folder}: expected {token.content!r} at id {token.id}, got id "
+                f"{backend.token_to_id(token.content)} (this kind of vocabulary has no gaps in its ids)"
+            )
     return backend
 
 
-def _add_tokens(folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Add the tokens of `added_tokens_decoder` that the tokenizer lacks, at the ids written there."""
-    listed = settings.get("added_tokens_decoder") or {}
-    source = f"{folder}: tokenizer_config.json: added_tokens_decoder"
-    try:
-        tokens = sorted((int(token_id), fields["content"], fields) for token_id, fields in listed.items())
-    except (AttributeError, TypeError, ValueError, KeyError):
-        raise CheckpointError(f"{source}: expected {{id: {{content, ...}}}}, got {listed!r:.80}") from None
-    for token_id, content, fields in tokens:
-        if backend.token_to_id(content) is None:
-            flags = {
-                key: bool(fields.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")
-            }
-            added = tokenizers.AddedToken(content, special=bool(fields.get("special", False)), **flags)
-            backend.add_tokens([added])
-        if backend.token_to_id(content) != token_id:
-            raise CheckpointError(
-                f"{source}: expected {content!r} at id {token_id}, got id {backend.token_to_id(content)}"
-            )
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read_bos(
+    folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]
+) -> tuple[int | None, bool]:
+    """The id of the token that begins a text, and whether every text gets it."""
+    source = f"{folder}: tokenizer_config.json"
+    add_bos = settings.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise CheckpointError(f"{source}: add_bos_token must be true or false, got {add_bos!r}")
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    token = backend.token_to_id(bos) if isinstance(bos, str) else None
+    if add_bos and token is None:
+        raise CheckpointError(f"{source}: add_bos_token needs bos_token to be a known token, got {bos!r}")
+    return token, bool(add_bos)

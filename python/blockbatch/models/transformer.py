@@ -14,8 +14,10 @@ from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
 
-# Predictions whose logits exist at the same time, at most.
-_HEAD_ROWS = 512
+# Predictions whose logits exist at the same time, at most, and vocabulary of a reduced piece of them.
+_HEAD_ROWS, _PIECE_TOKENS, _PARTIAL_BYTES = 512, 4096, 16
+# Ids, positions, slots, rows and targets of a packed token.
+_INDEX_BYTES = 128
 
 
 def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -27,15 +29,35 @@ def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
-    """Bytes that `forward` needs at most for its intermediate tensors, beside weights and cache."""
+def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, compiled: bool = False) -> int:
+    """Bytes that `forward` and the LM head need at most for their intermediate tensors, beside weights and
+    cache.
+
+    Args:
+        num_tokens: packed tokens; at most as many predictions.
+        compiled: whether compiled operators run, which compute in fp32 without tensors of it.
+    """
+    size, d, inner = dtype.itemsize, spec.hidden_size, spec.intermediate_size
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    # Residual, norm and a product of the hidden size, and the larger of what attention and MLP hold beside.
-    layer = 3 * spec.hidden_size + max(2 * query_size + 2 * kv_size, 3 * spec.intermediate_size)
-    # Logits of some hundred predictions, and attention's partial results.
-    head = _HEAD_ROWS * spec.vocab_size * max(dtype.itemsize, 4)
+    # Residual, norm, queries, attended and projected, which stay while the MLP runs.
+    kept = 3 * d + 2 * query_size
+    # What an operator of the reference makes in fp32: of every number where that is another dtype.
+    upcast = 0 if compiled else 4 * (2 if size == 4 else 4)
+    mlp = (kept + 3 * inner + d) * size + upcast * inner
+    # The last layer's tensors give way one by one while the next one's queries, keys and values are made.
+    attention = (kept + 2 * d + 2 * query_size + 2 * kv_size + inner) * size
+    attention += upcast * (query_size + kv_size)
+    token = max(mlp, attention) + _INDEX_BYTES
+    pieces = -(-spec.vocab_size // _PIECE_TOKENS)
+    token += d * size + _PARTIAL_BYTES * pieces  # of a prediction: its hidden state, and its reduced logits
+    # Logits of some hundred predictions (the reference still has those of the chunk before), and attention's
+    # partial results.
+    if compiled:
+        head = max(tuning.LM_HEAD_LOGITS_BYTES, _HEAD_ROWS * _PIECE_TOKENS * size)
+    else:
+        head = 2 * min(num_tokens, _HEAD_ROWS // 2) * spec.vocab_size * (size + (4 if size == 4 else 8))
     partials = tuning.MAX_PARTIALS * (query_size + spec.num_heads) * 4
-    return num_tokens * layer * dtype.itemsize + max(head, partials)
+    return num_tokens * token + max(head, partials)
 
 
 def forward(

@@ -135,3 +135,16 @@ def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) ->
     embedding = empty(spec.embedding_size, d)
     lm_head = embedding[: spec.vocab_size] if spec.tie_embeddings else empty(spec.vocab_size, d)
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of the weights that `allocate` makes."""
+    weights = allocate(spec, "meta", dtype)
+    tensors = [
+        weights.embedding,
+        weights.final_norm,
+        *(tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None),
+    ]
+    if not spec.tie_embeddings:
+        tensors.append(weights.lm_head)
+    return sum(tensor.nbytes for tensor in tensors)

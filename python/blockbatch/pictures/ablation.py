@@ -31,17 +31,16 @@ def draw_ablation(report: dict[str, Any], path: str | os.PathLike) -> None:
         nfe.set_ylabel("model forwards (NFE)")
         nfe.set_ylim(bottom=0)
         for axis in (accuracy, nfe):
+            axis.set_xlabel(report["title"])
             labels = [row["setting"] + ("*" if row["setting"] == report["default"] else "") for row in rows]
             crowded = sum(map(len, labels)) > 34
             axis.set_xticks(
                 range(len(rows)), labels, rotation=35 if crowded else 0, ha="right" if crowded else "center"
             )
             axis.grid(axis="x", visible=False)
-        figure.supxlabel(
-            f"{report['title']}   (* the default; bars: 95% intervals)", fontsize=style.FONT_SIZE
-        )
+        style.note(figure, f"{report['header'].get('model', '')}; *: the default; bars: 95% intervals")
         handles, names = nfe.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(series), frameon=False)
+        style.legend(figure, handles, names, columns=len(series))
         style.save_png(figure, path)
 
 

@@ -75,13 +75,13 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
         agreed.set_xlabel("share of positions decided twice")
         when.set_xlabel("share of the decode (0: init)")
         held.set_xlabel("share of tokens held in the end")
-        figure.legend(*held.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
+        style.legend(figure, *held.get_legend_handles_labels(), columns=3)
         sizes = ", ".join(map(str, first["block_sizes"]))
-        figure.suptitle(
+        style.note(
+            figure,
             f"{len(texts)} {'texts' if len(texts) > 1 else 'text'} by {first['model']}, blocks of {sizes}; "
-            "95% intervals",
-            fontsize=style.SMALL_FONT_SIZE + 0.5,
-            color=style.GREY,
+            "bars: 95% intervals.\nA position is decided twice where two branches wrote a token by "
+            "themselves; they agree where all wrote the one that stays.",
         )
         return style.save_png(figure, path)
 

@@ -17,7 +17,7 @@ _SUBROWS, _MARKED_SUBROWS = 5, 2
 # All lengths in inches. The map and what stands beside it are placed by hand: the text of the tokens has to
 # meet the columns of the map.
 _LEFT, _LANE, _TOP, _BOTTOM, _GAP = 0.55, 0.5, 0.62, 0.48, 0.04
-_KEY_HEIGHT = 0.46
+_KEY_HEIGHT, _KEY_ROW = 0.46, 0.24  # of the key, and of its third row
 _MAP_WIDTH = style.PAGE_WIDTH - _LEFT - _LANE
 _MOST_STEP_HEIGHT, _LEAST_MAP_HEIGHT, _MOST_MAP_HEIGHT = 0.28, 1.2, 6.0
 _TOKEN_SIZE, _TOKEN_WIDTH = 6.0, 0.062  # points; what a column needs for a text turned upright
@@ -45,7 +45,10 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
     map_height = max(_LEAST_MAP_HEIGHT, min(_MOST_MAP_HEIGHT, _MOST_STEP_HEIGHT * states.num_steps))
     labels = _labels(trace, end)
     strip_height = _LETTER * max(map(len, labels)) + 0.06 if labels else 0.0
-    height = _TOP + map_height + _GAP + strip_height + _BOTTOM
+    queries = _mean_queries(trace)
+    key_height = _KEY_HEIGHT + (0 if queries is None else _KEY_ROW)
+    top = _TOP - _KEY_HEIGHT + key_height
+    height = top + map_height + _GAP + strip_height + _BOTTOM
     with style.figure(height) as figure:
         figure.set_layout_engine("none")
 
@@ -67,8 +70,8 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
         left_out = states.gen_length - end
         behind = f"; {left_out} more hold no text" if left_out else ""
         lowest.set_xlabel(f"position in the generation region{behind}")
-        key = place(_LEFT, height - _TOP + 0.08, _MAP_WIDTH + _LANE, _KEY_HEIGHT)
-        _draw_key(key, states.num_branches, _mean_queries(trace))
+        key = place(_LEFT, height - top + 0.08, _MAP_WIDTH + _LANE, key_height)
+        _draw_key(key, key_height, states.num_branches, queries)
         return style.save_png(figure, path)
 
 
@@ -139,13 +142,14 @@ def _draw_events(axis: Any, heat: Any, states: States) -> None:
     _bare(axis)
 
 
-def _draw_key(axis: Any, num_branches: int, queries: float | None) -> None:
-    """What the colours say, in a row above the map; one unit is one inch."""
+def _draw_key(axis: Any, height: float, num_branches: int, queries: float | None) -> None:
+    """What the colours say, in rows above the map; one unit is one inch."""
     from matplotlib.patches import Rectangle
 
-    axis.set(xlim=(0, _MAP_WIDTH + _LANE), ylim=(0, _KEY_HEIGHT), xticks=[], yticks=[])
+    axis.set(xlim=(0, _MAP_WIDTH + _LANE), ylim=(0, height), xticks=[], yticks=[])
     _bare(axis)
-    box, tall, upper, lower = 0.21, 0.16, 0.32, 0.08
+    box, tall, upper = 0.21, 0.16, height - 0.14
+    lower = upper - _KEY_ROW
     axis.text(0, upper, "branches that hold the most common token", va="center")
     for count, color in enumerate(["white", *style.shades(num_branches)]):
         corner = (2.72 + count * box, upper - tall / 2)
@@ -155,9 +159,10 @@ def _draw_key(axis: Any, num_branches: int, queries: float | None) -> None:
         small = style.SMALL_FONT_SIZE
         axis.text(*middle, str(count), color=ink, ha="center", va="center_baseline", fontsize=small)
     if queries is not None:
-        left = 2.72 + (num_branches + 1) * box + 0.2
-        axis.plot(left, upper, ".", color=style.PURPLE, markersize=7)
-        axis.text(left + 0.1, upper, f"computed again; {queries:.0f} queries a step", va="center")
+        lowest = lower - _KEY_ROW
+        axis.plot(box / 2, lowest, ".", color=style.PURPLE, markersize=7)
+        told = "computed once more: its K/V was that of another token"
+        axis.text(box + 0.07, lowest, f"{told}; {queries:.0f} queries a step, mean", va="center")
     axis.add_patch(Rectangle((0, lower - tall / 4), box, tall / 2, facecolor=style.VERMILLION))
     axis.text(box + 0.07, lower, "bifurcation: branches hold different tokens", va="center")
     for left, marker, color, text in (

@@ -44,14 +44,18 @@ def draw(
                 _point(axis, summary, mean(summary), interval(summary), looks[label], label)
             _log_axis(axis, [bound for summary in shown.values() for bound in interval(summary)])
             axis.set_xlabel(name)
-        axes[0].set_ylabel("right answers, % (95% interval)")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=style.TITLE_FONT_SIZE)
+        axes[0].set_ylabel("right answers, %")
+        style.note(
+            figure,
+            f"{title}; bars: 95% intervals\n"
+            "hollow: as published, the canvas is filled; full: decoding ends with the text",
+        )
         handles, labels = axes[0].get_legend_handles_labels()
         markers = [handle.lines[0] for handle in handles]  # without their intervals
         most = max(summary.count for summary in shown.values())
         counts = {label: shown[label].count for label in labels}
         labels = [f"{x} ({counts[x]} problems)" if counts[x] < most else x for x in labels]
-        figure.legend(markers, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+        style.legend(figure, markers, labels, columns=5)
         return style.save_png(figure, path)
 
 
@@ -72,8 +76,7 @@ def _looks(labels: list[str], methods: dict[str, str]) -> dict[str, tuple[str, s
         if label in (method, method + EOS_SUFFIX):
             color, marker = style.method_look(method)
             filled = label != method or method == "blockbatch"
-            # A marker of lines alone has no inside that could be left white.
-            looks[label] = (color, "+" if marker == "x" and not filled else marker, filled)
+            looks[label] = (color, marker, filled)
         else:
             looks[label] = (_OWN_COLORS[own % len(_OWN_COLORS)], _OWN_MARKERS[own % len(_OWN_MARKERS)], True)
             own += 1
@@ -88,6 +91,8 @@ def _point(
     look: tuple[str, str, bool],
     label: str,
 ) -> None:
+    from matplotlib.colors import to_rgba
+
     color, marker, filled = look
     y = 100 * summary.accuracy
     low, high = (100 * bound for bound in summary.interval_95)
@@ -100,8 +105,9 @@ def _point(
         marker=marker,
         markersize=6.5,
         markerfacecolor=color if filled else "white",
+        ecolor=to_rgba(color, 0.45),
         elinewidth=0.9,
-        alpha=0.95,
+        zorder=3,
         linestyle="none",
         label=label,
     )

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from blockbatch.evaluation.records import Record, Run
 from blockbatch.evaluation.statistics import Interval, bootstrap_mean, wilson
-from blockbatch.pictures import style
+from blockbatch.pictures import labels, style
 
 ORACLE = "oracle"
 ALL_TASKS = "all tasks"
@@ -153,11 +155,11 @@ def draw(run: Run, path: str | os.PathLike) -> Path:
             axis.set_ylabel("right answers, %")
         for axis in axes[-1]:
             axis.set_xlabel("NFE (mean forwards)")
-        figure.suptitle(
-            f"{run.header.get('model', '')}: a number is the block size of a decode with that size alone; "
-            "95% intervals",
-            fontsize=style.SMALL_FONT_SIZE + 0.5,
-            color=style.GREY,
+        style.note(
+            figure,
+            f"{run.header.get('model', '')}; bars: 95% intervals. A number is the block size of a "
+            "decode with that size alone. Oracle: for each problem the best of these sizes, which no method "
+            "knows.",
         )
         # Labels stand where the layout leaves the marks.
         figure.draw_without_rendering()
@@ -199,7 +201,7 @@ def _draw_task(axis: Any, found: Sequence[Point]) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(0.1)
+    axis.margins(x=0.24, y=0.1)
 
 
 def _looks(found: Sequence[Point]) -> list[style.Look]:
@@ -216,45 +218,29 @@ def _looks(found: Sequence[Point]) -> list[style.Look]:
 
 
 def _label_points(axis: Any, found: Sequence[Point]) -> None:
-    """Writes each point's name beside it, where the fewest marks, bars and other names stand."""
-    import numpy as np
-
-    place, pixels = axis.transData.transform, axis.get_figure().dpi / 72
-    taken = place(np.concatenate([_cross(point) for point in found]))
-    frame, boxes = axis.get_window_extent(), []
-    # Long names first: numbers find a place beside their marks more easily.
-    for point, (color, _) in reversed(list(zip(found, _looks(found)))):
-        at = (point.nfe, 100 * point.accuracy)
-        text = axis.annotate(
+    """Writes each point's name beside it."""
+    names = [
+        labels.Name(
+            point.nfe,
+            100 * point.accuracy,
             style.method_name(point.label) if point.block_size is None else str(point.block_size),
-            at,
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=style.SMALL_FONT_SIZE + 0.5,
-            fontweight="bold" if point.block_size is None else "normal",
-            color=color,
-            zorder=5,
+            color,
+            bold=point.block_size is None,
         )
-        size, choices = text.get_window_extent().size, []
-        for distance in (4, 8, 12, 17, 23, 30):
-            for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
-                offset = np.array((x * distance, y * distance)) * pixels + np.minimum((x, y), 0) * size
-                low = place(at) + offset
-                high = low + size
-                hits = int(((taken >= low) & (taken <= high)).all(1).sum())
-                hits += 50 * sum(bool((low < box[1]).all() and (high > box[0]).all()) for box in boxes)
-                hits += 100 * (not ((low >= frame.min).all() and (high <= frame.max).all()))
-                choices.append((hits + distance, tuple(offset / pixels), (low, high)))
-        _, offset, box = min(choices, key=lambda choice: choice[0])
-        text.set_position(offset)
-        boxes.append(box)
+        for point, (color, _) in zip(found, _looks(found))
+    ]
+    labels.place(axis, names, avoid=np.concatenate([*map(_cross, found), _line(found)]))
 
 
-def _cross(point: Point) -> Any:
-    """Places that a name should not cover, [68, 2]: a point's bars, and its mark 20 times."""
-    import numpy as np
-
-    y = 100 * point.accuracy
+def _cross(point: Point) -> np.ndarray:
+    """Points of the two bars of a mark, [48, 2]."""
+    x, y = point.nfe, 100 * point.accuracy
     across, along = np.linspace(*point.nfe_95, 24), 100 * np.linspace(*point.accuracy_95, 24)
-    bars = np.column_stack((across, np.full(24, y))), np.column_stack((np.full(24, point.nfe), along))
-    return np.vstack([*bars, np.repeat([[point.nfe, y]], 20, axis=0)])
+    return np.vstack((np.column_stack((across, np.full(24, y))), np.column_stack((np.full(24, x), along))))
+
+
+def _line(found: Sequence[Point]) -> np.ndarray:
+    """Points of the line through the fixed block sizes, [n, 2]."""
+    fixed = np.array([(point.nfe, 100 * point.accuracy) for point in found if point.block_size is not None])
+    parts = [np.linspace(start, end, 24) for start, end in zip(fixed, fixed[1:])]
+    return np.concatenate(parts)

@@ -102,7 +102,7 @@ def _content(trace: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> bool:
     """Whether a setting is shown: a text, a number, or some of them; not what is left at None."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return bool(value) and all(map(_shown, value))
     return isinstance(value, str) or _number(value) is not None
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,7 @@ PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY_BLUE, BLACK, YELLOW)
 PAGE_WIDTH = 7.2  # inches; at DPI as many pixels as a page of text shows
 DPI = 150
 FONT_SIZE, SMALL_FONT_SIZE, TITLE_FONT_SIZE = 8.5, 7.0, 9.5  # points
+_NOTE_LETTERS = 118  # of a line of a note across the page
 # For counts and shares: dark to light, equal to the colour-blind.
 SEQUENTIAL_MAP = "cividis"
 
@@ -50,7 +52,7 @@ class Look(NamedTuple):
 # Of the methods in their order; the last are for methods to come.
 _LOOKS = (
     Look(VERMILLION, "o"),
-    Look(BLACK, "x"),
+    Look(BLACK, "X"),
     Look(PURPLE, "^"),
     Look(BLUE, "s"),
     Look(GREEN, "D"),
@@ -166,6 +168,25 @@ def block_size_look(size: int) -> Look:
     """Colour and marker of a block size, alike in every picture; others round down to a power of two."""
     index = min(int(math.log2(size)), len(_SIZE_COLORS) - 1) if size >= 1 else 0
     return Look(_SIZE_COLORS[index], _SIZE_MARKERS[index])
+
+
+def note(figure: Figure, text: str) -> None:
+    """What a reader has to know of the whole picture, small and grey above it; "\\n" breaks a line."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, _NOTE_LETTERS)]
+    size = SMALL_FONT_SIZE + 0.5
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=size, color=GREY, linespacing=1.35)
+
+
+def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    """The key of the whole picture, below it, in so many columns or in fewer where they would not fit."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure.figure).get_renderer()
+    for count in range(min(columns, max(len(names), 1)), 0, -1):
+        key = figure.legend(handles, names, loc="outside lower center", ncols=count, frameon=False)
+        if count == 1 or key.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        key.remove()
 
 
 def title(axis: Any, text: str) -> None:

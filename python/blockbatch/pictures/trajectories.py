@@ -163,7 +163,7 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     paths = [one for _, group in groups for one in group]
     anchor = _common_anchor(paths)
     everything = tangent_coordinates(anchor, np.concatenate([one.states for one in paths]))
-    with style.figure(height=0.7 + 2.7 * len(groups)) as figure:
+    with style.figure(height=1.0 + 2.7 * len(groups)) as figure:
         axes = figure.subplots(
             len(groups), 2, sharex="col", sharey="col", squeeze=False, width_ratios=(1.35, 1)
         )
@@ -176,7 +176,13 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
                 _draw_path(along, one, one.forwards, everything.axial[part])
             plane.plot(0, 0, marker="*", color=style.BLACK, markersize=11, linestyle="none", zorder=5)
             style.title(plane, name)
-            style.title(along, "displacement along the anchor")
+            style.title(along, "along the anchor")
+        style.note(
+            figure,
+            "Anchor: the K/V state of the prompt with an empty canvas, where every decode starts. Left: "
+            "where a state lies across the anchor's direction, on the two axes along which states differ "
+            "most. Right: how far it lies along it. Units: the anchor's length.",
+        )
         _label(axes, everything)
         _legend(figure, sorted({one.block_size for one in paths}), paths)
         return style.save_png(figure, path)
@@ -247,7 +253,7 @@ def _label(axes: np.ndarray, everything: Coordinates) -> None:
     first, second = everything.shares
     for plane, along in axes:
         plane.set_ylabel(f"tangent axis 2 / |anchor|  ({second:.0%})")
-        along.set_ylabel("z / |anchor|")
+        along.set_ylabel("displacement / |anchor|")
     axes[-1][0].set_xlabel(f"tangent axis 1 / |anchor|  ({first:.0%} of variance)")
     axes[-1][1].set_xlabel("forward")
     axes[-1][1].xaxis.get_major_locator().set_params(integer=True)
@@ -290,4 +296,4 @@ def _legend(figure: Any, block_sizes: list[int], paths: list[Trajectory]) -> Non
                 label="sync to the leader",
             )
         )
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    style.legend(figure, handles, [handle.get_label() for handle in handles], columns=5)

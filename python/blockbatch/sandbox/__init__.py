@@ -11,6 +11,7 @@ output, file sizes, open files and processes. Around it stand the walls that the
 
 `isolation()` tells which of them stand here. Network, files and processes must each be cut off by one of
 them, or nothing is run unless the caller accepts less. On macOS there are the limits alone.
+On Windows nothing is run: `require` says so, and answers that would have to run stay unjudged.
 
 Known limits: a program counts as finished when it wrote a random number that it was not told. Leaving early,
 with whatever exit code, does not count. But program and tests share an interpreter: code that replaces what
@@ -29,6 +30,7 @@ from blockbatch.sandbox.run import (
     isolation,
     require,
     run_python,
+    why_unavailable,
 )
 
 __all__ = [
@@ -42,4 +44,5 @@ __all__ = [
     "isolation",
     "require",
     "run_python",
+    "why_unavailable",
 ]

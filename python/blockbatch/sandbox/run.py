@@ -79,12 +79,29 @@ class Isolation:
         return text
 
 
+def why_unavailable() -> str | None:
+    """Why no program can be run here at all, not even behind limits alone; None if it can.
+
+    Windows has neither the limits nor the ways to end a program with all that it started.
+    """
+    try:
+        import resource  # noqa: F401
+    except ImportError:
+        return f"{sys.platform} has no limits on a process's memory and time (the module resource)"
+    lacking = [
+        f"{module.__name__}.{name}"
+        for module, name in ((os, "fork"), (os, "killpg"), (select, "poll"), (signal, "SIGKILL"))
+        if not hasattr(module, name)
+    ]
+    return f"{sys.platform} lacks {', '.join(lacking)}" if lacking else None
+
+
 @functools.lru_cache(maxsize=1)
 def isolation() -> Isolation:
     """The walls that stand on this system, tried out once by running an empty program behind each."""
     walls, refused = [], {}
     for wall in WALLS:
-        if sys.platform != "linux":
+        if sys.platform != "linux" or why_unavailable():
             refused[wall] = f"not on {sys.platform}"
             continue
         try:
@@ -100,7 +117,13 @@ def isolation() -> Isolation:
 
 
 def require(*, accept_weaker: bool = False) -> Isolation:
-    """The isolation; raises SandboxError if it leaves something open, unless `accept_weaker`."""
+    """The isolation; raises SandboxError if it leaves something open, unless `accept_weaker`, and where no
+    program can be run at all."""
+    if lacking := why_unavailable():
+        raise SandboxError(
+            f"generated code cannot be run on this system: {lacking}. Run it on Linux, such as WSL, or leave "
+            "such answers unjudged"
+        )
     standing = isolation()
     if standing.open and not accept_weaker:
         raise SandboxError(

@@ -10,22 +10,42 @@ from typing import Any
 
 from blockbatch.tasks.gsm8k import final_number, same_number
 from blockbatch.tasks.problem import Problem
+from blockbatch.texts import check_text
 
 
-def parse_problems(text: str, *, task: str, where: str) -> list[Problem]:
+def parse_problems(
+    text: str, *, task: str, where: str, leave_out: Callable[[str], None] | None = None
+) -> list[Problem]:
     """Problems from JSON lines: {"prompt": text, "answer": text or number, "id": text or number}.
 
     "answer" and "id" may be missing; the id is then the number of the line. A text is right when the answer
     stands in it on its own. An answer in the notation of GSM8K, which ends with `#### number`, is judged by
-    that number. Raises ValueError, which begins with `where`, for a line that is not such an object, an id
-    that comes twice, or no problem at all.
+    that number.
+
+    Args:
+        text: lines of JSON.
+        task: of the problems.
+        where: what messages begin with.
+        leave_out: what is told of a problem whose texts hold half a character, which no model can read; the
+            others remain. None: it is an error.
+
+    Raises:
+        ValueError: for a line that is not such an object, an id that comes twice, or no problem at all.
     """
     problems: list[Problem] = []
     seen: set[str] = set()
-    for number, line in enumerate(text.splitlines(), 1):
+    # Other separators of lines, such as U+2028, may stand in a text.
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         problem = _parse_line(line, task, str(number), f"{where}, line {number}")
+        try:
+            _check_texts(problem, f"{where}, line {number}")
+        except ValueError as error:
+            if leave_out is None:
+                raise
+            leave_out(str(error))
+            continue
         if problem.id in seen:
             raise ValueError(f"{where}, line {number}: expected an id of its own, got {problem.id!r} again")
         seen.add(problem.id)
@@ -45,6 +65,11 @@ def _parse_line(line: str, task: str, default_id: str, where: str) -> Problem:
     problem_id = _text_or_number(entry, "id", where) or default_id
     answer = _text_or_number(entry, "answer", where)
     return Problem(task, problem_id, entry["prompt"], answer, None if answer is None else _judge_of(answer))
+
+
+def _check_texts(problem: Problem, where: str) -> None:
+    for name in ("prompt", "id", "answer"):
+        check_text(getattr(problem, name) or "", f"{where}: {name}")
 
 
 def _text_or_number(entry: dict[str, Any], name: str, where: str) -> str | None:

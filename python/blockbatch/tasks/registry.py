@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from blockbatch.tasks.gsm8k import gsm8k
 from blockbatch.tasks.humaneval import humaneval
 from blockbatch.tasks.jsonl import parse_problems
 from blockbatch.tasks.problem import Problem
+from blockbatch.texts import decode_file
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_COUNT = 100
 
@@ -89,6 +93,8 @@ def load_task(
             "code" and "humaneval" cannot be judged.
         accept_weaker_sandbox: run it even where this system cannot cut it off (see `sandbox.isolation`).
 
+    A problem of a file whose texts hold half a character is left out, with a warning.
+
     Raises ValueError for an unknown task, split or limit, for a file that is not as expected and for a task
     whose package is not installed (the message says which); OSError for a file that cannot be read and for
     a sandbox that cannot be had.
@@ -107,7 +113,11 @@ def load_task(
 
 def _file_problems(name: str) -> list[Problem]:
     try:
-        text = Path(name).read_text("utf-8")
+        text = decode_file(Path(name).read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"task: expected UTF-8 text, got {name}: {error}") from None
-    return parse_problems(text, task=Path(name).stem, where=f"task: {name}")
+
+    def leave_out(why: str) -> None:
+        logger.warning("%s; this problem is left out", why)
+
+    return parse_problems(text, task=Path(name).stem, where=f"task: {name}", leave_out=leave_out)

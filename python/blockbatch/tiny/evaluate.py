@@ -58,10 +58,11 @@ def decode(
         if threshold is not None:
             commit |= confidence >= threshold
         tokens = torch.where(commit & window & open_before_end[:, None], token, tokens)
-    return [_before_eos(row, start, eos) for row, start in zip(tokens, starts[:, 0])], float(forwards.mean())
+    return [before_eos(row, start, eos) for row, start in zip(tokens, starts[:, 0])], float(forwards.mean())
 
 
-def _before_eos(row: Tensor, start: Tensor, eos: int) -> list[int]:
+def before_eos(row: Tensor, start: Tensor, eos: int) -> list[int]:
+    """The ids of a row from `start` to before its first EOS."""
     ids = row[int(start) :].tolist()
     return ids[: ids.index(eos)] if eos in ids else ids
 
@@ -89,19 +90,30 @@ def evaluate(
         )
         texts += [tokenizer.decode(ids) for ids in answers[: len(part)]]
         forwards += mean * len(part) / len(problems)
+    return {
+        "block_size": block_size,
+        "threshold": threshold,
+        "mean_forwards": round(forwards, 2),
+        **counted(problems, texts, right_answers(problems, texts)),
+    }
+
+
+def right_answers(problems: Sequence[DrawnProblem], texts: Sequence[str]) -> list[bool]:
+    """Which texts solve their problems."""
     with ThreadPoolExecutor(16) as pool:
-        right = list(pool.map(check, problems, texts))
+        return list(pool.map(check, problems, texts))
+
+
+def counted(problems: Sequence[DrawnProblem], texts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy and number of problems by family and kind, and the wrong answers."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for problem, ok in zip(problems, right):
         for key in (problem.family, f"{problem.family}/{problem.kind}"):
             counts[key][0] += ok
             counts[key][1] += 1
     return {
-        "block_size": block_size,
-        "threshold": threshold,
         "accuracy": {key: round(good / total, 4) for key, (good, total) in sorted(counts.items())},
         "problems": {key: total for key, (_, total) in sorted(counts.items())},
-        "mean_forwards": round(forwards, 2),
         "wrong": [
             {"kind": problem.kind, "prompt": problem.prompt, "expected": problem.answer, "got": text}
             for problem, text, ok in zip(problems, texts, right)

@@ -85,19 +85,31 @@ def _shards(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def export(model: TrainModel, tokenizer: Tokenizer, folder: Path, record: dict[str, Any]) -> None:
     """Write the checkpoint and `record` (training.json) into `folder`, replacing files of the same names."""
+    configs = {
+        "config.json": model_config(model.shape, tokenizer),
+        "tokenizer_config.json": tokenizer_config(),
+        "training.json": record,
+    }
+    write_folder(folder, named_weights(model), configs)
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], configs: dict[str, dict[str, Any]]) -> None:
+    """Write tensors as safetensors, an index where they fill several files, the configs and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = named_weights(model)
     shards = _shards(weights)
     places = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(shard, file))
     size = sum(tensor.nbytes for tensor in weights.values())
-    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
-    _write(folder / "config.json", model_config(model.shape, tokenizer))
-    _write(folder / "tokenizer_config.json", tokenizer_config())
-    _write(folder / "training.json", record)
+    if len(shards) > 1:
+        _write(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places}
+        )
+    for name, config in configs.items():
+        _write(folder / name, config)
     if TOKENIZER_FILE.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(TOKENIZER_FILE, folder / "tokenizer.json")
 

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blockbatch.tasks.built_in import FAMILIES, KINDS, DrawnProblem, generate_problems
+from blockbatch.tiny.block_model import BlockTrainModel
 from blockbatch.tiny.calibrate import fit_temperature
 from blockbatch.tiny.corpus import Corpus, CorpusBuilder
 from blockbatch.tiny.evaluate import evaluate
@@ -34,6 +36,8 @@ _TIGHT = (64, 96, 128, 192, 256)
 _LOOSE = {256: 0.08, 384: 0.10, 512: 0.06, 768: 0.03}
 _TOKEN_UNIT = 1536  # every canvas length divides it, so all steps have exactly the same number of tokens
 _EVAL_CANVAS = 384
+
+Trained = TrainModel | BlockTrainModel
 
 
 class RowSampler:
@@ -106,9 +110,15 @@ def learning_rate_factor(progress: float, constant_until: float = 0.35) -> float
 
 
 def train(
-    model: TrainModel, sampler: RowSampler, mask: int, arguments: argparse.Namespace
+    model: Trained,
+    loss_of: Callable[[int, float], Tensor],
+    arguments: argparse.Namespace,
+    look: Callable[[int], None] = lambda step: None,
 ) -> tuple[list[dict[str, float]], int]:
-    """Run the loop until `arguments.steps` or `arguments.minutes`; returns the loss curve and the steps."""
+    """Run the loop until `arguments.steps` or `arguments.minutes`; returns the loss curve and the steps.
+
+    `loss_of(step, progress)` draws a batch and returns its loss; `look(step)` is called after each report.
+    """
     muon, adam = optimizers(model)
     curve: list[dict[str, float]] = []
     total, count = torch.zeros((), device=model.embedding.device), 0
@@ -121,12 +131,7 @@ def train(
         progress = max(step / arguments.steps, seconds / 60 / arguments.minutes)
         if progress >= 1:
             break
-        tokens, prompt_ends, content_ends = sampler.draw()
-        if progress < arguments.causal_part:
-            loss = next_token_loss(model, tokens, content_ends)
-        else:
-            own = progress > arguments.own_from and step % 3 == 0
-            loss = masked_loss(model, tokens, prompt_ends, content_ends, mask, sampler, own)
+        loss = loss_of(step, progress)
         loss.backward()
         factor = scale * learning_rate_factor(progress)
         muon.step(arguments.muon_rate * factor)
@@ -154,10 +159,11 @@ def train(
                     for name, parameter in model.named_parameters():
                         parameter.copy_(safe[name])
                     muon, adam = optimizers(model)
+            look(step)
     return curve, step
 
 
-def optimizers(model: TrainModel) -> tuple[Muon, torch.optim.Adam]:
+def optimizers(model: Trained) -> tuple[Muon, torch.optim.Adam]:
     """Muon for the layers' matrices, Adam for embedding, head and norms; both without history."""
     others = [p for name, p in model.named_parameters() if name not in model.matrices]
     adam = torch.optim.Adam(others, betas=(0.9, 0.95), eps=1e-10, fused=model.embedding.is_cuda)
@@ -263,7 +269,16 @@ def main() -> None:
         f"{parameters} parameters, {len(corpus.tokens)} rows, plans {sampler.plans}, ready in {ready:.0f} s",
         flush=True,
     )
-    curve, steps = train(model, sampler, tokenizer.token_to_id(MASK), arguments)
+    mask = tokenizer.token_to_id(MASK)
+
+    def loss_of(step: int, progress: float) -> Tensor:
+        tokens, prompt_ends, content_ends = sampler.draw()
+        if progress < arguments.causal_part:
+            return next_token_loss(model, tokens, content_ends)
+        own = progress > arguments.own_from and step % 3 == 0
+        return masked_loss(model, tokens, prompt_ends, content_ends, mask, sampler, own)
+
+    curve, steps = train(model, loss_of, arguments)
     record = {
         "parameters": parameters,
         "arguments": {

@@ -32,12 +32,12 @@ class ModelShape:
     rope_theta: float = 10000.0
 
 
-def _norm(x: Tensor, gain: Tensor) -> Tensor:
+def norm(x: Tensor, gain: Tensor) -> Tensor:
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + _EPS) * gain).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [tokens, heads, head_dim]; cos, sin: [tokens, 1, head_dim / 2]."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -46,29 +46,29 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _before_attention(
     x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _norm(x, gain)
+    h = norm(x, gain)
     query, key, value = (F.linear(h, w.to(h.dtype)).unflatten(-1, (heads, -1)) for w in (q, k, v))
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
-def _after_attention(
+def after_attention(
     x: Tensor, attended: Tensor, out: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
     x = x + F.linear(attended, out.to(x.dtype))
-    h = _norm(x, gain)
+    h = norm(x, gain)
     return x + F.linear(F.silu(F.linear(h, gate.to(h.dtype))) * F.linear(h, up.to(h.dtype)), down.to(h.dtype))
 
 
 def _head(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(_norm(x, gain), weight.to(x.dtype)).float()
+    return F.linear(norm(x, gain), weight.to(x.dtype)).float()
 
 
-def _loss(x: Tensor, gain: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def masked_cross_entropy(x: Tensor, gain: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     losses = F.cross_entropy(_head(x, gain, weight), targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
-def _predict(x: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def top_token(x: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     logits = _head(x, gain, weight)
     top, token = logits.max(dim=-1)
     return token, torch.exp(top - torch.logsumexp(logits, dim=-1))
@@ -86,29 +86,34 @@ class TrainModel(nn.Module):
         super().__init__()
         self.shape, self.dtype = shape, dtype
         layers, width, hidden = shape.n_layers, shape.d_model, shape.mlp_hidden
-        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, width) * 0.1)
-        self.head = nn.Parameter(torch.randn(shape.vocabulary, width) * 0.02)
-        self.final_norm = nn.Parameter(torch.ones(width))
-        self.attn_norm = nn.Parameter(torch.ones(layers, width))
-        self.ff_norm = nn.Parameter(torch.ones(layers, width))
+        cpu = torch.device("cpu")
+        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, width, device=cpu) * 0.1)
+        self.head = nn.Parameter(torch.randn(shape.vocabulary, width, device=cpu) * 0.02)
+        self.final_norm = nn.Parameter(torch.ones(width, device=cpu))
+        self.attn_norm = nn.Parameter(torch.ones(layers, width, device=cpu))
+        self.ff_norm = nn.Parameter(torch.ones(layers, width, device=cpu))
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, nn.Parameter(torch.randn(layers, width, width) * 0.5 * width**-0.5))
+            setattr(
+                self, name, nn.Parameter(torch.randn(layers, width, width, device=cpu) * 0.5 * width**-0.5)
+            )
         for name in ("ff_proj", "up_proj"):
-            setattr(self, name, nn.Parameter(torch.randn(layers, hidden, width) * 0.5 * width**-0.5))
+            setattr(
+                self, name, nn.Parameter(torch.randn(layers, hidden, width, device=cpu) * 0.5 * width**-0.5)
+            )
         # Layers start as the identity.
-        self.attn_out = nn.Parameter(torch.zeros(layers, width, width))
-        self.ff_out = nn.Parameter(torch.zeros(layers, width, hidden))
+        self.attn_out = nn.Parameter(torch.zeros(layers, width, width, device=cpu))
+        self.ff_out = nn.Parameter(torch.zeros(layers, width, hidden, device=cpu))
         half = width // shape.n_heads // 2
-        frequencies = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.outer(torch.arange(shape.max_length, dtype=torch.float64), frequencies)
+        frequencies = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=cpu) / half)
+        angles = torch.outer(torch.arange(shape.max_length, dtype=torch.float64, device=cpu), frequencies)
         self.register_buffer("cos", angles.cos().float()[:, None], persistent=False)
         self.register_buffer("sin", angles.sin().float()[:, None], persistent=False)
 
         def build(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False) if compiled else function
 
-        self._before, self._after = build(_before_attention), build(_after_attention)
-        self._loss, self._predict = build(_loss), build(_predict)
+        self._before, self._after = build(_before_attention), build(after_attention)
+        self._loss, self._predict = build(masked_cross_entropy), build(top_token)
 
     def hidden(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
         """tokens [rows, length] -> residual stream after the last layer, [rows * length, d_model]."""

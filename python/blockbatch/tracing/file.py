@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from blockbatch.texts import decode_file
+
 KINDS = ("init", "block", "refresh")
 # Of block-causal models, whose records also say how many positions were `stored` before.
 BLOCK_KINDS = ("prefill", "denoise", "block", "sub", "store", "fused")
@@ -45,7 +47,7 @@ def load_trace(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(decode_file(path.read_bytes()), parse_constant=_refuse_constant)
         return check_trace(content)
     except UnicodeDecodeError:
         got = "a file that is not text"
@@ -59,11 +61,21 @@ def load_trace(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: Any) -> None:
-    """Writes `{**header, "trace": trace}` as JSON; the file appears whole or not at all."""
+    """Writes `{**header, "trace": trace}` as JSON; the file appears whole or not at all.
+
+    Raises:
+        ValueError: it holds NaN or infinity, for which JSON has no word; the message names the place.
+        OSError: it cannot be written.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    text = _as_json({**header, "trace": trace})
+    if text is None:
+        parts = {**header, **{f"record {index}": record for index, record in enumerate(trace)}}
+        place = next(name for name, part in parts.items() if _as_json(part) is None)
+        raise ValueError(f"trace: expected finite numbers, got NaN or infinity in {place}")
     try:
-        partial.write_text(json.dumps({**header, "trace": trace}), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -81,6 +93,19 @@ def phase(record: dict[str, Any]) -> str:
 
 class _BadTraceError(ValueError):
     """What is wrong in a trace, for the end of a sentence."""
+
+
+def _refuse_constant(name: str) -> None:
+    """For the words NaN, Infinity and -Infinity, which Python reads in JSON unless it is told not to."""
+    raise _BadTraceError(f"{name}, which is no number of JSON")
+
+
+def _as_json(value: Any) -> str | None:
+    """None if it holds NaN or infinity."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return None
 
 
 def check_trace(content: Any) -> dict[str, Any]:

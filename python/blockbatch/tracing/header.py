@@ -25,7 +25,7 @@ def trace_header(
         mask_token_id, eos_token_ids, canvas (of the winner), text, pieces (the text of every token id that
         occurs, the ids as decimal strings; empty without a tokenizer), nfe, adopted, seconds, stop_reason.
     """
-    tokenizer = model.tokenizer
+    tokenizer, config = model.tokenizer, config.for_model(model.spec)
     eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
     changes = [
         change

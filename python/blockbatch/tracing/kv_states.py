@@ -37,11 +37,12 @@ class KVSketcher:
         self._cache, self._lengths = cache, lengths
         # Drawn on the CPU, which gives the same numbers whatever the device of the cache is, and position by
         # position, so that a longer canvas only appends.
-        mix = torch.Generator().manual_seed(_SEED)
-        signs = torch.Generator().manual_seed(_SEED + 1)
-        self._mix = torch.randn(heads * head_dim, SKETCH_SIZE, generator=mix).to(cache.kv.device)
+        mix = torch.Generator("cpu").manual_seed(_SEED)
+        signs = torch.Generator("cpu").manual_seed(_SEED + 1)
+        drawn = torch.randn(heads * head_dim, SKETCH_SIZE, generator=mix, device="cpu", dtype=torch.float32)
+        self._mix = drawn.to(cache.kv.device)
         shape = (max(lengths), layers * sides, SKETCH_SIZE)
-        drawn = torch.randint(0, 2, shape, generator=signs, dtype=torch.int8) * 2 - 1
+        drawn = torch.randint(0, 2, shape, generator=signs, dtype=torch.int8, device="cpu") * 2 - 1
         self._signs = drawn.permute(1, 0, 2).unflatten(0, (layers, sides)).to(cache.kv.device)
 
     @torch.inference_mode()
@@ -59,7 +60,7 @@ class KVSketcher:
     def _sketch(self, row: int) -> list[float]:
         length = self._lengths[row // self._cache.num_branches]
         pages = self._cache.page_table[row].long()
-        total = torch.zeros(SKETCH_SIZE, device=self._cache.kv.device)
+        total = torch.zeros(SKETCH_SIZE, dtype=torch.float32, device=self._cache.kv.device)
         # Layer by layer: a whole row in fp32 would be as large as the rest of the decode's working memory.
         for kv, signs in zip(self._cache.kv, self._signs):
             features = kv[:, pages].flatten(3).flatten(1, 2)[:, :length].float()  # [2, length, features]

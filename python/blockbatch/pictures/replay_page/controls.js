@@ -142,11 +142,15 @@ const tick = () => {
   show(step + 1);
   setPlaying(step < steps);
 };
+// Until something is chosen the page stands at what there is to see, and plays from the start.
+let untouched = true;
 const toggle = () => {
-  if (!playing() && step === steps) show(0);
+  if (!playing() && (step === steps || untouched)) show(0);
+  untouched = false;
   setPlaying(!playing());
 };
 const go = (wanted) => {
+  untouched = false;
   setPlaying(false);
   show(wanted);
 };
@@ -186,7 +190,8 @@ document.addEventListener("keydown", (event) => {
 
 const fromAddress = () => {
   const found = /^#forward=(\d+)$/.exec(location.hash);
-  show(found ? Number(found[1]) : 0);
+  if (found) untouched = false;
+  show(found ? Number(found[1]) : opening());
 };
 window.addEventListener("hashchange", fromAddress);
 window.addEventListener("resize", drawMap);

@@ -109,6 +109,30 @@ records.forEach((record, index) => {
   figures.push(figure);
 });
 
+// The first forward after which branches hold different tokens, or else one that merges, that adopts a draft,
+// that syncs or that computes a token once more; the middle of a decode without any of these.
+const opening = () => {
+  const differ = (step) =>
+    Array.from({ length: genLength }, (_, position) => position).some((position) => {
+      const tokens = new Set(changeLog.map((changes) => held(latest(changes[position], step))));
+      tokens.delete(mask);
+      return tokens.size > 1;
+    });
+  const found = [
+    differ,
+    (step) => figures[step].written.merge > 0,
+    (step) => records[step - 1].adopted > 0,
+    (step) => figures[step].syncs.size > 0,
+    (step) => [...figures[step].stale.values()].some((positions) => positions.size > 0),
+  ];
+  const numbers = records.map((_, index) => index + 1);
+  for (const is of found) {
+    const first = numbers.find(is);
+    if (first !== undefined) return first;
+  }
+  return Math.ceil(steps / 2);
+};
+
 const opens = records.some((record) => record.positions),
   drafted = records.some((record) => record.drafts.length);
 

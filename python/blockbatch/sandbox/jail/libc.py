@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 
 def call(function, *arguments):

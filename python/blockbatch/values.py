@@ -1,0 +1,48 @@
+"""What callers hand over, as Python's own: numbers of numpy and torch, arrays and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def as_int(value: Any) -> int | None:
+    """The integer that `value` is, of Python, numpy or torch (a tensor of no dimension); None if it is none.
+
+    True and False are none.
+    """
+    value = _scalar(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def as_float(value: Any) -> float | None:
+    """The number that `value` is, as `as_int`; None if it is none."""
+    value = _scalar(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def as_bool(value: Any) -> bool | None:
+    """The truth value that `value` is, of Python, numpy or torch; None if it is none."""
+    value = _scalar(value)
+    return value if isinstance(value, bool) else None
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The members of a sequence, array or tensor; None if `value` is none of these.
+
+    Texts, bytes and mappings are none. Arrays and tensors of more dimensions become lists of lists.
+    """
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        return None
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+        return value if isinstance(value, list) else None
+    return list(value) if isinstance(value, Sequence) else None
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number of a numpy number, or of an array or tensor without a dimension; else `value`."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value
