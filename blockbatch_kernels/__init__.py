@@ -14,19 +14,16 @@ backend, `reference` holds the semantics in plain torch.
 from blockbatch_kernels import ops
 from blockbatch_kernels.library import traceable
 from blockbatch_kernels.ops import backend_of
+from blockbatch_kernels.policy_params import EOS_EXITS, POLICIES, QUERY_SPANS, PolicyParams
 from blockbatch_kernels.shapes import NUM_LIKELY, map_entries
 from blockbatch_kernels.structs import (
-    EOS_EXITS,
     PHASES,
-    POLICIES,
-    QUERY_SPANS,
     STOP_REASONS,
     AttentionPlan,
     BranchState,
     PackedQueries,
     PagePool,
     PolicyEvents,
-    PolicyParams,
     Predictions,
     StepPlan,
 )

@@ -11,6 +11,7 @@ import torch
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, SettingsArg, TensorArg
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.shapes import NUM_LIKELY
 from blockbatch_kernels.structs import (
     AttentionPlan,
@@ -18,7 +19,6 @@ from blockbatch_kernels.structs import (
     PackedQueries,
     PagePool,
     PolicyEvents,
-    PolicyParams,
     Predictions,
     StepPlan,
 )

@@ -41,6 +41,7 @@ def columns_before(state, config):
         for branch in branches
     ]
     result = {name: [branch[name] for branch in branches] for name in (*COUNTERS, *PROGRESS)}
+    result["adopted"] = [0] * len(branches)
     result["block_size"] = [branch["block_size"] for branch in branches]
     result["steps_in_block"] = [branch["steps"] for branch in branches]
     result["window_start"] = [w0 - start for w0, _ in windows]

@@ -40,7 +40,7 @@ def random_params(rng):
         refresh_interval=rng.choice((None, 1, 16, 64)),
         eos_exit=rng.choice(bbk.EOS_EXITS),
         query_span=rng.choice((*bbk.QUERY_SPANS, "open")),
-        refresh_scope=rng.choice(bbk.structs.REFRESH_SCOPES),
+        refresh_scope=rng.choice(bbk.policy_params.REFRESH_SCOPES),
         prediction_offset=rng.choice((0, 1)),
     )
 

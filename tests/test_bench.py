@@ -79,6 +79,19 @@ def test_draft_equality(tmp_path):
         assert saved == sum(part["adopted"] for part in parts) and len(parts) == 3
 
 
+def test_dream_rules(tmp_path):
+    report = run(
+        "dream_rules.py", tmp_path / "rules.json", "--count", "1", "--changes", "sync_leaves_the_map",
+        "full_forwards_commit_by_threshold",
+    )  # fmt: skip
+    lines = report["lines"]
+    rules = ["llada_published"] * 2 + ["dream_published"] * 2
+    changes = ["sync_leaves_the_map", "full_forwards_commit_by_threshold"]
+    assert [line["label"] for line in lines] == rules + changes
+    assert [line["policy"] for line in lines] == rules + ["dream_published"] * 2
+    assert all(line["problems"] == 3 and line["forwards"] > 1 for line in lines)
+
+
 def test_refresh(tmp_path):
     report = run(
         "refresh.py", tmp_path / "refresh.json", "--dtype", "float32", "--shapes", "small-llada",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch_kernels import cuda, reference, structs
+from blockbatch_kernels import cuda, policy_params, reference, structs
 from blockbatch_kernels.cuda import extension as loader
 from cuda_places import random_table
 from described_tensors import Described
@@ -186,8 +186,8 @@ def test_records_are_read_with_all_their_fields(extension):
         assert set(names[record.__name__]) == fields
     for record in (structs.StepPlan, structs.Predictions, structs.PolicyEvents, structs.PackedQueries):
         assert set(names[record.__name__]) == set(record._fields)
-    assert names["eos_exit"] == structs.EOS_EXITS
-    assert names["query_span"] == structs.QUERY_SPANS
+    assert names["eos_exit"] == policy_params.EOS_EXITS
+    assert names["query_span"] == policy_params.QUERY_SPANS
 
 
 class Options:

@@ -118,6 +118,7 @@ class TestWhyUnavailable:
         yield describe
         forget()
 
+    @pytest.mark.filterwarnings("ignore:the extension is built")
     @pytest.mark.parametrize("code", ["sm90a", "portable"])
     def test_available(self, machine, code):
         machine(self.Extension(code=code))

@@ -9,13 +9,14 @@ from import_graph import ROOT, circles, edges, rooms
 
 KERNELS = "blockbatch_kernels"
 # Room of blockbatch_kernels -> those that it may import; ops.dispatch alone may import the backends.
-SUPPORT = {"shapes", "structs", "tuning"}
+SUPPORT = {"policy_params", "shapes", "structs", "tuning"}
 MAY_IMPORT = {
     "shapes": set(),
     "structs": {"shapes"},
+    "policy_params": set(),
     "tuning": {"shapes"},
     "contracts": {"shapes"},
-    "operators": {"contracts", "structs", "tuning", "shapes"},
+    "operators": {"contracts", "policy_params", "structs", "tuning", "shapes"},
     "checks": {"contracts", "operators", "shapes"},
     "registered": {"contracts", "shapes", "structs"},
     "library": {"contracts", "operators", "ops", "registered", "shapes"},

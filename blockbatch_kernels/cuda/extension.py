@@ -71,7 +71,7 @@ def _why_unavailable(device_index: int | None) -> str | None:
     driver = extension.driver_version()
     if _major(driver) < _major(info["cuda_version"]):
         return f"the extension is built with CUDA {info['cuda_version']}, the driver serves up to {driver}"
-    if code_for(device_index) == "none":
+    if extension.has_code_for(device_index) == "none":
         arch = "{}{}".format(*torch.cuda.get_device_capability(device_index))
         return (
             f"the extension is built for the architectures {', '.join(info['cuda_archs'])}, "

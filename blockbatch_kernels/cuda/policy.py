@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from blockbatch_kernels.cuda import extension
-from blockbatch_kernels.structs import BranchState, PolicyEvents, PolicyParams, Predictions, StepPlan
+from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.structs import BranchState, PolicyEvents, Predictions, StepPlan
 
 
 def decode_policy(

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch, values
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.structs import (
     BranchState,
     PackedQueries,
     PagePool,
     PolicyEvents,
-    PolicyParams,
     Predictions,
     StepPlan,
 )

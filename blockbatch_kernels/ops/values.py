@@ -30,7 +30,8 @@ ENABLED = _is_asked_for()
 def is_readable(tensor: Tensor) -> bool:
     """Whether the host can look at the values now."""
     if tensor.is_cuda:
-        return not torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device_of(tensor):  # whose stream is asked
+            return not torch.cuda.is_current_stream_capturing()
     return tensor.is_cpu
 
 

@@ -1,7 +1,5 @@
 """Rotary embedding with the cache write, and attention of packed queries over paged keys."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,21 +13,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _angles(table: Tensor, positions: Tensor) -> Tensor:
-    """Rows of `table`: refused where one is not there, but on a GPU, where that would take a wait, NaN."""
-    if table.is_cpu:
-        try:
-            return torch.index_select(table, 0, positions)
-        except (IndexError, RuntimeError):
-            low, high = (int(value) for value in positions.aminmax())
-            raise ValueError(
-                f"positions: expected values from 0 to {len(table) - 1}, got {low} to {high}"
-            ) from None
-    exists = (positions >= 0) & (positions < len(table))
-    padded = F.pad(table, (0, 0, 0, 1), value=float("nan"))
-    return padded[torch.where(exists, positions, len(table)).long()]
-
-
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -41,15 +24,12 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    cos, sin = (_angles(table, positions).unsqueeze(1) for table in (cos, sin))
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
-    stored = (slot_mapping >= 0) & (slot_mapping < num_slots)
-    all_stored = bool(stored.all())
-    if not all_stored and slot_mapping.is_cpu and int(slot_mapping.max()) >= num_slots:
-        raise ValueError(f"slot_mapping: expected values below {num_slots}, got {int(slot_mapping.max())}")
+    index = positions.long()
+    cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
     q.copy_(_rotate(q, cos, sin))
     k = _rotate(k, cos, sin)
-    if not all_stored:
+    stored = slot_mapping >= 0
+    if not stored.all():
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
     # By page and offset: the cache may be a view that cannot be flattened without a copy.
     page_size = k_cache.shape[1]
@@ -72,19 +52,24 @@ def varlen_attention(
     """`plan` only says how compiled versions divide the work; it has no influence here."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     out = torch.zeros_like(q)
-    spans = list(_spans(cu_seqlens_q, seqlens_k))
+    page_size = k_cache.shape[1]
+    bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
     if softmax_scale < 0:  # torch's kernels for GPUs give NaN
         q, softmax_scale = -q, -softmax_scale
     # One row at a time: a row's result then has the same shape, and so the same bits, whatever else is in the
     # batch.
-    most = page_table.shape[1] * k_cache.shape[1]
-    for row, start, end, length in spans:
-        if not 0 < length <= most:
+    for row, length in enumerate(lengths):
+        start, end = bounds[row], bounds[row + 1]
+        if start == end or length == 0:
+            continue
+        if not 0 < length <= page_table.shape[1] * page_size:
             raise ValueError(
-                f"seqlens_k: expected at most {most} keys, {page_table.shape[1]} pages of "
-                f"{k_cache.shape[1]}, got {length} in row {row}"
+                f"seqlens_k: expected at most {page_table.shape[1] * page_size} keys, {page_table.shape[1]} "
+                f"pages of {page_size}, got {length} in row {row}"
             )
-        keys, values = (_of_row(cache, page_table[row], length) for cache in (k_cache, v_cache))
+        pages = page_table[row, : -(-length // page_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, head_dim]
+        values = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1)
         # Nothing is causal, so the query heads of one kv head are simply more queries.
         queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         attended = F.scaled_dot_product_attention(
@@ -96,24 +81,28 @@ def varlen_attention(
     # torch's kernels for CPUs take a query whose scores are all NaN or infinite for one that is to see no
     # key, and give zeros.
     if not out[..., 0].all():
-        for row, start, end, length in spans:
-            keys = _of_row(k_cache, page_table[row], length).float().unsqueeze(2)
-            queries = q[start:end].float().unflatten(1, (num_kv_heads, -1))
-            scores = torch.einsum("thgd,hlgd->thgl", queries, keys.expand(-1, -1, queries.shape[2], -1))
-            has_no_softmax = (scores * softmax_scale).softmax(-1).isnan().any(-1).flatten(1)
-            out[start:end].masked_fill_(has_no_softmax.unsqueeze(-1), float("nan"))
+        _restore_nan(out, q, k_cache, page_table, bounds, lengths, softmax_scale)
     return out
 
 
-def _spans(cu_seqlens_q: Tensor, seqlens_k: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Row, its first query and the one behind its last, and its keys, of the rows that have both."""
-    bounds = cu_seqlens_q.tolist()
-    for row, length in enumerate(seqlens_k.tolist()):
-        if bounds[row] < bounds[row + 1] and length != 0:
-            yield row, bounds[row], bounds[row + 1], length
-
-
-def _of_row(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """[kv_heads, length, head_dim]: the keys or values on a row's pages."""
-    used = pages[: -(-length // cache.shape[1])].long()
-    return cache[used].flatten(0, 1)[:length].transpose(0, 1)
+def _restore_nan(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    page_table: Tensor,
+    bounds: list[int],
+    lengths: list[int],
+    softmax_scale: float,
+) -> None:
+    """Writes NaN to `out` where the scores of a query have no softmax."""
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    for row, length in enumerate(lengths):
+        start, end = bounds[row], bounds[row + 1]
+        if start == end or length == 0:
+            continue
+        pages = page_table[row, : -(-length // page_size)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].float()  # [length, kv_heads, head_dim]
+        queries = q[start:end].float().unflatten(1, (num_kv_heads, -1))
+        scores = torch.einsum("thgd,lhd->thgl", queries, keys) * softmax_scale
+        lost = scores.softmax(-1).isnan().any(-1).flatten(1)  # [tokens, num_heads]
+        out[start:end].masked_fill_(lost.unsqueeze(-1), float("nan"))

@@ -15,8 +15,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.reference.plan import by_request, in_window, is_eos, running_rows
-from blockbatch_kernels.structs import PHASE_BLOCK, BranchState, PolicyEvents, PolicyParams, StepPlan
+from blockbatch_kernels.structs import PHASE_BLOCK, BranchState, PolicyEvents, StepPlan
 
 _OF_REQUESTS = ("prompt_tokens", "prompt_length", "nfe", "finished", "winner", "stop_reason", "non_finite")
 

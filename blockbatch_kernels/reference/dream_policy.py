@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.reference.plan import by_request, first_true, in_window, is_eos
 from blockbatch_kernels.shapes import LEAST_LIKELY
 from blockbatch_kernels.structs import (
@@ -27,7 +28,6 @@ from blockbatch_kernels.structs import (
     STOP_LENGTH,
     BranchState,
     PolicyEvents,
-    PolicyParams,
     Predictions,
 )
 

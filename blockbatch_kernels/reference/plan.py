@@ -3,14 +3,8 @@
 import torch
 from torch import Tensor
 
-from blockbatch_kernels.structs import (
-    PHASE_BLOCK,
-    PHASE_INIT,
-    PHASE_REFRESH,
-    BranchState,
-    PolicyParams,
-    StepPlan,
-)
+from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH, BranchState, StepPlan
 
 
 def by_request(state: BranchState, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.reference import drafts, dream_policy
 from blockbatch_kernels.reference.plan import (
     by_request,
@@ -25,7 +26,6 @@ from blockbatch_kernels.structs import (
     STOP_LENGTH,
     BranchState,
     PolicyEvents,
-    PolicyParams,
     Predictions,
     StepPlan,
 )

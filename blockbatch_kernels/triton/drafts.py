@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blockbatch_kernels.structs import BranchState, PolicyEvents, PolicyParams
+from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.structs import BranchState, PolicyEvents
 from blockbatch_kernels.triton.commit import best
 from blockbatch_kernels.triton.rows import (
     any_of,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from blockbatch_kernels.policy_params import PolicyParams
 from blockbatch_kernels.shapes import LEAST_LIKELY, NUM_LIKELY
 from blockbatch_kernels.structs import (
     PHASE_BLOCK,
@@ -15,7 +16,6 @@ from blockbatch_kernels.structs import (
     STOP_LENGTH,
     BranchState,
     PolicyEvents,
-    PolicyParams,
     Predictions,
     StepPlan,
 )

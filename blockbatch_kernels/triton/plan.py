@@ -4,14 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blockbatch_kernels.structs import (
-    PHASE_BLOCK,
-    PHASE_INIT,
-    PHASE_REFRESH,
-    BranchState,
-    PolicyParams,
-    StepPlan,
-)
+from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH, BranchState, StepPlan
 from blockbatch_kernels.triton.rows import (
     CHUNK,
     any_of,

@@ -9,15 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from blockbatch_kernels.structs import (
-    STOP_EOS,
-    STOP_LENGTH,
-    BranchState,
-    PolicyEvents,
-    PolicyParams,
-    Predictions,
-    StepPlan,
-)
+from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.structs import STOP_EOS, STOP_LENGTH, BranchState, PolicyEvents, Predictions, StepPlan
 from blockbatch_kernels.triton import dream_policy
 from blockbatch_kernels.triton.commit import best, mergeable, near_anchors, scheduled, sure
 from blockbatch_kernels.triton.drafts import equal_draft, write_drafts

@@ -26,7 +26,7 @@ def store_predictions(state: BranchState, predictions: Predictions, probe: Tenso
             state.non_finite,
             probe,
             size,
-            state.tokens.numel(),
+            state.num_requests,
             state.num_branches,
             state.gen_length,
             BLOCK_SIZE=_BLOCK,
@@ -41,20 +41,20 @@ def _scatter_kernel(
     non_finite,
     probe,
     num_predictions,
-    num_positions,
+    num_requests,
     num_branches,
     gen_length,
     BLOCK_SIZE: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = (target >= 0) & (target < num_positions)
+    per_request = num_branches * gen_length
+    given = (target >= 0) & (target < num_requests * per_request)
     tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
     predicted = tl.load(predictions.confidence + index, mask=given, other=0.0)
     tl.store(confidence + target, predicted, mask=given)
     # Infinity and NaN alone leave something when they are taken from themselves.
-    request = target // (num_branches * gen_length)
-    tl.atomic_add(non_finite + request, 1, mask=given & (predicted - predicted != 0))
+    tl.atomic_add(non_finite + target // per_request, 1, mask=given & (predicted - predicted != 0))
     if probe is not None:
         value = tl.load(predictions.probe_probability + index, mask=given)
         tl.store(probe + target, value, mask=given)

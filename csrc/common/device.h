@@ -19,6 +19,8 @@ inline CUcontext primary_context(int device, const char* op) {
   static const auto get = driver_function<PFN_cuDeviceGet_v2000>(op, "cuDeviceGet", 2000);
   static const auto retain =
       driver_function<PFN_cuDevicePrimaryCtxRetain_v7000>(op, "cuDevicePrimaryCtxRetain", 7000);
+  static const auto init = driver_function<PFN_cuInit_v2000>(op, "cuInit", 2000);
+  check_driver(init(0), op, "cuInit");  // where nothing has been done on a GPU yet; else it does nothing
   CUdevice handle;
   check_driver(get(&handle, device), op, "cuDeviceGet");
   check_driver(retain(&context, handle), op, "cuDevicePrimaryCtxRetain");

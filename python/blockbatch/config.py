@@ -159,8 +159,7 @@ class DecodeConfig:
         Raises:
             ValueError: a policy that the model cannot have, or an option that the policy does not have.
         """
-        if getattr(spec, "block_size", None) is not None:
-            # Inside a block one rule is all that there is.
+        if getattr(spec, "block_size", None) is not None:  # inside a block there is one rule alone
             return replace(self, policy="llada_published") if self.policy == "published" else self
         if self.policy == "dream_published" and spec.prediction_offset != 1:
             raise ValueError(

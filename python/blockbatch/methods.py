@@ -185,6 +185,8 @@ _PRESETS = (
         summary="LocalLeap's commit on BlockBatch's branches; ours: open queries",
         options={
             "method": "blockbatch",
+            "policy": "llada_published",
+            "eos_exit": "prefix",
             "commit": "local_leap",
             "query_span": "open",
             "refresh_interval": None,

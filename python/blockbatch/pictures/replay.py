@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blockbatch.pictures import style
+from blockbatch.pictures.states import held_up_to
 from blockbatch.tracing import phase
 
 # Confidences are shown with three digits.
@@ -93,6 +94,7 @@ def _content(trace: dict[str, Any]) -> dict[str, Any]:
         "genLength": trace["gen_length"],
         "mask": trace["mask_token_id"],
         "eos": trace["eos_token_ids"],
+        "heldUpTo": held_up_to(trace),
         "stopReason": trace["stop_reason"],
         "seconds": _number(trace["seconds"]),
         "pieces": trace["pieces"],

@@ -34,7 +34,8 @@ class States:
             one, int64 [steps, branches, 2].
         active: whether the forward served the branch, bool [steps, branches].
         decoded: tokens committed by the branch, or by the leader whose state it took over, int64
-            [steps, branches].
+            [steps, branches]; with Dream's published rule those that it holds, up to the first EOS that
+            counts.
         leader: the branch that had decoded most before the syncs of the step, the first on a tie, int64
             [steps].
         syncs: (branch, leader) pairs [steps][number of them].
@@ -84,6 +85,15 @@ class Agreement(NamedTuple):
     distinct: np.ndarray
 
 
+def held_up_to(trace: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of a trace of Dream's published rule, where tokens held decide who leads: behind which ids none counts.
+    None for another, where tokens committed do."""
+    settings = trace["settings"]
+    if settings.get("policy") != "dream_published":
+        return None
+    return tuple(trace["eos_token_ids"]) if settings.get("eos_exit") == "prefix" else ()
+
+
 def expand(trace: dict[str, Any]) -> States:
     """The states of a loaded trace (`blockbatch.load_trace`)."""
     records, sizes, mask = trace["trace"], tuple(trace["block_sizes"]), trace["mask_token_id"]
@@ -107,7 +117,7 @@ def expand(trace: dict[str, Any]) -> States:
         if step:
             for kept in _kept(states):
                 kept[step] = kept[step - 1]
-        _apply(states, step, record)
+        _apply(states, step, record, held_up_to(trace))
     return states
 
 
@@ -123,7 +133,7 @@ def _kept(states: States) -> tuple[np.ndarray, ...]:
     )
 
 
-def _apply(states: States, step: int, record: dict[str, Any]) -> None:
+def _apply(states: States, step: int, record: dict[str, Any], ends: tuple[int, ...] | None) -> None:
     tokens, origin, change = states.tokens[step], states.origin[step], states.change[step]
     since, confidence, decoded = states.since[step], states.confidence[step], states.decoded[step]
 
@@ -141,6 +151,8 @@ def _apply(states: States, step: int, record: dict[str, Any]) -> None:
             if kind == COMMITTED:
                 decoded[branch] += len(positions)
 
+    if ends is not None:
+        decoded[:] = _held(states, step, ends)
     states.leader[step] = decoded.argmax()
     for branch, leader in states.syncs[step]:
         # A token that both hold stays the branch's own.
@@ -152,6 +164,14 @@ def _apply(states: States, step: int, record: dict[str, Any]) -> None:
         since[branch, differs] = np.where(arrived, step, -1)[differs]
         confidence[branch, differs] = confidence[leader, differs]
         decoded[branch] = decoded[leader]
+
+
+def _held(states: States, step: int, ends: tuple[int, ...]) -> np.ndarray:
+    """[branches]: tokens up to and with the first of `ends`."""
+    tokens = states.tokens[step]
+    is_end = np.isin(tokens, ends)
+    counts = is_end.cumsum(1) - is_end == 0
+    return ((tokens != states.mask_token_id) & counts).sum(1)
 
 
 def agreement(states: States) -> Agreement:

@@ -47,6 +47,18 @@ const latest = (changes, step) => {
 const now = (branch, position) => changeLog[branch][position].at(-1) ?? null;
 const held = (change) => (change ? change.token : mask);
 
+// With Dream's published rule the branch leads that holds most tokens, up to the first that ends a text.
+const heldUpTo = decode.heldUpTo && new Set(decode.heldUpTo);
+const countHeld = (branch) => {
+  let count = 0;
+  for (let position = 0; position < genLength; position++) {
+    const token = held(now(branch, position));
+    if (token !== mask) count++;
+    if (heldUpTo.has(token)) break;
+  }
+  return count;
+};
+
 records.forEach((record, index) => {
   const step = index + 1,
     before = figures[index];
@@ -87,6 +99,7 @@ records.forEach((record, index) => {
       if (how === "commit") figure.decoded[branch] += positions.length;
     }
   }
+  if (heldUpTo) figure.decoded = blockSizes.map((_, branch) => countHeld(branch));
   // Before the syncs: afterwards those that took over its state have decoded as much.
   figure.leader = figure.decoded.indexOf(Math.max(...figure.decoded));
   for (const [branch, leader] of record.syncs) {
