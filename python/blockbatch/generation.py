@@ -10,6 +10,7 @@ from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, 
 from blockbatch.decoding.block_diffusion import warn_of_size
 from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.models.model import Model
+from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_prompt, read_prompts
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
@@ -150,7 +151,7 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
     if config.stop:
         ends = eos_token_ids(model, config)
         stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts))
-    if model.spec.block_size is not None:
+    if is_block_causal(model.spec):
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))

@@ -18,6 +18,7 @@ from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, packed_capa
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
+from blockbatch.models.spec import is_block_causal
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
@@ -63,7 +64,7 @@ def needs(
         least: with `max_length="grow"` what the first block takes, rather than the whole text.
     """
     spec, dtype, device = model.spec, model.dtype, model.device
-    if spec.block_size is not None:
+    if is_block_causal(spec):
         return _block_needs(model, config, num_requests, longest, least)
     method: Method = method_for(model, config)
     num_branches, prompt = len(method.block_sizes), longest_prompt(device, longest)
@@ -134,7 +135,7 @@ def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) ->
     if limit is None:
         limit, source = free_bytes(model), f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
-    if model.spec.block_size is not None:
+    if is_block_causal(model.spec):
         limit = limit // (1 if model.cache_bytes is not None else block_memory.GROWTH)
         limit -= block_memory.held_bytes(model)
 

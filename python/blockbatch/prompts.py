@@ -8,6 +8,7 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.choice import method_for
 from blockbatch.models.model import Model
+from blockbatch.models.spec import is_block_causal
 from blockbatch.texts import check_text
 from blockbatch.values import as_int, as_list
 
@@ -83,7 +84,7 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
             )
         if token == spec.mask_token_id:
             raise ValueError(f"{name}: expected no MASK token (id {token}), got one at position {position}")
-    if spec.block_size is not None:
+    if is_block_causal(spec):
         _check_blocks(ids, method, spec.max_length, name)
         return
     canvas = len(ids) + config.gen_length

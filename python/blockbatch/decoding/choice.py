@@ -8,6 +8,7 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_diffusion import BUILDERS, BlockMethod
 from blockbatch.decoding.method import Method
 from blockbatch.methods import METHOD_TABLE
+from blockbatch.models.spec import is_block_causal
 
 METHOD_BUILDERS = {name: import_module(row.module).method for name, row in METHOD_TABLE.items()}
 # Of block-causal models.
@@ -21,14 +22,15 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
         ValueError: the model cannot run it, or lacks an option of it.
     """
     spec = model.spec
-    builders = METHOD_BUILDERS if spec.block_size is None else BLOCK_METHOD_BUILDERS
+    blocks = is_block_causal(spec)
+    builders = BLOCK_METHOD_BUILDERS if blocks else METHOD_BUILDERS
     if config.method not in builders:
-        kind = "full" if spec.block_size is None else "block-causal"
+        kind = "block-causal" if blocks else "full"
         raise ValueError(
             f"method: expected {' or '.join(builders)} for {spec.family}, whose attention is {kind}, got "
             f"{config.method!r}"
         )
-    if config.trace_kv and spec.block_size is not None:
+    if config.trace_kv and blocks:
         raise ValueError(
             f"trace_kv: expected False for {spec.family}, whose stored K/V never change, got True"
         )

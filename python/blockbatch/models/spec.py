@@ -122,6 +122,11 @@ class ModelSpec:
             raise CheckpointError(f"block_size must be at least 1, got {self.block_size}")
 
 
+def is_block_causal(spec: Any) -> bool:
+    """Whether attention is causal across blocks; a spec without a block size is one of full attention."""
+    return getattr(spec, "block_size", None) is not None
+
+
 def read_int(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:
     """The integer `config[key]`; `default` where it is absent or null (an error if there is no default)."""
     value = _read(config, key, default)

@@ -34,7 +34,7 @@ def trace_header(
     ]
     sizes = [branch.block_size for branch in result.branches]
     canvas = list(result.canvas)
-    if model.spec.block_size is not None:
+    if getattr(model.spec, "block_size", None) is not None:
         # The text of a block-causal model may end before its last block does, and holds no fixed number.
         ends = [window[1] for record in result.trace or () for window in record["windows"]]
         ends += [1 + place for change in changes for place in change["positions"]]
