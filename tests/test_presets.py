@@ -40,7 +40,8 @@ def test_printed_commands_name_the_task_and_its_examples(capsys):
     assert options["--model_args"] == "pretrained=a b,method=dual_cache,preset=gsm8k"
     assert (options["--tasks"], options["--num_fewshot"]) == ("gsm8k", "5")
     presets.main(["gsm8k", "--model", "Dream-org/Dream-v0-Base-7B"])
-    words = shlex.split(capsys.readouterr().out)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    words = shlex.split(line)
     given = dict(part.split("=") for part in words[words.index("--model_args") + 1].split(","))
     assert (given["policy"], given["block_sizes"]) == ("dream_published", "4:8:16:32:64:128")
     presets.main([])
