@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.graphs import StepGraphs
+from blockbatch.decoding.graphs import StepGraphs, capture
 from blockbatch.page_pool import PagePool
 
 # Rows that are planned together: the plan of the attention compares every row with every other.
@@ -199,9 +199,9 @@ class BlockForward:
         # algorithms.
         outputs = self._compute(shape, inputs)
         if len(self._graphs) < _MOST_GRAPHS:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_pool):
-                captured = self._compute(shape, inputs)
+            graph, captured, _ = capture(
+                lambda: self._compute(shape, inputs), self._model.device, self._graph_pool
+            )
             self._graph_pool = self._graph_pool or graph.pool()
             self._graphs[shape] = _Graph(graph, inputs, captured)
         return outputs
