@@ -52,6 +52,39 @@ _DREAM = ModelSpec(
     suppress_mask=True,
     leap_threshold=0.8,
 )
+# Of block-causal models: SDAR-8B with blocks of 32, Fast-dLLM v2 7B.
+_SDAR = ModelSpec(
+    family="sdar",
+    num_layers=36,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=12288,
+    vocab_size=151936,
+    embedding_size=151936,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    max_length=32768,
+    mask_token_id=151669,
+    eos_token_ids=(151643, 151645),
+    qkv_bias=False,
+    tie_embeddings=False,
+    prediction_offset=0,
+    suppress_mask=False,
+    leap_threshold=0.75,
+    qk_norm=True,
+    block_size=32,
+)
+_FAST_DLLM_V2 = replace(
+    _DREAM,
+    family="fast_dllm_v2",
+    max_length=32768,
+    mask_token_id=151665,
+    eos_token_ids=(151645,),
+    suppress_mask=False,
+    block_size=32,
+)
 _SMALL = {
     "num_layers": 2,
     "hidden_size": 128,
@@ -70,6 +103,12 @@ SHAPES = {
     "small-llada": replace(_LLADA, **_SMALL, num_kv_heads=2),
     "small-dream": replace(_DREAM, **_SMALL, num_kv_heads=1),
 }
+BLOCK_SHAPES = {
+    "sdar-8b": _SDAR,
+    "fast-dllm-v2-7b": _FAST_DLLM_V2,
+    "small-sdar": replace(_SDAR, **_SMALL, num_kv_heads=1),
+    "small-fast-dllm-v2": replace(_FAST_DLLM_V2, **_SMALL, num_kv_heads=1),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +126,7 @@ def random_model(
     every confidence far below any threshold: a branch commits one token a step. The LM head's rows of MASK
     and EOS are zero, so that neither is ever predicted.
     """
-    spec = SHAPES[name]
+    spec = {**SHAPES, **BLOCK_SHAPES}[name]
     weights = allocate(spec, device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for layer in weights.layers:
@@ -95,6 +134,9 @@ def random_model(
             tensor.normal_(std=0.02, generator=generator)
         if layer.qkv_bias is not None:
             layer.qkv_bias.normal_(std=0.02, generator=generator)
+        for norm in (layer.q_norm, layer.k_norm):
+            if norm is not None:
+                norm.fill_(1.0)
         layer.input_norm.fill_(1.0)
         layer.post_norm.fill_(1.0)
     weights.final_norm.fill_(1.0)

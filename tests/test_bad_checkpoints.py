@@ -26,7 +26,10 @@ def sharded(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="llama"), "model_type must be one of 'llada', 'Dream', got 'llama'"),
+        (
+            dict(model_type="llama"),
+            "model_type must be one of 'llada', 'Dream', 'sdar', 'Fast_dLLM_Qwen', got 'llama'",
+        ),
         (dict(model_type=...), "model_type .* got None"),
         (dict(block_type="sequential"), "block_type must be 'llama' .* got 'sequential'"),
         (dict(block_type=...), "block_type .* absent, which means 'sequential'"),

@@ -30,6 +30,19 @@ def test_step_latency(tmp_path):
     assert lines[2]["floor_bytes_ms"] > lines[1]["floor_bytes_ms"]
 
 
+def test_block_steps(tmp_path):
+    report = run(
+        "block_steps.py", tmp_path / "block_steps.json", "--dtype", "float32", "--stored", "64",
+        "--prompt", "96", "--shapes", "small-sdar", "small-fast-dllm-v2", "--repeats", "2",
+    )  # fmt: skip
+    assert all(check["same_top_token"] == 1.0 for check in report["checks"].values())
+    lines = [line for line in report["lines"] if line["model"] == "small-sdar"]
+    kinds = [(line["forward"], line["tokens"]) for line in lines]
+    assert kinds[:4] == [("denoise", 32), ("denoise", 64), ("denoise", 128), ("fused", 64)]
+    assert kinds[4:] == [("prefill", 96), ("prefill", 96), ("found", 96), ("found", 64), ("found", 32)]
+    assert all(line["ours_ms"] > 0 for line in report["lines"])
+
+
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     parts = ("products", "attention", "norm_rope_swiglu", "lm_head", "around_the_model", "gaps")

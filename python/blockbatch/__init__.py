@@ -1,4 +1,6 @@
-"""BlockBatch: masked diffusion language models (LLaDA, Dream) decoded fast, with several block sizes at once.
+"""BlockBatch: masked diffusion language models decoded fast, with several block sizes at once.
+
+LLaDA and Dream, whose attention is full, and SDAR, TraDo and Fast-dLLM v2, whose attention is block-causal.
 
 ::
 

@@ -44,14 +44,34 @@ class NFE:
 
 
 @dataclass(frozen=True)
+class BlockNFE:
+    """The same with a block-causal model, by what a forward is for.
+
+    Attributes:
+        prefill: of the prompt.
+        denoise: of a block or a part of it; one that stores the block before on the way counts here.
+        store: of finished blocks, alone.
+    """
+
+    prefill: int
+    denoise: int
+    store: int
+
+    @property
+    def total(self) -> int:
+        return self.prefill + self.denoise + self.store
+
+
+@dataclass(frozen=True)
 class RequestOutcome:
-    """The end of one request, on the host."""
+    """The end of one request, on the host; `prefix_tokens` as of `Result`."""
 
     canvas: list[int]
-    nfe: NFE
+    nfe: NFE | BlockNFE
     winner: int
     stop_reason: str
     branches: tuple[BranchResult, ...]
+    prefix_tokens: int = 0
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,9 @@ from itertools import accumulate
 from numbers import Integral
 from typing import Any
 
+from blockbatch import block_methods
 from blockbatch.methods import (
+    BLOCK_METHOD_TABLE,
     DEFAULT_GEN_LENGTH,
     DEFAULT_METHOD,
     METHOD_OPTIONS,
@@ -58,10 +60,10 @@ class DecodeConfig:
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
-            "local_leap".
-        gen_length: tokens to generate, G.
+            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch".
+        gen_length: tokens to generate, G; a block-causal model ends with a whole block.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
-            paper, 4 to 128, that divide it.
+            paper, 4 to 128, that divide it; of a block-causal model those that divide its block.
         max_step_tokens: blockbatch: the windows of a block step hold at most so many tokens together. The
             largest of `block_sizes` are left out until their sum fits; the attribute then holds those that
             are left. None: no limit. Ours.
@@ -95,6 +97,8 @@ class DecodeConfig:
         commit: blockbatch: "threshold", or "local_leap" for LocalLeap's rule in its place.
         leap_radius, leap_threshold: LocalLeap: within this distance of a MASK at `threshold` a MASK commits
             at `leap_threshold` already (None: 0.75 for LLaDA, 0.8 for Dream).
+        sub_block_size, block_cache, sampler, fuse_store, strict_published, max_length, prefix_cache:
+            block_diffusion; these, and what it has beside them: see `blockbatch.block_methods`.
         eos_token_ids: ids that end a text; None: those of the model.
         stop: texts, or one text; a request ends once its text, as far as it is final, holds one, and is cut
             before it.
@@ -124,6 +128,13 @@ class DecodeConfig:
     commit: str | None = DEFAULT
     leap_radius: int | None = DEFAULT
     leap_threshold: float | None = DEFAULT
+    sub_block_size: int | None = DEFAULT
+    block_cache: bool | None = DEFAULT
+    sampler: str | None = DEFAULT
+    fuse_store: bool | None = DEFAULT
+    strict_published: bool | None = DEFAULT
+    max_length: str | None = DEFAULT
+    prefix_cache: bool | None = DEFAULT
     eos_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     trace: bool = False
@@ -148,6 +159,8 @@ class DecodeConfig:
         Raises:
             ValueError: a policy that the model cannot have, or an option that the policy does not have.
         """
+        if getattr(spec, "block_size", None) is not None:  # inside a block there is one rule alone
+            return replace(self, policy="llada_published") if self.policy == "published" else self
         if self.policy == "dream_published" and spec.prediction_offset != 1:
             raise ValueError(
                 "policy: expected llada_published for a model that does not predict the next position "
@@ -162,14 +175,21 @@ class DecodeConfig:
         from blockbatch_kernels import EOS_EXITS  # it imports torch, which no list of options should wait for
 
         if self.method not in METHOD_OPTIONS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+            names = ", ".join((*METHODS, *BLOCK_METHOD_TABLE))
+            raise ValueError(f"method: expected one of {names}, got {self.method!r}")
         self._set_int("gen_length", 1)
         self._fill_defaults()
-        self._check_blocks()
-        self._check_thresholds()
-        self._check_cheaper_forwards()
-        self._check_policy()
-        if self.eos_exit not in EOS_EXITS and not (self.eos_exit is None and self.policy == "published"):
+        if self.method in BLOCK_METHOD_TABLE:
+            options = {name: getattr(self, name) for name in METHOD_OPTIONS[self.method]}
+            for name, value in block_methods.checked(options).items():
+                self._set(name, value)
+        else:
+            self._check_blocks()
+            self._check_thresholds()
+            self._check_cheaper_forwards()
+            self._check_policy()
+        free = self.method in BLOCK_METHOD_TABLE or (self.eos_exit is None and self.policy == "published")
+        if self.eos_exit not in EOS_EXITS and not free:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
@@ -204,14 +224,25 @@ class DecodeConfig:
                     )
                 value = None
             elif value is DEFAULT:
-                value = options[name]
-                if name == "eos_exit" and self.policy in ("dream_published", "published"):
-                    value = "none" if self.policy == "dream_published" else None
-                if name == "block_sizes":
-                    value = fitting_block_sizes(self.gen_length, value, self._step_limit())
-                elif name == "block_size":
-                    value = fitting_block_size(self.gen_length, value)
+                value = self._default_of(name)
             self._set(name, value)
+
+    def has_default(self, name: str) -> bool:
+        """Whether an option has the value that it has when it is left out."""
+        value = self._default_of(name)
+        if name == "block_sizes":
+            value = self._within_budget(sorted(value))
+        return getattr(self, name) == value
+
+    def _default_of(self, name: str) -> Any:
+        value = METHOD_OPTIONS[self.method][name]
+        if name == "eos_exit" and self.policy in ("dream_published", "published"):
+            value = "none" if self.policy == "dream_published" else None
+        if name == "block_sizes":
+            value = fitting_block_sizes(self.gen_length, value, self._step_limit())
+        elif name == "block_size" and value is not None:
+            value = fitting_block_size(self.gen_length, value)
+        return value
 
     def _step_limit(self) -> int:
         """The largest block that a step has room for."""

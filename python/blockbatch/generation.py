@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from blockbatch import branches, devices, memory
+from blockbatch import block_memory, devices, memory
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, NonFiniteLogitsError, RunnerPool, Session
+from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
+from blockbatch.decoding.block_diffusion import warn_of_size
+from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.models.model import Model
+from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_prompt, read_prompts
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
@@ -106,7 +109,7 @@ def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> 
     return _stream(model, open_session(model, prompts[0], config), config)
 
 
-def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[str]:
+def _stream(model: Model, session: Session | BlockSession, config: DecodeConfig) -> Iterator[str]:
     reader = PrefixReader(model.tokenizer, config.stop, session.params.eos_token_ids)
     length = 0
     while session.step() is not None:
@@ -117,12 +120,12 @@ def _stream(model: Model, session: Session, config: DecodeConfig) -> Iterator[st
         yield rest
 
 
-def final_prefix(session: Session, request: int = 0) -> list[int]:
+def final_prefix(session: Session | BlockSession, request: int = 0) -> list[int]:
     """The longest prefix of a request's generation region on which all its branches agree."""
-    return branches.final_prefixes(session.state, session.params)[request]
+    return session.final_prefixes()[request]
 
 
-def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session:
+def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session | BlockSession:
     """A session of one prompt's token ids, for callers that want to look between the forwards.
 
     Raises what `generate` raises.
@@ -142,12 +145,17 @@ def _open(
         return batch, _session(model, batch, config)
 
 
-def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session:
-    eos_token_ids = _eos_token_ids(model, config)
-    method = METHOD_BUILDERS[config.method](config, model.spec, eos_token_ids)
+def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
+    method = method_for(model, config)
     stops = None
     if config.stop:
-        stops = StopSequences(model.tokenizer, config.stop, eos_token_ids, len(prompts))
+        ends = eos_token_ids(model, config)
+        stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts))
+    if is_block_causal(model.spec):
+        warn_of_size(method)
+        lengths = [len(prompt) for prompt in prompts]
+        forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
+        return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
     if model.device.type == "cpu":
         return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
     if model.runners is None:
@@ -171,16 +179,6 @@ def _check_stop(model: Model, config: DecodeConfig) -> None:
             raise ValueError(f"stop: expected texts that can be decoded, got the MASK token {text!r}")
 
 
-def _eos_token_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
-    ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
-    for token in ids:
-        if not 0 <= token < model.spec.vocab_size:
-            raise ValueError(
-                f"eos_token_ids: expected ids from 0 to {model.spec.vocab_size - 1}, got {token}"
-            )
-    return ids
-
-
 def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
     for position, token in enumerate(tokens):
         if token in eos_token_ids:
@@ -188,9 +186,11 @@ def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
     return tokens
 
 
-def build_result(model: Model, session: Session, request: int, trace: list[Record] | None = None) -> Result:
+def build_result(
+    model: Model, session: Session | BlockSession, request: int, trace: list[Record] | None = None
+) -> Result:
     """The result of a finished request of a session."""
-    outcome = branches.read_outcome(session.state, request, len(session.params.drafts))
+    outcome = session.outcome(request)
     tokens, stop_reason = outcome.canvas, outcome.stop_reason
     if session.stops is not None:
         tokens, text, stopped = cut(
@@ -210,4 +210,5 @@ def build_result(model: Model, session: Session, request: int, trace: list[Recor
         branches=outcome.branches,
         seconds=session.seconds[request],
         trace=trace,
+        prefix_tokens=outcome.prefix_tokens,
     )

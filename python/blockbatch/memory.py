@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch import devices, kv_cache
+from blockbatch import block_memory, devices, kv_cache
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding import METHOD_BUILDERS, Method
+from blockbatch.decoding import Method
 from blockbatch.decoding.batch import most_tokens
+from blockbatch.decoding.choice import method_for
 from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, packed_capacity, pool_bytes
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
+from blockbatch.models.spec import is_block_causal
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
@@ -53,10 +55,18 @@ def longest_prompt(device: torch.device, longest: int) -> int:
     return longest if device.type == "cpu" else -(-max(longest, 1) // _PROMPT_STEP) * _PROMPT_STEP
 
 
-def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -> Needs:
-    """What a batch of `num_requests` prompts of at most `longest` tokens takes."""
+def needs(
+    model: Model, config: DecodeConfig, num_requests: int, longest: int, *, least: bool = False
+) -> Needs:
+    """What a batch of `num_requests` prompts of at most `longest` tokens takes.
+
+    Args:
+        least: with `max_length="grow"` what the first block takes, rather than the whole text.
+    """
     spec, dtype, device = model.spec, model.dtype, model.device
-    method: Method = METHOD_BUILDERS[config.method](config, spec, model.eos_token_ids)
+    if is_block_causal(spec):
+        return _block_needs(model, config, num_requests, longest, least)
+    method: Method = method_for(model, config)
     num_branches, prompt = len(method.block_sizes), longest_prompt(device, longest)
     rows, length = num_requests * num_branches, prompt + config.gen_length
     cache = kv_cache.cache_bytes(
@@ -85,6 +95,15 @@ def needs(model: Model, config: DecodeConfig, num_requests: int, longest: int) -
             captured = min(packed_capacity(min(step, MAX_GRAPH_TOKENS)), step)
             rest += _GRAPH_SHARE * transformer.activation_bytes(spec, dtype, captured, compiled=compiled)
     return Needs(cache, work, rest)
+
+
+def _block_needs(model: Model, config: DecodeConfig, num_requests: int, longest: int, least: bool) -> Needs:
+    method = method_for(model, config)
+    compiled, on_gpu = _compiled(model), model.device.type == "cuda"
+    tokens = block_memory.work_tokens(model, method, num_requests, longest)
+    work = transformer.activation_bytes(model.spec, model.dtype, tokens, compiled=compiled)
+    cache = block_memory.cache_bytes(model, method, num_requests, longest, least=least)
+    return Needs(cache, work, _GPU_WORKSPACES + work if on_gpu else 0)
 
 
 def _compiled(model: Model) -> bool:
@@ -116,18 +135,21 @@ def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) ->
     if limit is None:
         limit, source = free_bytes(model), f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
+    if is_block_causal(model.spec):
+        limit = limit // (1 if model.cache_bytes is not None else block_memory.GROWTH)
+        limit -= block_memory.held_bytes(model)
 
-    def needed(requests: int, longest: int) -> int:
-        total = needs(model, config, requests, longest)
+    def needed(requests: int, longest: int, least: bool = False) -> int:
+        total = needs(model, config, requests, longest, least=least)
         return total.cache if model.cache_bytes is not None else sum(total)
 
     longest = max(map(len, prompts))
-    if needed(1, longest) > limit:
+    if (least := needed(1, longest, least=True)) > limit:
         rows = f"{len(config.block_sizes)} branches" if config.block_sizes else "1 branch"
         if config.drafts:
             rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
         raise MemoryError(
-            f"{source}: expected at least {needed(1, longest):,} bytes for {purpose} of "
+            f"{source}: expected at least {least:,} bytes for {purpose} of "
             f"{rows} of {longest + config.gen_length} positions, got {limit:,}{_others(model)}"
         )
     lengths = list(itertools.accumulate(map(len, prompts), max))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from blockbatch import block_methods
+
 PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 DEFAULT_GEN_LENGTH = 256
 
@@ -142,9 +144,14 @@ _ROWS = (
         published={"block_size": 32, "threshold": 0.9, "leap_radius": 4, "eos_exit": "none"},
     ),
 )
+# Of models whose attention is causal across blocks, which also run `blockbatch` inside the block.
+_BLOCK_ROWS = (MethodRow(**block_methods.ROW),)
+# By name: the methods of full-attention models, and those of block-causal models alone.
 METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+BLOCK_METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _BLOCK_ROWS}
 METHODS = tuple(METHOD_TABLE)
-METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in _ROWS}
+BLOCK_METHODS = (*BLOCK_METHOD_TABLE, "blockbatch")
+METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in (*_ROWS, *_BLOCK_ROWS)}
 DEFAULT_METHOD = METHODS[0]
 
 
@@ -248,8 +255,8 @@ class OptionRow:
 
     Attributes:
         name: the field of `DecodeConfig`.
-        kind: "name", "integer", "number", "integers" (with commas between them) or "texts" (one each time
-            that it is given).
+        kind: "name", "integer", "number", "integers" (with commas between them), "switch" (on or off) or
+            "texts" (one each time that it is given).
         metavar: what help shows for a value.
         help: what it does, in a line, with the default.
         none: whether the word none switches its rule off.
@@ -262,7 +269,7 @@ class OptionRow:
     none: bool = False
 
 
-_NAMES = f"{DEFAULT_METHOD} (default), {', '.join(METHODS[1:-1])} or {METHODS[-1]}"
+_NAMES = f"{DEFAULT_METHOD} (default), {', '.join(METHODS[1:])} or {', '.join(BLOCK_METHOD_TABLE)}"
 # In the order of the help.
 OPTIONS = (
     OptionRow("method", "name", "NAME", _NAMES),
@@ -279,7 +286,7 @@ OPTIONS = (
         "block_size",
         "integer",
         "N",
-        "other methods: the one block size (32, or the next smaller that divides)",
+        "other methods: the one block size (32, or the next smaller that divides; of the model)",
     ),
     OptionRow("threshold", "number", "P", "confidence that commits a token (0.9)", none=True),
     OptionRow(
@@ -342,11 +349,16 @@ OPTIONS = (
         "steps",
         "integer",
         "N",
-        "vanilla, and the caches with --threshold none: forwards in all (gen-length)",
+        "vanilla, and the caches with --threshold none: forwards in all (gen-length); block_diffusion, SDAR: "
+        "denoise forwards a block (block size)",
         none=True,
     ),
     OptionRow(
-        "commit", "name", "RULE", "blockbatch: threshold (default), or local_leap for LocalLeap's rule"
+        "commit",
+        "name",
+        "RULE",
+        "blockbatch: threshold (default), or local_leap for LocalLeap's rule; block_diffusion, SDAR: dynamic "
+        "(default), static, sequential or all",
     ),
     OptionRow("leap_radius", "integer", "N", "LocalLeap: distance to a sure token (4)"),
     OptionRow(
@@ -356,4 +368,5 @@ OPTIONS = (
         "LocalLeap: confidence that is enough within that distance",
         none=True,
     ),
+    *(OptionRow(*row) for row in block_methods.OPTION_ROWS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blockbatch.branches import NFE, BranchResult
+from blockbatch.branches import NFE, BlockNFE, BranchResult
 
 
 @dataclass(frozen=True)
@@ -17,24 +17,28 @@ class Result:
             tokenizer.
         tokens: the winner's ids before the first EOS. A stop sequence ends them too; the last of them may
             then run into it.
-        canvas: all gen_length ids of the winner; MASK where it stopped early.
-        nfe: model forwards: init, block, refresh, total.
+        canvas: all gen_length ids of the winner; MASK where it stopped early. Of a block-causal model: the
+            ids behind the prompt, which end with a block.
+        nfe: model forwards: init, block, refresh, total; of a block-causal model prefill, denoise, store,
+            total.
         stop_reason: "eos", "length" or "stop" (a stop sequence ended the text).
         block_size: of the winning branch.
         branches: what each branch did.
         seconds: from the start of the batch to the end of this request.
         trace: one record for each forward (see `blockbatch.tracing`); None unless the config asks for it.
+        prefix_tokens: of a block-causal model: tokens of the prompt whose K/V the prefix cache had.
     """
 
     text: str | None
     tokens: list[int]
     canvas: list[int]
-    nfe: NFE
+    nfe: NFE | BlockNFE
     stop_reason: str
     block_size: int
     branches: tuple[BranchResult, ...]
     seconds: float
     trace: list[dict[str, Any]] | None
+    prefix_tokens: int = 0
 
     @property
     def adopted(self) -> int:

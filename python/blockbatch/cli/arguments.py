@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.help import rows
 from blockbatch.config import DecodeConfig
-from blockbatch.methods import METHOD_TABLE, OPTIONS, PRESET_TABLE
+from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, OPTIONS, PRESET_TABLE
 
 if TYPE_CHECKING:
     from blockbatch.models import Model
@@ -46,7 +46,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"start from named settings: {' or '.join(PRESET_TABLE)}; other options change them",
     )
-    kinds = {"name": str, "integer": int, "number": float, "integers": int_list}
+    kinds = {"name": str, "integer": int, "number": float, "integers": int_list, "switch": _switch}
     for option in OPTIONS:
         flag = "--" + option.name.replace("_", "-")
         shown = {"metavar": option.metavar, "help": option.help, "default": argparse.SUPPRESS}
@@ -59,7 +59,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def methods_note() -> str:
     """What each method and each preset is, for the end of a help text."""
-    tables = {"Methods": METHOD_TABLE, "Presets": PRESET_TABLE}
+    tables = {"Methods": METHOD_TABLE | BLOCK_METHOD_TABLE, "Presets": PRESET_TABLE}
     return "\n\n".join(
         rows(title, {name: row.summary for name, row in table.items()}) for title, table in tables.items()
     )
@@ -80,6 +80,17 @@ def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:
     if options.preset is not None:
         return DecodeConfig.preset(options.preset, **given, **more)
     return DecodeConfig(**given, **more)
+
+
+def default_methods(options: argparse.Namespace) -> tuple[str, ...]:
+    """The methods that the named model runs, in the order of a table."""
+    from blockbatch.evaluation.settings import BLOCK_TABLE_METHODS, TABLE_METHODS
+
+    if options.model == "tiny":
+        return TABLE_METHODS
+    from blockbatch.models.model import is_block_causal
+
+    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else TABLE_METHODS
 
 
 def chat_prompt(model: Model, text: str) -> str:
@@ -124,6 +135,13 @@ def int_list(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _switch(text: str) -> bool:
+    """on or off"""
+    if text.lower() not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text.lower() == "on"
 
 
 def _or_none(kind: type) -> Any:

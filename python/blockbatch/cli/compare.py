@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, check_bos, encode_text, load, methods_note, names
+from blockbatch.cli.arguments import (
+    add_model,
+    check_bos,
+    default_methods,
+    encode_text,
+    load,
+    methods_note,
+    names,
+)
 from blockbatch.cli.files import check_output, write_json
 from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
@@ -90,12 +98,13 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Compares and prints as the options say."""
     from blockbatch import generation
+    from blockbatch.decoding.choice import method_for
     from blockbatch.evaluation.runner import warm_up
 
-    methods = TABLE_METHODS if options.methods is None else options.methods
+    methods = default_methods(options) if options.methods is None else options.methods
     presets = options.preset
     if presets is None:
-        presets = TABLE_PRESETS if options.methods is None else ()
+        presets = TABLE_PRESETS if options.methods is None and methods == TABLE_METHODS else ()
     settings = table_settings(methods, options.gen_length) + preset_settings(presets, options.gen_length)
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
@@ -107,6 +116,8 @@ def run(options: argparse.Namespace) -> None:
     # All prompts are checked before the first is decoded; a canvas has the same limit by every method.
     for index, ids in enumerate(prompts):
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
+    for row in rows:
+        method_for(model, row.config.for_model(model.spec))
     with _progress() as show:
         warm_up(model, ((row.config, [ids]) for row in rows for ids in prompts), show)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli.arguments import add_model, names
+from blockbatch.cli.arguments import add_model, default_methods, names
 from blockbatch.cli.files import write_json, write_text
 from blockbatch.cli.help import examples
 from blockbatch.cli.recorded import (
@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> None:
     gen_length = options.gen_length
     if gen_length is None:
         gen_length = preset.gen_length if preset else default_length(tasks)
+    if options.methods is None:
+        options.methods = default_methods(options)
     settings = plan_settings(options, gen_length, preset)
     begun = time.perf_counter()
     folder = output_folder(options, DEFAULT_OUT)

@@ -186,7 +186,7 @@ def _summary(config: DecodeConfig, result: Result) -> str:
     parts = (
         config.method,
         f"{count} tokens in {result.seconds:.2f} s ({count / result.seconds:.0f} tokens/s)",
-        f"NFE {nfe.total} = {nfe.init} init + {nfe.block} block + {nfe.refresh} refresh",
+        f"NFE {nfe.total} = " + " + ".join(f"{count} {kind}" for kind, count in asdict(nfe).items()),
         *([f"{result.adopted} adopted from drafts"] if config.drafts else []),
         f"block {result.block_size} won" if len(result.branches) > 1 else f"block {result.block_size}",
         f"stop: {result.stop_reason}",
@@ -200,6 +200,7 @@ def _report(config: DecodeConfig, result: Result) -> dict[str, Any]:
         "tokens": result.tokens,
         "nfe": {**asdict(result.nfe), "total": result.nfe.total},
         "adopted": result.adopted,
+        "prefix_tokens": result.prefix_tokens,
         "stop_reason": result.stop_reason,
         "block_size": result.block_size,
         "branches": [asdict(branch) for branch in result.branches],

@@ -58,7 +58,8 @@ class Row:
 
 def comparison_table(rows: Sequence[Row]) -> list[str]:
     """One line for each row, grouped by how decoding ends, and what the columns mean."""
-    labels = max(len(row.label) for row in rows)
+    # Counts of three digits on both sides fill their column.
+    labels = max(len(row.label) for row in rows) + max(len(right_cell(row.right)) > 6 for row in rows)
     references = [row for name in _REFERENCES for row in rows if row.label == name]
     heading = " " * (labels + sum(width for _, width in _COLUMNS))
     heading += "".join(f"vs {row.label}".rjust(sum(width for _, width in _FACTORS)) for row in references)
@@ -67,9 +68,11 @@ def comparison_table(rows: Sequence[Row]) -> list[str]:
     lines = [*([heading] if references else []), header]
     previous = None
     for row in rows:
-        if row.config.eos_exit != previous:
+        # Block-causal models have no other end than that of the text.
+        end = row.config.eos_exit or "prefix"
+        if end != previous:
             lines.append(_group_title(row).ljust(len(header), "-"))
-            previous = row.config.eos_exit
+            previous = end
         lines.append(_line(row, labels, references))
     notes = [*_NOTES, _FACTOR_NOTE] if references else list(_NOTES)
     notes += [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -104,20 +106,34 @@ class StepGraphs:
         return self._held[0]
 
     def _capture(self, capacity: int) -> torch.cuda.CUDAGraph:
-        device = self._batch.device
-        with _capturing:
-            # Of this device: torch's own stream is of whichever device was the first to capture.
-            stream = _capture_streams.get(device)
-            if stream is None:
-                stream = _capture_streams[device] = torch.cuda.Stream(device)
-            graph = torch.cuda.CUDAGraph()
-            # The graphs run one after the other, so all can work in the same memory.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                before = torch.cuda.memory_reserved(device)
-                block_denoise(self._model, self._batch, capacity, capacity)
-                self._held[0] += max(0, torch.cuda.memory_reserved(device) - before)
+        def step() -> None:
+            block_denoise(self._model, self._batch, capacity, capacity)
+
+        # The graphs run one after the other, so all can work in the same memory.
+        graph, _, held = capture(step, self._batch.device, self._pool)
+        self._held[0] += held
         self._pool = self._pool or graph.pool()
         return graph
+
+
+def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any, int]:
+    """`run` as a graph, what it returned while it was captured, and bytes that the capture came to hold.
+
+    Args:
+        device: the current one.
+        pool: of memory, of another graph (None: one of its own).
+    """
+    with _capturing:
+        # Of this device: torch's own stream is of whichever device was the first to capture.
+        stream = _capture_streams.get(device)
+        if stream is None:
+            stream = _capture_streams[device] = torch.cuda.Stream(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(device)
+            kept = run()
+            held = max(0, torch.cuda.memory_reserved(device) - before)
+    return graph, kept, held
 
 
 def _forget(pools: list[list[int]], held: list[int]) -> None:

@@ -69,6 +69,9 @@ class Session:
             requests.
     """
 
+    # Whether steps come with trace records, rather than with what they are made of.
+    tells_records = False
+
     def __init__(
         self,
         model,
@@ -119,7 +122,7 @@ class Session:
     def _step(self) -> Step | None:
         self._refuse_non_finite()
         if self.stops is not None and self._plan.running:
-            self._end(self.stops.ended(branches.final_prefixes(self.state, self.params)))
+            self._end(self.stops.ended(self.final_prefixes()))
         plan = self._plan
         if not plan.running:
             return None
@@ -150,6 +153,14 @@ class Session:
                 if ended and self.seconds[request] is None:
                     self.seconds[request] = now - self._started
         return Step(phase, plan, windows, self._batch.events, now - begun, open_queries)
+
+    def final_prefixes(self) -> list[list[int]]:
+        """For each request the tokens that are final, up to the first position that is not."""
+        return branches.final_prefixes(self.state, self.params)
+
+    def outcome(self, request: int) -> branches.RequestOutcome:
+        """The end of a finished request."""
+        return branches.read_outcome(self.state, request, len(self.params.drafts))
 
     def run(self) -> None:
         while self.step() is not None:

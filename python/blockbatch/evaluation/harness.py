@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ except ImportError as error:
         f"expected the package lm_eval 0.4.13 or newer: pip install 'blockbatch[lm-eval]' ({error})"
     ) from error
 
+from blockbatch.branches import NFE, BlockNFE
 from blockbatch.config import DecodeConfig
 from blockbatch.evaluation.harness_options import (
     DEFAULT_GEN_LENGTH,
@@ -106,7 +108,8 @@ class BlockBatchLM(LM):
             raise ValueError(f"add_bos_token: expected a tokenizer with a bos_token, got {pretrained!r}")
         self._device = self.model.device
         self._requests, self._tokens, self._adopted, self._seconds = 0, 0, 0, 0.0
-        self._forwards = {"init": 0, "block": 0, "refresh": 0}
+        counts = NFE if self.model.spec.block_size is None else BlockNFE
+        self._forwards = {field.name: 0 for field in fields(counts)}
 
     @classmethod
     def create_from_arg_obj(
@@ -277,7 +280,10 @@ class BlockBatchLM(LM):
             logger.warning("%s; its answer is left empty", error)
             return None
         ids = encode_prompt(self.model, context, name, add_bos=self._begins_with_bos())
-        room = self.max_length - config.gen_length
+        # A text of a block-causal model ends with a whole block.
+        size = config.block_size or self.model.spec.block_size or 1
+        whole = 1 if self.model.spec.block_size is None else size
+        room = self.max_length // whole * whole - config.gen_length
         if room < 1:
             raise ValueError(
                 f"gen_length: expected less than the {self.max_length} positions of the model, got "

@@ -109,7 +109,9 @@ def _why(report: Report, task: str) -> str:
 
 def summary_table(summaries: dict[str, Summary]) -> list[str]:
     """A line for each setting."""
-    head = ("setting", "problems", "right", "accuracy %", "NFE", "init", "block", "refresh")
+    counted = next(iter(summaries.values())).nfe if summaries else ()
+    phases = [phase for phase in counted if phase != "total"]
+    head = ("setting", "problems", "right", "accuracy %", "NFE", *phases)
     rows = []
     for label, row in summaries.items():
         accuracy = "-"
@@ -123,7 +125,7 @@ def summary_table(summaries: dict[str, Summary]) -> list[str]:
                 f"{row.right}/{row.judged}" if row.judged else "-",
                 accuracy,
                 f"{row.nfe['total']:.2f} [{row.nfe_95[0]:.2f}, {row.nfe_95[1]:.2f}]",
-                *(f"{row.nfe[phase]:.2f}" for phase in ("init", "block", "refresh")),
+                *(f"{row.nfe[phase]:.2f}" for phase in phases),
                 _seconds(row.seconds),
                 f"{row.tokens_per_second:.1f}",
             )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from blockbatch import generation, memory
 from blockbatch.config import DecodeConfig
+from blockbatch.decoding.choice import method_for
 from blockbatch.environment import describe
 from blockbatch.evaluation.progress import Clock, Progress
 from blockbatch.evaluation.records import Record, RecordFile, Run
@@ -172,7 +173,7 @@ def warm_up(
             generation.decode(model, prompts, config)
         else:
             gen_length = min(_WARM_UP_TOKENS, config.gen_length)
-            one_block = {"block_size": gen_length} if config.block_sizes is None else {}
+            one_block = {} if config.block_size is None else {"block_size": gen_length}
             short = DecodeConfig(method=config.method, gen_length=gen_length, **one_block)
             generation.decode(model, prompts[:1], short)
 
@@ -186,6 +187,8 @@ def _check(model: Model, problems: Sequence[Problem], settings: Sequence[Setting
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     _check_names("problems", [(problem.task, problem.id) for problem in problems])
     _check_names("settings", [setting.label for setting in settings])
+    for setting in settings:
+        method_for(model, setting.config.for_model(model.spec))
 
 
 def _check_names(argument: str, names: Sequence[Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.methods import (
+    BLOCK_METHOD_TABLE,
+    BLOCK_METHODS,
     DEFAULT_METHOD,
     METHOD_OPTIONS,
     METHODS,
@@ -19,6 +21,8 @@ from blockbatch.methods import (
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
+# Of block-causal models.
+BLOCK_TABLE_METHODS = BLOCK_METHODS
 # What other settings are compared with: as published, and with BlockBatch's end.
 REFERENCES = ("vanilla", "dual_cache")
 EOS_SUFFIX = " +eos"
@@ -55,7 +59,7 @@ def table_settings(
     """The rows of a comparison: baselines as published first, then all methods that stop with the text.
 
     Args:
-        methods: some of `METHODS`; the same one counts once.
+        methods: some of `METHODS` or of `BLOCK_METHODS`; the same one counts once.
         gen_length: tokens to generate.
         options: of each method, arguments of `DecodeConfig`, such as the published ones; `eos_exit` and
             `gen_length` among them do not count, nor do block sizes that do not divide `gen_length`.
@@ -68,20 +72,22 @@ def table_settings(
         raise ValueError("--methods: expected at least one method, got none")
     methods = tuple(dict.fromkeys(methods))
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"--methods: expected some of {', '.join(TABLE_METHODS)}, got {method!r}")
+        if method not in METHOD_OPTIONS:
+            names = ", ".join((*TABLE_METHODS, *BLOCK_METHOD_TABLE))
+            raise ValueError(f"--methods: expected some of {names}, got {method!r}")
 
     def config(method: str, eos_exit: str) -> DecodeConfig:
         given = {**(options or {}).get(method, {}), "method": method, "gen_length": gen_length}
-        return DecodeConfig(**{**fitted(given), "eos_exit": eos_exit})
+        end = {"eos_exit": eos_exit} if "eos_exit" in METHOD_OPTIONS[method] else {}
+        return DecodeConfig(**{**fitted(given), **end})
 
     rows = [
         Setting(method, config(method, "none"), vanilla_limit if method == "vanilla" else None)
         for method in methods
-        if method != "blockbatch"
+        if method not in BLOCK_METHODS
     ]
     for method in methods:
-        label = method if method == "blockbatch" else method + EOS_SUFFIX
+        label = method if method in BLOCK_METHODS else method + EOS_SUFFIX
         rows.append(Setting(label, config(method, "prefix")))
     return rows
 
@@ -155,7 +161,7 @@ def _parse_value(label: str, name: str, value: str) -> Any:
     kind = _TYPES[name]  # as it is written in the class
     convert = float if "float" in kind else int if "int" in kind else str
     try:
-        if kind == "bool":
+        if kind.startswith("bool"):
             return {"true": True, "false": False}[value.lower()]
         if "tuple" in kind:
             return tuple(convert(member) for member in value.split("/"))

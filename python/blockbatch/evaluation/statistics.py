@@ -13,7 +13,6 @@ from blockbatch.evaluation.records import Record
 LEVEL = 0.05  # of a test; intervals hold 95%
 RESAMPLES = 10_000
 _Z = 1.959963984540054  # 97.5% of a normal distribution lie below
-_PHASES = ("init", "block", "refresh", "total")
 # Resampled values at a time.
 _CHUNK = 1 << 22
 
@@ -103,7 +102,8 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> dict[str, Summary]
 
 def _summary(records: list[Record], seed: int) -> Summary:
     verdicts = [record.right for record in records if record.right is not None]
-    nfe = {phase: float(np.mean([record.nfe[phase] for record in records])) for phase in _PHASES}
+    phases = records[0].nfe
+    nfe = {phase: float(np.mean([record.nfe[phase] for record in records])) for phase in phases}
     seconds = [record.seconds for record in records]
     tokens = [record.tokens for record in records]
     return Summary(

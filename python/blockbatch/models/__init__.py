@@ -1,4 +1,4 @@
-"""HuggingFace checkpoints of LLaDA and Dream as one transformer on our operators."""
+"""HuggingFace checkpoints of LLaDA, Dream, SDAR and Fast-dLLM v2 as one transformer on our operators."""
 
 from blockbatch.models.checkpoint import CheckpointError
 from blockbatch.models.model import Model, load_model

@@ -16,11 +16,16 @@ DREAM_SYSTEM_MESSAGE = "You are a helpful assistant."
 SPECIAL_TOKENS = {
     "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "dream": ("<|im_start|>", "<|im_end|>"),
+    "sdar": ("<|im_start|>", "<|im_end|>"),
+    "fast_dllm_v2": ("<|im_start|>", "<|im_end|>"),
 }
 
 
 def format_chat(
-    messages: str | Sequence[Mapping[str, str]], family: str, token_to_id: Callable[[str], int | None]
+    messages: str | Sequence[Mapping[str, str]],
+    family: str,
+    token_to_id: Callable[[str], int | None],
+    enable_thinking: bool | None = None,
 ) -> str:
     """The prompt text that asks the model for the assistant's next turn.
 
@@ -28,15 +33,20 @@ def format_chat(
 
     Args:
         messages: one user message, or a list of {"role": "system" | "user" | "assistant", "content": text}.
-        family: "llada" or "dream".
+        family: one of `FAMILIES`.
         token_to_id: id of a token, None where the tokenizer has none.
+        enable_thinking: SDAR alone: False writes an empty think block, so that the answer begins at once;
+            None and True leave it to the model.
 
     Raises:
         CheckpointError: the tokenizer lacks a special token of the format (a base model, most likely).
-        ValueError: no message, an unknown role, or a content that is not text.
+        ValueError: no message, an unknown role, a content that is not text, or `enable_thinking` for another
+            family.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
+    if enable_thinking is not None and family != "sdar":
+        raise ValueError(f"enable_thinking must be None for {family}, got {enable_thinking!r}")
     lacking = [token for token in SPECIAL_TOKENS[family] if token_to_id(token) is None]
     if lacking:
         raise CheckpointError(
@@ -46,7 +56,9 @@ def format_chat(
     turns = [("user", messages)] if isinstance(messages, str) else [_turn(message) for message in messages]
     if not turns:
         raise ValueError("messages must hold at least one message, got none")
-    return _llada(turns) if family == "llada" else _dream(turns)
+    if family == "llada":
+        return _llada(turns)
+    return _qwen3(turns, enable_thinking) if family == "sdar" else _dream(turns)
 
 
 def _llada(turns: list[tuple[str, str]]) -> str:
@@ -63,6 +75,18 @@ def _dream(turns: list[tuple[str, str]]) -> str:
         turns = [("system", DREAM_SYSTEM_MESSAGE), *turns]
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     return text + "<|im_start|>assistant\n"
+
+
+def _qwen3(turns: list[tuple[str, str]], enable_thinking: bool | None) -> str:
+    """No system message unless there is one; what was thought before the last question is left out."""
+    last = max((place for place, (role, _) in enumerate(turns) if role == "user"), default=len(turns))
+    text = ""
+    for place, (role, content) in enumerate(turns):
+        if role == "assistant" and place < last:
+            content = content.rsplit("</think>", 1)[-1].lstrip("\n")
+        text += f"<|im_start|>{role}\n{content}<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    return text + "<think>\n\n</think>\n\n" if enable_thinking is False else text
 
 
 def _turn(message: Mapping[str, str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, foreign_tensors, llada, tied_head
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
 from blockbatch.models.folders import hint
@@ -31,8 +31,20 @@ from blockbatch.models.weights import Destination, TransformerWeights, allocate
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_json", "read_spec", "resolve_folder"]
 
-SPEC_READERS = {"llada": llada.read_spec, "Dream": dream.read_spec}  # by model_type in config.json
-TENSOR_MAPS = {"llada": llada.tensor_map, "dream": dream.tensor_map}  # by ModelSpec.family
+# By model_type in config.json.
+SPEC_READERS = {
+    "llada": llada.read_spec,
+    "Dream": dream.read_spec,
+    "sdar": sdar.read_spec,
+    "Fast_dLLM_Qwen": fast_dllm_v2.read_spec,
+}
+# By ModelSpec.family.
+TENSOR_MAPS = {
+    "llada": llada.tensor_map,
+    "dream": dream.tensor_map,
+    "sdar": sdar.tensor_map,
+    "fast_dllm_v2": fast_dllm_v2.tensor_map,
+}
 
 HUB_FILES = (
     "config.json",

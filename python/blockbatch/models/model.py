@@ -13,7 +13,7 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch import devices
 from blockbatch.kv_cache import KVCache
-from blockbatch.models import transformer
+from blockbatch.models import special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
@@ -34,6 +34,7 @@ class Model:
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
+        pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
     """
 
@@ -50,8 +51,9 @@ class Model:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
         self.cache_bytes, self.name = cache_bytes, name
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.eos_token_ids = tokenizer.eos_token_ids(spec) if tokenizer else spec.eos_token_ids
+        self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
+        self.pool, self.block_forward = None, None
         self._rope = transformer.rope_table(spec, self.device)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
@@ -116,16 +118,19 @@ class Model:
         )
         return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
 
-    def logits(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """One full forward without a cache, in a turn of the device.
 
         Args:
             input_ids: [rows, length] integers (one row may be given flat).
+            block_size: SDAR and Fast-dLLM v2: of the mask, counted from the first position; None: the trained
+                one.
 
         Returns:
-            [rows, length, vocab_size] in the model's dtype, as the model gives them: Dream's logits at a
-            position predict the next one.
+            [rows, length, vocab_size] in the model's dtype, as the model gives them: the logits of Dream and
+            Fast-dLLM v2 at a position predict the next one.
         """
+        block_size = self._mask_size(block_size)
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.dim() == 1:
             ids = ids.unsqueeze(0)
@@ -141,19 +146,24 @@ class Model:
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
         with devices.turn(self.device):
-            return self._logits(ids)
+            return self._logits(ids, block_size)
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        # One page a row; the layers take turns on the same memory, since none looks back.
+    def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
+        # One page a row; the layers take turns on the same memory, since none looks back. A block of a row is
+        # a row of its own for the attention, which sees the page as far as the block reaches.
         rows, length = ids.shape
+        size = length if block_size is None else block_size
+        ends = torch.tensor([min(start + size, length) for start in range(0, length, size)])
+        blocks = len(ends)
+        lengths = torch.diff(ends, prepend=ends.new_zeros(1)).repeat(rows)
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
         kv = torch.zeros(1, 2, rows, length, *heads, dtype=self.dtype, device=self.device)
         index = torch.arange(rows * length, device=self.device)
         packed = bbk.PackedQueries(
             input_ids=ids.flatten().int(),
             positions=(index % length).int(),
-            row_index=(index // length).int(),
-            cu_seqlens_q=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=self.device),
+            row_index=torch.arange(rows * blocks).repeat_interleave(lengths).to(self.device, torch.int32),
+            cu_seqlens_q=F.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32),
             slot_mapping=index,
             predict_index=index,
             predict_target=index,
@@ -164,15 +174,34 @@ class Model:
             self._rope,
             packed,
             kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1),
-            torch.arange(rows, dtype=torch.int32, device=self.device).unsqueeze(1),
-            torch.full((rows,), length, dtype=torch.int32, device=self.device),
+            torch.arange(rows, dtype=torch.int32, device=self.device).repeat_interleave(blocks).unsqueeze(1),
+            ends.repeat(rows).to(self.device, torch.int32),
             backend=self.backend,
         )
         return F.linear(hidden, self.weights.lm_head).view(rows, length, -1)
 
+    def _mask_size(self, block_size: int | None) -> int | None:
+        if block_size is None:
+            return self.spec.block_size
+        if self.spec.block_size is None:
+            raise ValueError(f"block_size: expected None for {self.spec.family}, got {block_size!r}")
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(f"block_size: expected a positive integer, got {block_size!r}")
+        return block_size
+
 
 def _range(ids: Tensor) -> str:
     return f"ids from {int(ids.min())} to {int(ids.max())}"
+
+
+def is_block_causal(name_or_path: str | os.PathLike) -> bool:
+    """Whether `load_model` would give a model whose attention is causal across blocks.
+
+    Raises:
+        CheckpointError, FileNotFoundError: as `load_model`.
+    """
+    folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path)
+    return read_spec(read_config(folder)).block_size is not None
 
 
 def load_model(
@@ -183,9 +212,10 @@ def load_model(
     backend: str | None = None,
     cache_bytes: int | None = None,
     revision: str | None = None,
+    mask_token_id: int | None = None,
 ) -> Model:
-    """Loads LLaDA or Dream weights in the HuggingFace layout. No code from the repository runs, nothing is
-    unpickled.
+    """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
+    repository runs, nothing is unpickled.
 
     Args:
         name_or_path: "tiny" or "tiny-block" (the models inside this package: full attention, block
@@ -196,6 +226,7 @@ def load_model(
         backend: None (the fastest that runs), "reference", "triton" or "cuda".
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
         revision: hub revision.
+        mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
@@ -232,8 +263,10 @@ def load_model(
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
-    spec = read_spec(read_config(folder))
+    config = read_config(folder)
+    spec = read_spec(config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
+    spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
     _check_room(spec, device, dtype, str(name_or_path))
     what = f"the weights of {name_or_path}"
     with devices.current(device), devices.memory_errors(device, what):

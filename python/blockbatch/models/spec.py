@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FAMILIES = ("llada", "dream")
+FAMILIES = ("llada", "dream", "sdar", "fast_dllm_v2")
+# Those whose attention is causal across blocks.
+BLOCK_FAMILIES = ("sdar", "fast_dllm_v2")
 
 _REQUIRED = object()
 
@@ -20,20 +22,24 @@ class ModelSpec:
     """Shape and conventions of one transformer.
 
     Attributes:
-        family: "llada" or "dream".
+        family: one of `FAMILIES`.
         num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size: the usual sizes.
         vocab_size: number of token ids that may be given or predicted.
         embedding_size: rows of the embedding table, at least `vocab_size` (the rest is padding).
         rope_theta: base of the rotary embedding.
         rms_norm_eps: epsilon of every RMSNorm.
         max_length: longest canvas in tokens.
-        mask_token_id: id of MASK.
+        mask_token_id: id of MASK; None: not known (a block-causal model without a tokenizer), so that the
+            model can be run but not decoded.
         eos_token_ids: ids that end a text, from config.json alone; may be empty.
         qkv_bias: whether the query, key and value products have a bias.
         tie_embeddings: whether the LM head is the embedding table.
         prediction_offset: the logits at position i predict position i + this (LLaDA 0, Dream 1).
         suppress_mask: whether the logit of MASK counts as minus infinity (Dream).
         leap_threshold: the family's lower commit threshold near anchors in LocalLeap (arXiv 2510.07081).
+        qk_norm: whether each head of q and k has an RMSNorm before RoPE (SDAR).
+        block_size: of a block-causal model: attention sees all of its own block and of the blocks before it;
+            None: it sees everything.
 
     Raises:
         CheckpointError: a field is out of range or two fields contradict each other.
@@ -51,13 +57,15 @@ class ModelSpec:
     rope_theta: float
     rms_norm_eps: float
     max_length: int
-    mask_token_id: int
+    mask_token_id: int | None
     eos_token_ids: tuple[int, ...]
     qkv_bias: bool
     tie_embeddings: bool
     prediction_offset: int
     suppress_mask: bool
     leap_threshold: float
+    qk_norm: bool = False
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -92,7 +100,8 @@ class ModelSpec:
             raise CheckpointError(
                 f"embedding_size must be at least vocab_size = {self.vocab_size}, got {self.embedding_size}"
             )
-        for name, ids in (("mask_token_id", (self.mask_token_id,)), ("eos_token_ids", self.eos_token_ids)):
+        mask = () if self.mask_token_id is None else (self.mask_token_id,)
+        for name, ids in (("mask_token_id", mask), ("eos_token_ids", self.eos_token_ids)):
             for token in ids:
                 if not 0 <= token < self.vocab_size:
                     raise CheckpointError(
@@ -104,6 +113,18 @@ class ModelSpec:
             raise CheckpointError(f"prediction_offset must be 0 or 1, got {self.prediction_offset}")
         if not 0 < self.leap_threshold <= 1:
             raise CheckpointError(f"leap_threshold must lie in (0, 1], got {self.leap_threshold}")
+        if (self.block_size is None) == (self.family in BLOCK_FAMILIES):
+            raise CheckpointError(
+                f"block_size must be a size for {' and '.join(BLOCK_FAMILIES)} alone, got {self.block_size} "
+                f"for {self.family}"
+            )
+        if self.block_size is not None and self.block_size < 1:
+            raise CheckpointError(f"block_size must be at least 1, got {self.block_size}")
+
+
+def is_block_causal(spec: Any) -> bool:
+    """Whether attention is causal across blocks; a spec without a block size is one of full attention."""
+    return getattr(spec, "block_size", None) is not None
 
 
 def read_int(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:

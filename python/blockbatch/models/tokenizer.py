@@ -149,9 +149,15 @@ class Tokenizer:
             )
         return tuple(ids)
 
-    def chat(self, messages: str | Sequence[Mapping[str, str]], family: str) -> str:
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        family: str,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> str:
         """The prompt text that asks for the assistant's next turn; see `format_chat`."""
-        return format_chat(messages, family, self.token_to_id)
+        return format_chat(messages, family, self.token_to_id, enable_thinking)
 
 
 class IncrementalDecoder:

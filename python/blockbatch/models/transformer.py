@@ -1,8 +1,9 @@
-"""One transformer for LLaDA and Dream on the operators of `blockbatch_kernels`: packed queries, paged K/V."""
+"""One transformer for all families on the operators of `blockbatch_kernels`: packed queries, paged K/V."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.models.spec import ModelSpec
-from blockbatch.models.weights import TransformerWeights
+from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
 
 # Predictions whose logits exist at the same time, at most, and vocabulary of a reduced piece of them.
@@ -106,20 +107,19 @@ def forward(
     normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
-        q = bbk.linear_rope_kv_write(
-            normed,
-            layer.qkv_weight,
-            layer.qkv_bias,
-            packed.positions,
-            packed.slot_mapping,
-            cos,
-            sin,
-            k_cache,
-            v_cache,
-            num_heads=spec.num_heads,
-            static_weight=True,
-            backend=backend,
-        )
+        where = (packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache)
+        if spec.qk_norm:
+            q = _normed_heads(spec, layer, normed, where, linear, backend)
+        else:
+            q = bbk.linear_rope_kv_write(
+                normed,
+                layer.qkv_weight,
+                layer.qkv_bias,
+                *where,
+                num_heads=spec.num_heads,
+                static_weight=True,
+                backend=backend,
+            )
         attended = bbk.varlen_attention(
             q,
             k_cache,
@@ -142,3 +142,24 @@ def forward(
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
     return normed
+
+
+def _normed_heads(
+    spec: ModelSpec,
+    layer: LayerWeights,
+    x: Tensor,
+    where: tuple[Tensor, ...],
+    linear: Callable[..., Tensor],
+    backend: str | None,
+) -> Tensor:
+    """`linear_rope_kv_write` with an RMSNorm over each head of q and k in front of the rotation (Qwen3)."""
+    heads = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
+    if layer.head_norms is None:
+        parts = layer.q_norm.expand(spec.num_heads, -1), layer.k_norm.expand(spec.num_kv_heads, -1)
+        layer.head_norms, layer.ones = torch.cat(parts), torch.ones_like(layer.q_norm)
+    # The heads of v are normed for nothing: all heads lie back to back, and need one launch and no copy.
+    normed = bbk.rms_norm(heads.flatten(0, 1), layer.ones, eps=spec.rms_norm_eps, backend=backend)
+    normed = normed.view(heads.shape)[:, : len(layer.head_norms)].mul_(layer.head_norms)
+    q, k = normed.split((spec.num_heads, spec.num_kv_heads), dim=1)
+    bbk.rope_kv_write(q, k, heads[:, len(layer.head_norms) :], *where, backend=backend)
+    return q

@@ -22,6 +22,11 @@ class LayerWeights:
     post_norm: torch.Tensor  # [d]
     gate_up_weight: torch.Tensor  # [2 I, d]: gate rows first
     down_weight: torch.Tensor  # [d, I]
+    q_norm: torch.Tensor | None = None  # [D], of every head of q
+    k_norm: torch.Tensor | None = None  # [D]
+    # Made of these at the first forward.
+    head_norms: torch.Tensor | None = None  # [Hq + Hkv, D]
+    ones: torch.Tensor | None = None  # [D]
 
 
 @dataclass
@@ -60,8 +65,9 @@ class Destination:
 def layer_destinations(spec: ModelSpec, layer: int) -> dict[str, Destination]:
     """Destination of each tensor of layer `layer`, by role.
 
-    Roles: input_norm, q, k, v, q_bias, k_bias, v_bias (biases only where `spec.qkv_bias`), out, post_norm,
-    gate, up, down. A family gives the names in its checkpoints to these roles.
+    Roles: input_norm, q, k, v, q_bias, k_bias, v_bias (biases only where `spec.qkv_bias`), q_norm, k_norm
+    (only where `spec.qk_norm`), out, post_norm, gate, up, down. A family gives the names in its checkpoints
+    to these roles.
     """
     d, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -73,6 +79,8 @@ def layer_destinations(spec: ModelSpec, layer: int) -> dict[str, Destination]:
     roles = {role: place("qkv_weight", start, stop, d) for role, (start, stop) in qkv_rows.items()}
     if spec.qkv_bias:
         roles |= {f"{role}_bias": place("qkv_bias", start, stop) for role, (start, stop) in qkv_rows.items()}
+    if spec.qk_norm:
+        roles |= {role: place(role, 0, spec.head_dim) for role in ("q_norm", "k_norm")}
     return roles | {
         "input_norm": place("input_norm", 0, d),
         "out": place("out_weight", 0, d, q),
@@ -119,6 +127,8 @@ def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) ->
             post_norm=empty(d),
             gate_up_weight=empty(2 * inner, d),
             down_weight=empty(d, inner),
+            q_norm=empty(spec.head_dim) if spec.qk_norm else None,
+            k_norm=empty(spec.head_dim) if spec.qk_norm else None,
         )
         for _ in range(spec.num_layers)
     ]

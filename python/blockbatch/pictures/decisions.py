@@ -134,10 +134,13 @@ def _decisions(trace: dict[str, Any], states: States) -> dict[int, list[_Decisio
     found: dict[int, list[_Decision]] = {}
     for forward, record in enumerate(trace["trace"]):
         # Equal rows of a full forward are computed once; in a block denoise every branch has its own window.
+        # Of a block-causal model every forward is of whole blocks, equal ones computed once.
         same = range(states.num_branches)
         if record["kind"] == "init":
             same = [0] * states.num_branches
-        elif record["kind"] == "refresh":
+        elif forward == 0 and "stored" in record:
+            same = [0] * states.num_branches
+        elif record["kind"] == "refresh" or "stored" in record:
             canvases = states.tokens[forward - 1].tolist()
             same = [canvases.index(canvas) for canvas in canvases]
         for commit in record["commits"]:

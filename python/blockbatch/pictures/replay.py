@@ -17,6 +17,7 @@ from typing import Any
 
 from blockbatch.pictures import style
 from blockbatch.pictures.states import held_up_to
+from blockbatch.tracing import phase
 
 # Confidences are shown with three digits.
 _DIGITS = 4
@@ -116,6 +117,7 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
     """The part of a record that the page shows; as lists, since names would be most of the file."""
     return {
         "kind": record["kind"],
+        "phase": phase(record),
         "rows": record["rows"],
         "windows": record["windows"],
         "tokens": _number(record.get("packed_tokens")),

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from blockbatch.tracing import phase
+
 # How a branch came to the token that it holds.
 MASKED, COMMITTED, MERGED, SYNCED = 0, 1, 2, 3
 PHASES = ("init", "block", "refresh")
@@ -98,7 +100,7 @@ def expand(trace: dict[str, Any]) -> States:
     shape = (len(records), len(sizes), trace["gen_length"])
     states = States(
         block_sizes=sizes,
-        phases=tuple(record["kind"] for record in records),
+        phases=tuple(map(phase, records)),
         tokens=np.full(shape, mask, dtype=np.int64),
         origin=np.zeros(shape, dtype=np.uint8),
         change=np.zeros(shape, dtype=np.uint8),

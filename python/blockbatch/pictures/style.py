@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blockbatch.methods import METHOD_TABLE, METHODS
+from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ _LOOKS = (
     Look(ORANGE, "v"),
     Look(SKY_BLUE, "P"),
 )
-METHOD_LOOKS = dict(zip(METHODS, _LOOKS))
+METHOD_LOOKS = dict(zip((*METHODS, *BLOCK_METHOD_TABLE), _LOOKS))
 
 # Of the powers of two from 1 on; lightness grows up to 128, and none is too pale for white.
 _SIZE_COLORS = (
@@ -160,7 +160,8 @@ def method_look(method: str) -> Look:
 
 def method_name(method: str) -> str:
     """A method's name as pictures write it."""
-    return METHOD_TABLE[method].title if method in METHOD_TABLE else method
+    row = METHOD_TABLE.get(method) or BLOCK_METHOD_TABLE.get(method)
+    return row.title if row else method
 
 
 def block_size_look(size: int) -> Look:

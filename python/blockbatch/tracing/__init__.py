@@ -27,6 +27,14 @@ what each holds that the branch did not::
 `adopted` of them were the branch's next forwards, the last of these that of `adopted_length` (None: there is
 none); the commits are those of all these forwards together.
 
+Of a block-causal model the kind is "prefill", "denoise", "store", "fused" (a store with the next block's
+first denoise forward), or Fast-dLLM v2's "block" and "sub". A record then also says what went in::
+
+    "stored": 64, "input_ids": [17, 126, 126, 126]
+
+`stored` positions were final before the forward, `input_ids` are all its tokens, row by row. A sync at the
+end of a block is a branch that goes on from the winner's ids.
+
 Files from before open queries and drafts lack these fields, and `queries`.
 
 With K/V (`DecodeConfig(trace_kv=True)`) a record also holds the cache states of the branches that it changed:
@@ -34,8 +42,17 @@ With K/V (`DecodeConfig(trace_kv=True)`) a record also holds the cache states of
 `blockbatch.tracing.kv_states` makes them. Of several states of a branch in one record the last holds.
 """
 
-from blockbatch.tracing.file import load_trace, save_trace
+from blockbatch.tracing.file import load_trace, phase, save_trace
 from blockbatch.tracing.header import trace_header
 from blockbatch.tracing.record import Record, TraceRecorder, open_recorder, replay
 
-__all__ = ["Record", "TraceRecorder", "load_trace", "open_recorder", "replay", "save_trace", "trace_header"]
+__all__ = [
+    "Record",
+    "TraceRecorder",
+    "load_trace",
+    "open_recorder",
+    "phase",
+    "replay",
+    "save_trace",
+    "trace_header",
+]

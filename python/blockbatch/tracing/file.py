@@ -13,6 +13,8 @@ from typing import Any
 from blockbatch.texts import decode_file
 
 KINDS = ("init", "block", "refresh")
+# Of block-causal models, whose records also say how many positions were `stored` before.
+BLOCK_KINDS = ("prefill", "denoise", "block", "sub", "store", "fused")
 # Far beyond any model's canvas; a file that claims more would only fill the memory.
 _MOST_POSITIONS, _MOST_BRANCHES = 1 << 20, 1 << 10
 # What files made without a whole header (by `save_trace` alone) may lack.
@@ -79,6 +81,16 @@ def save_trace(path: str | os.PathLike, trace: list[dict[str, Any]], **header: A
         partial.unlink(missing_ok=True)
 
 
+def phase(record: dict[str, Any]) -> str:
+    """What a record's forward is to pictures: "init", "block" or "refresh".
+
+    Of a block-causal model a prefill is the first, and everything else works on a block.
+    """
+    if "stored" in record:
+        return "init" if record["kind"] == "prefill" else "block"
+    return record["kind"]
+
+
 class _BadTraceError(ValueError):
     """What is wrong in a trace, for the end of a sentence."""
 
@@ -141,9 +153,13 @@ def _check_header(found: dict[str, Any]) -> None:
 
 
 def _check_record(record: Any, branches: int, gen_length: int, *, first: bool) -> None:
-    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+    blocks = isinstance(record, dict) and "stored" in record
+    if not isinstance(record, dict) or record.get("kind") not in (BLOCK_KINDS if blocks else KINDS):
         raise _BadTraceError(f"kind: {_brief(record.get('kind') if isinstance(record, dict) else record)}")
-    if first != (record["kind"] == "init"):
+    if blocks:
+        _integer(record, "stored", 0, _MOST_POSITIONS)
+        _integers(record, "input_ids", 0)
+    elif first != (record["kind"] == "init"):
         raise _BadTraceError(f"kind {record['kind']}, but init is the first record and no other")
     rows = _integers(record, "rows", 0, branches - 1)
     windows = record.get("windows")

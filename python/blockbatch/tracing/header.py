@@ -32,20 +32,27 @@ def trace_header(
         for record in result.trace or ()
         for change in record["commits"] + record["merges"] + record.get("drafts", [])
     ]
+    sizes = [branch.block_size for branch in result.branches]
+    canvas = list(result.canvas)
+    if getattr(model.spec, "block_size", None) is not None:
+        # The text of a block-causal model may end before its last block does, and holds no fixed number.
+        ends = [window[1] for record in result.trace or () for window in record["windows"]]
+        ends += [1 + place for change in changes for place in change["positions"]]
+        canvas += [model.spec.mask_token_id] * (max(*sizes, *ends, 1) - len(canvas))
     ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
     ids.update(token for change in changes for token in change["tokens"])
     return {
         "model": model.name,
         "method": config.method,
         "settings": decode_settings(config),
-        "gen_length": config.gen_length,
-        "block_sizes": [branch.block_size for branch in result.branches],
+        "gen_length": len(canvas),
+        "block_sizes": sizes,
         "winner_block_size": result.block_size,
         "prompt": None if tokenizer is None else tokenizer.decode(list(prompt_ids), skip_special=False),
         "prompt_tokens": list(prompt_ids),
         "mask_token_id": model.spec.mask_token_id,
         "eos_token_ids": list(eos_token_ids),
-        "canvas": result.canvas,
+        "canvas": canvas,
         "text": result.text,
         "pieces": {} if tokenizer is None else _pieces(tokenizer, ids),
         "nfe": {**asdict(result.nfe), "total": result.nfe.total},

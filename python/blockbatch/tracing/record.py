@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import blockbatch_kernels as bbk
     from blockbatch.config import DecodeConfig
+    from blockbatch.decoding import BlockStep
     from blockbatch.kv_cache import KVCache
     from blockbatch.steps import Step
 
@@ -125,8 +126,26 @@ class TraceRecorder:
         return changes
 
 
+class BlockRecorder:
+    """Collects the records that a session of a block-causal model makes itself.
+
+    Args:
+        num_requests: of the session.
+    """
+
+    def __init__(self, num_requests: int) -> None:
+        self.traces: list[list[Record]] = [[] for _ in range(num_requests)]
+
+    def add(self, step: BlockStep) -> None:
+        for request, record in step.records.items():
+            self.traces[request].append(record)
+
+
 class Observed(Protocol):
     """What a session shows to a recorder: its state and its cache, both read only."""
+
+    tells_records: bool
+    seconds: list[float | None]
 
     @property
     def state(self) -> bbk.BranchState: ...
@@ -135,10 +154,12 @@ class Observed(Protocol):
     def cache(self) -> KVCache: ...
 
 
-def open_recorder(session: Observed, config: DecodeConfig) -> TraceRecorder | None:
+def open_recorder(session: Observed, config: DecodeConfig) -> TraceRecorder | BlockRecorder | None:
     """What records a session as its settings ask for; None if they ask for no trace."""
     if not config.trace:
         return None
+    if session.tells_records:
+        return BlockRecorder(len(session.seconds))
     return TraceRecorder(session.state, session.cache if config.trace_kv else None, config.drafts or ())
 
 

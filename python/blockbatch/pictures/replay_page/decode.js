@@ -67,7 +67,7 @@ records.forEach((record, index) => {
     windows: [...before.windows],
     active: new Set(record.rows),
     leader: 0,
-    nfe: { ...before.nfe, [record.kind]: before.nfe[record.kind] + 1 },
+    nfe: { ...before.nfe, [record.phase]: before.nfe[record.phase] + 1 },
     written: { commit: 0, merge: 0, sync: 0 },
     syncs: new Map(),
     queries: new Map(),

@@ -1,0 +1,48 @@
+"""Which method a decode of a model runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from blockbatch.config import DecodeConfig
+from blockbatch.decoding.block_diffusion import BUILDERS, BlockMethod
+from blockbatch.decoding.method import Method
+from blockbatch.methods import METHOD_TABLE
+from blockbatch.models.spec import is_block_causal
+
+METHOD_BUILDERS = {name: import_module(row.module).method for name, row in METHOD_TABLE.items()}
+# Of block-causal models.
+BLOCK_METHOD_BUILDERS = BUILDERS
+
+
+def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
+    """The method of `config` for a model with the attributes `spec` and `eos_token_ids`.
+
+    Raises:
+        ValueError: the model cannot run it, or lacks an option of it.
+    """
+    spec = model.spec
+    blocks = is_block_causal(spec)
+    builders = BLOCK_METHOD_BUILDERS if blocks else METHOD_BUILDERS
+    if config.method not in builders:
+        kind = "block-causal" if blocks else "full"
+        raise ValueError(
+            f"method: expected {' or '.join(builders)} for {spec.family}, whose attention is {kind}, got "
+            f"{config.method!r}"
+        )
+    if config.trace_kv and blocks:
+        raise ValueError(
+            f"trace_kv: expected False for {spec.family}, whose stored K/V never change, got True"
+        )
+    return builders[config.method](config, spec, eos_token_ids(model, config))
+
+
+def eos_token_ids(model, config: DecodeConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of the settings, else the model's."""
+    ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    for token in ids:
+        if not 0 <= token < model.spec.vocab_size:
+            raise ValueError(
+                f"eos_token_ids: expected ids from 0 to {model.spec.vocab_size - 1}, got {token}"
+            )
+    return ids
