@@ -12,8 +12,9 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.kv_cache import KVCache
-from blockbatch.models import transformer
+from blockbatch.models import likelihood, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
+from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights
@@ -124,6 +125,19 @@ class Model:
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
 
+        return F.linear(self.hidden_states(ids), self.weights.lm_head).view(rows, length, -1)
+
+    def hidden_states(self, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """One full forward without a cache, up to the final norm.
+
+        Args:
+            ids: [rows, length] integers of the vocabulary, at most `spec.max_length` positions.
+            wanted: [n] int64, places in the flattened ids; None: all of them.
+
+        Returns:
+            [n, hidden_size]: those of the wanted places.
+        """
+        rows, length = ids.shape
         # One page a row; the layers take turns on the same memory, since none looks back.
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
         kv = torch.zeros(1, 2, rows, length, *heads, dtype=self.dtype, device=self.device)
@@ -137,7 +151,7 @@ class Model:
             predict_index=index,
             predict_target=index,
         )
-        hidden = transformer.forward(
+        return transformer.forward(
             self.spec,
             self.weights,
             self._rope,
@@ -145,9 +159,32 @@ class Model:
             kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1),
             torch.arange(rows, dtype=torch.int32, device=self.device).unsqueeze(1),
             torch.full((rows,), length, dtype=torch.int32, device=self.device),
+            wanted=wanted,
             backend=self.backend,
         )
-        return F.linear(hidden, self.weights.lm_head).view(rows, length, -1)
+
+    def log_likelihood(
+        self,
+        prompt: str | Sequence[int],
+        answer: str | Sequence[int],
+        *,
+        samples: int = 128,
+        seed: int = 0,
+        rows: int = 32,
+    ) -> LogLikelihood:
+        """A bound on the log-probability of an answer; see `blockbatch.models.likelihood`.
+
+        Args:
+            prompt: text, or token ids. Dream needs at least one token in front of the answer.
+            answer: text, or token ids. Of two texts the tokens are those of the whole text.
+            samples: maskings of the answer.
+            seed: of the maskings, which are the same on any device and for any `rows`.
+            rows: maskings that are computed at a time.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        return likelihood.log_likelihood(self, prompt, answer, samples=samples, seed=seed, rows=rows)
 
 
 def _range(ids: Tensor) -> str:
