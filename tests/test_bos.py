@@ -216,7 +216,7 @@ def test_commands_of_dream_are_those_of_its_authors(capsys, name):
     flags = ("pretrained", "preset", "add_bos_token", "escape_until")
     options = decode_options(name, {key: value for key, value in given.items() if key not in flags})
     config = blockbatch.DecodeConfig(**options)
-    assert config == presets.get_preset(name).config(eos_exit="none")
+    assert config == presets.get_preset(name).config(policy="dream_published", eos_exit="none")
     assert config.block_sizes == (4, 8, 16, 32, 64, 128) and config.gen_length == 256
 
 

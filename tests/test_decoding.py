@@ -95,7 +95,7 @@ def test_batch_equals_single(method, eos_exit):
     together = generate(model, prompts, config)
     assert len(together) == len(prompts)
     for prompt, result in zip(prompts, together):
-        alone = generate(model, prompt, config)
+        (alone,) = generate(model, [prompt], config)
         assert (result.canvas, result.nfe, result.branches) == (alone.canvas, alone.nfe, alone.branches)
         assert (result.stop_reason, result.block_size) == (alone.stop_reason, alone.block_size)
         for one, other in zip(result.trace, alone.trace, strict=True):

@@ -222,9 +222,6 @@ def test_answers_are_kept(make, evaluate, tmp_path, monkeypatch):
 
 def test_what_is_not_offered(make, request_of):
     lm = make(**OPTIONS)
-    for kind in ("loglikelihood", "loglikelihood_rolling"):
-        with pytest.raises(NotImplementedError, match=f"expected tasks that generate text .* {kind}"):
-            getattr(lm, kind)([request_of("")])
     decoded = lm.get_model_info()["decoded"]["requests"]
     with pytest.raises(ValueError, match="gen_kwargs: expected greedy decoding"):
         lm.generate_until([request_of("a"), request_of("b", do_sample=True)], disable_tqdm=True)

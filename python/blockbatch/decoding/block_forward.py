@@ -119,7 +119,7 @@ class BlockForward:
     def _run(self, rows: Sequence[Row]) -> list[Predicted]:
         captured = self._graphs is not None and len(rows) <= _MOST_GRAPH_ROWS and any(r.predict for r in rows)
         shape, values = self._pack(rows, captured)
-        packed = torch.tensor(values, dtype=torch.int32)
+        packed = torch.tensor(values, dtype=torch.int32, device="cpu")
         both = (
             self._replay(shape, packed) if captured else self._compute(shape, packed.to(self._model.device))
         )

@@ -151,17 +151,19 @@ class BlockSession:
         most = max([len(tokens) for rows in canvases for tokens in rows] + [1])
         prompts = [text.ids[: text.prompt_length] for text in self.texts]
         longest = max([len(prompt) for prompt in prompts] + [1])
-        sizes = torch.tensor(self.texts[0].sizes(self.params), dtype=torch.int32)
-        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts]).int()
-        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+        sizes = torch.tensor(self.texts[0].sizes(self.params), dtype=torch.int32, device="cpu")
+        padded = torch.tensor(
+            [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device="cpu"
+        ).int()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device="cpu")
         state = bbk.BranchState.create(padded, lengths, sizes, most, self.params.mask_token_id)
         row = 0
         for request, text in enumerate(self.texts):
             counts = self._counts[request]
-            state.nfe[request] = torch.tensor(list(counts.values()), dtype=torch.int32)
+            state.nfe[request] = torch.tensor(list(counts.values()), dtype=torch.int32, device="cpu")
             state.finished[request] = self._asked[request] is None
             for tokens, (start, end) in zip(canvases[request], text.windows(), strict=True):
-                state.tokens[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+                state.tokens[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32, device="cpu")
                 state.decoded[row] = sum(token != text.mask for token in tokens)
                 state.window_start[row], state.window_end[row] = start, end
                 row += 1

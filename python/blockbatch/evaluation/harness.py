@@ -1,7 +1,7 @@
 """The model "blockbatch" of lm-evaluation-harness: `lm_eval --model blockbatch --model_args pretrained=...`.
 
-It answers requests of the type generate_until, greedily. Log-likelihoods it does not answer: a masked
-diffusion model has no probability of a text token by token.
+It answers requests of the type generate_until, greedily, and those for log-likelihoods by the bound of
+`blockbatch.models.likelihood`, since a masked diffusion model has no probability of a text token by token.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ except ImportError as error:
 
 from blockbatch.branches import NFE, BlockNFE
 from blockbatch.config import DecodeConfig
+from blockbatch.evaluation import harness_likelihood
+from blockbatch.evaluation.harness_likelihood import LikelihoodSettings
 from blockbatch.evaluation.harness_options import (
     DEFAULT_GEN_LENGTH,
     Wishes,
@@ -61,6 +63,8 @@ class BlockBatchLM(LM):
         device, dtype, backend, revision: as `load_model`.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
+        likelihood_samples, likelihood_seed: maskings of every answer whose likelihood is asked for.
+        check_greedy: whether it is looked up too if greedy decoding writes that answer, a token a forward.
         trust_remote_code: is not needed: no code of a model's repository is ever run.
         max_batch_size: has no effect, since `batch_size` is a number.
         options: arguments of `DecodeConfig`; sequences as 4:8:16 or [4,8,16].
@@ -83,6 +87,9 @@ class BlockBatchLM(LM):
         stop_early: bool | None = None,
         add_bos_token: bool | None = None,
         escape_until: bool = False,
+        likelihood_samples: int = 128,
+        likelihood_seed: int = 0,
+        check_greedy: bool = False,
         trust_remote_code: bool = False,
         max_batch_size: int | None = None,
         **options: Any,
@@ -96,6 +103,7 @@ class BlockBatchLM(LM):
             if not isinstance(flag, bool) and not (flag is None and name != "escape_until"):
                 raise TypeError(f"{name}: expected true or false, got {flag!r}")
         self.escape_until, self._add_bos, self._chats = escape_until, add_bos_token, False
+        self._likelihood = LikelihoodSettings(likelihood_samples, likelihood_seed, check_greedy)
         # What does not depend on a request is refused before the model is loaded.
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
         self.model = load_model(pretrained, device=device, dtype=dtype, backend=backend, revision=revision)
@@ -214,21 +222,18 @@ class BlockBatchLM(LM):
                     bar.update(len(batch))
         return [texts[index] for index in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not answered.
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of every request's continuation (a lower bound, estimated), and whether greedy
+        decoding writes it: False where `check_greedy` is off.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: the model is of block diffusion; or a continuation is longer than the model.
         """
-        raise _no_likelihood(requests, "loglikelihood")
+        return harness_likelihood.answers(self.model, self._likelihood, requests, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not answered.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise _no_likelihood(requests, "loglikelihood_rolling")
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of every request's whole text, estimated window by window."""
+        return harness_likelihood.rolling(self.model, self._likelihood, requests, disable_tqdm)
 
     def get_model_info(self) -> dict[str, Any]:
         """For the harness's results file: how was decoded, and what the requests so far took.
@@ -320,11 +325,3 @@ class BlockBatchLM(LM):
         elif self.stop_early:
             return result.text
         return cut(self.model.tokenizer, tokens, wish.until, ())[1]
-
-
-def _no_likelihood(requests: Sequence[Instance], kind: str) -> NotImplementedError:
-    task = requests[0].task_name if requests else None
-    return NotImplementedError(
-        f"tasks: expected tasks that generate text (output_type generate_until), got {task!r} with {kind}: "
-        "the model blockbatch decodes and has no likelihood of a given text"
-    )

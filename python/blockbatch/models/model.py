@@ -13,8 +13,9 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch import devices
 from blockbatch.kv_cache import KVCache
-from blockbatch.models import special_ids, transformer
+from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
+from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
@@ -149,11 +150,27 @@ class Model:
             return self._logits(ids, block_size)
 
     def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
+        hidden = self.hidden_states(ids, block_size=block_size)
+        return F.linear(hidden, self.weights.lm_head).view(*ids.shape, -1)
+
+    def hidden_states(
+        self, ids: Tensor, wanted: Tensor | None = None, *, block_size: int | None = None
+    ) -> Tensor:
+        """One full forward without a cache, up to the final norm.
+
+        Args:
+            ids: [rows, length] integers of the vocabulary, at most `spec.max_length` positions.
+            wanted: [n] int64, places in the flattened ids; None: all of them.
+            block_size: of a block-causal mask; None: attention is bidirectional.
+
+        Returns:
+            [n, hidden_size]: those of the wanted places.
+        """
         # One page a row; the layers take turns on the same memory, since none looks back. A block of a row is
         # a row of its own for the attention, which sees the page as far as the block reaches.
         rows, length = ids.shape
         size = length if block_size is None else block_size
-        ends = torch.tensor([min(start + size, length) for start in range(0, length, size)])
+        ends = torch.tensor([min(start + size, length) for start in range(0, length, size)], device="cpu")
         blocks = len(ends)
         lengths = torch.diff(ends, prepend=ends.new_zeros(1)).repeat(rows)
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
@@ -162,13 +179,15 @@ class Model:
         packed = bbk.PackedQueries(
             input_ids=ids.flatten().int(),
             positions=(index % length).int(),
-            row_index=torch.arange(rows * blocks).repeat_interleave(lengths).to(self.device, torch.int32),
+            row_index=torch.arange(rows * blocks, device="cpu")
+            .repeat_interleave(lengths)
+            .to(self.device, torch.int32),
             cu_seqlens_q=F.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32),
             slot_mapping=index,
             predict_index=index,
             predict_target=index,
         )
-        hidden = transformer.forward(
+        return transformer.forward(
             self.spec,
             self.weights,
             self._rope,
@@ -176,9 +195,32 @@ class Model:
             kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1),
             torch.arange(rows, dtype=torch.int32, device=self.device).repeat_interleave(blocks).unsqueeze(1),
             ends.repeat(rows).to(self.device, torch.int32),
+            wanted=wanted,
             backend=self.backend,
         )
-        return F.linear(hidden, self.weights.lm_head).view(rows, length, -1)
+
+    def log_likelihood(
+        self,
+        prompt: str | Sequence[int],
+        answer: str | Sequence[int],
+        *,
+        samples: int = 128,
+        seed: int = 0,
+        rows: int = 32,
+    ) -> LogLikelihood:
+        """A bound on the log-probability of an answer; see `blockbatch.models.likelihood`.
+
+        Args:
+            prompt: text, or token ids. Dream needs at least one token in front of the answer.
+            answer: text, or token ids. Of two texts the tokens are those of the whole text.
+            samples: maskings of the answer.
+            seed: of the maskings, which are the same on any device and for any `rows`.
+            rows: maskings that are computed at a time.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        return likelihood.log_likelihood(self, prompt, answer, samples=samples, seed=seed, rows=rows)
 
     def _mask_size(self, block_size: int | None) -> int | None:
         if block_size is None:
