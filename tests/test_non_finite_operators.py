@@ -8,6 +8,7 @@ import torch
 
 import blockbatch_kernels as bbk
 import drafted
+import dream_random
 import policy_random
 from blockbatch_kernels import reference, triton, tuning
 from cuda_places import PLACES, open_place
@@ -140,16 +141,18 @@ def counted(state, predictions):
     return counts
 
 
-def check_policy(decode_policy, initial_plan, seed, device, drafts):
+LIMITS = dict(max_requests=3, max_branches=4, max_length=40)
+
+
+def check_policy(decode_policy, initial_plan, seed, device, rule):
     generator = torch.Generator().manual_seed(seed)
-    if drafts:
+    if rule == "drafts":
         case = drafted.CASES[seed % len(drafted.CASES)]
         state, plan, params = drafted.midway(generator, case, 1 + seed % 3)
         predictions = drafted.predictions_of(generator, state, plan, params)
     else:
-        state, predictions, plan, params = policy_random.random_batch(
-            seed, max_requests=3, max_branches=4, max_length=40
-        )
+        batches = dream_random if rule == "dream" else policy_random
+        state, predictions, plan, params = batches.random_batch(seed, **LIMITS)
     if seed % 4 == 0:
         state.non_finite.copy_(torch.randint(0, 3, state.non_finite.shape, generator=generator))
     predictions = plant(generator, predictions, (0.0, 0.02, 0.5)[seed % 3])
@@ -165,8 +168,8 @@ def check_policy(decode_policy, initial_plan, seed, device, drafts):
 
 
 def check_policies(decode_policy, initial_plan, seeds, device):
-    for drafts in (False, True):
-        found = [check_policy(decode_policy, initial_plan, seed, device, drafts) for seed in seeds]
+    for rule in ("llada", "drafts", "dream"):
+        found = [check_policy(decode_policy, initial_plan, seed, device, rule) for seed in seeds]
         assert any(found) and not all(found)
 
 
