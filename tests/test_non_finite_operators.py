@@ -72,6 +72,19 @@ def check_lm_head(lm_head, seed, rows, vocab_size, dtype, device, probes=True):
             torch.testing.assert_close(confidence, expected[1].expand(rows), rtol=1e-4, atol=1e-6)
 
 
+def likely_of(lm_head_likely, **fixed):
+    """`lm_head_likely` as `lm_head_confidence`. A row without a softmax has no likely tokens."""
+
+    def lm_head(hidden, weight, *, suppress_token):
+        top, confidence, token, probability = lm_head_likely(
+            hidden, weight, suppress_token=suppress_token, **fixed
+        )
+        assert not (probability[confidence.isnan()] > 0).any() and (token[confidence.isnan()] == -1).all()
+        return top, confidence, None
+
+    return lm_head
+
+
 def check_broken_hidden_states(lm_head, seed, rows, vocab_size, dtype, device):
     """One NaN or infinity in a hidden state breaks its row, and no other."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +103,7 @@ def test_lm_head_of_the_reference(dtype):
     for seed, vocab_size in enumerate((2, 50, 193, 4097)):
         check_lm_head(reference.lm_head_confidence, seed, 12, vocab_size, dtype, "cpu")
         check_broken_hidden_states(reference.lm_head_confidence, seed, 9, vocab_size + 40, dtype, "cpu")
+        check_lm_head(likely_of(reference.lm_head_likely), seed, 12, vocab_size, dtype, "cpu", probes=False)
 
 
 def test_lm_head_overflows_in_float16():
@@ -109,6 +123,8 @@ def test_lm_head_interpreted(monkeypatch):
         monkeypatch.setattr(tuning, "TRITON_LM_HEAD", tuning.TritonLmHead(part_bytes, block=64, num_warps=4))
         check_lm_head(triton.lm_head_confidence, seed, 6, (2, 203)[seed // 3], torch.float32, "cpu")
         check_broken_hidden_states(triton.lm_head_confidence, seed, 9, 203, torch.float32, "cpu")
+        lm_head = likely_of(triton.lm_head_likely)
+        check_lm_head(lm_head, seed, 6, (2, 203)[seed // 3], torch.float32, "cpu", probes=False)
 
 
 @pytest.mark.gpu
@@ -122,6 +138,9 @@ def test_lm_head_on_a_gpu(backend, dtype):
         for probes in (True, False):  # without, the product whose logits nobody stores takes the large ones
             check_lm_head(lm_head, seed, 9, vocab_size, dtype, "cuda", probes)
         check_broken_hidden_states(lm_head, seed, 33, vocab_size + 40, dtype, "cuda")
+        likely = likely_of(bbk.lm_head_likely, backend=backend)
+        check_lm_head(likely, seed, 9, vocab_size, dtype, "cuda", probes=False)
+        check_broken_hidden_states(likely, seed, 33, vocab_size + 40, dtype, "cuda")
 
 
 def plant(generator, predictions, rate):
