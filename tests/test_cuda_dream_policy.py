@@ -87,7 +87,7 @@ def test_records_on_a_gpu(backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_step_does_not_wait_for_the_device(backend):
+def test_a_step_does_not_wait_for_the_device(backend, unchecked):
     state, predictions, plan, params = (
         record if isinstance(record, bbk.PolicyParams) else to_device(record, "cuda")
         for record in random_batch(3)

@@ -141,7 +141,7 @@ def compare_rope_kv_write(dtype, heads, kv_heads, head_dim, padding, offset):
 
 
 @pytest.mark.gpu
-def test_rope_kv_write_with_a_permuted_cache_and_what_lies_outside():
+def test_rope_kv_write_with_a_permuted_cache_and_what_lies_outside(unchecked):
     inputs, _ = rope_inputs(torch.bfloat16, 8, 8, 128)
     kv = torch.full((9, 8, 7, 128), math.nan, dtype=torch.bfloat16, device="cuda")
     # Pages hold one head after the other; cosines and sines lie side by side.

@@ -175,9 +175,14 @@ def fill():
         free = torch.cuda.mem_get_info()[0]
         held.append(torch.empty(free - size, dtype=torch.uint8, device="cuda"))
 
-    yield leave, held.clear
-    held.clear()
-    torch.cuda.empty_cache()
+    def release():
+        # Torch would keep the memory and cut what comes next out of it: it could never go back in one piece.
+        held.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    yield leave, release
+    release()
 
 
 SAID = r"free memory of cuda:0: expected at least [\d,]+ bytes for .*, got [\d,]+"

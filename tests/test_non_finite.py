@@ -33,6 +33,8 @@ DECODES = [
     {"method": "dual_cache", "gen_length": 32, "block_size": 16, "drafts": (1, 2)},
     {"method": "local_leap", "gen_length": 32, "block_size": 16},
 ]
+# On a model that predicts the next token, as that policy wants.
+DREAM = {"method": "blockbatch", **LONG, "policy": "dream_published"}
 
 
 class Breaking(EngineScripted):
@@ -63,11 +65,11 @@ class Breaking(EngineScripted):
         return self
 
 
-def engine():
-    return Breaking(ScriptedModel(3, peak=(1.0, 8.0), eos_rate=0.01))
+def engine(prediction_offset=0):
+    return Breaking(ScriptedModel(3, peak=(1.0, 8.0), eos_rate=0.01, prediction_offset=prediction_offset))
 
 
-@pytest.mark.parametrize("options", DECODES, ids=str)
+@pytest.mark.parametrize("options", [*DECODES, DREAM, {**DREAM, "eos_exit": "prefix"}], ids=str)
 @pytest.mark.parametrize("place", ["reference", "host"])
 def test_every_forward_of_every_method(monkeypatch, options, place):
     if place == "host":
@@ -78,7 +80,7 @@ def test_every_forward_of_every_method(monkeypatch, options, place):
 
 
 def check_every_forward(options):
-    model, config = engine(), blockbatch.DecodeConfig(**options)
+    model, config = engine(int("policy" in options)), blockbatch.DecodeConfig(**options)
     prompts = [[5, 1, 2], [9, 3]]
     expected = generate(model, prompts, config)
     session = Session(model, prompts, method_of(model, config), config.gen_length)

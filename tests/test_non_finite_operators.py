@@ -8,6 +8,7 @@ import torch
 
 import blockbatch_kernels as bbk
 import drafted
+import dream_random
 import policy_random
 from blockbatch_kernels import reference, triton, tuning
 from cuda_places import PLACES, open_place
@@ -71,6 +72,19 @@ def check_lm_head(lm_head, seed, rows, vocab_size, dtype, device, probes=True):
             torch.testing.assert_close(confidence, expected[1].expand(rows), rtol=1e-4, atol=1e-6)
 
 
+def likely_of(lm_head_likely, **fixed):
+    """`lm_head_likely` as `lm_head_confidence`. A row without a softmax has no likely tokens."""
+
+    def lm_head(hidden, weight, *, suppress_token):
+        top, confidence, token, probability = lm_head_likely(
+            hidden, weight, suppress_token=suppress_token, **fixed
+        )
+        assert not (probability[confidence.isnan()] > 0).any() and (token[confidence.isnan()] == -1).all()
+        return top, confidence, None
+
+    return lm_head
+
+
 def check_broken_hidden_states(lm_head, seed, rows, vocab_size, dtype, device):
     """One NaN or infinity in a hidden state breaks its row, and no other."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,6 +103,7 @@ def test_lm_head_of_the_reference(dtype):
     for seed, vocab_size in enumerate((2, 50, 193, 4097)):
         check_lm_head(reference.lm_head_confidence, seed, 12, vocab_size, dtype, "cpu")
         check_broken_hidden_states(reference.lm_head_confidence, seed, 9, vocab_size + 40, dtype, "cpu")
+        check_lm_head(likely_of(reference.lm_head_likely), seed, 12, vocab_size, dtype, "cpu", probes=False)
 
 
 def test_lm_head_overflows_in_float16():
@@ -108,6 +123,8 @@ def test_lm_head_interpreted(monkeypatch):
         monkeypatch.setattr(tuning, "TRITON_LM_HEAD", tuning.TritonLmHead(part_bytes, block=64, num_warps=4))
         check_lm_head(triton.lm_head_confidence, seed, 6, (2, 203)[seed // 3], torch.float32, "cpu")
         check_broken_hidden_states(triton.lm_head_confidence, seed, 9, 203, torch.float32, "cpu")
+        lm_head = likely_of(triton.lm_head_likely)
+        check_lm_head(lm_head, seed, 6, (2, 203)[seed // 3], torch.float32, "cpu", probes=False)
 
 
 @pytest.mark.gpu
@@ -121,6 +138,9 @@ def test_lm_head_on_a_gpu(backend, dtype):
         for probes in (True, False):  # without, the product whose logits nobody stores takes the large ones
             check_lm_head(lm_head, seed, 9, vocab_size, dtype, "cuda", probes)
         check_broken_hidden_states(lm_head, seed, 33, vocab_size + 40, dtype, "cuda")
+        likely = likely_of(bbk.lm_head_likely, backend=backend)
+        check_lm_head(likely, seed, 9, vocab_size, dtype, "cuda", probes=False)
+        check_broken_hidden_states(likely, seed, 33, vocab_size + 40, dtype, "cuda")
 
 
 def plant(generator, predictions, rate):
@@ -140,16 +160,18 @@ def counted(state, predictions):
     return counts
 
 
-def check_policy(decode_policy, initial_plan, seed, device, drafts):
+LIMITS = dict(max_requests=3, max_branches=4, max_length=40)
+
+
+def check_policy(decode_policy, initial_plan, seed, device, rule):
     generator = torch.Generator().manual_seed(seed)
-    if drafts:
+    if rule == "drafts":
         case = drafted.CASES[seed % len(drafted.CASES)]
         state, plan, params = drafted.midway(generator, case, 1 + seed % 3)
         predictions = drafted.predictions_of(generator, state, plan, params)
     else:
-        state, predictions, plan, params = policy_random.random_batch(
-            seed, max_requests=3, max_branches=4, max_length=40
-        )
+        batches = dream_random if rule == "dream" else policy_random
+        state, predictions, plan, params = batches.random_batch(seed, **LIMITS)
     if seed % 4 == 0:
         state.non_finite.copy_(torch.randint(0, 3, state.non_finite.shape, generator=generator))
     predictions = plant(generator, predictions, (0.0, 0.02, 0.5)[seed % 3])
@@ -165,8 +187,8 @@ def check_policy(decode_policy, initial_plan, seed, device, drafts):
 
 
 def check_policies(decode_policy, initial_plan, seeds, device):
-    for drafts in (False, True):
-        found = [check_policy(decode_policy, initial_plan, seed, device, drafts) for seed in seeds]
+    for rule in ("llada", "drafts", "dream"):
+        found = [check_policy(decode_policy, initial_plan, seed, device, rule) for seed in seeds]
         assert any(found) and not all(found)
 
 

@@ -45,8 +45,9 @@ def copy_pages(
     # Every row might move every page.
     moves = torch.empty(2 * page_table.numel(), dtype=torch.int32, device=page_table.device)
     num_moves = torch.empty(compiled.MAX_MOVE_LISTS, dtype=torch.int32, device=page_table.device)
-    workspace = None
+    workspace = counts = None
     if pool is not None:
+        counts = pool.counts.contiguous()
         # A place for each page, each entry of the table and each page of the list.
         size = kv_cache.shape[2] + page_table.numel() + pool.free_pages.shape[0]
         workspace = torch.empty(size, dtype=torch.int32, device=page_table.device)
@@ -59,11 +60,13 @@ def copy_pages(
         moves=moves,
         write_positions=None if write_positions is None else write_positions.contiguous(),
         free_pages=None if pool is None else pool.free_pages.contiguous(),
-        counts=None if pool is None else pool.counts,
+        counts=counts,
         workspace=workspace,
         num_branches=num_branches,
         stream=extension.stream_of(page_table),
     )
+    if pool is not None and counts is not pool.counts:
+        pool.counts.copy_(counts)
 
 
 def _require_dense_pages(kv_cache: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 `BBK_CHECK=1` in the environment switches them on: for tests, and for decoders that are being written. Without
 it the operators never look at such values, but for those of page tables in host memory, which cost no wait.
-Nothing is checked while a CUDA graph is captured.
+Nothing is checked while a CUDA graph is captured. What a check looks at comes to the host in one copy.
 
 Each function raises ValueError that names the argument, what was expected and what came.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blockbatch_kernels.structs import AttentionPlan, BranchState, PagePool, Predictions, StepPlan
@@ -35,6 +36,15 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def _on_host(*tensors: Tensor) -> list[Tensor]:
+    """Integers of one device in host memory, by one copy; some may come in a wider type."""
+    if tensors[0].is_cpu:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
 def check_attention(
     page_table: Tensor,
     cu_seqlens_q: Tensor,
@@ -51,32 +61,36 @@ def check_attention(
     """
     if not is_readable(page_table):
         return
-    _check_ascending("cu_seqlens_q", cu_seqlens_q, num_tokens)
-    bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
-    columns = page_table.shape[1]
-    for row, length in enumerate(lengths):
-        if bounds[row] == bounds[row + 1]:
-            lengths[row] = 0
-        elif not 0 <= length <= columns * page_size:
-            raise ValueError(
-                f"seqlens_k: expected at most {columns * page_size} keys, {columns} pages of {page_size}, "
-                f"got {length} in row {row}"
-            )
-    read = torch.tensor([-(-length // page_size) for length in lengths]).unsqueeze(1)
-    read = (torch.arange(columns) < read).to(page_table.device)
+    planned = () if plan is None else (plan.token_row,)
+    table, bounds, lengths, *planned = _on_host(page_table, cu_seqlens_q, seqlens_k, *planned)
+    _check_ascending("cu_seqlens_q", bounds, num_tokens)
+    queries, columns = bounds.diff(), table.shape[1]
+    most = columns * page_size
+    wrong = (queries > 0) & ((lengths < 0) | (lengths > most))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"seqlens_k: expected at most {most} keys, {columns} pages of {page_size}, "
+            f"got {int(lengths[row])} in row {row}"
+        )
+    lengths = lengths * (queries > 0)
     limit = torch.iinfo(torch.int32).max if num_pages is None else num_pages
-    _check_entries("page_table", page_table, read & ((page_table < 0) | (page_table >= limit)), limit)
-    if plan is not None:
-        rows = torch.tensor([bounds[row + 1] - bounds[row] for row in range(len(lengths))])
-        expected = torch.full((num_tokens,), -1, dtype=torch.int32)
-        expected[: bounds[-1]] = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(rows)
-        if plan.token_row.shape != expected.shape or not torch.equal(plan.token_row.cpu(), expected):
+    first_key = torch.arange(columns, device="cpu") * page_size
+    is_read = first_key < lengths.unsqueeze(1)
+    _check_entries("page_table", table, is_read & ((table < 0) | (table >= limit)), limit)
+    for token_row in planned:
+        # A plan leaves out rows without keys, as it does padding.
+        rows = torch.arange(len(lengths), device="cpu").masked_fill(lengths == 0, -1)
+        expected = rows.repeat_interleave(queries)
+        expected = F.pad(expected, (0, num_tokens - len(expected)), value=-1)
+        if not torch.equal(token_row.long(), expected):
             raise ValueError("plan: expected one made of these cu_seqlens_q, got one of others")
 
 
 def check_rope(positions: Tensor, slot_mapping: Tensor, cos: Tensor, k_cache: Tensor) -> None:
     """Positions that the tables have, slots that the caches have or -1."""
     if is_readable(positions):
+        positions, slot_mapping = _on_host(positions, slot_mapping)
         _check_range("positions", positions, 0, cos.shape[0])
         _check_range("slot_mapping", slot_mapping, None, k_cache.shape[0] * k_cache.shape[1])
 
@@ -84,7 +98,7 @@ def check_rope(positions: Tensor, slot_mapping: Tensor, cos: Tensor, k_cache: Te
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Ids of the vocabulary."""
     if is_readable(tokens):
-        _check_range(name, tokens, 0, vocab_size)
+        _check_range(name, *_on_host(tokens), 0, vocab_size)
 
 
 def check_packing(
@@ -100,67 +114,82 @@ def check_packing(
     """Queries inside of the row's pages, and room for all of them."""
     if not is_readable(page_table):
         return
-    starts, ends = plan.query_start.tolist(), plan.query_end.tolist()
-    table, length = page_table.cpu(), page_table.shape[1] * page_size
-    total = wanted = 0
-    predict, prompts = plan.predict.cpu(), state.prompt_length.tolist()
-    longest = max(prompts)
-    if longest > state.prompt_tokens.shape[1]:
+    tensors = (plan.query_start, plan.query_end, plan.predict, state.prompt_length, page_table)
+    listed = (plan.query_position,) if scattered else ()
+    start, end, predict, prompts, table, *listed = _on_host(*tensors, *listed)
+    if int(prompts.max()) > state.prompt_tokens.shape[1]:
         raise ValueError(
-            f"state.prompt_length: expected at most {state.prompt_tokens.shape[1]}, got {longest}"
+            f"state.prompt_length: expected at most {state.prompt_tokens.shape[1]}, got {int(prompts.max())}"
         )
-    for row, (start, end) in enumerate(zip(starts, ends)):
-        if end <= start:
-            continue
-        total += end - start
+    length = table.shape[1] * page_size
+    has_queries = start < end
+    most = listed[0].shape[1] if scattered else length
+    outside = has_queries & ((start < 0) | (end > most))
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        first, last = int(start[row]), int(end[row])
         if scattered:
-            most = plan.query_position.shape[1]
-            if start < 0 or end > most:
-                raise ValueError(
-                    f"plan.query_end: expected places from 0 to {most} of plan.query_position, got {start} "
-                    f"to {end} in row {row}"
-                )
-            positions = plan.query_position[row, start:end].cpu()
-            first, last = int(positions.min()), int(positions.max())
-        else:
-            positions, first, last = torch.arange(start, end), start, end - 1
-        if first < 0 or last >= length:
             raise ValueError(
-                f"plan.query_end: expected positions below {length}, {page_table.shape[1]} pages of "
-                f"{page_size}, got {first} to {last} in row {row}"
+                f"plan.query_end: expected places from 0 to {most} of plan.query_position, "
+                f"got {first} to {last} in row {row}"
             )
-        target = positions + prediction_offset - prompts[row // state.num_branches]
-        target = target[(target >= 0) & (target < state.gen_length)]
-        wanted += int(predict[row, target.long()].sum())
-        columns = (positions // page_size).unique().long()
-        if int(table[row, columns].min()) < 0:
-            raise ValueError(
-                f"page_table: expected a page for each query, got {table[row, columns].tolist()} in row {row}"
-            )
-    if total > capacity:
-        raise ValueError(f"capacity: expected at least the plan's {total} query tokens, got {capacity}")
+        raise _behind_the_pages(table, page_size, first, last - 1, row)
+    rows, positions = _places(start, end)
+    if scattered:
+        positions = listed[0][rows, positions].long()
+        outside = (positions < 0) | (positions >= length)
+        if bool(outside.any()):
+            row = int(rows[outside][0])
+            low, high = (int(position) for position in positions[rows == row].aminmax())
+            raise _behind_the_pages(table, page_size, low, high, row)
+    missing = table[rows, positions // page_size] < 0
+    if bool(missing.any()):
+        row = int(rows[missing][0])
+        pages = table[row, (positions[rows == row] // page_size).unique()].tolist()
+        raise ValueError(f"page_table: expected a page for each query, got {pages} in row {row}")
+    if len(rows) > capacity:
+        raise ValueError(f"capacity: expected at least the plan's {len(rows)} query tokens, got {capacity}")
+    target = positions + prediction_offset - prompts[rows // state.num_branches]
+    inside = (target >= 0) & (target < state.gen_length)
+    wanted = int(predict[rows[inside], target[inside]].sum())
     if wanted > predict_capacity:
         raise ValueError(
             f"predict_capacity: expected at least the plan's {wanted} predictions, got {predict_capacity}"
         )
 
 
+def _behind_the_pages(table: Tensor, page_size: int, first: int, last: int, row: int) -> ValueError:
+    columns = table.shape[1]
+    return ValueError(
+        f"plan.query_end: expected positions below {columns * page_size}, {columns} pages of {page_size}, "
+        f"got {first} to {last} in row {row}"
+    )
+
+
+def _places(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and place of everything from a row's start to its end, row after row."""
+    start = start.long()
+    counts = (end.long() - start).clamp(min=0)
+    rows = torch.arange(len(start), device="cpu").repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    return rows, torch.arange(len(rows), device="cpu") + (start - before)[rows]
+
+
 def check_sources(source_row: Tensor, num_rows: int) -> None:
     """Rows of the table, or -1."""
     if is_readable(source_row):
-        _check_range("source_row", source_row, -1, num_rows)
+        _check_range("source_row", *_on_host(source_row), -1, num_rows)
 
 
 def check_predictions(state: BranchState, predictions: Predictions) -> None:
     """Targets that are there, each once, or -1."""
-    target = predictions.target
-    if not is_readable(target):
+    if not is_readable(predictions.target):
         return
+    (target,) = _on_host(predictions.target)
     _check_range("predictions.target", target, -1, state.tokens.numel())
-    real = target[target >= 0]
-    if real.numel() != real.unique().numel():
-        twice = int(real[(real.unsqueeze(1) == real).sum(1) > 1][0])
-        raise ValueError(f"predictions.target: expected each position once, got {twice} twice")
+    repeated = _repeated(target[target >= 0])
+    if len(repeated):
+        raise ValueError(f"predictions.target: expected each position once, got {int(repeated[0])} twice")
 
 
 def check_pages(
@@ -175,28 +204,35 @@ def check_pages(
     """Pages of the pool; in host memory even where `ENABLED` is false."""
     if not (ENABLED or page_table.is_cpu) or not is_readable(page_table):
         return
-    num_rows, columns = page_table.shape
-    num_pages = kv_cache.shape[2]
+    num_pages, page_size = kv_cache.shape[2:4]
+    listed = () if write_positions is None else (write_positions,)
+    free_pages = () if pool is None else (pool.free_pages,)
+    table, start, end, *others = _on_host(page_table, write_start, write_end, *listed, *free_pages)
     if pool is None:
-        rows = torch.arange(num_rows, device=page_table.device).unsqueeze(1)
-        row_of_page = torch.div(page_table, max(columns, 1), rounding_mode="floor")
-        is_own = page_table % max(columns, 1) == torch.arange(columns, device=page_table.device)
-        is_own &= row_of_page // num_branches == rows // num_branches
-        foreign = (page_table >= 0) & ~is_own
-        if bool(foreign.any()):
-            row, column = foreign.nonzero()[0].tolist()
-            raise ValueError(
-                f"page_table: expected -1 or a page of the fixed pool, (request * {num_branches} + k) * "
-                f"{columns} + column, got {int(page_table[row, column])} in row {row}, column {column}; ids "
-                "of another allocator need pool="
-            )
+        _check_own_pages(table, num_branches)
     else:
-        _check_entries("page_table", page_table, page_table >= num_pages, num_pages)
-        _check_range("pool.free_pages", pool.free_pages, 0, num_pages)
-        if pool.free_pages.unique().numel() != pool.free_pages.numel():
+        _check_entries("page_table", table, table >= num_pages, num_pages)
+        _check_range("pool.free_pages", others[-1], 0, num_pages)
+        if len(_repeated(others[-1])):
             raise ValueError("pool.free_pages: expected each page once, got some more than once")
     if ENABLED:
-        _check_writes(write_start, write_end, write_positions, columns * kv_cache.shape[3])
+        _check_writes(start, end, others[0] if listed else None, table.shape[1] * page_size)
+
+
+def _check_own_pages(table: Tensor, num_branches: int) -> None:
+    num_rows, columns = table.shape
+    rows = torch.arange(num_rows, device="cpu").unsqueeze(1)
+    row_of_page = torch.div(table, max(columns, 1), rounding_mode="floor")
+    is_own = table % max(columns, 1) == torch.arange(columns, device="cpu")
+    is_own &= row_of_page // num_branches == rows // num_branches
+    foreign = (table >= 0) & ~is_own
+    if bool(foreign.any()):
+        row, column = foreign.nonzero()[0].tolist()
+        raise ValueError(
+            f"page_table: expected -1 or a page of the fixed pool, (request * {num_branches} + k) * "
+            f"{columns} + column, got {int(table[row, column])} in row {row}, column {column}; ids "
+            "of another allocator need pool="
+        )
 
 
 def _check_writes(start: Tensor, end: Tensor, positions: Tensor | None, length: int) -> None:
@@ -206,13 +242,21 @@ def _check_writes(start: Tensor, end: Tensor, positions: Tensor | None, length: 
     _check_range("write_end", end[writes], 0, most + 1)
     if positions is None:
         return
-    for row in writes.nonzero().flatten().tolist():
-        listed = positions[row, int(start[row]) : int(end[row])]
-        _check_range("write_positions", listed, 0, length)
-        if bool((listed[1:] <= listed[:-1]).any()):
-            raise ValueError(
-                f"write_positions: expected ascending positions, got {listed.tolist()} in row {row}"
-            )
+    rows, places = _places(start, end)
+    listed = positions[rows, places]
+    _check_range("write_positions", listed, 0, length)
+    falls = (rows[1:] == rows[:-1]) & (listed[1:] <= listed[:-1])
+    if bool(falls.any()):
+        row = int(rows[1:][falls][0])
+        raise ValueError(
+            f"write_positions: expected ascending positions, got {listed[rows == row].tolist()} in row {row}"
+        )
+
+
+def _repeated(values: Tensor) -> Tensor:
+    """Those that are there more than once."""
+    values = values.sort().values
+    return values[1:][values[1:] == values[:-1]]
 
 
 def _check_ascending(name: str, bounds: Tensor, most: int) -> None:

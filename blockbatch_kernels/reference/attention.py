@@ -13,6 +13,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def _angles(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `table`: refused where one is not there, but on a GPU, where that would take a wait, NaN."""
+    if table.is_cpu:
+        try:
+            return torch.index_select(table, 0, positions)
+        except (IndexError, RuntimeError):
+            low, high = (int(value) for value in positions.aminmax())
+            raise ValueError(
+                f"positions: expected values from 0 to {len(table) - 1}, got {low} to {high}"
+            ) from None
+    exists = (positions >= 0) & (positions < len(table))
+    padded = F.pad(table, (0, 0, 0, 1), value=float("nan"))
+    return padded[torch.where(exists, positions, len(table)).long()]
+
+
 def rope_kv_write(
     q: Tensor,
     k: Tensor,
@@ -24,12 +39,15 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    index = positions.long()
-    cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)
+    cos, sin = (_angles(table, positions).unsqueeze(1) for table in (cos, sin))
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    stored = (slot_mapping >= 0) & (slot_mapping < num_slots)
+    all_stored = bool(stored.all())
+    if not all_stored and slot_mapping.is_cpu and int(slot_mapping.max()) >= num_slots:
+        raise ValueError(f"slot_mapping: expected values below {num_slots}, got {int(slot_mapping.max())}")
     q.copy_(_rotate(q, cos, sin))
     k = _rotate(k, cos, sin)
-    stored = slot_mapping >= 0
-    if not stored.all():
+    if not all_stored:
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
     # By page and offset: the cache may be a view that cannot be flattened without a copy.
     page_size = k_cache.shape[1]

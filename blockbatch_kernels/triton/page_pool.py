@@ -76,6 +76,7 @@ def choose_from_pool(
         moves,
         num_moves,
         pool.counts,
+        pool.counts.stride(0),
         num_free,
         num_pages,
         entries,
@@ -184,6 +185,7 @@ def _give_kernel(
     moves,
     num_moves,
     counts,
+    counts_stride,
     num_free,
     num_pages,
     entries,
@@ -222,7 +224,8 @@ def _give_kernel(
     tl.store(num_moves, copied)
     given = tl.minimum(wanted, there)
     tl.store(counts, there - given)
-    tl.store(counts + 1, tl.load(counts + 1) + wanted - given)
+    missing = counts + counts_stride
+    tl.store(missing, tl.load(missing) + wanted - given)
 
 
 @triton.jit

@@ -10,12 +10,19 @@ from blockbatch_kernels.triton.rows import kernel
 _BLOCK = 256
 
 
-def store_predictions(state: BranchState, predictions: Predictions, probe: Tensor | None) -> None:
+def store_predictions(
+    state: BranchState,
+    predictions: Predictions,
+    *,
+    probe: Tensor | None = None,
+    index_at: Tensor | None = None,
+) -> None:
     """Scatters the packed predictions, and counts those without a finite confidence.
 
     Args:
         state: *written*: `top_token`, `confidence`, `non_finite`.
         probe: [R, G] fp32, *written*: probe probabilities; None: they are not asked for.
+        index_at: [R, G] int32, *written* where there is a prediction: its index; None: not asked for.
     """
     size = predictions.target.shape[0]
     if size:
@@ -25,6 +32,7 @@ def store_predictions(state: BranchState, predictions: Predictions, probe: Tenso
             state.confidence,
             state.non_finite,
             probe,
+            index_at,
             size,
             state.num_requests,
             state.num_branches,
@@ -40,6 +48,7 @@ def _scatter_kernel(
     confidence,
     non_finite,
     probe,
+    index_at,
     num_predictions,
     num_requests,
     num_branches,
@@ -58,3 +67,5 @@ def _scatter_kernel(
     if probe is not None:
         value = tl.load(predictions.probe_probability + index, mask=given)
         tl.store(probe + target, value, mask=given)
+    if index_at is not None:
+        tl.store(index_at + target, index, mask=given)
