@@ -126,8 +126,8 @@ def lines(rules: dict[str, Decodes], references: Sequence[str], families: Sequen
     return found
 
 
-def steps(published: Decodes, joined: Decodes, one: Decodes, several: Decodes, chosen: Decodes) -> list[dict]:
-    """From the published rule to the chosen setting, one change at a time, and what each of them saves.
+def steps(published: Decodes, joined: Decodes, one: Decodes, several: Decodes) -> list[dict]:
+    """From the published rule to BlockBatch, one change at a time, and what each of them saves.
 
     A text's last block is stored for nobody. BlockBatch leaves that store out; `last_store_left_out` is what
     the published rule in joined forwards would need without it.
@@ -140,7 +140,6 @@ def steps(published: Decodes, joined: Decodes, one: Decodes, several: Decodes, c
         ],
         "one_branch": one.totals,
         "several_branches": several.totals,
-        "chosen_setting": chosen.totals,
     }
     found, before = [], published.totals
     for name, forwards in ways.items():
