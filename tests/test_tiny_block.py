@@ -5,6 +5,7 @@ import torch
 
 import blockbatch
 from blockbatch import tiny
+from blockbatch.evaluation.settings import parse_setting
 from blockbatch.tasks.built_in.several import check_answers, draw_texts, join
 
 # Forwards one by one, as published.
@@ -59,6 +60,14 @@ def test_answers_behind_a_thousand_tokens_are_right(model):
     right = check_answers(text, result.text)
     assert sum(right) >= 8 and any(right[-2:]), right
     assert all(check_answers(text, reference))
+
+
+def test_a_switch_of_a_setting_is_written_as_on_the_command_line():
+    for written, expected in (("off", False), ("on", True), ("false", False), ("none", None)):
+        setting = parse_setting(f"apart:method=block_diffusion,fuse_store={written}", 128)
+        assert setting.config.fuse_store is expected
+    with pytest.raises(ValueError, match="--set: apart: fuse_store: expected on or off, got '0'"):
+        parse_setting("apart:method=block_diffusion,fuse_store=0", 128)
 
 
 def test_torchs_default_device_and_dtype_are_the_users(model):
