@@ -52,8 +52,7 @@ RULES: dict[str, dict[str, Any]] = {
     ONE_BRANCH: {"block_sizes": (32,)},
     BLOCKBATCH: {},  # the setting to take by the part held_out: the defaults
 }
-# The published rule has the tokens of `JOINED`.
-TEXT_RULES = (JOINED, BLOCKBATCH)
+TEXT_RULES = (PUBLISHED, JOINED, BLOCKBATCH)
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {},
     {"sync_threshold": 2},
@@ -228,7 +227,7 @@ def on_texts(model: blockbatch.Model, options: argparse.Namespace, kept: dict[st
         records[name] = measure(model, prompts, judge, options.text_batch, TEXT_LENGTH, RULES[name])
         print(f"{name:12} {block_report.mean_nfe(records[name])}", flush=True)
     records = {name: records[name] for name in TEXT_RULES if name in records}
-    found = block_report.lines(records, (JOINED,), ())
+    found = block_report.lines(records, (PUBLISHED, JOINED), ())
     for line, mine in zip(found, records.values(), strict=True):
         answers = [mine.right[at::PROBLEMS_A_TEXT] for at in range(PROBLEMS_A_TEXT)]
         line["right_by_place"] = [place.count("1") for place in answers]
