@@ -114,16 +114,13 @@ def measure(
     rule: dict[str, Any],
 ) -> Decodes:
     """Decodes all prompts by a rule; `judge` says of a prompt's number and text which answers are right."""
-    begun = time.perf_counter()
     results = decode(model, prompts, batch_size, length, **rule)
-    seconds = time.perf_counter() - begun
     right = [answer for index, one in enumerate(results) for answer in judge(index, one.text)]
     return Decodes(
         options=rule,
         right="".join(str(int(answer)) for answer in right),
         **{kind: [getattr(one.nfe, kind) for one in results] for kind in block_report.KINDS},
         ids=[zlib.crc32(str(one.tokens).encode()) for one in results],
-        seconds=round(seconds, 2),
     )
 
 
@@ -171,7 +168,7 @@ def on_problems(model: blockbatch.Model, options: argparse.Namespace, kept: dict
     """The part "problems"; `kept` is what the report has of it."""
     problems, known = drawn("test", options.count), Judge()
     records = {name: Decodes.read(record) for name, record in kept.get("records", {}).items()}
-    for name in options.rules or RULES:
+    for name in RULES if options.rules is None else options.rules:
         taken = options.static_count if name == STATIC else options.count
         mine = [problem for at, problem in enumerate(problems) if at % options.count < taken]
 
@@ -223,7 +220,7 @@ def on_texts(model: blockbatch.Model, options: argparse.Namespace, kept: dict[st
     def judge(index: int, text: str) -> list[bool]:
         return check_answers(texts[index], text)
 
-    for name in options.rules or TEXT_RULES:
+    for name in TEXT_RULES if options.rules is None else options.rules:
         records[name] = measure(model, prompts, judge, options.text_batch, TEXT_LENGTH, RULES[name])
         print(f"{name:12} {block_report.mean_nfe(records[name])}", flush=True)
     records = {name: records[name] for name in TEXT_RULES if name in records}
@@ -256,7 +253,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rules", nargs="+", choices=RULES, help="of problems and texts (all)")
+    parser.add_argument(
+        "--rules",
+        nargs="*",
+        metavar="RULE",
+        help=f"of problems and texts (all of {', '.join(RULES)}); without a name: report what was decoded",
+    )
     parser.add_argument("--count", type=int, default=200, help="test problems of each family (200)")
     parser.add_argument("--static-count", type=int, default=20, help="of them, by one token a forward (20)")
     parser.add_argument("--timed-count", type=int, default=10, help="of them, one at a time (10)")
@@ -270,6 +272,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
+    if wrong := set(options.rules or ()) - set(RULES):
+        parser.error(f"--rules: expected some of {', '.join(RULES)}, got {', '.join(sorted(wrong))}")
     torch.set_num_threads(options.threads)
     model = blockbatch.load_model(
         "tiny-block", device=options.device, dtype="float32", backend=options.backend
@@ -283,10 +287,8 @@ def main() -> None:
     }
     verify(model, drawn("test", 1))
     for part in options.parts:
-        begun = time.perf_counter()
         kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
         found = PARTS[part](model, options, kept.get(part, {}))
-        found |= {"part_seconds": round(time.perf_counter() - begun, 1)}
         # Another process may have written another part meanwhile.
         kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
         report = {**header, **{name: kept[name] for name in PARTS if name in kept}, part: found}

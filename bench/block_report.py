@@ -21,7 +21,6 @@ class Decodes:
         right: a "1" or "0" for each answer; a text of twelve problems has twelve.
         prefill, denoise, store: forwards of each decode.
         ids: a checksum of each decode's tokens, by which equal ones are told.
-        seconds: of all decodes together.
     """
 
     options: dict[str, Any]
@@ -30,7 +29,6 @@ class Decodes:
     denoise: list[int]
     store: list[int]
     ids: list[int]
-    seconds: float
 
     @property
     def totals(self) -> list[int]:
@@ -42,7 +40,7 @@ class Decodes:
         chosen = [at for at in range(len(self.denoise)) if at % count < taken]
         picked = {name: [getattr(self, name)[at] for at in chosen] for name in (*KINDS, "ids")}
         right = "".join(self.right[at] for at in chosen)
-        return Decodes(self.options, right, **picked, seconds=self.seconds)
+        return Decodes(self.options, right, **picked)
 
     def record(self) -> dict[str, Any]:
         """As a report holds it: lists of numbers as texts, a line each."""
@@ -55,7 +53,7 @@ class Decodes:
     def read(cls, record: dict[str, Any]) -> Decodes:
         """The inverse of `record`."""
         lists = {name: [int(word) for word in record[name].split()] for name in (*KINDS, "ids")}
-        return cls(**{**record, **lists})
+        return cls(record["options"], record["right"], **lists)
 
 
 def accuracy(right: str) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def lines(rules: dict[str, Decodes], references: Sequence[str], families: Sequen
     found = []
     for name, mine in rules.items():
         line: dict[str, Any] = {"rule": name, "options": mine.options, **accuracy(mine.right)}
-        line |= {"nfe": mean_nfe(mine), "seconds_in_batches": round(mine.seconds / len(mine.denoise), 4)}
+        line["nfe"] = mean_nfe(mine)
         if families:
             count = len(mine.right) // len(families)
             line["families"] = {
