@@ -22,6 +22,7 @@ from blockbatch_kernels.structs import (
 from blockbatch_kernels.triton.commit import best
 from blockbatch_kernels.triton.dream_map import empty_map, find_entry, store_likely, take_map
 from blockbatch_kernels.triton.plan import write_plan
+from blockbatch_kernels.triton.predictions import store_predictions
 from blockbatch_kernels.triton.rows import (
     any_of,
     check_contiguous,
@@ -37,7 +38,6 @@ from blockbatch_kernels.triton.rows import (
     tile_options,
 )
 
-_SCATTER_BLOCK = 256
 BLOCK = tl.constexpr(PHASE_BLOCK)
 EOS_REASON = tl.constexpr(STOP_EOS)
 LENGTH_REASON = tl.constexpr(STOP_LENGTH)
@@ -67,17 +67,8 @@ def decode_policy(
     wants_refresh = torch.empty(state.num_requests, dtype=torch.int32, device=device)
     # Which prediction is that of a position; -1: none.
     prediction_at = torch.full_like(state.tokens, -1)
-    size = predictions.target.shape[0]
     with device_of(state.tokens):
-        if size:
-            _scatter_kernel[(triton.cdiv(size, _SCATTER_BLOCK),)](
-                predictions,
-                state.top_token,
-                state.confidence,
-                prediction_at,
-                size,
-                BLOCK_SIZE=_SCATTER_BLOCK,
-            )
+        store_predictions(state, predictions, place=prediction_at)
         _policy_kernel[(state.num_requests,)](
             state_tensors(state),
             plan.source_row,
@@ -97,18 +88,6 @@ def decode_policy(
         )
     write_plan(state, params, next_plan, wants_refresh=wants_refresh)
     return out
-
-
-@kernel
-def _scatter_kernel(
-    predictions, top_token, confidence, prediction_at, num_predictions, BLOCK_SIZE: tl.constexpr
-):
-    index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    target = tl.load(predictions.target + index, mask=index < num_predictions, other=-1)
-    given = target >= 0
-    tl.store(top_token + target, tl.load(predictions.top_token + index, mask=given), mask=given)
-    tl.store(confidence + target, tl.load(predictions.confidence + index, mask=given), mask=given)
-    tl.store(prediction_at + target, index, mask=given)
 
 
 @kernel

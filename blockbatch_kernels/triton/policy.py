@@ -62,7 +62,7 @@ def decode_policy(
     # Of the forward that drafts were part of; a request has one branch then, and its rows behind are drafts.
     window_end = torch.empty_like(wants_refresh) if drafts else None
     with device_of(state.tokens):
-        store_predictions(state, predictions, probe)
+        store_predictions(state, predictions, probe=probe)
         for forward in range(1 + drafts):
             _policy_kernel[(state.num_requests,)](
                 state_tensors(state),

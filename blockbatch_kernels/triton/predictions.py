@@ -10,12 +10,16 @@ from blockbatch_kernels.triton.rows import kernel
 _BLOCK = 256
 
 
-def store_predictions(state: BranchState, predictions: Predictions, probe: Tensor | None) -> None:
+def store_predictions(
+    state: BranchState, predictions: Predictions, *, probe: Tensor | None = None, place: Tensor | None = None
+) -> None:
     """Scatters the packed predictions, and counts those without a finite confidence.
 
     Args:
         state: *written*: `top_token`, `confidence`, `non_finite`.
         probe: [R, G] fp32, *written*: probe probabilities; None: they are not asked for.
+        place: [R, G] int32, *written* where there is a prediction: which of the packed ones; None: not asked
+            for.
     """
     size = predictions.target.shape[0]
     if size:
@@ -25,6 +29,7 @@ def store_predictions(state: BranchState, predictions: Predictions, probe: Tenso
             state.confidence,
             state.non_finite,
             probe,
+            place,
             size,
             state.num_requests,
             state.num_branches,
@@ -40,6 +45,7 @@ def _scatter_kernel(
     confidence,
     non_finite,
     probe,
+    place,
     num_predictions,
     num_requests,
     num_branches,
@@ -58,3 +64,5 @@ def _scatter_kernel(
     if probe is not None:
         value = tl.load(predictions.probe_probability + index, mask=given)
         tl.store(probe + target, value, mask=given)
+    if place is not None:
+        tl.store(place + target, index, mask=given)
