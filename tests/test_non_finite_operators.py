@@ -73,13 +73,15 @@ def check_lm_head(lm_head, seed, rows, vocab_size, dtype, device, probes=True):
 
 
 def likely_of(lm_head_likely, **fixed):
-    """`lm_head_likely` as `lm_head_confidence`. A row without a softmax has no likely tokens."""
+    """`lm_head_likely` as `lm_head_confidence`. Without a softmax none but the suppressed token is likely."""
 
     def lm_head(hidden, weight, *, suppress_token):
         top, confidence, token, probability = lm_head_likely(
             hidden, weight, suppress_token=suppress_token, **fixed
         )
-        assert not (probability[confidence.isnan()] > 0).any() and (token[confidence.isnan()] == -1).all()
+        token, probability = token[confidence.isnan()], probability[confidence.isnan()]
+        assert ((token == -1) | (token == suppress_token)).all()
+        assert (probability[token == -1] == 0).all()
         return top, confidence, None
 
     return lm_head
