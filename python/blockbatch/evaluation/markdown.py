@@ -10,12 +10,20 @@ from blockbatch.evaluation.report import Report
 from blockbatch.evaluation.statistics import Change, Comparison, Summary
 
 _VERSIONS = ("python", "torch", "cuda", "driver", "triton")
-_NOTES = """\
+_ENDS_NOTE = """\
 - Rows marked +eos, and blockbatch: decoding stops when everything before the first EOS is decoded. Baselines
-  without the mark run as published and fill the canvas.
+  without the mark run as published and fill the canvas."""
+_BLOCK_ENDS_NOTE = """\
+- Every row stops with the text: block_diffusion with the block that holds the first EOS, blockbatch when
+  everything before it is decoded."""
+_SPLITS_NOTE = "split into the first one, those of a block, and refreshes."
+_BLOCK_SPLITS_NOTE = """split into the
+  prompt's, those that denoise a block (some store the block before on the way), and those that only store."""
+_NOTES = """\
+{ends}
 - right: of the answers that were judged. Intervals hold 95%: Wilson's for accuracy, bootstrap over problems
   for the mean NFE.
-- NFE: forwards of the model for one answer, mean; split into the first one, those of a block, and refreshes.
+- NFE: forwards of the model for one answer, mean; {splits}
 - s/problem: mean time of a decode; of several at once, its share. tokens/s: tokens before the first EOS;
   filling behind it does not count."""
 _METHODS_NOTE = """\
@@ -49,7 +57,12 @@ def markdown(report: Report, *, picture: str | None = None, verdict: Sequence[st
 
 def main_part(report: Report) -> list[str]:
     """The tables of all tasks together."""
-    lines = [*summary_table(report.overall), "", *_NOTES.splitlines()]
+    in_blocks = any("denoise" in summary.nfe for summary in report.overall.values())
+    notes = _NOTES.format(
+        ends=_BLOCK_ENDS_NOTE if in_blocks else _ENDS_NOTE,
+        splits=_BLOCK_SPLITS_NOTE if in_blocks else _SPLITS_NOTE,
+    )
+    lines = [*summary_table(report.overall), "", *notes.splitlines()]
     if report.factors:
         lines += ["", "### Against the references", "", *_factor_table(report)]
     if report.exits:

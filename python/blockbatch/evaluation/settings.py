@@ -31,6 +31,8 @@ TABLE_PRESETS = tuple(name for name, row in PRESET_TABLE.items() if not row.publ
 # Among methods: the dual cache with every block size.
 FIXED_BLOCKS = "fixed-blocks"
 
+# As options of the command line have it, and as Python and JSON do.
+_SWITCHES = {"on": True, "off": False, "true": True, "false": False}
 _TYPES = {"preset": "str", **{field.name: field.type for field in fields(DecodeConfig)}}
 
 
@@ -162,12 +164,12 @@ def _parse_value(label: str, name: str, value: str) -> Any:
     convert = float if "float" in kind else int if "int" in kind else str
     try:
         if kind.startswith("bool"):
-            return {"true": True, "false": False}[value.lower()]
+            return _SWITCHES[value.lower()]
         if "tuple" in kind:
             return tuple(convert(member) for member in value.split("/"))
         return convert(value)
     except (ValueError, KeyError):
-        expected = "true or false" if kind == "bool" else "integers" if convert is int else "numbers"
+        expected = "on or off" if kind.startswith("bool") else "integers" if convert is int else "numbers"
         raise ValueError(f"--set: {label}: {name}: expected {expected}, got {value!r}") from None
 
 
