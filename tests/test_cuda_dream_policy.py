@@ -82,7 +82,9 @@ def test_records_on_a_gpu(backend):
     for record in RECORDS:
         check(model, record)
     captured = [runner.graphs._graphs for runner in model.runners._idle.values() if runner.graphs]
-    assert bool(captured) == (backend != "reference") and all(captured)
+    # One record ends with its first forward, before any step that could be captured.
+    assert sum(map(bool, captured)) >= len(captured) - 1
+    assert bool(captured) == (backend != "reference")
 
 
 @pytest.mark.gpu

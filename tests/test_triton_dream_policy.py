@@ -20,6 +20,6 @@ def test_interpreted():
     ids=str,
 )
 def test_random_batches_on_a_gpu(limits):
-    for seed in range(40):
+    for seed in range(16):  # nearly each is compiled anew, which takes seconds
         found = triton_dream_checks.check_batch(seed, torch.device("cuda"), **limits)
         assert not found, (seed, found)

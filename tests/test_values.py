@@ -147,6 +147,18 @@ def test_rows_without_queries_may_have_anything():
     bbk.pack_windows(state, plan, table, page_size=16, capacity=64, predict_capacity=64)
 
 
+def test_rows_without_keys_are_no_part_of_a_plan():
+    given = arguments("varlen_attention")
+    given["seqlens_k"][1] = 0
+    table = {name: given[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
+    sizes = dict(page_size=16, num_tokens=10, num_heads=4, num_kv_heads=2)
+    given["plan"] = bbk.attention_plan(**table, **sizes)
+    assert not bbk.varlen_attention(**given)[3:].any()
+    given["seqlens_k"][1] = 1
+    with pytest.raises(ValueError, match="plan: expected one made of these cu_seqlens_q"):
+        bbk.varlen_attention(**given)
+
+
 def check_rope(device, backend):
     """Positions that the tables lack give NaN, slots that the cache lacks are left out, the rest is right."""
     wrong, right = (arguments_of("rope_kv_write", "cpu") for _ in range(2))
