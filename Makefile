@@ -47,7 +47,7 @@ demo: $(ENV_DIR)/.blockbatch-run
 	$(ENV_PYTHON) $(DEMO)
 
 test: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pytest tests
+	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 tests
 
 lint: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m ruff check .

@@ -46,7 +46,7 @@ def test_presets_fit_any_length(name, gen_length):
 
 def test_drafts_that_were_given_are_refused_where_they_do_not_fit():
     with pytest.raises(ValueError, match="drafts: expected numbers below block_size = 4"):
-        DecodeConfig.preset("fast", gen_length=100, drafts=(1, 4))
+        DecodeConfig.preset("careful", gen_length=100, drafts=(1, 4))
     assert DecodeConfig.preset("careful", gen_length=100, block_size=2).drafts == (1,)
 
 
