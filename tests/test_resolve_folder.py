@@ -71,7 +71,7 @@ def test_incomplete_cache_is_fetched(folder, tmp_path, monkeypatch, missing):
     hub = FakeHub(cached=folder, online=tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert resolve_folder("owner/name", revision="v1") == tmp_path
-    assert hub.calls == [True, False]
+    assert hub.calls == [True, False, False]
     for name in ("modeling.py", "pytorch_model.bin", "model.pt"):
         assert not any(Path(name).match(pattern) for pattern in hub.allow_patterns)
 
@@ -151,6 +151,16 @@ def test_an_adapter_of_the_hub_is_known_as_one(tmp_path, monkeypatch):
     assert resolve_folder("owner/name") == tmp_path and "adapter_config.json" in hub.allow_patterns
     with pytest.raises(CheckpointError, match="is a LORA adapter of 'a/b' and no model"):
         blockbatch.load_model("owner/name", device="cpu")
+
+
+def test_a_model_that_cannot_be_decoded_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    config = {"model_type": "llada_moe", "architectures": ["LLaDAMoEModelLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hub = FakeHub(online=tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(CheckpointError, match="LLaDA-MoE"):
+        resolve_folder("owner/name")
+    assert hub.calls == [True, False] and not any("safetensors" in name for name in hub.allow_patterns)
 
 
 def test_hub_out_of_reach(monkeypatch):

@@ -46,9 +46,10 @@ TENSOR_MAPS = {
     "fast_dllm_v2": fast_dllm_v2.tensor_map,
 }
 
+# What says whether a model can be decoded at all, fetched before gigabytes of weights are.
+_FIRST_FILES = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 HUB_FILES = (
-    "config.json",
-    "generation_config.json",
+    *_FIRST_FILES,  # an adapter's, so that an adapter is known as one
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer.json",
@@ -57,7 +58,6 @@ HUB_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    ADAPTER_CONFIG,  # so that an adapter is known as one
 )
 # Tables that some exporters store although they follow from config.json.
 HARMLESS_BUFFERS = re.compile(
@@ -77,7 +77,8 @@ def resolve_folder(name_or_path: str | Path, revision: str | None = None) -> Pat
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id.
-        CheckpointError: the hub has no such model or cannot be reached, and the cache does not hold it.
+        CheckpointError: the hub has no such model or cannot be reached, and the cache does not hold it; or it
+            is none that can be decoded, which is seen before its weights are fetched.
         ValueError: `revision` with a local folder.
     """
     folder = Path(name_or_path).expanduser()
@@ -177,7 +178,12 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     except Exception as error:
         cached = _named_folder(error)
     try:
+        first = Path(snapshot_download(hub_id, **options | {"allow_patterns": list(_FIRST_FILES)}))
+        if (first / "config.json").is_file() or (first / ADAPTER_CONFIG).is_file():
+            read_spec(read_config(first))
         return Path(snapshot_download(hub_id, **options))
+    except CheckpointError:
+        raise  # it is there, and no model that can be decoded
     except Exception as error:
         for folder in (cached, _named_folder(error)):
             if folder is not None and _is_complete(folder):
