@@ -28,7 +28,7 @@ from blockbatch.decoding.block_forward import BlockForward, Row
 from blockbatch.decoding.block_text import BlockText
 from blockbatch.kv_cache import PAGE_SIZE
 from blockbatch.models import Model
-from blockbatch.page_pool import PagePool
+from blockbatch.text_pages import TextPages
 
 # Tokens of a prompt that are computed at once, as decodes do on a GPU.
 ROW_TOKENS = 2048
@@ -38,12 +38,12 @@ FOUND = (0.0, 0.5, 0.75)
 TOLERANCE = 0.1
 
 
-def new_pool(model: Model, positions: int) -> PagePool:
+def new_pool(model: Model, positions: int) -> TextPages:
     spec = model.spec
     sizes = dict(num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
     # Pages of other branches, beside those of the text.
     pages = positions // PAGE_SIZE + 1 + sum(BRANCHES) * spec.block_size
-    pool = PagePool(pages, **sizes, dtype=model.dtype, device=model.device)
+    pool = TextPages(pages, **sizes, dtype=model.dtype, device=model.device)
     pool.reserve(pages)
     return pool
 

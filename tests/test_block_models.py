@@ -14,7 +14,7 @@ from blockbatch.decoding.block_forward import BlockForward
 from blockbatch.decoding.block_text import BlockText
 from blockbatch.models import CheckpointError
 from blockbatch.models.chat import format_chat
-from blockbatch.page_pool import PagePool
+from blockbatch.text_pages import TextPages
 from blockbatch_kernels import triton
 from interpreter import in_interpreter, run_in_the_interpreter
 from test_tokenizer import write_tokenizer
@@ -45,7 +45,7 @@ def check_cases(folder, **options):
 def new_pool(model):
     spec = model.spec
     sizes = dict(num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-    return PagePool(64, **sizes, dtype=model.dtype, device=model.device)
+    return TextPages(64, **sizes, dtype=model.dtype, device=model.device)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 import block_models
 import blockbatch
 from blockbatch import block_memory, generation
-from blockbatch.page_pool import OutOfPagesError, PagePool
+from blockbatch.text_pages import OutOfPagesError, TextPages
 from test_tokenizer import write_tokenizer
 
 SHAPE = dict(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
@@ -29,7 +29,7 @@ def config(**options):
 
 
 def test_a_pool_grows_keeps_contents_and_ends():
-    pool = PagePool(40, page_size=4, **SHAPE)
+    pool = TextPages(40, page_size=4, **SHAPE)
     first = pool.take(3)
     pool.kv[:, :, first] = 1.0
     more = pool.take(30)
@@ -46,7 +46,7 @@ def test_a_pool_grows_keeps_contents_and_ends():
 def test_prefixes_against_a_dictionary():
     """Random texts of few tokens: what is found is the longest kept beginning, with its own pages."""
     rng = random.Random(1)
-    pool, kept = PagePool(10_000, page_size=2, **SHAPE), {}
+    pool, kept = TextPages(10_000, page_size=2, **SHAPE), {}
     for _ in range(200):
         tokens = [rng.randrange(2) for _ in range(rng.randrange(24))]
         size, run = rng.choice(((4, 4), (2, 2)))
@@ -68,7 +68,7 @@ def test_prefixes_against_a_dictionary():
 
 
 def test_the_oldest_prefix_is_given_up_first():
-    pool = PagePool(6, page_size=2, **SHAPE)
+    pool = TextPages(6, page_size=2, **SHAPE)
     texts = [[0, 0, 1, 1], [2, 2], [3, 3, 4, 4]]
     for tokens in texts:
         pages = pool.take(len(tokens) // 2)

@@ -9,7 +9,7 @@ from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_forward import BlockForward
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models.model import Model
-from blockbatch.page_pool import PagePool
+from blockbatch.text_pages import TextPages
 
 # While a pool grows, its pages are there twice.
 GROWTH = 2
@@ -61,7 +61,7 @@ def open_forward(model: Model, method: BlockMethod, lengths: list[int], free: in
     """
     spec = model.spec
     if model.block_forward is None:
-        pool = PagePool(
+        pool = TextPages(
             0,
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import StepGraphs, capture
-from blockbatch.page_pool import PagePool
+from blockbatch.text_pages import TextPages
 
 # Rows that are planned together: the plan of the attention compares every row with every other.
 _MOST_ROWS = 256
@@ -90,7 +90,7 @@ class BlockForward:
         pool: as given.
     """
 
-    def __init__(self, model, pool: PagePool) -> None:
+    def __init__(self, model, pool: TextPages) -> None:
         self._model, self.pool = model, pool
         self._graphs: dict[_Shape, _Graph] | None = {} if StepGraphs.possible(model) else None
         self._graph_pool, self._generation = None, pool.generation

@@ -10,7 +10,7 @@ from blockbatch.branches import BranchResult
 from blockbatch.decoding.block_branches import BlockBranches, Change
 from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_forward import Predicted, Row
-from blockbatch.page_pool import OutOfPagesError, PagePool
+from blockbatch.text_pages import OutOfPagesError, TextPages
 
 
 class Forward(NamedTuple):
@@ -73,7 +73,7 @@ class BlockText:
     def __init__(
         self,
         prompt: Sequence[int],
-        pool: PagePool,
+        pool: TextPages,
         most_positions: int,
         mask_token_id: int,
         prefix_cache: int | None = None,

@@ -67,7 +67,7 @@ class _Prefixes:
     stats: PrefixStats = field(default_factory=PrefixStats)
 
 
-class PagePool:
+class TextPages:
     """All pages of one model.
 
     Attributes:
