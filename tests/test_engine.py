@@ -43,7 +43,7 @@ def test_random_mixes_of_a_transformer(model, seed):
 @pytest.mark.parametrize("place", ["reference", "host"])
 def test_random_mixes_see_the_right_keys(monkeypatch, place, dream):
     """On a model that tells which K/V each query saw, with the reference and with the CUDA C++ operators."""
-    seen, seeds = Counter(), range(2) if place == "reference" else range(2, 10)
+    seen, seeds = Counter(), range(1) if place == "reference" else range(2, 10)
     for seed in seeds:
         fake = scripted(seed, dream)
         if place == "host":
@@ -56,14 +56,14 @@ def test_random_mixes_see_the_right_keys(monkeypatch, place, dream):
         for name in ("merged", "synced", "adopted"):
             seen[name] += sum(getattr(branch, name) for result in results for branch in result.branches)
         stats = engine.stats()
-        # Requests share forwards, and forwards hold several phases.
-        assert stats.steps < sum(request.nfe.total for request in requests)
+        seen["spared"] += sum(request.nfe.total for request in requests) - stats.steps
         seen["mixed"] += sum(stats.forwards.values()) - stats.steps
         seen["cancelled"] += stats.cancelled
-    expected = {"eos", "length", "synced", "mixed"}
+    # Requests share forwards, and forwards hold several phases.
+    expected = {"eos", "length", "spared", "mixed"}
     if place == "host":
-        expected |= {"merged", "cancelled"} | (set() if dream else {"adopted"})
-    assert expected <= {name for name, count in seen.items() if count}, seen
+        expected |= {"synced", "merged", "cancelled"} | (set() if dream else {"adopted"})
+    assert expected <= {name for name, count in seen.items() if count > 0}, seen
 
 
 def test_random_mixes_in_triton():

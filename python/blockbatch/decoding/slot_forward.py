@@ -15,7 +15,7 @@ from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import PolicyParams, tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
-# Captured steps of one layout; sizes and settings beyond run as they are.
+# Captured steps of one layout that are kept.
 _MOST_GRAPHS = 64
 
 
@@ -199,14 +199,15 @@ class SlotForward:
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
         self._run_windows(capacity, capacity, distinct_rows)
-        if len(self._graphs) < _MOST_GRAPHS:
+        if len(self._graphs) >= _MOST_GRAPHS:
+            self.forget_graphs()
 
-            def step() -> None:
-                self._run_windows(capacity, capacity, distinct_rows)
+        def step() -> None:
+            self._run_windows(capacity, capacity, distinct_rows)
 
-            graph, _, _ = capture(step, self.device, self._pool)
-            self._pool = self._pool or graph.pool()
-            self._graphs[key] = graph
+        graph, _, _ = capture(step, self.device, self._pool)
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)
