@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
     from blockbatch.result import Result
+    from blockbatch.streaming import Stream
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
     "Result": "blockbatch.result",
+    "Stream": "blockbatch.streaming",
     "__version__": "blockbatch_kernels",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
@@ -53,6 +55,7 @@ __all__ = [
     "Model",
     "NonFiniteLogitsError",
     "Result",
+    "Stream",
     "__version__",
     "generate",
     "load_model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from blockbatch import block_memory, devices, memory
 from blockbatch.config import DecodeConfig
@@ -14,11 +14,16 @@ from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_prompt, read_prompts
 from blockbatch.result import Result
 from blockbatch.stops import PrefixReader, StopSequences, cut
+from blockbatch.streaming import Stream
 from blockbatch.tracing import Record, TraceRecorder, open_recorder
+from blockbatch.values import as_list
+
+# One for all prompts, or one for each.
+Configs = DecodeConfig | Sequence[DecodeConfig] | None
 
 
 def generate(
-    model: Model, prompt: Prompt | Sequence[Prompt], config: DecodeConfig | None = None
+    model: Model, prompt: Prompt | Sequence[Prompt], config: Configs = None
 ) -> Result | list[Result]:
     """Decodes one prompt or several.
 
@@ -33,7 +38,8 @@ def generate(
         prompt: text, token ids, or a list of either; ids may be of numpy or torch. Text is encoded as it is:
             no chat template is added, and a beginning of text only where the tokenizer's settings ask for it
             (`add_bos_token`).
-        config: defaults to `DecodeConfig()`.
+        config: defaults to `DecodeConfig()`. Of several prompts each may have its own, of any method: a list
+            as long as that of the prompts. Those of equal settings run together.
 
     Returns:
         one `Result` for one prompt, else a list; an empty list for an empty list.
@@ -46,6 +52,8 @@ def generate(
     """
     prompts, single = read_prompts(model, prompt)
     names = ["prompt"] if single else [f"prompt[{index}]" for index in range(len(prompts))]
+    if single and config is not None and not isinstance(config, DecodeConfig):
+        raise TypeError(f"config: expected a DecodeConfig for one prompt, got {type(config).__name__}")
     results = decode(model, prompts, config, names)
     return results[0] if single else results
 
@@ -53,7 +61,7 @@ def generate(
 def decode(
     model: Model,
     prompts: Sequence[list[int]],
-    config: DecodeConfig | None = None,
+    config: Configs = None,
     names: Sequence[str] | None = None,
 ) -> list[Result]:
     """The results of prompts that are token ids already, as `generate` gives them.
@@ -61,24 +69,57 @@ def decode(
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
     """
-    config = (DecodeConfig() if config is None else config).for_model(model.spec)
-    for index, ids in enumerate(prompts):
-        check_prompt(model, ids, config, names[index] if names else f"prompt[{index}]")
-    _check_stop(model, config)
-    results: list[Result] = []
-    while len(results) < len(prompts):
-        batch, session = _open(model, prompts[len(results) :], config)
+    names = names or [f"prompt[{index}]" for index in range(len(prompts))]
+    groups: dict[DecodeConfig, list[int]] = {}
+    for index, own in enumerate(_each_config(config, len(prompts))):
+        groups.setdefault(own.for_model(model.spec), []).append(index)
+    for own, members in groups.items():
+        for index in members:
+            check_prompt(model, prompts[index], own, names[index])
+        _check_stop(model, own)
+    results: dict[int, Result] = {}
+    for own, members in groups.items():
+        _decode_group(model, prompts, own, members, names, results)
+    return [results[index] for index in range(len(prompts))]
+
+
+def _each_config(config: Configs, count: int) -> list[DecodeConfig]:
+    """The settings of each of so many prompts."""
+    if config is None or isinstance(config, DecodeConfig):
+        return [DecodeConfig() if config is None else config] * count
+    configs = as_list(config)
+    if configs is None:
+        raise TypeError(f"config: expected a DecodeConfig or a list of them, got {type(config).__name__}")
+    for index, own in enumerate(configs):
+        if not isinstance(own, DecodeConfig):
+            raise TypeError(f"config[{index}]: expected a DecodeConfig, got {type(own).__name__}")
+    if len(configs) != count:
+        raise ValueError(f"config: expected one for each of {count} prompts, got {len(configs)}")
+    return configs
+
+
+def _decode_group(
+    model: Model,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    members: list[int],
+    names: Sequence[str],
+    results: dict[int, Result],
+) -> None:
+    """Decodes the prompts at the places `members`, which have the same settings, into `results`."""
+    while members:
+        batch, session = _open(model, [prompts[index] for index in members], config)
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
             del session, recorder
-            index = len(results) + failed.request
-            raise failed.of(names[index] if names else f"prompt[{index}]", index)
-        for request in range(len(batch)):
+            index = members[failed.request]
+            raise failed.of(names[index], index)
+        for request, index in enumerate(members[: len(batch)]):
             trace = recorder.traces[request] if recorder else None
-            results.append(build_result(model, session, request, trace))
+            results[index] = build_result(model, session, request, trace)
+        members = members[len(batch) :]
         del session, recorder  # its buffers serve the next batch
-    return results
 
 
 def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsError | None:
@@ -93,31 +134,32 @@ def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsErr
     return None
 
 
-def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:
-    """Yields the text of one prompt piece by piece, as its prefix becomes final.
+def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Stream:
+    """The text of one prompt piece by piece, as its prefix becomes final.
 
     A position is final once every branch holds the same token there. The pieces together are
-    `generate(...).text`.
+    `generate(...).text`; `result` of what is returned is that `Result` once the last piece was read. Left
+    early, `with stream(...) as pieces` ends the decode.
+
+    Raises:
+        what `generate` raises, bad input before any work.
     """
+    if config is not None and not isinstance(config, DecodeConfig):
+        raise TypeError(f"config: expected a DecodeConfig for one prompt, got {type(config).__name__}")
     config = (DecodeConfig() if config is None else config).for_model(model.spec)
     if model.tokenizer is None:
         raise ValueError("model: expected a model with a tokenizer to stream text, got one without")
     prompts, single = read_prompts(model, prompt)
     if not single:
         raise ValueError(f"prompt: expected one prompt, got a list of {len(prompts)}")
-    # A generator function would put the checks off until the first piece is asked for.
-    return _stream(model, open_session(model, prompts[0], config), config)
-
-
-def _stream(model: Model, session: Session | BlockSession, config: DecodeConfig) -> Iterator[str]:
+    session = open_session(model, prompts[0], config)
     reader = PrefixReader(model.tokenizer, config.stop, session.params.eos_token_ids)
-    length = 0
-    while session.step() is not None:
-        if piece := reader.push(final_prefix(session)):
-            length += len(piece)
-            yield piece
-    if rest := build_result(model, session, 0).text[length:]:
-        yield rest
+    return Stream(
+        session,
+        open_recorder(session, config),
+        reader,
+        lambda *ended: build_result(model, ended[0], 0, ended[1]),
+    )
 
 
 def final_prefix(session: Session | BlockSession, request: int = 0) -> list[int]:
