@@ -1,6 +1,8 @@
-"""A conversation in the terminal, each answer while it is decoded: a line is a message, an empty line the end.
+"""A conversation in the terminal: a line is a message, an empty line the end.
 
-python examples/chat.py GSAI-ML/LLaDA-8B-Instruct
+An answer shows while it is decoded, at most 256 tokens of it or as many as the second argument says.
+
+    python examples/chat.py GSAI-ML/LLaDA-8B-Instruct
 """
 
 from __future__ import annotations
