@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from blockbatch import block_memory, devices, memory
+from blockbatch import block_memory, devices, gaps, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.decoding.block_diffusion import warn_of_size
@@ -20,6 +20,7 @@ from blockbatch.values import as_list
 
 # One for all prompts, or one for each.
 Configs = DecodeConfig | Sequence[DecodeConfig] | None
+Ended = Session | BlockSession
 
 
 def generate(
@@ -71,19 +72,23 @@ def decode(
     """
     names = names or [f"prompt[{index}]" for index in range(len(prompts))]
     groups: dict[DecodeConfig, list[int]] = {}
-    for index, own in enumerate(_each_config(config, len(prompts))):
+    for index, own in enumerate(each_config(config, len(prompts))):
         groups.setdefault(own.for_model(model.spec), []).append(index)
     for own, members in groups.items():
         for index in members:
             check_prompt(model, prompts[index], own, names[index])
-        _check_stop(model, own)
+        check_stop(model, own)
     results: dict[int, Result] = {}
+
+    def finish(session: Ended, request: int, index: int, trace: list[Record] | None) -> None:
+        results[index] = build_result(model, session, request, trace)
+
     for own, members in groups.items():
-        _decode_group(model, prompts, own, members, names, results)
+        decode_group(model, prompts, own, members, names, finish)
     return [results[index] for index in range(len(prompts))]
 
 
-def _each_config(config: Configs, count: int) -> list[DecodeConfig]:
+def each_config(config: Configs, count: int) -> list[DecodeConfig]:
     """The settings of each of so many prompts."""
     if config is None or isinstance(config, DecodeConfig):
         return [DecodeConfig() if config is None else config] * count
@@ -98,17 +103,27 @@ def _each_config(config: Configs, count: int) -> list[DecodeConfig]:
     return configs
 
 
-def _decode_group(
+def decode_group(
     model: Model,
     prompts: Sequence[list[int]],
     config: DecodeConfig,
     members: list[int],
     names: Sequence[str],
-    results: dict[int, Result],
+    finish: Callable[[Ended, int, int, list[Record] | None], None],
+    regions: Sequence[list[int]] | None = None,
 ) -> None:
-    """Decodes the prompts at the places `members`, which have the same settings, into `results`."""
+    """Decodes prompts of the same settings, as many at a time as fit.
+
+    Args:
+        config: settled for the model, and checked.
+        members: their places among `prompts`, `names` and `regions`.
+        names: what messages call them.
+        finish: called with the session at its end, the request, its place, and its trace if there is one.
+        regions: as of `Session`, of equal length for all members.
+    """
     while members:
-        batch, session = _open(model, [prompts[index] for index in members], config)
+        held = None if regions is None else [regions[index] for index in members]
+        batch, session = _open(model, [prompts[index] for index in members], config, held)
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
@@ -116,8 +131,7 @@ def _decode_group(
             index = members[failed.request]
             raise failed.of(names[index], index)
         for request, index in enumerate(members[: len(batch)]):
-            trace = recorder.traces[request] if recorder else None
-            results[index] = build_result(model, session, request, trace)
+            finish(session, request, index, recorder.traces[request] if recorder else None)
         members = members[len(batch) :]
         del session, recorder  # its buffers serve the next batch
 
@@ -174,44 +188,59 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session 
     """
     config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
-    _check_stop(model, config)
+    check_stop(model, config)
     return _open(model, [ids], config)[1]
 
 
 def _open(
-    model: Model, prompts: Sequence[list[int]], config: DecodeConfig
+    model: Model,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    regions: Sequence[list[int]] | None = None,
 ) -> tuple[list[list[int]], Session]:
     """The first prompts, as many as fit, and their session."""
     with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
-        batch = memory.first_batch(model, list(prompts), config)
-        return batch, _session(model, batch, config)
+        if regions is None:
+            batch = memory.first_batch(model, list(prompts), config)
+            return batch, _session(model, batch, config)
+        batch = memory.first_batch(model, list(prompts), config, len(regions[0]))
+        return batch, _session(model, batch, config, regions[: len(batch)])
 
 
-def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
+def _session(
+    model: Model,
+    prompts: list[list[int]],
+    config: DecodeConfig,
+    regions: Sequence[list[int]] | None = None,
+) -> Session | BlockSession:
     method = method_for(model, config)
     stops = None
     if config.stop:
         ends = eos_token_ids(model, config)
-        stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts))
+        spans = None if regions is None else [gaps.last(held, model.spec.mask_token_id) for held in regions]
+        stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts), spans)
     if is_block_causal(model.spec):
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
         return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
+    gen_length = config.gen_length if regions is None else len(regions[0])
+    more = dict(observed=config.trace, stops=stops, regions=regions)
     if model.device.type == "cpu":
-        return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
+        return Session(model, prompts, method, gen_length, **more)
     if model.runners is None:
         model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
     max_prompt = memory.longest_prompt(model.device, longest)
-    shape = (len(prompts), method, config.gen_length, max_prompt)
-    needed = memory.needs(model, config, len(prompts), longest)
+    shape = (len(prompts), method, gen_length, max_prompt)
+    needed = memory.needs(model, config, len(prompts), longest, region=gen_length)
     more = sum(needed) - (needed.cache if model.runners.has(*shape) else 0)
     model.runners.make_room(more, memory.free_bytes(model) - model.runners.idle_bytes(), keep=shape)
-    return model.runners.open_session(model, prompts, *shape[1:], observed=config.trace, stops=stops)
+    return model.runners.open_session(model, prompts, *shape[1:], **more)
 
 
-def _check_stop(model: Model, config: DecodeConfig) -> None:
+def check_stop(model: Model, config: DecodeConfig) -> None:
+    """Raises ValueError if the settings' stop sequences cannot be found in what the model writes."""
     if not config.stop:
         return
     if model.tokenizer is None:
