@@ -6,16 +6,23 @@ import contextlib
 import json
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
-import httpx
-import uvicorn
+import pytest
 
 from blockbatch.branches import NFE
+from blockbatch.decoding.prompt_checks import check_prompt, check_stop
 from blockbatch.decoding.requests import EngineStats, QueueFullError, Request
-from blockbatch.prompts import check_prompt
-from blockbatch.serving.app import create_app
-from blockbatch.serving.service import Service, Settings
+
+for _package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
+    pytest.importorskip(_package, reason="needs the packages of the extra serve, and clients of it")
+
+import httpx  # noqa: E402
+import uvicorn  # noqa: E402
+
+from blockbatch.serving.app import create_app  # noqa: E402
+from blockbatch.serving.service import Service, Settings  # noqa: E402
 
 
 class ScriptedEngine:
@@ -42,6 +49,7 @@ class ScriptedEngine:
 
     def submit(self, prompt, config, *, stop=(), on_update=None, branches=None):
         check_prompt(self.model, prompt, config, "prompt")
+        check_stop(self.model, replace(config, stop=tuple(stop)))
         with self._changed:
             if len(self.waiting()) >= self.max_queue:
                 raise QueueFullError(self.max_queue, 7.0)
@@ -151,6 +159,11 @@ def serving(model, engine, **settings):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def ask(text="hi", **more):
+    """The body of a chat."""
+    return {"messages": [{"role": "user", "content": text}], **more}
 
 
 def post(server, path, body, **options):

@@ -12,17 +12,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from blockbatch.decoding.engine import QueueFullError, RequestTooLargeError
+from blockbatch.decoding.engine import EngineClosedError, QueueFullError, RequestTooLargeError
 from blockbatch.serving.errors import ApiError, engine_failed, unavailable
 from blockbatch.serving.reading import Job, named
 
 # Seconds that the thread sleeps at most while nothing runs; work wakes it at once.
-_IDLE = 0.5
-ENDED = ("finished", "cancelled", "failed")
+_IDLE = 0.1
 
 
 class Bridge:
-    """Runs an engine until `stop`, or until a forward raises.
+    """Runs an engine until `stop`, or until a forward raises anything but MemoryError.
 
     Args:
         engine: of `blockbatch.decoding.engine`; nobody else calls its `step`.
@@ -30,10 +29,12 @@ class Bridge:
 
     Attributes:
         error: what ended the engine; None while it runs.
+        refusal: what everybody hears who waits or comes; None: nobody hears anything.
     """
 
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]) -> None:
         self.engine, self.error = engine, None
+        self.refusal: ApiError | None = None
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
@@ -48,8 +49,8 @@ class Bridge:
             ApiError: 400 for bad input, 413 for what can never fit, 503 with Retry-After for a full queue,
                 500 after the engine has ended.
         """
-        if self.error is not None:
-            raise engine_failed()
+        if self.refusal is not None:
+            raise self.refusal
         self._events.add(event)
         try:
             return self.engine.submit(
@@ -63,6 +64,8 @@ class Bridge:
             raise unavailable(str(error), error.retry_after) from None
         except RequestTooLargeError as error:
             raise ApiError(413, str(error), code="request_too_large") from None
+        except EngineClosedError:
+            raise engine_failed() from None
         except (ValueError, TypeError) as error:
             raise named(error) from None
 
@@ -72,7 +75,7 @@ class Bridge:
         if self.error is not None:
             return
         for request in requests:
-            if request.status not in ENDED:
+            if not request.ended:
                 self.engine.cancel(request)
 
     async def stop(self) -> None:
@@ -85,15 +88,26 @@ class Bridge:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                if not self.engine.step():
+                if not self._step():
                     self.engine.wait_for_work(_IDLE)
         except BaseException as error:
             self.error = error
             self._call(self._fail)
 
-    def _fail(self) -> None:
+    def _step(self) -> bool:
+        try:
+            return self.engine.step()
+        except MemoryError:  # its requests have failed with it; the device is whole
+            return True
+
+    def turn_away(self, refusal: ApiError) -> None:
+        """Ends the waiting of all with this error, and that of those who come."""
+        self.refusal = refusal
         for event in self._events:
             event.set()
+
+    def _fail(self) -> None:
+        self.turn_away(engine_failed())
         self._on_failure(self.error)
         # Behind the answers: a broken device may let this wait.
         threading.Thread(target=self._close, daemon=True).start()

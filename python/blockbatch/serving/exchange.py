@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from blockbatch.decoding.choice import eos_token_ids
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.serving.answers import Answer, Usage, phases
-from blockbatch.serving.bridge import ENDED
 from blockbatch.serving.errors import ApiError, engine_failed, timed_out
 from blockbatch.serving.reading import Job
 
@@ -90,8 +89,8 @@ class Exchange:
         if self._gone:
             self.outcome = "abort"
             raise ClientGone
-        if self._bridge.error is not None:
-            raise engine_failed()
+        if self._bridge.refusal is not None:
+            raise self._bridge.refusal
         pieces = []
         for index, (request, text) in enumerate(zip(self._requests, self.texts, strict=True)):
             if text.finish_reason is None and (piece := self._read(request, text)):
@@ -139,14 +138,12 @@ class Exchange:
         return [tokenizer.decode(job.prompt, skip_special=False) for job in self._jobs]
 
     def _read(self, request: Any, text: Answer) -> str:
-        # In this order: a request that has ended does not change any more.
-        status = request.status
-        if status not in ENDED:
+        if not request.ended:
             piece = text.push(list(request.final))
             if text.finish_reason is not None:
                 self._bridge.engine.cancel(request)  # it would write what nobody reads
             return piece
-        if status == "finished":
+        if request.status == "finished":
             return text.finish(request.result.canvas)
         if isinstance(request.error, NonFiniteLogitsError):
             raise ApiError(500, str(request.error), code="non_finite_logits")

@@ -123,7 +123,7 @@ class Reader:
         return Job(ids, config, limit, stop, branches)
 
     def _merged(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's options with those of a request; one with a preset or method of its own starts anew."""
+        """The server's options with a request's, which starts anew with a preset or method of its own."""
         method = self._options.get("method")
         anew = "preset" in asked or asked.get("method", method) != method
         kept = {name: self._options[name] for name in ("gen_length", "stop") if name in self._options}

@@ -15,11 +15,14 @@ import uvicorn
 
 from blockbatch.serving import logs
 from blockbatch.serving.app import create_app
+from blockbatch.serving.errors import unavailable
 from blockbatch.serving.service import Service, Settings
 
 ENGINE_FAILED = 1
 # Seconds for the answers that say so, after the engine has failed.
 _LAST_WORDS = 5.0
+# Seconds for the answers to those who are cut off.
+_LAST_ANSWERS = 0.5
 # Seconds between two looks whether the last request has ended.
 _LOOK = 0.02
 # Seconds that connections get to close once nobody is answered any more.
@@ -121,6 +124,8 @@ async def _end(service: Service, server: uvicorn.Server) -> None:
             seconds = min(seconds, _LAST_WORDS)
     if service.in_flight:
         logs.event("cut_off", level=logging.WARNING, requests=service.in_flight)
+        service.bridge.turn_away(unavailable("server: it ended before the request did"))
+        await asyncio.sleep(_LAST_ANSWERS)
     server.should_exit = True
 
 
