@@ -4,6 +4,7 @@ for tests that runs on a thread.
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +24,9 @@ import uvicorn  # noqa: E402
 
 from blockbatch.serving.app import create_app  # noqa: E402
 from blockbatch.serving.service import Service, Settings  # noqa: E402
+
+# Making a client takes longer than most answers.
+HTTP = httpx.Client(timeout=30, trust_env=False, verify=False)
 
 
 class ScriptedEngine:
@@ -51,7 +55,8 @@ class ScriptedEngine:
         check_prompt(self.model, prompt, config, "prompt")
         check_stop(self.model, replace(config, stop=tuple(stop)))
         with self._changed:
-            if len(self.waiting()) >= self.max_queue:
+            free = self.max_requests - len(self.running())
+            if len(self.waiting()) >= self.max_queue + free:
                 raise QueueFullError(self.max_queue, 7.0)
             request = Request(len(self.requests) + 1, prompt, config, branches or 1, on_update)
             self.requests.append(request)
@@ -128,30 +133,56 @@ class ScriptedEngine:
             self._changed.notify_all()
 
 
+class Steps:
+    """Lets an engine take steps one by one; used as its `script`."""
+
+    def __init__(self):
+        self._allowed = threading.Semaphore(0)
+        self.free = False
+
+    def __call__(self, engine):
+        while not self.free and not engine.closed and not self._allowed.acquire(timeout=0.01):
+            pass
+
+    def allow(self, engine, count=1):
+        """Waits until `count` more steps are done."""
+        wanted = engine.steps + count
+        self._allowed.release(count)
+        until(lambda: engine.steps >= wanted)
+
+
 @contextlib.contextmanager
-def serving(model, engine, **settings):
-    """A server on a free port of this machine; gives its address, with the service as attribute."""
+def serving(model, engine, *, load=None, send_buffer=None, **settings):
+    """A server on a free port of this machine.
+
+    Args:
+        load: in place of one that gives model and engine; nobody then waits until the server is ready.
+        send_buffer: bytes that a connection holds for its reader.
+    """
     settings = Settings(**{"model_name": "tiny", **settings})
-    made = {}
 
     class _Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self):
             yield
 
-    service = Service(settings, lambda: (model, engine))
+    service = Service(settings, load or (lambda: (model, engine)))
     config = uvicorn.Config(
         create_app(service, "0"), host="127.0.0.1", port=0, log_config=None, access_log=False,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = _Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener = socket.socket()
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
-    while not server.started or service.status == "starting":
+    while not server.started or (load is None and service.status == "starting"):
         assert thread.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
     made = SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, service=service, engine=engine)
     try:
         yield made
@@ -167,7 +198,11 @@ def ask(text="hi", **more):
 
 
 def post(server, path, body, **options):
-    return httpx.post(server.url + path, json=body, timeout=30, **options)
+    return HTTP.post(server.url + path, json=body, **options)
+
+
+def get(server, path, **options):
+    return HTTP.get(server.url + path, **options)
 
 
 def events_of(lines):
@@ -180,7 +215,7 @@ def events_of(lines):
 
 def stream(server, path, body):
     """All events of a streamed answer, and whether it ended as one does."""
-    with httpx.stream("POST", server.url + path, json={**body, "stream": True}, timeout=30) as answer:
+    with HTTP.stream("POST", server.url + path, json={**body, "stream": True}) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
         return events_of(list(answer.iter_lines()))

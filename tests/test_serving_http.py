@@ -3,11 +3,10 @@
 import json
 import logging
 
-import httpx
 import pytest
 
 import blockbatch
-from serving_fakes import ScriptedEngine, ask, post, serving, stream, until
+from serving_fakes import HTTP, ScriptedEngine, ask, get, post, serving, stream, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -192,27 +191,27 @@ def test_other_errors(server):
     long = post(server, CHAT, ask(max_tokens=2000)).json()["error"]
     assert long["code"] == "context_length_exceeded"
     for path, status in (("/nothing", 404), (CHAT, 405)):
-        answer = httpx.get(server.url + path)
+        answer = get(server, path)
         assert answer.status_code == status and set(answer.json()) == {"error"}
     for content in (b"{", b"", b"[1]", b"\xff\xfe", b"null", b'{"messages": NaN}', b"[" * 100000):
-        answer = httpx.post(server.url + CHAT, content=content, headers={"content-type": "application/json"})
+        answer = HTTP.post(server.url + CHAT, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], content[:10]
-    plain = httpx.post(server.url + CHAT, content=json.dumps(ask()), headers={"content-type": "text/plain"})
+    plain = HTTP.post(server.url + CHAT, content=json.dumps(ask()), headers={"content-type": "text/plain"})
     assert plain.status_code == 400
 
 
 def test_models_health_and_version(server):
-    assert httpx.get(server.url + "/health").json() == {"status": "ready"}
-    assert httpx.get(server.url + "/version").json() == {"version": "0"}
-    listed = httpx.get(server.url + "/v1/models").json()
+    assert get(server, "/health").json() == {"status": "ready"}
+    assert get(server, "/version").json() == {"version": "0"}
+    listed = get(server, "/v1/models").json()
     assert listed["object"] == "list" and [card["id"] for card in listed["data"]] == ["tiny"]
     assert listed["data"][0]["max_model_len"] == 1024
-    assert httpx.get(server.url + "/v1/models/tiny").json() == listed["data"][0]
-    assert httpx.get(server.url + "/v1/models/other").status_code == 404
+    assert get(server, "/v1/models/tiny").json() == listed["data"][0]
+    assert get(server, "/v1/models/other").status_code == 404
 
 
 def test_the_schema_tells_the_answers(server):
-    schema = httpx.get(server.url + "/openapi.json").json()
+    schema = get(server, "/openapi.json").json()
     chat = schema["paths"][CHAT]["post"]
     assert set(chat["responses"]) == {"200", "400", "401", "404", "413", "500", "503", "504"}
     options = schema["components"]["schemas"]["BlockBatchOptions"]["properties"]
@@ -225,7 +224,7 @@ def test_metrics(model):
         post(server, CHAT, ask())
         post(server, CHAT, ask(max_tokens=1))
         found = {}
-        for line in httpx.get(server.url + "/metrics").text.splitlines():
+        for line in get(server, "/metrics").text.splitlines():
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 found[name.replace('engine="0",', "").replace('model_name="tiny"', "m")] = float(value)
@@ -247,17 +246,17 @@ def test_metrics(model):
 def test_a_key(model):
     with serving(model, ScriptedEngine(model), api_key="secret") as server:
         for path in ("/health", "/metrics", "/version", "/"):
-            assert httpx.get(server.url + path).status_code == 200
+            assert get(server, path).status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"},
                         {"authorization": "Bearer sécret".encode()}):  # fmt: skip
             for path in (CHAT, TEXT, "/live", "/v1/nothing"):
-                answer = httpx.post(server.url + path, content=b"{", headers=headers)
+                answer = HTTP.post(server.url + path, content=b"{", headers=headers)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-            assert httpx.get(server.url + "/v1/models", headers=headers).status_code == 401
+            assert get(server, "/v1/models", headers=headers).status_code == 401
         right = {"authorization": "Bearer secret"}
-        assert httpx.get(server.url + "/v1/models", headers=right).status_code == 200
+        assert get(server, "/v1/models", headers=right).status_code == 200
         assert post(server, CHAT, ask(), headers=right).status_code == 200
-        schema = httpx.get(server.url + "/openapi.json").json()
+        schema = get(server, "/openapi.json").json()
         assert schema["paths"][CHAT]["post"]["security"] == [{"key": []}]
         assert "security" not in schema["paths"]["/health"]["get"]
 
@@ -273,7 +272,7 @@ def test_bodies_that_are_too_large(model):
                 yield b" " * 100
 
         headers = {"content-type": "application/json"}
-        assert httpx.post(server.url + CHAT, content=parts(), headers=headers).status_code == 413
+        assert HTTP.post(server.url + CHAT, content=parts(), headers=headers).status_code == 413
         assert post(server, CHAT, ask()).status_code == 200
 
 

@@ -106,8 +106,8 @@ class Exchange:
         while not self.done:
             await self.wait()
 
-    async def within_time(self, awaited: Any) -> None:
-        """Waits for something until the request's time is over.
+    async def within_time(self, awaited: Any, least: float = 0.0) -> None:
+        """Waits for something until the request's time is over, and at least so many seconds.
 
         Raises:
             ApiError: 504.
@@ -116,7 +116,7 @@ class Exchange:
             await awaited
             return
         try:
-            await asyncio.wait_for(awaited, max(0.0, self._deadline - time.monotonic()))
+            await asyncio.wait_for(awaited, max(least, self._deadline - time.monotonic()))
         except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
             raise timed_out(self._service.settings.request_timeout) from None
 

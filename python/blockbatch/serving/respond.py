@@ -18,6 +18,8 @@ from blockbatch.serving.reading import Job
 from blockbatch.serving.service import Service
 
 DONE = b"data: [DONE]\n\n"
+# Seconds that a reader has for what comes when the time of a request is over.
+_LAST_WORDS = 0.5
 # What nobody reads: the client has gone.
 _GONE = 499
 
@@ -130,7 +132,7 @@ class EventStream(Response):
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
         """Sends, while there is time; a reader who takes none of it in that time has gone."""
         try:
-            await self._exchange.within_time(send(message))
+            await self._exchange.within_time(send(message), least=_LAST_WORDS)
         except (ApiError, OSError):
             self._exchange.outcome = "abort"
             raise ClientGone from None
