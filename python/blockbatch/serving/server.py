@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from blockbatch.serving.errors import unavailable
 from blockbatch.serving.service import Service, Settings
 
 ENGINE_FAILED = 1
+_BACKLOG = 2048
 # Seconds for the answers that say so, after the engine has failed.
 _LAST_WORDS = 5.0
 # Seconds for the answers to those who are cut off.
@@ -74,11 +76,11 @@ def _loop_factory() -> Callable[[Any], int]:
 
 
 async def _serve(settings: Settings, load: Any, host: str, port: int, version: str, log_level: str) -> int:
+    listener = _listen(host, port)
+    logs.event("listening", host=host, port=listener.getsockname()[1])
     service = Service(settings, load)
     config = uvicorn.Config(
         create_app(service, version),
-        host=host,
-        port=port,
         log_config=None,
         log_level=log_level,
         access_log=False,
@@ -98,16 +100,26 @@ async def _serve(settings: Settings, load: Any, host: str, port: int, version: s
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_end, number)
-    serving = asyncio.ensure_future(server.serve())
     ending = asyncio.ensure_future(_end(service, server))
-    done, _ = await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-    if serving in done and not server.should_exit:
-        ending.cancel()
-        await serving  # raises what kept it from serving
-        raise OSError(f"server: expected to listen on {host}:{port}, could not")
-    await serving
-    await ending
+    await server.serve(sockets=[listener])
+    ending.cancel()
     return _status(service)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket on which the server will listen.
+
+    Raises:
+        OSError: the address is not to be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"--host, --port: expected an address to listen on, got {host}:{port} ({reason})"
+        ) from None
 
 
 async def _end(service: Service, server: uvicorn.Server) -> None:

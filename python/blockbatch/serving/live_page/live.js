@@ -168,7 +168,7 @@ const ask = async () => {
   for await (const told of events(response)) {
     take(told);
     if (told.forward) await new Promise((next) => setTimeout(next, SHOWN));
-    if (signal.aborted) return;
+    signal.throwIfAborted();
   }
 };
 
