@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from blockbatch.branches import NFE, BranchResult
     from blockbatch.config import DecodeConfig
     from blockbatch.decoding import NonFiniteLogitsError
+    from blockbatch.decoding.rule import RuleState
+    from blockbatch.decoding.rule_builder import commit_rule
     from blockbatch.generation import generate, stream
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
+    from blockbatch.registry import register_method, unregister_method
     from blockbatch.result import Result
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
@@ -36,12 +39,16 @@ _HOMES = {
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
     "Result": "blockbatch.result",
+    "RuleState": "blockbatch.decoding",
     "__version__": "blockbatch_kernels",
+    "commit_rule": "blockbatch.decoding.rule_builder",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
+    "register_method": "blockbatch.registry",
     "save_trace": "blockbatch.tracing",
     "stream": "blockbatch.generation",
+    "unregister_method": "blockbatch.registry",
 }
 
 __all__ = [
@@ -53,12 +60,16 @@ __all__ = [
     "Model",
     "NonFiniteLogitsError",
     "Result",
+    "RuleState",
     "__version__",
+    "commit_rule",
     "generate",
     "load_model",
     "load_trace",
+    "register_method",
     "save_trace",
     "stream",
+    "unregister_method",
 ]
 
 
