@@ -10,7 +10,7 @@ import torch
 
 import blockbatch
 from blockbatch.cli import main
-from blockbatch.decoding import METHOD_BUILDERS, Method
+from blockbatch.decoding import METHOD_BUILDERS
 from blockbatch.methods import METHOD_OPTIONS, METHOD_TABLE
 from blockbatch.pictures import style
 from blockbatch.registry import registered_methods
@@ -163,7 +163,7 @@ def test_what_a_decode_refuses(tmp_path):
         given = blockbatch.DecodeConfig(method="dual_cache", gen_length=32, drafts=(1,))
         method = METHOD_BUILDERS["dual_cache"](given, spec, ends)
         built = blockbatch.commit_rule(nothing)(config, spec, ends)
-        return Method(method.block_sizes, method.params, built.rule)
+        return method._replace(rule=built.rule)
 
     blockbatch.register_method("with_drafts", with_drafts)
     with pytest.raises(ValueError, match="threshold: expected 2.0 with a commit rule, got 0.9"):

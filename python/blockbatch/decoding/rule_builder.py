@@ -53,7 +53,7 @@ class RuleBuilder:
         rule = CommitRule(
             config.method, self.rule, tuple(shared.items()), tuple(self.memory.items()), self.graphs
         )
-        return Method(method.block_sizes, params, rule)
+        return method._replace(params=params, rule=rule)
 
 
 def commit_rule(

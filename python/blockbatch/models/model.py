@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,10 @@ from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
 from blockbatch.values import as_int
+
+if TYPE_CHECKING:
+    from blockbatch.config import DecodeConfig
+    from blockbatch.result import Result
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
 BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
@@ -225,6 +232,33 @@ class Model:
         """
         return likelihood.log_likelihood(self, prompt, answer, samples=samples, seed=seed, rows=rows)
 
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        config: DecodeConfig | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> Result:
+        """Decodes the assistant's next turn of one conversation.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]` with the roles system, user and assistant; a
+                text is one user message. They are written in the format of the model's family.
+            config: as of `blockbatch.generate`.
+            enable_thinking: of SDAR: see `blockbatch.models.chat.format_chat`.
+
+        Raises:
+            CheckpointError: the tokenizer lacks the tokens of the format: a base model, most likely.
+            ValueError, TypeError, MemoryError, NonFiniteLogitsError: as of `blockbatch.generate`.
+        """
+        return _conversation().chat(self, messages, config, enable_thinking=enable_thinking)
+
+    def chat_ids(
+        self, messages: str | Sequence[Mapping[str, str]], *, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """The prompt of `chat`, for `blockbatch.generate` and `blockbatch.stream`."""
+        return _conversation().chat_ids(self, messages, enable_thinking=enable_thinking)
+
     def _mask_size(self, block_size: int | None) -> int | None:
         if block_size is None:
             return self.spec.block_size
@@ -233,6 +267,11 @@ class Model:
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ValueError(f"block_size: expected a positive integer, got {block_size!r}")
         return block_size
+
+
+def _conversation() -> ModuleType:
+    # By its name: what decodes stands above the models.
+    return import_module("blockbatch.conversation")
 
 
 def _range(ids: Tensor) -> str:
