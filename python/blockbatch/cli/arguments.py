@@ -32,6 +32,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="begin prompts with the BOS token, as evaluations of Dream do (as the tokenizer says)",
     )
+    group.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module that registers methods of your own (it is run); repeatable",
+    )
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument(
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
@@ -107,12 +114,14 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 def default_methods(options: argparse.Namespace) -> tuple[str, ...]:
     """The methods that the named model runs, in the order of a table."""
     from blockbatch.evaluation.settings import BLOCK_TABLE_METHODS, TABLE_METHODS
+    from blockbatch.registry import registered_methods
 
+    own = registered_methods()
     if options.model == "tiny":
-        return TABLE_METHODS
+        return (*TABLE_METHODS, *own)
     from blockbatch.models.model import is_block_causal
 
-    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else TABLE_METHODS
+    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else (*TABLE_METHODS, *own)
 
 
 def chat_prompt(model: Model, text: str, *, no_thinking: bool = False) -> str:
