@@ -86,7 +86,7 @@ def test_captured_steps_decode_as_alone(tiny, options):
     assert pages_in_use(engine) == 0
 
 
-def test_the_host_waits_once_a_step(tiny, monkeypatch):
+def test_the_host_waits_once_a_step(tiny, monkeypatch, unchecked):
     """In a step in which nobody joins or ends."""
     config = blockbatch.DecodeConfig(gen_length=128, eos_exit="none", threshold=1.0, refresh_interval=None)
     engine = Engine(tiny, max_requests=4, cache_tokens=1 << 15)

@@ -102,6 +102,11 @@ class RuleRun:
             self._memory = {name: torch.zeros_like(state.tokens, dtype=dtype) for name, dtype in rule.memory}
             self._try(state)
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """What the rule keeps between forwards, [R, G] each."""
+        return self._memory
+
     def reset(self, rows: slice = slice(None)) -> None:
         """For new requests in these rows."""
         for tensor in self._memory.values():
