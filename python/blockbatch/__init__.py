@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
     from blockbatch.result import Result
+    from blockbatch.sampling_options import request_seed
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
 
@@ -40,6 +41,7 @@ _HOMES = {
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
+    "request_seed": "blockbatch.sampling_options",
     "save_trace": "blockbatch.tracing",
     "stream": "blockbatch.generation",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "generate",
     "load_model",
     "load_trace",
+    "request_seed",
     "save_trace",
     "stream",
 ]

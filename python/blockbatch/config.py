@@ -18,7 +18,8 @@ from blockbatch.methods import (
     fitting_block_sizes,
     preset_options,
 )
-from blockbatch.texts import check_text
+from blockbatch.sampling_options import SAMPLING_NAMES, SamplingOptions, sampling_settings
+from blockbatch.texts import as_texts
 from blockbatch.values import as_bool, as_float, as_int
 
 COMMIT_RULES = ("threshold", "local_leap")
@@ -47,16 +48,17 @@ class _Default:
 
 DEFAULT: Any = _Default()
 
-_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
+_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv", *SAMPLING_NAMES)
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(SamplingOptions):
     """How to decode. Options that a method does not have must be left out (they read None afterwards).
 
     What is marked as ours is not part of what the method's authors published, and off by default;
     `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
-    Numbers may be numpy's or torch's; they are kept as Python's.
+    Numbers may be numpy's or torch's; they are kept as Python's. `temperature`, `seed`, `min_tokens` and what
+    else says how tokens are drawn: see `SamplingOptions`.
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
@@ -194,7 +196,8 @@ class DecodeConfig:
         if self.eos_token_ids is not None:
             ids = _as_tuple("eos_token_ids", self.eos_token_ids)
             self._set("eos_token_ids", tuple(_checked_int("eos_token_ids", token, 0) for token in ids))
-        self._set("stop", _as_texts("stop", self.stop))
+        self._set("stop", as_texts("stop", self.stop))
+        self._check_sampling(self.gen_length, self.drafts)
         for name in ("trace", "trace_kv"):
             flag = as_bool(getattr(self, name))
             if flag is None:
@@ -362,9 +365,9 @@ class DecodeConfig:
 
 
 def decode_settings(config: DecodeConfig) -> dict[str, Any]:
-    """The options that the method has, as they were used."""
+    """The options that the method has, as they were used; of those that draw tokens the ones given."""
     names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids", "stop")
-    return {name: getattr(config, name) for name in names}
+    return {**{name: getattr(config, name) for name in names}, **sampling_settings(config)}
 
 
 def _checked_int(name: str, value: Any, least: int) -> int:
@@ -381,20 +384,3 @@ def _as_tuple(name: str, value: Any) -> tuple:
     if isinstance(members, (str, bytes)) or not hasattr(members, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
     return tuple(members)
-
-
-def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        texts, names = (value,), (name,)
-    elif isinstance(value, (bytes, bytearray)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
-    else:
-        texts = tuple(value)
-        names = tuple(f"{name}[{index}]" for index in range(len(texts)))
-    for text, called in zip(texts, names):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}: expected texts, got {text!r}")
-        if not text:
-            raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
-        check_text(text, called)
-    return tuple(map(str, texts))

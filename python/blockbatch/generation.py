@@ -8,7 +8,7 @@ from blockbatch import block_memory, devices, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.decoding.block_diffusion import warn_of_size
-from blockbatch.decoding.choice import eos_token_ids, method_for
+from blockbatch.decoding.choice import eos_token_ids, method_for, sampling_for
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_prompt, read_prompts
@@ -24,6 +24,9 @@ def generate(
 
     Several prompts run together as far as the cache allows; each gives the tokens that it gives alone, as far
     as the matrix library computes a row the same way in any batch.
+
+    Where tokens are drawn (`temperature`), each prompt has noise of its own: that of its seed, which is the
+    config's for one prompt, and `request_seed(config.seed, i)` for prompt i of a list.
 
     Several threads may decode with one model, each with the results that it has alone. On a GPU their
     forwards take turns, each on the current stream of its thread; see `blockbatch.devices`.
@@ -55,19 +58,23 @@ def decode(
     prompts: Sequence[list[int]],
     config: DecodeConfig | None = None,
     names: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Result]:
     """The results of prompts that are token ids already, as `generate` gives them.
 
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
+        numbers: prompt i has the seed `request_seed(config.seed, numbers[i])`; None: 0, 1 and so on.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     config = (DecodeConfig() if config is None else config).for_model(model.spec)
     for index, ids in enumerate(prompts):
         check_prompt(model, ids, config, names[index] if names else f"prompt[{index}]")
     _check_stop(model, config)
     results: list[Result] = []
     while len(results) < len(prompts):
-        batch, session = _open(model, prompts[len(results) :], config)
+        rest = slice(len(results), None)
+        batch, session = _open(model, prompts[rest], config, numbers[rest])
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
@@ -133,20 +140,25 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session 
     config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
     _check_stop(model, config)
-    return _open(model, [ids], config)[1]
+    return _open(model, [ids], config, [0])[1]
 
 
 def _open(
-    model: Model, prompts: Sequence[list[int]], config: DecodeConfig
+    model: Model, prompts: Sequence[list[int]], config: DecodeConfig, numbers: Sequence[int]
 ) -> tuple[list[list[int]], Session]:
     """The first prompts, as many as fit, and their session."""
     with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
         batch = memory.first_batch(model, list(prompts), config)
-        return batch, _session(model, batch, config)
+        return batch, _session(model, batch, config, numbers[: len(batch)])
 
 
-def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
+def _session(
+    model: Model, prompts: list[list[int]], config: DecodeConfig, numbers: Sequence[int]
+) -> Session | BlockSession:
     method = method_for(model, config)
+    sampling = None
+    if method.sampling is not None:
+        sampling = [sampling_for(model, config, number) for number in numbers]
     stops = None
     if config.stop:
         ends = eos_token_ids(model, config)
@@ -155,9 +167,12 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
-        return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
+        return BlockSession(
+            model, prompts, method, forward, observed=config.trace, stops=stops, sampling=sampling
+        )
+    options = dict(observed=config.trace, stops=stops, sampling=sampling)
     if model.device.type == "cpu":
-        return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
+        return Session(model, prompts, method, config.gen_length, **options)
     if model.runners is None:
         model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
@@ -166,7 +181,7 @@ def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Se
     needed = memory.needs(model, config, len(prompts), longest)
     more = sum(needed) - (needed.cache if model.runners.has(*shape) else 0)
     model.runners.make_room(more, memory.free_bytes(model) - model.runners.idle_bytes(), keep=shape)
-    return model.runners.open_session(model, prompts, *shape[1:], observed=config.trace, stops=stops)
+    return model.runners.open_session(model, prompts, *shape[1:], **options)
 
 
 def _check_stop(model: Model, config: DecodeConfig) -> None:

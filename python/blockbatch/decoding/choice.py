@@ -7,6 +7,7 @@ from importlib import import_module
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_diffusion import BUILDERS, BlockMethod
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.sampling import RequestSampling, request_sampling, sampling_kind
 from blockbatch.methods import METHOD_TABLE
 from blockbatch.models.spec import is_block_causal
 
@@ -34,7 +35,16 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
         raise ValueError(
             f"trace_kv: expected False for {spec.family}, whose stored K/V never change, got True"
         )
-    return builders[config.method](config, spec, eos_token_ids(model, config))
+    ends = eos_token_ids(model, config)
+    kind = sampling_kind(config, spec.vocab_size, ends)
+    return builders[config.method](config, spec, ends)._replace(sampling=kind)
+
+
+def sampling_for(model, config: DecodeConfig, index: int) -> RequestSampling | None:
+    """How the tokens of prompt `index` of a call are drawn; None: they are those of the highest logits."""
+    ends = eos_token_ids(model, config)
+    kind = sampling_kind(config, model.spec.vocab_size, ends)
+    return None if kind is None else request_sampling(config, kind, ends, index)
 
 
 def eos_token_ids(model, config: DecodeConfig) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import refuse_non_finite
+from blockbatch.decoding.sampling import RequestSampling
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
@@ -67,6 +68,7 @@ class Session:
         observed: whether steps tell their windows and open queries, which costs copies from the device.
         stops: asked before every forward, which costs a wait for the device; None: the policy alone ends
             requests.
+        sampling: of each request, where the method draws tokens; else None.
     """
 
     # Whether steps come with trace records, rather than with what they are made of.
@@ -82,6 +84,7 @@ class Session:
         runner: Runner | None = None,
         observed: bool = False,
         stops: Stops | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
         if runner is None:
@@ -92,7 +95,7 @@ class Session:
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
-            self._batch.start(prompts)
+            self._batch.start(prompts, sampling)
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward
