@@ -103,7 +103,7 @@ def _changed_rows(
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Some rows and all of their logits, fp32, as the rules change them."""
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // (4 * vocab_size))
+    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // ((4 + hidden.element_size()) * vocab_size))
     tokens = rules.changed_token.long()
     for first in range(0, num_rows, part):
         rows = slice(first, first + part)
