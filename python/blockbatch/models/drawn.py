@@ -59,5 +59,5 @@ def _without_banned(draw: Draw, token: Tensor, probability: Tensor) -> tuple[Ten
     banned |= rules.logit_bias[request] == float("-inf")
     same = token.unsqueeze(2) == rules.changed_token  # [predictions, likely, changed]
     out = (same & banned.unsqueeze(1)).any(2)
-    probability, order = torch.where(out, 0.0, probability).sort(1, descending=True, stable=True)
+    probability, order = torch.where(out, 0.0, probability).sort(dim=1, descending=True, stable=True)
     return torch.where(out, -1, token).gather(1, order), probability
