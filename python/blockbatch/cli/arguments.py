@@ -46,6 +46,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
 
 
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    """For commands that write prompts with `encode_text`."""
+    parser.add_argument(
+        "--no-thinking",
+        action="store_true",
+        help="SDAR with --chat: begin the answer with an empty think block (enable_thinking=False)",
+    )
+
+
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """The options that `decode_config` reads: one for each row of `blockbatch.methods.OPTIONS`."""
     group = parser.add_argument_group(
@@ -115,11 +124,13 @@ def default_methods(options: argparse.Namespace) -> tuple[str, ...]:
     return BLOCK_TABLE_METHODS if is_block_causal(options.model) else (*TABLE_METHODS, *own)
 
 
-def chat_prompt(model: Model, text: str) -> str:
+def chat_prompt(model: Model, text: str, *, no_thinking: bool = False) -> str:
     """`text` as a user's message in the model's chat format."""
     if model.tokenizer is None:
         raise ValueError("--chat: expected a model with a tokenizer, got one without")
-    return model.tokenizer.chat(text, model.spec.family)
+    if no_thinking and model.spec.family != "sdar":
+        raise ValueError(f"--no-thinking: expected a model of the family sdar, got {model.spec.family}")
+    return model.tokenizer.chat(text, model.spec.family, enable_thinking=False if no_thinking else None)
 
 
 def encode_text(model: Model, text: str, options: argparse.Namespace, name: str) -> list[int]:
@@ -132,9 +143,12 @@ def encode_text(model: Model, text: str, options: argparse.Namespace, name: str)
     from blockbatch.texts import check_text
 
     check_text(text, name)
+    if options.no_thinking and not options.chat:
+        raise ValueError("--no-thinking: expected it beside --chat, got it alone")
     if options.chat:
         check_bos(options)
-        return encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+        text = chat_prompt(model, text, no_thinking=options.no_thinking)
+        return encode_prompt(model, text, name, add_bos=False)
     return encode_prompt(model, text, name, add_bos=True if options.bos else None)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.arguments import (
     add_model,
+    add_thinking,
     check_bos,
     default_methods,
     encode_text,
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add_model(parser)
+    add_thinking(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--family",
