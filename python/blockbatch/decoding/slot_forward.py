@@ -9,6 +9,8 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
+from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
@@ -27,6 +29,7 @@ class Layout(NamedTuple):
         num_branches, gen_length: of every request; None: up to what the slots have.
         is_open: whether block steps compute open queries.
         map_entries: see `bbk.BranchState.create`.
+        rule: what commits in the place of `params`; None: they.
     """
 
     params: PolicyParams | None
@@ -34,10 +37,16 @@ class Layout(NamedTuple):
     gen_length: int | None
     is_open: bool
     map_entries: int = 0
+    rule: CommitRule | None = None
 
 
-def layout_of(params: PolicyParams, block_sizes: tuple[int, ...], gen_length: int) -> Layout:
-    """Drafts ask for an exact number of rows; Dream's rule looks at all rows and positions of a slot."""
+def layout_of(method: Method, gen_length: int) -> Layout:
+    """Drafts ask for an exact number of rows; Dream's rule looks at all rows and positions of a slot, and so
+    may one of a user's own."""
+    params, block_sizes = method.params, method.block_sizes
+    if method.rule:
+        is_open = params.query_span == "open"
+        return Layout(params, len(block_sizes), gen_length, is_open, rule=method.rule)
     if params.policy == "dream_published":
         return Layout(params, len(block_sizes), gen_length, False, bbk.map_entries(block_sizes, gen_length))
     if params.drafts:
@@ -95,6 +104,7 @@ class SlotForward:
         slots, plans: the requests and what they ask for.
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
+        rule: at work on the slots; None: the settings say what is committed.
     """
 
     def __init__(self, model, pages: SlotPages, layout: Layout, sizes: Sizes) -> None:
@@ -102,14 +112,16 @@ class SlotForward:
         self.device, self._backend = model.device, model.backend
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
-        self._can_capture = StepGraphs.possible(model)
-        self._pool = None
+        self._pool, self.rule = None, None
         self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
-        self.slots = slots
-        self.plans = SlotPlans(slots, self._backend)
+        self.slots, rule = slots, self.layout.rule
+        run = RuleRun(rule, self.layout.params, slots.state, before=self.rule) if rule else None
+        self.rule: RuleRun | None = run
+        self._can_capture = StepGraphs.possible(self._model) and (run is None or run.can_capture)
+        self.plans = SlotPlans(slots, self._backend, run)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
         size = self._host_part().numel()

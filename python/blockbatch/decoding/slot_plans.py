@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.rule import RuleRun
 from blockbatch.decoding.slots import Slots
 from blockbatch_kernels import PolicyParams
 from blockbatch_kernels.structs import PHASE_REFRESH
@@ -25,14 +26,17 @@ Group = tuple[int, PolicyParams]
 class SlotPlans:
     """What the requests of some slots ask for next.
 
+    Args:
+        rule: what commits in the place of the settings; None: they.
+
     Attributes:
         block, full: the plans; their flags mean nothing. `full` holds init and refresh of every request that
             waits for one. Of open queries `block` has places, as ever.
         blocking, refreshing: [Q] bool, requests that each is for; those before their init are in neither.
     """
 
-    def __init__(self, slots: Slots, backend: str | None) -> None:
-        self.slots, self.backend = slots, backend
+    def __init__(self, slots: Slots, backend: str | None, rule: RuleRun | None = None) -> None:
+        self.slots, self.backend, self.rule = slots, backend, rule
         size = slots.num_rows, slots.state.gen_length, slots.device
         self.block, self.full, self._other = (bbk.StepPlan.allocate(*size) for _ in range(3))
         self.events = bbk.PolicyEvents.allocate(*size)
@@ -65,7 +69,7 @@ class SlotPlans:
             rows = self.slots.by_row(mine)
             source_row = torch.where(rows, plan.source_row, -1)
             own = plan._replace(source_row=source_row, flags=self._flags[phase])
-            self._call(mine, rows, self.of_rows(rows, predictions), own, params, self._other)
+            self._call(mine, rows, self.of_rows(rows, predictions), own, params, self._other, self.rule)
             sources = torch.where(rows, self.events.sync_source, sources)
         return sources
 
@@ -156,8 +160,13 @@ class SlotPlans:
         plan: bbk.StepPlan,
         params: PolicyParams,
         into: bbk.StepPlan,
+        rule: RuleRun | None = None,
     ) -> None:
-        """`bbk.decode_policy` of the requests `members`, whose rows are `rows`, and of no other."""
+        """`bbk.decode_policy` of the requests `members`, whose rows are `rows`, and of no other.
+
+        Args:
+            rule: behind a forward, what commits.
+        """
         state = self.slots.state
         # What a call may change of those that count as finished: the prefix exit of one group would end the
         # windows of another, and Dream's rule asks no finished row whether it needs a refresh.
@@ -165,7 +174,10 @@ class SlotPlans:
         finished = state.finished.clone()
         state.finished.logical_or_(~members)
         out = (into, self.events)
-        bbk.decode_policy(state, predictions, plan, params, out=out, backend=self.backend)
+        if rule is not None:
+            rule.decode_policy(state, predictions, plan, out, self.backend)
+        else:
+            bbk.decode_policy(state, predictions, plan, params, out=out, backend=self.backend)
         state.finished.copy_(torch.where(members, state.finished, finished))
         for name, before in of_rows.items():
             field = getattr(state, name)
