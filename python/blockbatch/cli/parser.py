@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blockbatch.cli import ablate, compare, evaluate, generate, pictures
+from blockbatch.cli import ablate, compare, evaluate, fill, generate, pictures
 from blockbatch.cli.help import Parser, examples, leaves
 
 # In the order of the help.
-COMMANDS = (generate, compare, evaluate, ablate, pictures)
+COMMANDS = (generate, fill, compare, evaluate, ablate, pictures)
 
 
 class _Version(argparse.Action):
