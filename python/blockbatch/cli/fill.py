@@ -33,10 +33,10 @@ def add_parser(commands: Any) -> None:
         epilog=methods_note()
         + "\n\n"
         + examples(
-            'blockbatch fill "Start with x=1. Replace x by 9*x+1 mod 5, 2 times. {32} x=1"',
-            'echo "def double(x): return {4}" | blockbatch fill -',
+            'blockbatch fill "coins: 4*8={2}, total: 16+32={2}"',
+            'echo "3*16=48, 51-48={1}" | blockbatch fill -',
             "blockbatch fill --text-file program.txt --preset fast --json",
-            "blockbatch fill --ids 17,1415,1415,18 --method dual_cache",
+            "blockbatch fill --ids 19,9,23,28,1415,1415 --method dual_cache",
         ),
     )
     parser.set_defaults(run=run)
