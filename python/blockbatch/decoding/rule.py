@@ -112,6 +112,11 @@ class RuleRun:
             for name, kept in (before._memory if before else {}).items():
                 self._memory[name][: len(kept)] = kept
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """What the rule keeps between forwards, [R, G] each."""
+        return self._memory
+
     def reset(self, rows: slice = slice(None)) -> None:
         """For new requests in these rows."""
         for tensor in self._memory.values():

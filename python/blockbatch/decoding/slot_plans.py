@@ -27,7 +27,7 @@ class SlotPlans:
     """What the requests of some slots ask for next.
 
     Args:
-        rule: what commits in the place of the settings; None: they.
+        rule: that commits in the place of the settings; None: they do.
 
     Attributes:
         block, full: the plans; their flags mean nothing. `full` holds init and refresh of every request that
@@ -35,8 +35,8 @@ class SlotPlans:
         blocking, refreshing: [Q] bool, requests that each is for; those before their init are in neither.
     """
 
-    def __init__(self, slots: Slots, backend: str | None, rule: RuleRun | None = None) -> None:
-        self.slots, self.backend, self.rule = slots, backend, rule
+    def __init__(self, slots: Slots, rule: RuleRun | None, backend: str | None) -> None:
+        self.slots, self.rule, self.backend = slots, rule, backend
         size = slots.num_rows, slots.state.gen_length, slots.device
         self.block, self.full, self._other = (bbk.StepPlan.allocate(*size) for _ in range(3))
         self.events = bbk.PolicyEvents.allocate(*size)
@@ -162,11 +162,7 @@ class SlotPlans:
         into: bbk.StepPlan,
         rule: RuleRun | None = None,
     ) -> None:
-        """`bbk.decode_policy` of the requests `members`, whose rows are `rows`, and of no other.
-
-        Args:
-            rule: behind a forward, what commits.
-        """
+        """`bbk.decode_policy` of the requests `members`, whose rows are `rows`, and of no other."""
         state = self.slots.state
         # What a call may change of those that count as finished: the prefix exit of one group would end the
         # windows of another, and Dream's rule asks no finished row whether it needs a refresh.
@@ -174,10 +170,13 @@ class SlotPlans:
         finished = state.finished.clone()
         state.finished.logical_or_(~members)
         out = (into, self.events)
-        if rule is not None:
-            rule.decode_policy(state, predictions, plan, out, self.backend)
-        else:
+        if rule is None:
             bbk.decode_policy(state, predictions, plan, params, out=out, backend=self.backend)
+        else:
+            memory = {name: values.clone() for name, values in rule.memory.items()}
+            rule.decode_policy(state, predictions, plan, out, self.backend)
+            for name, before in memory.items():
+                rule.memory[name].copy_(torch.where(rows.unsqueeze(1), rule.memory[name], before))
         state.finished.copy_(torch.where(members, state.finished, finished))
         for name, before in of_rows.items():
             field = getattr(state, name)
