@@ -15,13 +15,12 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
     method = method_for(model, config.for_model(spec))
     if not ids and spec.prediction_offset:
         raise ValueError(f"{name}: expected at least one token for {spec.family}, got an empty prompt")
-    for position, token in enumerate(ids):
-        if not 0 <= token < spec.vocab_size:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {spec.vocab_size - 1}, got {token} at {position}"
-            )
-        if token == spec.mask_token_id:
-            raise ValueError(f"{name}: expected no MASK token (id {token}), got one at position {position}")
+    check_ids(ids, spec.vocab_size, name)
+    if spec.mask_token_id in ids:
+        raise ValueError(
+            f"{name}: expected no MASK token (id {spec.mask_token_id}), got one at position "
+            f"{ids.index(spec.mask_token_id)}; blockbatch.fill decodes MASK inside a text"
+        )
     if is_block_causal(spec):
         _check_blocks(ids, method, spec.max_length, name)
         return
@@ -31,6 +30,13 @@ def check_prompt(model: Model, ids: list[int], config: DecodeConfig, name: str) 
             f"{name}: expected prompt and gen_length to fit in {spec.max_length} positions, got {len(ids)} + "
             f"{config.gen_length} = {canvas}"
         )
+
+
+def check_ids(ids: list[int], vocab_size: int, name: str) -> None:
+    """Raises ValueError for an id outside of the vocabulary."""
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name}: expected ids from 0 to {vocab_size - 1}, got {token} at {position}")
 
 
 def _check_blocks(ids: list[int], method: BlockMethod, most: int, name: str) -> None:
