@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from blockbatch import devices, kv_cache
@@ -12,6 +14,7 @@ from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_pool import GROWTH, page_bytes, scratch_pages, shared_forward
 from blockbatch.decoding.block_session import BlockSession
 from blockbatch.decoding.block_text import Forward
+from blockbatch.decoding.choice import sampling_for
 from blockbatch.decoding.graphs import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
@@ -60,7 +63,10 @@ class BlockLane:
     def join(self, seat: Seat) -> None:
         with devices.turn(self._model.device):
             prompt = seat.request.prompt
-            seat.place = BlockSession(self._model, [prompt], seat.method, self._forward)
+            sampling = None
+            if seat.method.sampling is not None:
+                sampling = [sampling_for(self._model, seat.config, 0)]
+            seat.place = BlockSession(self._model, [prompt], seat.method, self._forward, sampling=sampling)
         self._seats.append(seat)
 
     @torch.inference_mode()
@@ -68,12 +74,9 @@ class BlockLane:
         device = self._model.device
         with devices.turn(device), devices.memory_errors(device, "the next forward"):
             chosen = self._chosen()
-            rows = [row for _, forward in chosen for row in forward.rows]
-            predicted = self._forward.run(rows, ROW_TOKENS[device.type]) if rows else []
-        done = 0
-        for seat, forward in chosen:
-            self._receive(seat, predicted[done : done + len(forward.rows)])
-            done += len(forward.rows)
+            predicted = self._run([seat for seat, _ in chosen])
+        for seat, _ in chosen:
+            self._receive(seat, predicted[seat])
         # A request may end without a forward.
         took_part = [seat for seat, _ in chosen]
         ended = [seat for seat in self._seats if seat.place.asked(0) is None and seat not in took_part]
@@ -81,6 +84,17 @@ class BlockLane:
             seat.done = True
         self._count(chosen)
         return took_part + ended
+
+    def _run(self, seats: list[Seat]) -> dict[Seat, list]:
+        """What each of the requests is sent; those that draw their tokens in the same way run together."""
+        predicted = {}
+        for kind in {seat.method.sampling for seat in seats}:
+            members = [seat for seat in seats if seat.method.sampling == kind]
+            rows = {seat: seat.place.rows(0) for seat in members}
+            every = [row for seat in members for row in rows[seat]]
+            found = iter(self._forward.run(every, ROW_TOKENS[self._model.device.type]))
+            predicted |= {seat: list(itertools.islice(found, len(rows[seat]))) for seat in members}
+        return predicted
 
     def _chosen(self) -> list[tuple[Seat, Forward]]:
         """Those whose forwards run now: every block, and of the prompts what the budget has room for."""

@@ -109,9 +109,7 @@ class BlockSession:
         records = None
         if self.observed:
             records = {request: self._begin_record(request) for request in running}
-        rows = []
-        for request, forward in zip(running, forwards, strict=True):
-            rows += self._drawn(request, forward.rows)
+        rows = [row for request in running for row in self.rows(request)]
         predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
@@ -128,6 +126,10 @@ class BlockSession:
     def asked(self, request: int) -> Forward | None:
         """The forward that a request waits for; None: it is finished."""
         return self._asked[request]
+
+    def rows(self, request: int) -> list[Row]:
+        """Of the forward that a request waits for, as they are to be run."""
+        return self._drawn(request, self._asked[request].rows)
 
     def receive(self, request: int, predicted: list[Predicted]) -> None:
         """Goes on with what the forward that a request asked for predicts, for each of its rows.

@@ -11,6 +11,7 @@ import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.rule import CommitRule, RuleRun
+from blockbatch.decoding.sampling import BatchSampling, SamplingKind
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
         is_open: whether block steps compute open queries.
         map_entries: see `bbk.BranchState.create`.
         rule: a commit rule of one's own that all requests share.
+        sampling: what drawing tokens takes, the same for all requests; None: nobody draws.
     """
 
     params: PolicyParams | None
@@ -38,19 +40,21 @@ class Layout(NamedTuple):
     is_open: bool
     map_entries: int = 0
     rule: CommitRule | None = None
+    sampling: SamplingKind | None = None
 
 
 def layout_of(method: Method, gen_length: int) -> Layout:
     """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
     may a rule of one's own."""
-    params, sizes, is_open = method.params, method.block_sizes, method.params.query_span == "open"
+    params, sizes = method.params, method.block_sizes
+    common = dict(is_open=params.query_span == "open", rule=method.rule, sampling=method.sampling)
     if params.policy == "dream_published":
-        return Layout(params, len(sizes), gen_length, is_open, bbk.map_entries(sizes, gen_length))
-    if method.rule is not None:
-        return Layout(params, len(sizes), gen_length, is_open, rule=method.rule)
+        common["map_entries"] = bbk.map_entries(sizes, gen_length)
+    if params.policy == "dream_published" or method.rule is not None:
+        return Layout(params, len(sizes), gen_length, **common)
     if params.drafts:
-        return Layout(params, len(sizes), None, is_open)
-    return Layout(None, None, None, is_open)
+        return Layout(params, len(sizes), None, **common)
+    return Layout(None, None, None, **common)
 
 
 class WholeRows(NamedTuple):
@@ -103,6 +107,7 @@ class SlotForward:
         slots, plans: the requests and what they ask for.
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
+        sampling: how the tokens of each request are drawn; None: they are not.
     """
 
     def __init__(self, model, pages: SlotPages, layout: Layout, sizes: Sizes) -> None:
@@ -121,6 +126,8 @@ class SlotForward:
             rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
         self._can_capture = StepGraphs.possible(self._model) and (rule is None or rule.can_capture)
         self.plans = SlotPlans(slots, rule, self._backend)
+        kind = self.layout.sampling
+        self.sampling = None if kind is None else BatchSampling(slots.sizes.requests, kind, self.device)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
         size = self._host_part().numel()
@@ -146,8 +153,12 @@ class SlotForward:
             )
             for part in self._parts
         ]
-        before = self.plans.rule
+        before, drawn = self.plans.rule, self.sampling
         self._use(old.grown(sizes))
+        if drawn is not None:
+            for name, values in drawn.rules._asdict().items():
+                if values is not None and name != "changed_token":
+                    getattr(self.sampling.rules, name)[: old.sizes.requests] = values
         if before is not None:
             for name, values in before.memory.items():
                 self.plans.rule.memory[name][number] = values
@@ -281,12 +292,15 @@ class SlotForward:
             scattered=scattered,
             backend=self._backend,
         )
+        options = {}
+        if self.sampling is not None:
+            options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True)
+            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens)
+        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans
