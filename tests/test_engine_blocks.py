@@ -112,3 +112,8 @@ def test_fewer_branches_inside_the_block(model):
     for request in (requests[0], requests[-1]):
         assert len(request.result.branches) == request.branches
         assert outcome(request.result) == outcome(blockbatch.generate(model, [1, 2, 3], request.config))
+
+
+def test_fixed_bits_are_refused(model):
+    with pytest.raises(ValueError, match="deterministic: expected False for"):
+        Engine(model, deterministic=True)

@@ -27,8 +27,11 @@ class BlockLane:
     Args:
         max_requests: that run at a time.
         max_tokens_per_step: prompts beyond it wait for the next forward; None: ROW_TOKENS.
-        deterministic: nothing more is to be done for it here than what `engine.Engine` says.
+        deterministic: not to be had here yet.
         cache_tokens: positions of the pool; None: what the device has free.
+
+    Raises:
+        ValueError: `deterministic`.
     """
 
     def __init__(
@@ -40,6 +43,11 @@ class BlockLane:
         deterministic: bool,
         cache_tokens: int | None,
     ) -> None:
+        if deterministic:
+            raise ValueError(
+                f"deterministic: expected False for {model.spec.family}, whose attention is block-causal, "
+                "got True"
+            )
         self._model, self._forward = model, shared_forward(model)
         self._budget = max_tokens_per_step or ROW_TOKENS[model.device.type]
         pool = self._forward.pool

@@ -102,6 +102,7 @@ class SlotForward:
         pages: shared by all layouts.
         layout: of the slots.
         sizes: of the slots at first.
+        fixed_tokens: see `Model.predict`.
 
     Attributes:
         slots, plans: the requests and what they ask for.
@@ -110,8 +111,10 @@ class SlotForward:
         sampling: how the tokens of each request are drawn; None: they are not.
     """
 
-    def __init__(self, model, pages: SlotPages, layout: Layout, sizes: Sizes) -> None:
-        self._model, self.pages, self.layout = model, pages, layout
+    def __init__(
+        self, model, pages: SlotPages, layout: Layout, sizes: Sizes, fixed_tokens: int | None = None
+    ) -> None:
+        self._model, self.pages, self.layout, self._fixed_tokens = model, pages, layout, fixed_tokens
         self.device, self._backend = model.device, model.backend
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
@@ -176,7 +179,7 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(packed_capacity(tokens), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
         else:
             self._run_windows(tokens, predictions, distinct_rows)
 
@@ -280,6 +283,7 @@ class SlotForward:
         scattered: bool,
     ) -> bbk.Predictions:
         slots, model = self.slots, self._model
+        capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
         view = self.pages.view(self.rows, distinct_rows)
         packed = bbk.pack_windows(
             slots.state,
@@ -292,7 +296,7 @@ class SlotForward:
             scattered=scattered,
             backend=self._backend,
         )
-        options = {}
+        options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
@@ -301,6 +305,11 @@ class SlotForward:
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
         return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+
+    def _whole_pieces(self, tokens: int) -> int:
+        """Room for so many tokens in pieces of `fixed_tokens`."""
+        size = self._fixed_tokens
+        return tokens if size is None else -(-max(tokens, 1) // size) * size
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans
