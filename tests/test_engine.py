@@ -154,4 +154,4 @@ def test_half_done_refreshes_beside_short_ones(monkeypatch, seed):
         engine, _ = run_mix(
             scripted(seed), requests, rng, max_tokens_per_step=rng.choice((200, 300, 600)), cancel=0.3
         )
-    assert engine.stats().refreshes > 2 * engine.stats().forwards["refresh"]
+    assert engine.stats().refreshes > engine.stats().forwards["refresh"]
