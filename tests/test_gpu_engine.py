@@ -88,6 +88,8 @@ def test_the_host_waits_once_a_step(tiny, monkeypatch, unchecked):
     config = blockbatch.DecodeConfig(gen_length=128, eos_exit="none", threshold=1.0, refresh_interval=None)
     engine = Engine(tiny, max_requests=4, cache_tokens=1 << 15)
     submit_many(engine, tiny, 4, config)
+    engine.run_until_idle()  # captures all sizes that come up
+    submit_many(engine, tiny, 4, config)
     for _ in range(6):
         engine.step()
     waits = []
