@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.arguments import (
     add_model,
+    add_thinking,
     check_bos,
     default_methods,
     encode_text,
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add_model(parser)
+    add_thinking(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--family",
@@ -104,7 +106,11 @@ def run(options: argparse.Namespace) -> None:
     methods = default_methods(options) if options.methods is None else options.methods
     presets = options.preset
     if presets is None:
-        presets = TABLE_PRESETS if options.methods is None and methods == TABLE_METHODS else ()
+        presets = (
+            TABLE_PRESETS
+            if options.methods is None and methods[: len(TABLE_METHODS)] == TABLE_METHODS
+            else ()
+        )
     settings = table_settings(methods, options.gen_length) + preset_settings(presets, options.gen_length)
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):
@@ -170,7 +176,8 @@ def _print(model: Model, problems: list[Problem], rows: list[Row], options: argp
     families = Counter(problem.task for problem in problems)
     parts = ", ".join(f"{count} {family}" for family, count in families.items())
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{escape(model.name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})")
+    name = f"{model.name} with {model.adapter}" if model.adapter else model.name
+    print(f"{escape(name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})")
     print()
     print("\n".join(comparison_table(rows)))
     # With two problems of a family a count of right ones says nothing about it.
@@ -194,6 +201,7 @@ def _print_texts(problem: Problem, rows: list[Row]) -> None:
 def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
     command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
     named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
+    named += f" --adapter {shlex.quote(options.adapter)}" if options.adapter else ""
     prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
     chat = " --chat" if options.chat else " --bos" if options.bos else ""
     print(f"\nthe texts:        {command} compare{named} --show")
@@ -210,6 +218,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
 
     return {
         "model": model.name,
+        **({"adapter": model.adapter} if model.adapter else {}),
         **describe(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "gen_length": gen_length,

@@ -9,6 +9,7 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch import branches
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import RuleRun
 from blockbatch.decoding.sampling import BatchSampling, RequestSampling
 from blockbatch.steps import HostPlan
 
@@ -51,6 +52,7 @@ class Batch:
             method.params,
             self.device,
         )
+        self.rule = RuleRun(method.rule, method.params, self.state) if method.rule else None
         self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)
         self.events = bbk.PolicyEvents.allocate(num_rows, gen_length, self.device)
         kind = method.sampling
@@ -79,10 +81,16 @@ class Batch:
             current.wait_stream(self._stream)
         self._stream = current
 
-    def start(self, prompts: list[list[int]], sampling: Sequence[RequestSampling] | None = None) -> None:
-        """Puts new prompts, no longer than the longest that fits, in front of empty generation regions.
+    def start(
+        self,
+        prompts: list[list[int]],
+        regions: Sequence[Sequence[int]] | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
+    ) -> None:
+        """Puts new prompts, no longer than the longest that fits, in front of generation regions.
 
         Args:
+            regions: what they hold before the first forward, see `Session`; None: MASK.
             sampling: of each request, where the method draws tokens.
         """
         if (sampling is None) != (self.sampling is None):
@@ -92,9 +100,14 @@ class Batch:
             self.sampling.write(0, sampling, [len(prompt) for prompt in prompts])
         tokens, lengths = branches.pad_prompts(prompts)
         self.state.reset(tokens.to(self.device), lengths.to(self.device), self.method.params.mask_token_id)
+        if regions is not None:
+            held = torch.tensor(regions, dtype=torch.int32, device="cpu").to(self.device)
+            self.state.tokens.copy_(held.repeat_interleave(self.state.num_branches, 0))
         canvas = self.state.prompt_length + self.state.gen_length
         self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
         self.cache.reset()
+        if self.rule:
+            self.rule.reset()
         self._sources = list(range(self.state.num_rows))
         bbk.initial_plan(self.state, self.method.params, out=self.plan, backend=self.backend)
 

@@ -52,6 +52,7 @@ class RunnerPool:
         *,
         observed: bool = False,
         stops: Stops | None = None,
+        regions: Sequence[Sequence[int]] | None = None,
         sampling: Sequence[RequestSampling] | None = None,
     ) -> Session:
         """A session on a runner with room for `max_prompt` tokens, kept from earlier or new."""
@@ -60,16 +61,8 @@ class RunnerPool:
         runner = None if found is None else self._idle.pop(found)
         if runner is None:
             runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
-        session = Session(
-            model,
-            prompts,
-            method,
-            gen_length,
-            runner=runner,
-            observed=observed,
-            stops=stops,
-            sampling=sampling,
-        )
+        more = dict(observed=observed, stops=stops, regions=regions, sampling=sampling)
+        session = Session(model, prompts, method, gen_length, runner=runner, **more)
         weakref.finalize(session, _put_back, weakref.ref(self), shape, runner)
         return session
 

@@ -47,7 +47,8 @@ def new_runner(model, num_requests: int, method: Method, gen_length: int, max_pr
     with devices.turn(model.device):
         batch = Batch(model, num_requests, method, gen_length, max_prompt)
         # Runners are kept on the model: a strong reference back would keep both alive.
-        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+        possible = StepGraphs.possible(model) and (batch.rule is None or batch.rule.can_capture)
+        graphs = StepGraphs(weakref.proxy(model), batch) if possible else None
     return Runner(batch, graphs)
 
 
@@ -68,6 +69,8 @@ class Session:
         observed: whether steps tell their windows and open queries, which costs copies from the device.
         stops: asked before every forward, which costs a wait for the device; None: the policy alone ends
             requests.
+        regions: what the generation region of each request holds before the first forward, gen_length ids,
+            the first of them MASK. Tokens among them stand as decoded ones do. None: MASK everywhere.
         sampling: of each request, where the method draws tokens; else None.
     """
 
@@ -84,6 +87,7 @@ class Session:
         runner: Runner | None = None,
         observed: bool = False,
         stops: Stops | None = None,
+        regions: Sequence[Sequence[int]] | None = None,
         sampling: Sequence[RequestSampling] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
@@ -95,7 +99,7 @@ class Session:
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
-            self._batch.start(prompts, sampling)
+            self._batch.start(prompts, regions, sampling)
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward
