@@ -188,8 +188,8 @@ def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: getattr(body, name, None) for name in ("temperature", "top_p", "top_k", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     temperature = given.get("temperature", options.get("temperature", 0.0))
-    if not isinstance(temperature, (int, float)) or temperature < _COLDEST:
-        return {"temperature": 0.0, "top_p": None, "top_k": None} if temperature is not None else {}
+    if temperature < _COLDEST:
+        return {"temperature": 0.0, "top_p": None, "top_k": None}
     if given.get("top_k", 1) < 1:  # 0 and -1: all
         given["top_k"] = None
     if "seed" in given:
