@@ -40,12 +40,12 @@ __device__ __forceinline__ NoiseKey noise_key(int64_t seed, int32_t position, in
 // Between the highest and the lowest noise that there is lies less than this.
 constexpr float kNoiseRange = 26.0f;
 
-// The outer logarithm may be a fast one: its error is that of rounding a score.
+// Accurate logarithms: where noise decides, it is large, and the fast ones err by more than rounding there.
 __device__ __forceinline__ float gumbel(const NoiseKey& key, uint32_t token) {
   const uint32_t bits = mixed(mixed(token + key.first) ^ key.second);
   const float v = fminf((__uint2float_rn(bits) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
   const float small = v * (1.0f + v * (0.5f + v * (1.0f / 3.0f + v * 0.25f)));
-  return -__logf(v < 0x1p-6f ? small : -logf(1.0f - v));
+  return -logf(v < 0x1p-6f ? small : -logf(1.0f - v));
 }
 
 // Of equal values the lowest place counts; NaN is the highest.
