@@ -60,7 +60,8 @@ class DecodeConfig(SamplingOptions):
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
-            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch".
+            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch"; or one that
+            `blockbatch.register_method` made.
         gen_length: tokens to generate, G; a block-causal model ends with a whole block.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it; of a block-causal model those that divide its block.

@@ -126,23 +126,22 @@ def decode_group(
     names: Sequence[str],
     finish: Callable[[Ended, int, int, list[Record] | None], None],
     regions: Sequence[list[int]] | None = None,
-    *,
-    numbers: Sequence[int],
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Decodes prompts of the same settings, as many at a time as fit.
 
     Args:
         config: settled for the model, and checked.
-        members: their places among `prompts`, `names` and `regions`.
+        members: their places among `prompts`, `names`, `regions` and `numbers`.
         names: what messages call them.
         finish: called with the session at its end, the request, its place, and its trace if there is one.
         regions: as of `Session`, of equal length for all members.
-        numbers: see `decode`.
+        numbers: what their seeds are made with, see `decode`; None: their places.
     """
     while members:
         held = None if regions is None else [regions[index] for index in members]
-        drawn = [numbers[index] for index in members]
-        batch, session = _open(model, [prompts[index] for index in members], config, drawn, held)
+        own = [index if numbers is None else numbers[index] for index in members]
+        batch, session = _open(model, [prompts[index] for index in members], config, own, held)
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
@@ -222,9 +221,9 @@ def _open(
     with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
         if regions is None:
             batch = memory.first_batch(model, list(prompts), config)
-            return batch, _session(model, batch, config, numbers)
+            return batch, _session(model, batch, config, numbers[: len(batch)])
         batch = memory.first_batch(model, list(prompts), config, len(regions[0]))
-        return batch, _session(model, batch, config, numbers, regions[: len(batch)])
+        return batch, _session(model, batch, config, numbers[: len(batch)], regions[: len(batch)])
 
 
 def _session(
@@ -237,7 +236,7 @@ def _session(
     method = method_for(model, config)
     sampling = None
     if method.sampling is not None:
-        sampling = [sampling_for(model, config, number) for number, _ in zip(numbers, prompts)]
+        sampling = [sampling_for(model, config, number) for number in numbers]
     stops = None
     if config.stop:
         ends = eos_token_ids(model, config)
@@ -247,8 +246,8 @@ def _session(
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
-        more = dict(observed=config.trace, stops=stops, sampling=sampling)
-        return BlockSession(model, prompts, method, forward, **more)
+        options = dict(observed=config.trace, stops=stops, sampling=sampling)
+        return BlockSession(model, prompts, method, forward, **options)
     gen_length = config.gen_length if regions is None else len(regions[0])
     options = dict(observed=config.trace, stops=stops, regions=regions, sampling=sampling)
     if model.device.type == "cpu":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -30,24 +29,6 @@ def check_text(text: str, name: str) -> None:
             f"{name}: expected text of whole characters, got half of one (the lone surrogate "
             f"U+{ord(found.group()):04X}) at position {found.start()}"
         )
-
-
-def as_texts(name: str, value: Any) -> tuple[str, ...]:
-    """One text or several as a tuple; what is none, or is empty, raises in the name of an argument."""
-    if isinstance(value, str):
-        texts, names = (value,), (name,)
-    elif isinstance(value, (bytes, bytearray)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
-    else:
-        texts = tuple(value)
-        names = tuple(f"{name}[{index}]" for index in range(len(texts)))
-    for text, called in zip(texts, names):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}: expected texts, got {text!r}")
-        if not text:
-            raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
-        check_text(text, called)
-    return tuple(map(str, texts))
 
 
 def decode_file(content: bytes) -> str:
