@@ -4,11 +4,13 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
 import blockbatch
 from blockbatch.decoding.engine import Engine
 from cuda_places import open_place
-from engine_mixes import outcome, random_mix, scripted
+from custom_methods import registered
+from engine_mixes import outcome, random_config, random_mix, random_prompt, run_mix, scripted
 from interpreter import interpreted_checks
 from plain_models import write_dream, write_llada
 
@@ -113,3 +115,23 @@ def test_whole_rows_beyond_the_budget_wait_while_windows_go_on(model):
     assert most > 0, "a refresh took several forwards"
     for request, prompt, config in ((refreshing, [1, 2, 3], often), (steady, [4, 5], never)):
         assert outcome(request.result) == outcome(blockbatch.generate(model, prompt, config))
+
+
+def test_rules_of_ones_own(model):
+    """One that keeps a tensor between forwards, beside requests of other methods."""
+
+    def surest(state, candidates, confidence):
+        state.memory["seen"].add_(1)
+        late = state.memory["seen"] > 3
+        return candidates & ((confidence >= state.options["threshold"]) | late)
+
+    with registered("surest", surest, options={"threshold": 0.6}, memory={"seen": torch.int32}):
+        rng, requests = random.Random(4), []
+        for index in range(12):
+            config = random_config(rng, model.spec.vocab_size)
+            if index % 2:
+                config = blockbatch.DecodeConfig(
+                    method="surest", gen_length=rng.choice((16, 32)), threshold=rng.choice((0.3, 0.6))
+                )
+            requests.append((random_prompt(rng, model.spec.vocab_size), config))
+        run_mix(model, requests, rng, max_tokens_per_step=60)

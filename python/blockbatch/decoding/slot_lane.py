@@ -105,7 +105,7 @@ class SlotLane:
     def _join(self, seat: Seat) -> None:
         method, prompt, gen_length = seat.method, seat.request.prompt, seat.config.gen_length
         needed = Sizes(1, len(method.block_sizes), gen_length, max(len(prompt), 1))
-        layout = layout_of(method.params, method.block_sizes, gen_length)
+        layout = layout_of(method, gen_length)
         forward = self._forward_of(layout, needed, len(prompt) + gen_length)
         self._reserved += seat.pages
         if self._reserved > self._pages.num_pages:
@@ -116,6 +116,8 @@ class SlotLane:
         seat.place = Place(forward, slot, list(range(len(method.block_sizes))), group, since=self._turn)
         self._seats.append(seat)
         forward.slots.join(slot, prompt, method, gen_length, group)
+        if forward.plans.rule is not None:
+            forward.plans.rule.reset(forward.slots.rows_of(slot))
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
         seat.place.waiting = [(0, len(prompt) + gen_length)]
