@@ -51,7 +51,7 @@ test: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 tests
 
 test-serve: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' uvloop httptools
+	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools
 	BLOCKBATCH_LONG_TESTS=1 $(ENV_PYTHON) -m pytest tests/test_serving_*.py
 
 lint: $(ENV_DIR)/.blockbatch-dev
