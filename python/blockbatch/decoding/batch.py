@@ -9,6 +9,7 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch import branches
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import RuleRun
 from blockbatch.steps import HostPlan
 
 
@@ -50,6 +51,7 @@ class Batch:
             method.params,
             self.device,
         )
+        self.rule = RuleRun(method.rule, method.params, self.state) if method.rule else None
         self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)
         self.events = bbk.PolicyEvents.allocate(num_rows, gen_length, self.device)
         self.seqlens_k = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
@@ -90,6 +92,8 @@ class Batch:
         canvas = self.state.prompt_length + self.state.gen_length
         self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
         self.cache.reset()
+        if self.rule:
+            self.rule.reset()
         self._sources = list(range(self.state.num_rows))
         bbk.initial_plan(self.state, self.method.params, out=self.plan, backend=self.backend)
 

@@ -105,14 +105,13 @@ def _predict(
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:
-    bbk.decode_policy(
-        batch.state,
-        predictions,
-        batch.plan,
-        batch.method.params,
-        out=(batch.plan, batch.events),
-        backend=batch.backend,
-    )
+    out = batch.plan, batch.events
+    if batch.rule:
+        batch.rule.decode_policy(batch.state, predictions, batch.plan, out, batch.backend)
+    else:
+        bbk.decode_policy(
+            batch.state, predictions, batch.plan, batch.method.params, out=out, backend=batch.backend
+        )
     batch.cache.share(batch.events.sync_source)
     batch.copy_plan_to_host()
 

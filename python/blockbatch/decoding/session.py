@@ -46,7 +46,8 @@ def new_runner(model, num_requests: int, method: Method, gen_length: int, max_pr
     with devices.turn(model.device):
         batch = Batch(model, num_requests, method, gen_length, max_prompt)
         # Runners are kept on the model: a strong reference back would keep both alive.
-        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+        possible = StepGraphs.possible(model) and (batch.rule is None or batch.rule.can_capture)
+        graphs = StepGraphs(weakref.proxy(model), batch) if possible else None
     return Runner(batch, graphs)
 
 

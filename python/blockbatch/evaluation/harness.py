@@ -37,6 +37,7 @@ from blockbatch.evaluation.harness_options import (
 from blockbatch.generation import Result, generate
 from blockbatch.methods import METHOD_OPTIONS
 from blockbatch.models import load_model
+from blockbatch.plugins import load_plugin
 from blockbatch.prompts import encode_prompt
 from blockbatch.stops import cut
 from blockbatch.texts import check_text
@@ -61,6 +62,7 @@ class BlockBatchLM(LM):
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
         device, dtype, backend, revision, adapter: as `load_model`.
+        plugin: Python file or module that registers methods of one's own; it is run.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
         likelihood_samples, likelihood_seed: maskings of every answer whose likelihood is asked for.
@@ -85,6 +87,7 @@ class BlockBatchLM(LM):
         backend: str | None = None,
         revision: str | None = None,
         adapter: str | None = None,
+        plugin: str | None = None,
         stop_early: bool | None = None,
         add_bos_token: bool | None = None,
         escape_until: bool = False,
@@ -97,6 +100,8 @@ class BlockBatchLM(LM):
     ) -> None:
         super().__init__()
         self.batch_size = read_batch_size(batch_size)
+        if plugin is not None:
+            load_plugin(plugin)
         self._options = decode_options(preset, options, decode_preset)
         self._fixed_length = self._options.pop("gen_length", None)
         flags = {"stop_early": stop_early, "add_bos_token": add_bos_token, "escape_until": escape_until}
