@@ -110,7 +110,9 @@ def frontier(report):
     ]  # fmt: skip
 
 
-_FULL = "| {} | {{:.0f}} [{{:.0f}}, {{:.0f}}] | {{:.1f}} ({{:.0f}} + {{:.1f}} + {{:.1f}}) | {{:.2f}} | {{:.0f}} |"
+_FULL = (
+    "| {} | {{:.0f}} [{{:.0f}}, {{:.0f}}] | {{:.1f}} ({{:.0f}} + {{:.1f}} + {{:.1f}}) | {{:.2f}} | {{:.0f}} |"
+)
 EVALUATION = [
     (_FULL.format(label), _EVAL, evaluated(label))
     for label in (
@@ -143,6 +145,7 @@ EVALUATION = [
      ablated("components", "all three")),
     ("it needs {:.0f}% fewer [-{:.0f}, -{:.0f}]", _COMMIT, ablated("commit", "local_leap")),
 ]  # fmt: skip
+
 
 def _dream_memory():
     return [2 * DREAM_PARAMETERS / 1e9, 2 * 2 * 28 * 512 / 1e6]

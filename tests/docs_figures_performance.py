@@ -108,15 +108,11 @@ def rotated(report):
 
 
 def block_forward(key="ours_ms", **wanted):
-    return lambda report: [
-        lines(report, model=model, **wanted)[key] for model in _BLOCK_MODELS
-    ]
+    return lambda report: [lines(report, model=model, **wanted)[key] for model in _BLOCK_MODELS]
 
 
 def block_floor(report):
-    found = [
-        lines(report, model=model, forward="denoise", branches=1) for model in _BLOCK_MODELS
-    ]
+    found = [lines(report, model=model, forward="denoise", branches=1) for model in _BLOCK_MODELS]
     return [line["products_ms"] + line["kv_ms"] for line in found]
 
 
