@@ -100,6 +100,8 @@ def run_mix(model, requests, rng, *, check=None, cancel=0.0, **options):
             assert cancel
             continue
         assert handle.status == "finished", handle.error
+        if getattr(model, "pool", None) is not None:
+            model.pool.forget()  # what the engine kept of this very prompt
         expected = blockbatch.generate(model, prompt, config)
         assert outcome(handle.result) == outcome(expected), (index, config)
         assert handle.nfe == expected.nfe

@@ -239,3 +239,31 @@ def test_an_error_of_the_rule_is_the_callers(tiny):
 
     with registered("broken", broken), pytest.raises(KeyError, match="no such option"):
         blockbatch.generate(tiny("cpu"), PROBLEMS[0], blockbatch.DecodeConfig(method="broken", gen_length=32))
+
+
+def test_gaps_of_a_text(tiny):
+    """Given tokens stand, and a rule sees the MASKs between them alone."""
+    text = "3*16={2}, 51-48={3}\n"
+    with registered("copy_of_it", threshold_rule, base="blockbatch", options={"threshold": 0.9}):
+        ours = blockbatch.fill(tiny("cpu"), text, blockbatch.DecodeConfig(method="copy_of_it", gen_length=32))
+    published = blockbatch.fill(tiny("cpu"), text, blockbatch.DecodeConfig(gen_length=32))
+    assert (ours.text, ours.nfe) == (published.text, published.nfe)
+
+
+def test_stop_texts(tiny):
+    given = dict(gen_length=64, stop=",")
+    with registered("copy_of_it", threshold_rule, base="blockbatch", options={"threshold": 0.9}):
+        ours = blockbatch.generate(
+            tiny("cpu"), PROBLEMS, blockbatch.DecodeConfig(method="copy_of_it", **given)
+        )
+    published = blockbatch.generate(tiny("cpu"), PROBLEMS, blockbatch.DecodeConfig(**given))
+    assert [told(result) for result in ours] == [told(result) for result in published]
+    assert [result.stop_reason for result in ours] == ["stop"] * 2
+
+
+def test_under_the_callers_inference_mode(tiny):
+    with registered("second_sight", remembering, memory={"seen": torch.int32}):
+        config = blockbatch.DecodeConfig(method="second_sight", gen_length=32, block_size=8)
+        expected = blockbatch.generate(tiny("cpu"), PROBLEMS[0], config)
+        with torch.inference_mode():
+            assert blockbatch.generate(tiny("cpu"), PROBLEMS[0], config).canvas == expected.canvas

@@ -252,3 +252,16 @@ def test_plugins_that_are_refused(tmp_path, capsys):
     broken = tmp_path / "broken.py"
     broken.write_text(textwrap.dedent("import blockbatch\nblockbatch.register_method('vanilla', print)\n"))
     assert "expected a file that runs, got" in (said := error_of(broken)) and "which is built in" in said
+
+
+def test_the_harness(plugin, tmp_path):
+    pytest.importorskip("lm_eval")
+    from blockbatch.evaluation.harness import BlockBatchLM
+
+    given = f"pretrained=tiny,device=cpu,plugin={plugin},method=half,gen_length=32,block_size=16"
+    model = BlockBatchLM.create_from_arg_string(given)
+    from blockbatch.evaluation.harness_options import Wishes
+
+    assert model._config(Wishes((), 32)).method == "half"
+    with pytest.raises(FileNotFoundError, match="adapter: expected a folder with adapter_config.json, got"):
+        BlockBatchLM.create_from_arg_string(f"pretrained=tiny,device=cpu,adapter={tmp_path / 'nowhere'}")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from blockbatch.models import CheckpointError, Model, load_model
     from blockbatch.registry import register_method, unregister_method
     from blockbatch.result import FillResult, Gap, Result
+    from blockbatch.sampling_options import request_seed
     from blockbatch.streaming import Stream
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
@@ -52,6 +53,7 @@ _HOMES = {
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
     "register_method": "blockbatch.registry",
+    "request_seed": "blockbatch.sampling_options",
     "save_trace": "blockbatch.tracing",
     "stream": "blockbatch.generation",
     "unregister_method": "blockbatch.registry",
@@ -77,6 +79,7 @@ __all__ = [
     "load_model",
     "load_trace",
     "register_method",
+    "request_seed",
     "save_trace",
     "stream",
     "unregister_method",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from blockbatch import block_methods
+from blockbatch import block_methods, sampling_options
 from blockbatch.values import NamesOf
 
 PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
@@ -374,4 +374,5 @@ OPTIONS = (
         none=True,
     ),
     *(OptionRow(*row) for row in block_methods.OPTION_ROWS),
+    *(OptionRow(*row) for row in sampling_options.OPTION_ROWS),
 )

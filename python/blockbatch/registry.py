@@ -14,17 +14,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blockbatch.config import DecodeConfig
-from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_OPTIONS, METHOD_TABLE, MethodRow
+from blockbatch.methods import BUILT_IN_METHODS, METHOD_OPTIONS, METHOD_TABLE, MethodRow
 
 _BASE = "dual_cache"
-_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
-_OPTION_NAMES = [field.name for field in dataclasses.fields(DecodeConfig) if field.name not in _COMMON]
 
 
 def register_method(
@@ -99,9 +95,7 @@ def registered_methods() -> tuple[str, ...]:
 def _checked_options(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise TypeError(f"options: expected a mapping of options to their defaults, got {options!r}")
-    own = {name for row in BLOCK_METHOD_TABLE.values() for name in row.options}
-    known = [name for name in _OPTION_NAMES if name not in own or name in METHOD_OPTIONS[_BASE]]
-    known += [name for name in ("commit",) if name not in known]
+    known = dict.fromkeys(name for method in BUILT_IN_METHODS for name in METHOD_OPTIONS[method])
     for name in options:
         if name not in known:
             raise ValueError(f"options: expected some of {', '.join(known)}, got {name!r}")

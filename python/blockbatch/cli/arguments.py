@@ -21,9 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="tiny",
         help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
-    group.add_argument(
-        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
-    )
+    add_own(group)
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
@@ -31,13 +29,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--bos",
         action="store_true",
         help="begin prompts with the BOS token, as evaluations of Dream do (as the tokenizer says)",
-    )
-    group.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file or module that registers methods of your own (it is run); repeatable",
     )
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument(
@@ -52,6 +43,20 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
         "--no-thinking",
         action="store_true",
         help="SDAR with --chat: begin the answer with an empty think block (enable_thinking=False)",
+    )
+
+
+def add_own(group: Any) -> None:
+    """The options that bring an adapter and methods of one's own."""
+    group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
+    )
+    group.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module that registers methods of your own (it is run); repeatable",
     )
 
 

@@ -9,6 +9,7 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_diffusion import BUILDERS, BlockMethod
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.rule import check_rule
+from blockbatch.decoding.sampling import RequestSampling, request_sampling, sampling_kind
 from blockbatch.methods import METHOD_TABLE
 from blockbatch.models.spec import is_block_causal
 
@@ -52,14 +53,22 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
         raise ValueError(
             f"trace_kv: expected False for {spec.family}, whose stored K/V never change, got True"
         )
-    method = builders[config.method](config, spec, eos_token_ids(model, config))
+    ends = eos_token_ids(model, config)
+    method = builders[config.method](config, spec, ends)
     if not isinstance(method, (Method, BlockMethod)):
         raise TypeError(
             f"method: expected a builder of {config.method!r} that returns a Method, got {method!r:.80}"
         )
     if isinstance(method, Method) and method.rule:
         check_rule(method.block_sizes, method.params)
-    return method
+    return method._replace(sampling=sampling_kind(config, spec.vocab_size, ends))
+
+
+def sampling_for(model, config: DecodeConfig, index: int) -> RequestSampling | None:
+    """How the tokens of prompt `index` of a call are drawn; None: they are those of the highest logits."""
+    ends = eos_token_ids(model, config)
+    kind = sampling_kind(config, model.spec.vocab_size, ends)
+    return None if kind is None else request_sampling(config, kind, ends, index)
 
 
 def eos_token_ids(model, config: DecodeConfig) -> tuple[int, ...]:

@@ -99,9 +99,12 @@ def _predict(
     probe_tokens = None
     if params.eos_exit == "window":
         probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
+    options = {}
+    if batch.sampling is not None:
+        options["sampling"] = batch.sampling.draw(batch.state, packed.predict_target)
     if params.policy == "dream_published":
-        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True)
-    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens)
+        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True, **options)
+    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens, **options)
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:

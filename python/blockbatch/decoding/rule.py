@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch import branches
 from blockbatch.decoding.host_waits import host_wait_of
 
 # Of what a rule chose: more than any probability. `PolicyParams.threshold` is this under a rule.
@@ -85,6 +86,7 @@ class RuleRun:
         rule: what to run.
         params: of the method, as `check_rule` wants them.
         state: of the batch.
+        before: at work on the first of these rows until now, whose memory they keep; None: all rows are new.
 
     Attributes:
         can_capture: whether nothing in the rule waits for the device.
@@ -93,7 +95,13 @@ class RuleRun:
         ValueError, TypeError: the rule returns something else than a bool mask of the rows.
     """
 
-    def __init__(self, rule: CommitRule, params: bbk.PolicyParams, state: bbk.BranchState) -> None:
+    def __init__(
+        self,
+        rule: CommitRule,
+        params: bbk.PolicyParams,
+        state: bbk.BranchState,
+        before: RuleRun | None = None,
+    ) -> None:
         self.rule, self.params = rule, params
         self._options = MappingProxyType(dict(rule.options))
         self.can_capture = rule.graphs
@@ -101,6 +109,13 @@ class RuleRun:
         with torch.inference_mode(False), torch.no_grad():
             self._memory = {name: torch.zeros_like(state.tokens, dtype=dtype) for name, dtype in rule.memory}
             self._try(state)
+            for name, kept in (before._memory if before else {}).items():
+                self._memory[name][: len(kept)] = kept
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """What the rule keeps between forwards, [R, G] each."""
+        return self._memory
 
     def reset(self, rows: slice = slice(None)) -> None:
         """For new requests in these rows."""
@@ -214,6 +229,16 @@ class RuleRun:
         else:
             once()
         self.reset()
+
+
+def try_rule(rule: CommitRule, params: bbk.PolicyParams, block_sizes: tuple[int, ...], length: int) -> None:
+    """Tries a rule on an empty canvas of `length` positions on the CPU.
+
+    Raises:
+        ValueError, TypeError: it returns something else than a bool mask of the rows.
+    """
+    device = torch.device("cpu")
+    RuleRun(rule, params, branches.empty_state(1, 1, block_sizes, length, params, device))
 
 
 def _tell(rule: CommitRule, waits: str) -> None:

@@ -34,11 +34,12 @@ from blockbatch.evaluation.harness_options import (
     length_unit,
     read_batch_size,
 )
-from blockbatch.generation import Result, generate
+from blockbatch.generation import Result, decode
 from blockbatch.methods import METHOD_OPTIONS
 from blockbatch.models import load_model
 from blockbatch.plugins import load_plugin
 from blockbatch.prompts import encode_prompt
+from blockbatch.sampling_options import sampling_settings
 from blockbatch.stops import cut
 from blockbatch.texts import check_text
 
@@ -224,7 +225,7 @@ class BlockBatchLM(LM):
                 group.sort(key=lambda index: -len(prompts[index]))
                 for first in range(0, len(group), self.batch_size):
                     batch = group[first : first + self.batch_size]
-                    for index, result in zip(batch, self._decode([prompts[i] for i in batch], config)):
+                    for index, result in zip(batch, self._decode([prompts[i] for i in batch], config, batch)):
                         texts[index] = self._text(result, wish)
                         self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                     bar.update(len(batch))
@@ -257,6 +258,7 @@ class BlockBatchLM(LM):
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "decoding": {
                 **{name: getattr(config, name) for name in names},
+                **sampling_settings(config),
                 "gen_length": self._fixed_length,
                 "stop_early": self.stop_early,
                 "add_bos_token": self._begins_with_bos(),
@@ -315,9 +317,9 @@ class BlockBatchLM(LM):
             return begin + ids[len(ids) - room + len(begin) :]
         return ids
 
-    def _decode(self, prompts: list[list[int]], config: DecodeConfig) -> list[Result]:
+    def _decode(self, prompts: list[list[int]], config: DecodeConfig, numbers: Sequence[int]) -> list[Result]:
         started = time.perf_counter()
-        results = generate(self.model, prompts, config)
+        results = decode(self.model, prompts, config, numbers=numbers)
         self._seconds += time.perf_counter() - started
         self._requests += len(results)
         self._tokens += sum(len(result.tokens) for result in results)

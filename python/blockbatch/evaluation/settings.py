@@ -17,6 +17,7 @@ from blockbatch.methods import (
     fitting_block_sizes,
     preset_options,
 )
+from blockbatch.sampling_options import SAMPLING_NAMES
 
 # The yardstick first, BlockBatch last.
 TABLE_METHODS = (*(method for method in BUILT_IN_METHODS if method != "blockbatch"), "blockbatch")
@@ -155,6 +156,7 @@ def parse_setting(text: str, gen_length: int) -> Setting:
 
 def _parse_value(label: str, name: str, value: str) -> Any:
     known = ("method", "gen_length", "preset", *dict.fromkeys(sum(map(list, METHOD_OPTIONS.values()), [])))
+    known += SAMPLING_NAMES
     if name not in known:
         raise ValueError(f"--set: {label}: expected options among {', '.join(known)}, got {name!r}")
     if value.lower() == "none":
