@@ -178,7 +178,8 @@ FIGURES = {
 }
 WITHOUT_FILE = {
     "README.md": [
-        r"prompt of \d+", r"Dream-7B, 1024", r"torch 2\.11\.0, CUDA 13\.0", r"H100 80GB", r"LLaDA-1\.5", r"Python 3\.10",
+        r"prompt of \d+", r"Dream-7B, 1024", r"torch 2\.11\.0, CUDA 13\.0", r"H100 80GB", r"LLaDA-1\.5",
+        r"Python 3\.10",
         r"RTX \d+", r"a GPU of 24 GB", r"`\d`: never", r"Apache-2\.0", r"arXiv \d+\.\d+",
         # Of the paper's table, which docs/real_weights.md has as a whole.
         r"256 tokens \(its Table 1\).*?63\.2",
