@@ -104,7 +104,7 @@ class BlockSession:
         if not running:
             return None
         begun = time.perf_counter()
-        forwards = [self._asked[request] for request in running]
+        forwards = [self.asked(request) for request in running]
         phase = forwards[0].kind
         records = None
         if self.observed:

@@ -123,14 +123,13 @@ class SlotForward:
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
-        self.slots = slots
+        self.slots, kind = slots, self.layout.sampling
+        self.sampling = None if kind is None else BatchSampling(slots.sizes.requests, kind, self.device)
         rule = None
         if self.layout.rule is not None:
             rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
         self._can_capture = StepGraphs.possible(self._model) and (rule is None or rule.can_capture)
         self.plans = SlotPlans(slots, rule, self._backend)
-        kind = self.layout.sampling
-        self.sampling = None if kind is None else BatchSampling(slots.sizes.requests, kind, self.device)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
         size = self._host_part().numel()
@@ -158,13 +157,11 @@ class SlotForward:
         ]
         before, drawn = self.plans.rule, self.sampling
         self._use(old.grown(sizes))
-        if drawn is not None:
-            for name, values in drawn.rules._asdict().items():
-                if values is not None and name != "changed_token":
-                    getattr(self.sampling.rules, name)[: old.sizes.requests] = values
         if before is not None:
             for name, values in before.memory.items():
                 self.plans.rule.memory[name][number] = values
+        if drawn is not None:
+            self.sampling.take_over(drawn)
         self.plans.next(self.groups)
         return number
 
