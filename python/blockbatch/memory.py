@@ -19,6 +19,7 @@ from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
+from blockbatch.parallel import share_of
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
@@ -133,7 +134,8 @@ def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) ->
     """
     limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
     if limit is None:
-        limit, source = free_bytes(model), f"free memory of {model.device}"
+        limit = share_of(model).least("free memory", free_bytes(model))
+        source = f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
     if is_block_causal(model.spec):
         limit = limit // (1 if model.cache_bytes is not None else block_memory.GROWTH)

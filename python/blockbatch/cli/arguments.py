@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.help import rows
 from blockbatch.config import DecodeConfig
 from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, OPTIONS, PRESET_TABLE
@@ -69,7 +70,8 @@ def load(options: argparse.Namespace) -> Model:
     """The model that the options name."""
     from blockbatch.models import load_model
 
-    return load_model(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
+    where = dict(device=options.device, tensor_parallel=ranks.process()[1])
+    return load_model(options.model, dtype=options.dtype, backend=options.backend, **where)
 
 
 def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:

@@ -28,6 +28,7 @@ from blockbatch.models.safetensors_file import (
 from blockbatch.models.spec import CheckpointError, ModelSpec
 from blockbatch.models.token_keys import check_generation_config
 from blockbatch.models.weights import Destination, TransformerWeights, allocate
+from blockbatch.parallel.shards import Shard
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_json", "read_spec", "resolve_folder"]
 
@@ -128,13 +129,22 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def load_weights(
-    folder: Path, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    spec: ModelSpec,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
 ) -> TransformerWeights:
     """Read the weights of a folder onto `device`, converted to `dtype`.
 
     Names, shapes, dtypes and file sizes are checked from the headers first. Then the shards are read one
     after the other, each tensor in small pieces into its rows of the fused weights. Host memory beyond the
     weights themselves: one staging buffer of at most 16 MiB.
+
+    Args:
+        spec: of the whole model or, with `shard`, of its part.
+        shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
+            it is tied to, all is compared.
 
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
@@ -144,17 +154,22 @@ def load_weights(
     """
     folder = Path(folder)
     tensor_map = TENSOR_MAPS[spec.family]
-    places = tensor_map(spec)
+    whole = spec if shard is None else shard.spec
+    places = tensor_map(whole)
     entries = _read_headers(folder)
     foreign_tensors.check_storage(folder, entries, places)
-    tied = tied_head.resolve(places, entries, spec, tensor_map)
+    tied = tied_head.resolve(places, entries, whole, tensor_map)
     _check_tensors(folder, entries, places)
-    weights = allocate(spec, device, dtype)
+    weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary)
+    if shard is not None:
+        places = {name: shard.cut(place) for name, place in places.items()}
     # Four bytes an element hold any stored dtype.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
     staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        read_tensor(entry, places[entry.name].rows(weights), staging)
+        place = places[entry.name]
+        part = dict(first_row=place.first_row, first_column=place.first_column)
+        read_tensor(entry, place.rows(weights), staging, **part)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights

@@ -19,6 +19,7 @@ from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.parallel import WHOLE, RankShare, Share, group
 from blockbatch.values import as_int
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -37,6 +38,7 @@ class Model:
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
+        share: what this process holds of the model; `spec` and `weights` are of that.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Model:
         backend: str | None = None,
         cache_bytes: int | None = None,
         name: str = "model",
+        share: Share = WHOLE,
     ) -> None:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
-        self.cache_bytes, self.name = cache_bytes, name
+        self.cache_bytes, self.name, self.share = cache_bytes, name, share
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
@@ -102,15 +105,16 @@ class Model:
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
         hidden = hidden if few else hidden[packed.predict_index]
         suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
         if likely:
-            top_token, confidence, *likely_ones = bbk.lm_head_likely(
+            top_token, confidence, *likely_ones = self.share.head.lm_head_likely(
                 hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
             )
             return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
-        top_token, confidence, probe_probability = bbk.lm_head_confidence(
+        top_token, confidence, probe_probability = self.share.head.lm_head_confidence(
             hidden,
             self.weights.lm_head,
             probe_tokens=probe_tokens,
@@ -146,12 +150,12 @@ class Model:
             raise ValueError(
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
-        with devices.turn(self.device):
+        with devices.turn(self.device), self.share.forward("logits"):
             return self._logits(ids, block_size)
 
     def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
         hidden = self.hidden_states(ids, block_size=block_size)
-        return F.linear(hidden, self.weights.lm_head).view(*ids.shape, -1)
+        return self.share.logits(hidden, self.weights.lm_head).view(*ids.shape, -1)
 
     def hidden_states(
         self, ids: Tensor, wanted: Tensor | None = None, *, block_size: int | None = None
@@ -197,6 +201,7 @@ class Model:
             ends.repeat(rows).to(self.device, torch.int32),
             wanted=wanted,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
 
     def log_likelihood(
@@ -255,6 +260,7 @@ def load_model(
     cache_bytes: int | None = None,
     revision: str | None = None,
     mask_token_id: int | None = None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -269,12 +275,15 @@ def load_model(
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
         revision: hub revision.
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
+        tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
+            of them makes the same calls in the same order; see docs/tensor_parallel.md.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
+    device = group.device_of_rank(tensor_parallel, device)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -309,23 +318,24 @@ def load_model(
     spec = read_spec(config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    _check_room(spec, device, dtype, str(name_or_path))
-    what = f"the weights of {name_or_path}"
-    with devices.current(device), devices.memory_errors(device, what):
-        weights = load_weights(folder, spec, device, dtype)
-        model = Model(
-            spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
-        )
+    with devices.current(device):
+        share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
+    what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
+    with devices.current(device), share.loading(what), devices.memory_errors(device, what):
+        _check_room(spec, device, dtype, str(name_or_path), share)
+        weights = load_weights(folder, spec, device, dtype, share.shard)
+        options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
+        model = Model(spec, weights, tokenizer, backend=backend, **options)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
     return model
 
 
-def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str) -> None:
+def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str, share: Share) -> None:
     """Raises MemoryError if the weights do not fit into what a GPU has free."""
     if device.type != "cuda":
         return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype), devices.free_bytes(device)
+    needed, free = weight_bytes(spec, dtype, share.vocabulary), devices.free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "

@@ -72,6 +72,7 @@ def forward(
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
     backend: str | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -83,6 +84,8 @@ def forward(
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
         distinct_rows: see `blockbatch_kernels.attention_plan`.
+        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
+            `weights` then are; its result is used before the next call. None: nobody shares them.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
@@ -134,11 +137,15 @@ def forward(
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = linear(attended.flatten(1), layer.out_weight)
+        if all_reduce is not None:
+            projected = all_reduce(projected)
         normed = bbk.rms_norm(
             projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
         )
         activated = bbk.linear_swiglu(normed, layer.gate_up_weight, static_weight=True, backend=backend)
         down = linear(activated, layer.down_weight)
+        if all_reduce is not None:
+            down = all_reduce(down)
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
     return normed
