@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blockbatch.generation import generate, stream
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
+    from blockbatch.parallel import RankError
     from blockbatch.result import Result
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
@@ -35,6 +36,7 @@ _HOMES = {
     "DecodeConfig": "blockbatch.config",
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
+    "RankError": "blockbatch.parallel",
     "Result": "blockbatch.result",
     "__version__": "blockbatch_kernels",
     "generate": "blockbatch.generation",
@@ -52,6 +54,7 @@ __all__ = [
     "DecodeConfig",
     "Model",
     "NonFiniteLogitsError",
+    "RankError",
     "Result",
     "__version__",
     "generate",

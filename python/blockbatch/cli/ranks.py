@@ -33,7 +33,7 @@ def writes() -> bool:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for a command that several processes cannot run together."""
-    command = options.run.__module__.rpartition(".")[2]
+    command = options.parser.prog.split()[1]
     size = process()[1]
     if size > 1 and command not in COMMANDS:
         raise ValueError(

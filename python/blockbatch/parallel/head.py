@@ -81,7 +81,7 @@ class ShardedHead:
         # Ranks in order and places in order: on a tie the lowest id stands first, and a stable sort keeps it.
         logits = gathered[..., 5 : 5 + places].transpose(0, 1).flatten(1)
         tokens = gathered[..., 5 + places :].transpose(0, 1).flatten(1)
-        order = logits.argsort(1, descending=True, stable=True)[:, :places]
+        order = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :places]
         probability = (logits.gather(1, order) - every_top.unsqueeze(1)).exp() / every_whole.unsqueeze(1)
         is_likely = probability > LEAST_LIKELY
         likely_token = torch.where(is_likely, tokens.gather(1, order), -1.0).int()
