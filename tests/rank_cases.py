@@ -9,6 +9,7 @@ import time
 import torch
 
 import blockbatch
+import rank_processes
 from blockbatch.generation import build_result, open_session
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec
 from blockbatch.models.safetensors_file import ITEM_SIZES
@@ -23,16 +24,16 @@ def place():
 
 @functools.cache
 def model_of(name, dtype="float32"):
-    return blockbatch.load_model(name, device="cpu", dtype=dtype, tensor_parallel=place()[1])
+    return blockbatch.load_model(name, device=rank_processes.DEVICE, dtype=dtype, tensor_parallel=place()[1])
 
 
 def load(name, **options):
     blockbatch.load_model(name, **{"device": "cpu", "tensor_parallel": place()[1], **options})
 
 
-def decode(name, prompt, options):
+def decode(name, prompt, options, dtype="float32"):
     """What a decode ends with; of several prompts each."""
-    return outcomes(blockbatch.generate(model_of(name), prompt, blockbatch.DecodeConfig(**options)))
+    return outcomes(blockbatch.generate(model_of(name, dtype), prompt, blockbatch.DecodeConfig(**options)))
 
 
 def outcomes(results):
@@ -91,7 +92,7 @@ def _read_so_far():
 
 def diverge(name, at_forward, prompt, options):
     """A decode whose last rank holds another token from some forward on: how far each rank comes."""
-    model = blockbatch.load_model(name, device="cpu", tensor_parallel=place()[1])
+    model = blockbatch.load_model(name, device=rank_processes.DEVICE, tensor_parallel=place()[1])
     session = open_session(model, prompt, blockbatch.DecodeConfig(**options))
     rank, size = place()
     forwards = 0
@@ -107,7 +108,7 @@ def diverge(name, at_forward, prompt, options):
 
 def break_off(name, at_forward, prompt, options, how):
     """A decode in which the last rank fails within a forward."""
-    model = blockbatch.load_model(name, device="cpu", tensor_parallel=place()[1])
+    model = blockbatch.load_model(name, device=rank_processes.DEVICE, tensor_parallel=place()[1])
     predict, forwards = model.predict, 0
 
     def failing(*args, **more):
@@ -128,7 +129,7 @@ def poison(name, prompt, options, dtype="float32"):
     """A decode of a model one of whose ranks holds a NaN: in its part of a product, or of the LM head."""
     errors = []
     for field in ("down_weight", "lm_head"):
-        model = blockbatch.load_model(name, device="cpu", tensor_parallel=place()[1])
+        model = blockbatch.load_model(name, device=rank_processes.DEVICE, tensor_parallel=place()[1])
         weights = model.weights.layers[1] if field == "down_weight" else model.weights
         if place()[0] == place()[1] - 1:
             getattr(weights, field)[3, 2] = float("nan")
@@ -151,7 +152,7 @@ def sums(dtype):
 
 def disagree(name):
     """Ranks that were given different prompts."""
-    model = blockbatch.load_model(name, device="cpu", tensor_parallel=place()[1])
+    model = blockbatch.load_model(name, device=rank_processes.DEVICE, tensor_parallel=place()[1])
     blockbatch.generate(
         model, [1, 2, 3 + place()[0]], blockbatch.DecodeConfig(gen_length=8, block_sizes=(4,))
     )
@@ -205,3 +206,49 @@ def steps(name, prompt, options):
     while (step := session.step()) is not None:
         phases.append(step.phase)
     return phases
+
+
+def transport_of(name):
+    return model_of(name).share.group.transport
+
+
+@functools.cache
+def group_of(transport, dtype):
+    return RankGroup(torch.device("cuda", place()[0]), dtype, transport=transport)
+
+
+def sums_on_gpus(transport, dtype, counts):
+    """Checks sums of random numbers, and returns digests of their bits."""
+    group, device, found = group_of(transport, dtype), torch.device("cuda", place()[0]), []
+    torch.cuda.set_device(device)
+    for count in counts:
+        parts = [
+            torch.randn(count, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
+            for rank in range(group.size)
+        ]
+        expected = functools.reduce(torch.add, parts)
+        mine, graph = parts[group.rank], torch.cuda.CUDAGraph()
+        total = group.all_reduce(mine.clone()).clone()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured = group.all_reduce(mine.clone()).clone()
+        for _ in range(3):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, total)
+        assert torch.equal(total, expected), count  # of two ranks, any order gives these bits
+        found.append(total.view(torch.int32 if dtype.itemsize == 4 else torch.int16).long().sum().item())
+    return found
+
+
+def collect_on_gpus(transport):
+    """Checks that every rank gets what each gave, bit for bit."""
+    group, device = group_of(transport, torch.bfloat16), torch.device("cuda", place()[0])
+    torch.cuda.set_device(device)
+    for rows in (1, 7, 128, 3000):
+        parts = [
+            torch.randn(rows, 4, generator=torch.Generator().manual_seed(rank)).to(device)
+            for rank in range(group.size)
+        ]
+        parts[1][0] = torch.tensor([float("nan"), float("inf"), -float("inf"), 126463.0])
+        found = group.all_gather(parts[group.rank])
+        torch.testing.assert_close(found, torch.stack(parts), rtol=0.0, atol=0.0, equal_nan=True)

@@ -8,6 +8,8 @@ import traceback
 
 import torch
 
+DEVICE = "cpu"  # of a process that was started here
+
 
 class Failure:
     """The exception that a rank answered with; of type "Ended" for a process that is no more."""
@@ -23,17 +25,19 @@ class Failure:
 class RankProcesses:
     """`size` processes in one process group over gloo; `run` calls a function of a module on all of them.
 
+    What they compute is on `device`: the CPU, or "cuda", a GPU for each.
+
     Answers are what it returned on each rank, or a `Failure`.
     """
 
-    def __init__(self, size):
+    def __init__(self, size, device="cpu"):
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, store, device, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -73,7 +77,9 @@ class RankProcesses:
             return Failure()
 
 
-def _serve(rank, size, store, pipe):
+def _serve(rank, size, store, device, pipe):
+    global DEVICE
+    DEVICE = device
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:

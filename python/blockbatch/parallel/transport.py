@@ -121,20 +121,23 @@ class SymmetricTransport:
         parts[self._rank] = x
         return self._reduce(parts, self._slots, keep=True)  # every number is added to zeros alone
 
+    def sum_of(self, flat: Tensor, *, two_shot: bool) -> Tensor:
+        """The sum of a flat tensor of the model's dtype that fits into the buffer, by the named way."""
+        return self._sum(flat, self._buffer, two_shot)
+
     def _reduce(self, x: Tensor, buffer: Tensor, *, keep: bool = False) -> Tensor:
         flat = x.view(-1)
-        # Whole vectors of 16 bytes, or the kernels fall back to narrow ones.
         if flat.numel() <= buffer.numel():
-            return self._sum(flat, buffer, keep=keep).view(x.shape)
+            return self._sum(flat, buffer, not keep and flat.nbytes > ONE_SHOT_BYTES).view(x.shape)
         total = torch.empty_like(flat)
         for start in range(0, flat.numel(), buffer.numel()):
             part = slice(start, start + buffer.numel())
-            total[part] = self._sum(flat[part], buffer)
+            total[part] = self._sum(flat[part], buffer, True)
         return total.view(x.shape)
 
-    def _sum(self, flat: Tensor, buffer: Tensor, *, keep: bool = False) -> Tensor:
+    def _sum(self, flat: Tensor, buffer: Tensor, two_shot: bool) -> Tensor:
         place = buffer[: flat.numel()]
-        if keep or flat.nbytes <= ONE_SHOT_BYTES:
+        if not two_shot:
             return torch.ops.symm_mem.one_shot_all_reduce_copy(place, flat, "sum", self._group_name)
         place.copy_(flat)
         return torch.ops.symm_mem.two_shot_all_reduce_(place, "sum", self._group_name)
