@@ -17,8 +17,9 @@ import blockbatch_kernels as bbk
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.shards import Shard
 from blockbatch_kernels.shapes import LEAST_LIKELY
+from blockbatch_kernels.tuning import LM_HEAD_LOGITS_BYTES
 
-# Predictions whose logits exist at the same time.
+# Predictions whose logits exist at the same time, at most.
 _HEAD_ROWS = 512
 _NONE = float("-inf")
 
@@ -65,7 +66,7 @@ class ShardedHead:
         parts = hidden.new_empty(count, 5 + 2 * places, dtype=torch.float32)
         for rows, logits in self._logits(hidden, weight, backend):
             every, every_total, _ = self._reduced(logits)
-            likely = logits.new_full((logits.shape[0], 2 * places), _NONE)
+            likely = every.new_full((logits.shape[0], 2 * places), _NONE)
             remaining = logits.clone()
             for place in range(min(places, logits.shape[1])):
                 token = remaining.argmax(-1, keepdim=True)
@@ -100,29 +101,31 @@ class ShardedHead:
         return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(hidden.dtype)
 
     def _logits(self, hidden: Tensor, weight: Tensor, backend: str | None) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows and their logits in fp32, rounded to the model's dtype first."""
-        for start in range(0, hidden.shape[0], _HEAD_ROWS):
-            rows = slice(start, start + _HEAD_ROWS)
-            yield rows, bbk.linear(hidden[rows], weight, static_weight=True, backend=backend).float()
+        """Some rows and their logits, within the memory that the operators take for theirs."""
+        row_bytes = max(1, len(self._tokens)) * (2 * hidden.element_size() + 4)
+        count = max(1, min(_HEAD_ROWS, LM_HEAD_LOGITS_BYTES // row_bytes))
+        for start in range(0, hidden.shape[0], count):
+            rows = slice(start, start + count)
+            yield rows, bbk.linear(hidden[rows], weight, static_weight=True, backend=backend)
 
     def _suppress(self, logits: Tensor, token: int | None) -> None:
         if token is not None and token in self._tokens:
             logits[:, token - self._tokens.start] = _NONE
 
     def _reduced(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Highest logit, sum of exp(logit - highest), and token of each row."""
+        """Highest logit, sum of exp(logit - highest), and token of each row, fp32."""
         token = logits.argmax(-1, keepdim=True)
-        highest = logits.gather(1, token)
+        highest = logits.gather(1, token).float()
         # Of nothing but minus infinity: a part without weight, not one without a value.
         base = highest.masked_fill(highest == _NONE, 0.0)
-        total = (logits - base).exp_().sum(-1)
+        total = logits.to(torch.float32, copy=True).sub_(base).exp_().sum(-1)
         return highest.squeeze(1), total, token.squeeze(1).float() + self._tokens.start
 
     def _probed(self, logits: Tensor, probe_tokens: Tensor) -> Tensor:
         """Logits of the probes that are among this rank's tokens; minus infinity for others."""
         place = probe_tokens.long() - self._tokens.start
         inside = (place >= 0) & (place < len(self._tokens))
-        found = logits.gather(1, place.clamp(0, len(self._tokens) - 1).unsqueeze(1)).squeeze(1)
+        found = logits.gather(1, place.clamp(0, len(self._tokens) - 1).unsqueeze(1)).squeeze(1).float()
         return found.masked_fill(~inside, _NONE)
 
 
