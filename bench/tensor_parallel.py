@@ -231,7 +231,7 @@ def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> li
         line |= measure(pair, tokens, pair.one.predictions, options.repeats)
         line["all_reduce_us"] = reductions(share, ranks, tokens, ways)
         line["head_us"] = heads(one, ranks, pair.one.predictions)
-        lines.append(rounded(line | {"checks": checks}))
+        lines.append(rounded(line) | {"checks": rounded(checks, 8)})
         show(lines[-1])
         del pair
         clean(device)
@@ -241,7 +241,7 @@ def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> li
         line = {"model": name, "kind": "refresh", "rows": distinct, "tokens": pair.one.tokens}
         line |= {"length": length, "ranks": share.size}
         line |= measure(pair, pair.one.tokens, pair.one.predictions, max(3, options.repeats // 3))
-        lines.append(rounded(line | {"checks": checks}))
+        lines.append(rounded(line) | {"checks": rounded(checks, 8)})
         show(lines[-1])
         del pair
         clean(device)
