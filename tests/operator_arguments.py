@@ -93,7 +93,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
         return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
     if operator == "rope_kv_write":
-        return rope(device, dtype)
+        return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "linear_rope_kv_write":
         return linear_rope(device, dtype)
     if operator in ("attention_plan", "varlen_attention"):

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
     from blockbatch.decoding import NonFiniteLogitsError
     from blockbatch.generation import generate, stream
+    from blockbatch.infill import fill
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
     from blockbatch.parallel import RankError
-    from blockbatch.result import Result
+    from blockbatch.result import FillResult, Gap, Result
+    from blockbatch.streaming import Stream
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
 
@@ -34,11 +36,15 @@ _HOMES = {
     "BranchResult": "blockbatch.branches",
     "CheckpointError": "blockbatch.models",
     "DecodeConfig": "blockbatch.config",
+    "FillResult": "blockbatch.result",
+    "Gap": "blockbatch.result",
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
     "RankError": "blockbatch.parallel",
     "Result": "blockbatch.result",
+    "Stream": "blockbatch.streaming",
     "__version__": "blockbatch_kernels",
+    "fill": "blockbatch.infill",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
@@ -52,11 +58,15 @@ __all__ = [
     "BranchResult",
     "CheckpointError",
     "DecodeConfig",
+    "FillResult",
+    "Gap",
     "Model",
     "NonFiniteLogitsError",
     "RankError",
     "Result",
+    "Stream",
     "__version__",
+    "fill",
     "generate",
     "load_model",
     "load_trace",

@@ -23,6 +23,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
     group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
+    )
+    group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
     group.add_argument(
@@ -70,8 +73,14 @@ def load(options: argparse.Namespace) -> Model:
     """The model that the options name."""
     from blockbatch.models import load_model
 
-    where = dict(device=options.device, tensor_parallel=ranks.process()[1])
-    return load_model(options.model, dtype=options.dtype, backend=options.backend, **where)
+    return load_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        adapter=options.adapter,
+        tensor_parallel=ranks.process()[1],
+    )
 
 
 def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, tied_head
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, lora, sdar, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
 from blockbatch.models.folders import hint
@@ -133,23 +133,27 @@ def load_weights(
     spec: ModelSpec,
     device: torch.device | str,
     dtype: torch.dtype,
+    adapter: lora.Adapter | None = None,
     shard: Shard | None = None,
 ) -> TransformerWeights:
     """Read the weights of a folder onto `device`, converted to `dtype`.
 
     Names, shapes, dtypes and file sizes are checked from the headers first. Then the shards are read one
     after the other, each tensor in small pieces into its rows of the fused weights. Host memory beyond the
-    weights themselves: one staging buffer of at most 16 MiB.
+    weights themselves: one staging buffer of at most 16 MiB. With an adapter, one weight at a time is held in
+    float32 besides.
 
     Args:
         spec: of the whole model or, with `shard`, of its part.
         shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
             it is tied to, all is compared.
+        adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
 
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
             is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
-            that are not finite in `dtype`; an LM head that differs from the embedding it is tied to.
+            that are not finite in `dtype`; an LM head that differs from the embedding it is tied to; an
+            adapter that does not fit.
         ValueError: `dtype` is not float32, bfloat16 or float16.
     """
     folder = Path(folder)
@@ -160,6 +164,8 @@ def load_weights(
     foreign_tensors.check_storage(folder, entries, places)
     tied = tied_head.resolve(places, entries, whole, tensor_map)
     _check_tensors(folder, entries, places)
+    updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
+    lora.check_values(updates.values())
     weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary)
     if shard is not None:
         places = {name: shard.cut(place) for name, place in places.items()}
@@ -168,8 +174,11 @@ def load_weights(
     staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
         place = places[entry.name]
-        part = dict(first_row=place.first_row, first_column=place.first_column)
-        read_tensor(entry, place.rows(weights), staging, **part)
+        rows, part = place.rows(weights), (place.first_row, place.first_column)
+        if entry.name in updates:
+            updates[entry.name].read_merged(entry, rows, staging, *part)
+        else:
+            read_tensor(entry, rows, staging, *part)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights

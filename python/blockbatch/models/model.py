@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +19,20 @@ from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.likelihood import LogLikelihood
+from blockbatch.models.lora import read_adapter
+from blockbatch.models.placement import device_of, dtype_of
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
 from blockbatch.parallel import WHOLE, RankShare, Share, group
 from blockbatch.values import as_int
 
+if TYPE_CHECKING:
+    from blockbatch.config import DecodeConfig
+    from blockbatch.result import Result
+
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
 BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Model:
@@ -37,6 +45,7 @@ class Model:
         device, dtype: of the weights and activations.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
+        adapter: folder of the LoRA that the weights hold; None: of none.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
         share: what this process holds of the model; `spec` and `weights` are of that.
     """
@@ -58,6 +67,7 @@ class Model:
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
         self.pool, self.block_forward = None, None
+        self.adapter: str | None = None
         self._rope = transformer.rope_table(spec, self.device)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
@@ -227,6 +237,33 @@ class Model:
         """
         return likelihood.log_likelihood(self, prompt, answer, samples=samples, seed=seed, rows=rows)
 
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        config: DecodeConfig | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> Result:
+        """Decodes the assistant's next turn of one conversation.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]` with the roles system, user and assistant; a
+                text is one user message. They are written in the format of the model's family.
+            config: as of `blockbatch.generate`.
+            enable_thinking: of SDAR: see `blockbatch.models.chat.format_chat`.
+
+        Raises:
+            CheckpointError: the tokenizer lacks the tokens of the format: a base model, most likely.
+            ValueError, TypeError, MemoryError, NonFiniteLogitsError: as of `blockbatch.generate`.
+        """
+        return _conversation().chat(self, messages, config, enable_thinking=enable_thinking)
+
+    def chat_ids(
+        self, messages: str | Sequence[Mapping[str, str]], *, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """The prompt of `chat`, for `blockbatch.generate` and `blockbatch.stream`."""
+        return _conversation().chat_ids(self, messages, enable_thinking=enable_thinking)
+
     def _mask_size(self, block_size: int | None) -> int | None:
         if block_size is None:
             return self.spec.block_size
@@ -235,6 +272,11 @@ class Model:
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ValueError(f"block_size: expected a positive integer, got {block_size!r}")
         return block_size
+
+
+def _conversation() -> ModuleType:
+    # By its name: what decodes stands above the models.
+    return import_module("blockbatch.conversation")
 
 
 def _range(ids: Tensor) -> str:
@@ -260,6 +302,7 @@ def load_model(
     cache_bytes: int | None = None,
     revision: str | None = None,
     mask_token_id: int | None = None,
+    adapter: str | os.PathLike | None = None,
     tensor_parallel: int = 1,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
@@ -275,37 +318,20 @@ def load_model(
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
         revision: hub revision.
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
+        adapter: folder of a LoRA of PEFT, merged into the weights while they are read
+            (`blockbatch.models.lora`).
         tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
             of them makes the same calls in the same order; see docs/tensor_parallel.md.
 
     Raises:
-        CheckpointError: the folder lacks something, holds something foreign, or is damaged.
+        CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
+            adapter, or it does not fit the model.
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
     device = group.device_of_rank(tensor_parallel, device)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
-    if device.type == "cpu":
-        device = torch.device("cpu")
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-        dtype = _DTYPES[dtype]
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     if backend not in (None, "reference", "triton", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
     if cache_bytes is not None:
@@ -313,6 +339,7 @@ def load_model(
         if cache_bytes is None or cache_bytes <= 0:
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
+    merged = None if adapter is None else read_adapter(adapter)
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
@@ -323,9 +350,10 @@ def load_model(
     what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
     with devices.current(device), share.loading(what), devices.memory_errors(device, what):
         _check_room(spec, device, dtype, str(name_or_path), share)
-        weights = load_weights(folder, spec, device, dtype, share.shard)
+        weights = load_weights(folder, spec, device, dtype, merged, share.shard)
         options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
         model = Model(spec, weights, tokenizer, backend=backend, **options)
+        model.adapter = None if adapter is None else str(adapter)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
     return model

@@ -112,9 +112,10 @@ def read_tensor(
     entry: TensorEntry,
     written: torch.Tensor,
     staging: torch.Tensor,
-    *,
     first_row: int = 0,
     first_column: int = 0,
+    *,
+    add: bool = False,
 ) -> None:
     """Read the first `written.numel()` elements of a tensor, or a part of its rows and columns.
 
@@ -125,6 +126,7 @@ def read_tensor(
             only host memory used.
         first_row, first_column: where the part begins whose size is `written`'s. No byte of the file beside
             it is read.
+        add: whether the elements are added to what `written` holds.
 
     Raises:
         CheckpointError: the file ends too early, or a value is not finite in `written`'s dtype.
@@ -147,7 +149,8 @@ def read_tensor(
                 file.seek(begin + row * row_bytes + within)
                 _read_exactly(file, chunk[place : place + run].numpy(), entry)
             part = flat[start : start + count]
-            part.copy_(chunk.view(dtype))
+            values = chunk.view(dtype)
+            part.add_(values.to(part.device)) if add else part.copy_(values)
             # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
             if not torch.stack(torch.aminmax(part)).isfinite().all():
                 target = str(written.dtype).removeprefix("torch.")

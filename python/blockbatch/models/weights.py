@@ -24,9 +24,6 @@ class LayerWeights:
     down_weight: torch.Tensor  # [d, I]
     q_norm: torch.Tensor | None = None  # [D], of every head of q
     k_norm: torch.Tensor | None = None  # [D]
-    # Made of these at the first forward.
-    head_norms: torch.Tensor | None = None  # [Hq + Hkv, D]
-    ones: torch.Tensor | None = None  # [D]
 
 
 @dataclass
