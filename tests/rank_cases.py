@@ -219,8 +219,9 @@ def group_of(transport, dtype):
 
 def sums_on_gpus(transport, dtype, counts):
     """Checks sums of random numbers, and returns digests of their bits."""
-    group, device, found = group_of(transport, dtype), torch.device("cuda", place()[0]), []
+    device, found = torch.device("cuda", place()[0]), []
     torch.cuda.set_device(device)
+    group = group_of(transport, dtype)
     for count in counts:
         parts = [
             torch.randn(count, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
@@ -242,8 +243,9 @@ def sums_on_gpus(transport, dtype, counts):
 
 def collect_on_gpus(transport):
     """Checks that every rank gets what each gave, bit for bit."""
-    group, device = group_of(transport, torch.bfloat16), torch.device("cuda", place()[0])
+    device = torch.device("cuda", place()[0])
     torch.cuda.set_device(device)
+    group = group_of(transport, torch.bfloat16)
     for rows in (1, 7, 128, 3000):
         parts = [
             torch.randn(rows, 4, generator=torch.Generator().manual_seed(rank)).to(device)

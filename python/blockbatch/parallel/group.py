@@ -20,8 +20,9 @@ from blockbatch.values import as_int
 
 # What torchrun tells each process, beside where they meet.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# A forward that takes longer stands still. A large model on a CPU may well need minutes.
-_STALL_SECONDS = {"cuda": 60.0, "cpu": 600.0}
+# A forward that takes longer stands still. The first one may compile kernels, and a large model on a CPU may
+# well need minutes for each.
+_STALL_SECONDS = {"cuda": 300.0, "cpu": 1800.0}
 # Of torch's own clocks, which only know how long they wait, not whether anybody is left to wait for.
 _PATIENCE = timedelta(days=1)
 # By `transport`, for GPUs; None takes the first that runs.
@@ -40,7 +41,7 @@ class RankGroup:
         device: this rank's; its own GPU, or the CPU on all ranks.
         dtype: of the model.
         transport: one of `TRANSPORTS`; None: the first that runs. On the CPU it is gloo.
-        stall_seconds: how long a forward may take at most; None: 60 on a GPU, 600 on the CPU.
+        stall_seconds: how long a forward may take at most; None: 300 on a GPU, 1800 on the CPU.
     """
 
     def __init__(
