@@ -9,11 +9,13 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.decoding.block_diffusion import warn_of_size
 from blockbatch.decoding.choice import eos_token_ids, method_for
+from blockbatch.decoding.prompt_checks import check_prompt, check_stop
+from blockbatch.decoding.results import build_result
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
-from blockbatch.prompts import Prompt, check_prompt, read_prompts
+from blockbatch.prompts import Prompt, read_prompts
 from blockbatch.result import Result
-from blockbatch.stops import PrefixReader, StopSequences, cut
+from blockbatch.stops import PrefixReader, StopSequences
 from blockbatch.streaming import Stream
 from blockbatch.tracing import Record, TraceRecorder, open_recorder
 from blockbatch.values import as_list
@@ -225,9 +227,9 @@ def _session(
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
         return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
     gen_length = config.gen_length if regions is None else len(regions[0])
-    more = dict(observed=config.trace, stops=stops, regions=regions)
+    options = dict(observed=config.trace, stops=stops, regions=regions)
     if model.device.type == "cpu":
-        return Session(model, prompts, method, gen_length, **more)
+        return Session(model, prompts, method, gen_length, **options)
     if model.runners is None:
         model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
@@ -236,50 +238,4 @@ def _session(
     needed = memory.needs(model, config, len(prompts), longest, region=gen_length)
     more = sum(needed) - (needed.cache if model.runners.has(*shape) else 0)
     model.runners.make_room(more, memory.free_bytes(model) - model.runners.idle_bytes(), keep=shape)
-    return model.runners.open_session(model, prompts, *shape[1:], **more)
-
-
-def check_stop(model: Model, config: DecodeConfig) -> None:
-    """Raises ValueError if the settings' stop sequences cannot be found in what the model writes."""
-    if not config.stop:
-        return
-    if model.tokenizer is None:
-        raise ValueError("stop: expected a model with a tokenizer to find texts, got one without")
-    for text in config.stop:
-        if model.tokenizer.token_to_id(text) == model.spec.mask_token_id:
-            raise ValueError(f"stop: expected texts that can be decoded, got the MASK token {text!r}")
-
-
-def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in eos_token_ids:
-            return tokens[:position]
-    return tokens
-
-
-def build_result(
-    model: Model, session: Session | BlockSession, request: int, trace: list[Record] | None = None
-) -> Result:
-    """The result of a finished request of a session."""
-    outcome = session.outcome(request)
-    tokens, stop_reason = outcome.canvas, outcome.stop_reason
-    if session.stops is not None:
-        tokens, text, stopped = cut(
-            model.tokenizer, tokens, session.stops.texts, session.params.eos_token_ids
-        )
-        stop_reason = "stop" if stopped else stop_reason
-    else:
-        tokens = _before_eos(tokens, session.params.eos_token_ids)
-        text = model.tokenizer.decode(tokens) if model.tokenizer else None
-    return Result(
-        text=text,
-        tokens=tokens,
-        canvas=outcome.canvas,
-        nfe=outcome.nfe,
-        stop_reason=stop_reason,
-        block_size=outcome.branches[outcome.winner].block_size,
-        branches=outcome.branches,
-        seconds=session.seconds[request],
-        trace=trace,
-        prefix_tokens=outcome.prefix_tokens,
-    )
+    return model.runners.open_session(model, prompts, *shape[1:], **options)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from blockbatch import gaps
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.choice import method_for
-from blockbatch.generation import Configs, Ended, check_stop, decode_group, each_config
+from blockbatch.decoding.prompt_checks import check_stop
+from blockbatch.generation import Configs, Ended, decode_group, each_config
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_ids, encode_prompt, read_each
