@@ -10,6 +10,7 @@ import torch
 
 import blockbatch
 import rank_processes
+from blockbatch.decoding.engine import Engine
 from blockbatch.generation import build_result, open_session
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec
 from blockbatch.models.safetensors_file import ITEM_SIZES
@@ -59,6 +60,20 @@ def stream(name, prompt, options):
 
 def logits(name, ids):
     return model_of(name).logits(ids)
+
+
+def logits_with_adapter(name, adapter, ids):
+    size = place()[1]
+    return blockbatch.load_model(name, device="cpu", adapter=adapter, tensor_parallel=size).logits(ids)
+
+
+def fill(name, text):
+    """The tokens of a text whose gaps are filled."""
+    return blockbatch.fill(model_of(name), text, blockbatch.DecodeConfig(method="blockbatch")).tokens
+
+
+def engine(name):
+    Engine(model_of(name))
 
 
 def log_likelihood(name, prompt, answer):

@@ -115,6 +115,12 @@ def test_numbers_of_ranks_that_do_not_fit(ranks, tmp_path):
             assert answer.type == "ValueError" and answer.text.startswith(f"tensor_parallel: {message}")
 
 
+def test_an_engine_is_refused(ranks):
+    for answer in ranks.run(rank_cases.engine, str(DATA), timeout=WAIT):
+        assert answer.type == "ValueError"
+        assert answer.text.startswith("model: expected one that a single process holds")
+
+
 def test_a_process_alone_cannot_hold_a_part():
     with pytest.raises(ValueError, match="^tensor_parallel: expected 2 processes, of `torchrun "):
         blockbatch.load_model("tiny", device="cpu", tensor_parallel=2)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import blockbatch
+import blockbatch_kernels as bbk
 import rank_cases
 import test_conformance
 import test_dream_conformance
+from blockbatch.parallel.head import ShardedHead
+from lora_files import targets_of, write_adapter, write_model
 from plain_models import write_dream
 from rank_processes import RankProcesses
 from test_conformance import DATA
@@ -85,6 +88,30 @@ def test_two_ranks_stream_what_one_process_streams(two, tiny):
     options = TINY[0][1]
     expected = list(blockbatch.stream(tiny, PROMPT, blockbatch.DecodeConfig(**options)))
     assert two.same(rank_cases.stream, "tiny", PROMPT, options) == expected
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_an_adapter_in_parts(two, tmp_path, family):
+    base = write_model(tmp_path / "base", family)
+    write_adapter(tmp_path / "adapter", base, targets_of(family))
+    ids, (folder, adapter) = [[5, 1, 2, 30]], (str(base), str(tmp_path / "adapter"))
+    first, second = two.values(rank_cases.logits_with_adapter, folder, adapter, ids)
+    assert torch.equal(first, second)
+    expected = blockbatch.load_model(base, device="cpu", adapter=adapter).logits(ids)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, blockbatch.load_model(base, device="cpu").logits(ids), atol=0.1)
+
+
+def test_gaps_are_filled_as_by_one_process(two, tiny):
+    text = "Divide with remainder until zero: 51 and 16.\n3*16={3}, 51-48={2}\n"
+    expected = blockbatch.fill(tiny, text, blockbatch.DecodeConfig(method="blockbatch"))
+    assert two.same(rank_cases.fill, "tiny", text) == expected.tokens
+
+
+def test_every_operator_of_the_lm_head_has_its_counterpart():
+    """An operator that is given a part of the vocabulary alone would be wrong without an error."""
+    operators = {name for name in bbk.__all__ if name.startswith("lm_head")}
+    assert operators == {name for name in vars(ShardedHead) if name.startswith("lm_head")}
 
 
 def test_published_decodes_of_llada(two):
