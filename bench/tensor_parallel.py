@@ -7,7 +7,8 @@ the ranks is checked: final hidden states, top tokens and confidences against fp
 model, with the distance of the reference backend on one GPU as the measure, and all ranks must hold the same
 state, bit for bit. Then, in turns on all GPUs at the same time, medians by events on rank 0:
 
-    ranks_ms        a step (a CUDA graph), or a refresh of six different rows of `--length` positions
+    ranks_ms        a step (a CUDA graph), or a refresh of so many different rows of `--length` positions
+    two_lanes_ms    a refresh whose rows are at work two at a time (blockbatch/parallel/lanes.py)
     one_ms          the same by the whole model on one GPU
     products_ms     the matrix products of a rank alone, by cuBLAS, in a CUDA graph
     all_reduce_us   of one all-reduce of [tokens, hidden_size] among many in a graph, by each way there is:
@@ -31,7 +32,7 @@ from refresh import RefreshCase
 from step_latency import BLOCK_SIZES
 from timing import as_graph, clean, event_ms, in_turns, parser, rounded, target, write_report
 from torch import Tensor
-from verify import Hidden, check_hidden, check_predictions, hidden_states
+from verify import Hidden, Wrong, check_hidden, check_predictions, hidden_states
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import capture
@@ -146,6 +147,19 @@ class Pair:
         self.one.snapshot.restore()
         return checks | {"same_state_on_all_ranks": True}
 
+    def same_as_one_lane(self, lanes: int) -> str:
+        """Raises `Wrong` unless a refresh by two lanes leaves the state of one by so many, bit for bit."""
+        share, found = self.ranks.model.share, []
+        most = share.most_lanes
+        for share.most_lanes in (lanes, most, most):
+            self.ranks.snapshot.restore()
+            self.ranks.run()
+            found.append(int(StateDigest(self.ranks.batch.state).compute()))
+        self.ranks.snapshot.restore()
+        if len(set(found)) > 1:
+            raise Wrong("two lanes: expected the state of one, got another")
+        return "the same state as by one"
+
 
 def measure(pair: Pair, tokens: int, predictions: int, repeats: int) -> dict[str, Any]:
     """Times of a pair in turns; every rank measures, rank 0's count."""
@@ -216,7 +230,8 @@ def heads(one: Model, ranks: Model, predictions: int) -> dict[str, float]:
 
 def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype, spec, length = DTYPES[options.dtype], SHAPES[name], options.length
-    share = RankShare(spec, device, dtype, transport=options.transport)
+    share = RankShare(spec, device, dtype, transport=options.transport, lanes=2)
+    share.most_lanes = 1
     one = random_model(name, device, dtype, backend=options.backend)
     part = part_of(one.weights, spec, share.shard)
     ranks = Model(share.local_spec(spec), part, None, backend=options.backend, name=name, share=share)
@@ -240,7 +255,14 @@ def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> li
         checks = pair.check(error)
         line = {"model": name, "kind": "refresh", "rows": distinct, "tokens": pair.one.tokens}
         line |= {"length": length, "ranks": share.size}
-        line |= measure(pair, pair.one.tokens, pair.one.predictions, max(3, options.repeats // 3))
+        repeats = max(3, options.repeats // 3)
+        line |= measure(pair, pair.one.tokens, pair.one.predictions, repeats)
+        if share.num_lanes > 1 and distinct > 1:
+            share.most_lanes = 2
+            checks |= {"two_lanes": pair.same_as_one_lane(1)}
+            run = [(pair.ranks.run, pair.ranks.snapshot.restore)]
+            ((line["two_lanes_ms"], line["two_lanes_spread"]),) = in_turns(run, device, repeats)
+            share.most_lanes = 1
         lines.append(rounded(line) | {"checks": rounded(checks, 8)})
         show(lines[-1])
         del pair
@@ -257,7 +279,7 @@ def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> li
 def show(line: dict[str, Any]) -> None:
     if dist.get_rank():
         return
-    kept = ("ranks_ms", "one_ms", "times_faster", "products_ms", "all_reduce_us", "head_us")
+    kept = ("ranks_ms", "two_lanes_ms", "one_ms", "times_faster", "products_ms", "all_reduce_us", "head_us")
     values = ", ".join(f"{name} {line[name]}" for name in kept if name in line)
     print(
         f"{line['model']} {line['kind']} of {line['tokens']} tokens by {line['ranks']}: {values}", flush=True

@@ -10,11 +10,13 @@ import torch
 
 import blockbatch
 import rank_processes
+from blockbatch.decoding import session
 from blockbatch.decoding.engine import Engine
 from blockbatch.generation import build_result, open_session
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec
 from blockbatch.models.safetensors_file import ITEM_SIZES
 from blockbatch.parallel import RankGroup, Shard
+from blockbatch.parallel.lanes import Lanes
 
 CONFORMANCE = os.path.join(os.path.dirname(__file__), "data", "conformance")
 
@@ -269,3 +271,21 @@ def collect_on_gpus(transport):
         parts[1][0] = torch.tensor([float("nan"), float("inf"), -float("inf"), 126463.0])
         found = group.all_gather(parts[group.rank])
         torch.testing.assert_close(found, torch.stack(parts), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def decode_by_lanes(name, prompt, options):
+    """A decode by small pieces of whole rows, in one lane and in two; how many pieces went into the second."""
+    model, found, entered = model_of(name), [], []
+    usual, session.ROW_TOKENS = session.ROW_TOKENS, dict.fromkeys(session.ROW_TOKENS, 100)
+    one = model.share._lanes
+    two = Lanes(model.share.group, 2)
+    through = model.share.group.through
+    model.share.group.through = lambda transport: (entered.append(1), through(transport))[1]
+    try:
+        for model.share._lanes in (one, two, two):
+            found.append(decode(name, prompt, options))
+    finally:
+        model.share._lanes, session.ROW_TOKENS = one, usual
+        del model.share.group.through
+    assert found[0] == found[1] == found[2]
+    return found[0], len(entered)

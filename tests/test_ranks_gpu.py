@@ -50,6 +50,12 @@ def test_two_gpus_decode_what_one_process_decodes(ranks):
     assert ranks.same(rank_cases.transport_of, "tiny") == "symmetric"
 
 
+def test_rows_in_two_lanes_are_those_of_one(ranks):
+    for prompt, options in TINY[:4]:
+        _, entered = ranks.same(rank_cases.decode_by_lanes, "tiny", prompt, options, timeout=WAIT)
+        assert entered or not isinstance(prompt, list)
+
+
 def test_half_precision_decodes_alike_on_all_ranks(ranks):
     for dtype in ("bfloat16", "float16"):
         canvas, _, nfe, *_ = ranks.same(rank_cases.decode, "tiny", *TINY[0], dtype, timeout=WAIT)

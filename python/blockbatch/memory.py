@@ -90,7 +90,7 @@ def needs(
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
-    whole = min(rows * length, max(length, ROW_TOKENS[device.type]))
+    whole = min(rows * length, share_of(model).num_lanes * max(length, ROW_TOKENS[device.type]))
     step = most_tokens(method, num_requests, prompt, gen_length)
     regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
     work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), compiled=compiled)

@@ -54,7 +54,8 @@ class RankGroup:
     ) -> None:
         if transport not in (None, *TRANSPORTS):
             raise ValueError(f"transport: expected None or one of {', '.join(TRANSPORTS)}, got {transport!r}")
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device, self._dtype = device, dtype
         # Numbers of the host travel by gloo whatever the device: nobody waits for a GPU because of them.
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._lock = threading.Lock()
@@ -80,6 +81,19 @@ class RankGroup:
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape] fp32: the x of every rank, fp32 and of one shape."""
         return self._transport.all_gather(x)
+
+    def another_transport(self) -> SymmetricTransport:
+        """Symmetric memory for sums beside those of the group; made on all ranks at the same time."""
+        return SymmetricTransport(self._control, self.device, self._dtype)
+
+    @contextmanager
+    def through(self, transport: SymmetricTransport) -> Iterator[None]:
+        """Sums and collections go through another transport meanwhile."""
+        usual, self._transport = self._transport, transport
+        try:
+            yield
+        finally:
+            self._transport = usual
 
     def exchange(self, what: str, value: int = 0, *, patient: bool = False) -> list[int]:
         """The value of every rank, on the host.

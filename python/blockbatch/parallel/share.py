@@ -14,8 +14,12 @@ import blockbatch_kernels as bbk
 from blockbatch.parallel import digest, group
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.head import ShardedHead
+from blockbatch.parallel.lanes import Lanes
 from blockbatch.parallel.ranks import ALONE, Ranks
 from blockbatch.parallel.shards import Shard
+
+# Of whole rows on a GPU. A second one costs the activations of a row.
+LANES = 1
 
 
 class Share:
@@ -49,6 +53,15 @@ class Share:
         """What goes with every step of a decode: see `Ranks`."""
         return ALONE
 
+    def lanes(self) -> AbstractContextManager:
+        """For forwards that do not depend on each other: a function that gives a context for each of them."""
+        return nullcontext(_same_lane)
+
+    @property
+    def num_lanes(self) -> int:
+        """Such forwards that are at work at the same time."""
+        return 1
+
     def least(self, what: str, value: int) -> int:
         """The least of what the processes found."""
         return value
@@ -58,24 +71,41 @@ class Share:
         return F.linear(hidden, weight)
 
 
+def _same_lane(number: int) -> AbstractContextManager:
+    return nullcontext()
+
+
 WHOLE = Share()
 
 
 class RankShare(Share):
     """The part of one of several processes; every one of them makes it at the same time.
 
+    Attributes:
+        group: the processes.
+        most_lanes: lanes to be used of those that there are; None: all.
+
     Args:
         spec: `ModelSpec` of the whole model.
         device: this process's; its own GPU, or the CPU on all of them.
         dtype: of the model.
         transport: of tensors between GPUs, one of `group.TRANSPORTS`; None: the first that runs.
+        lanes: whole rows that are at work at the same time on a GPU, at most.
     """
 
     def __init__(
-        self, spec: Any, device: torch.device, dtype: torch.dtype, *, transport: str | None = None
+        self,
+        spec: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        transport: str | None = None,
+        lanes: int = LANES,
     ) -> None:
         self.shard = Shard(spec, *group.place())
         self.group = RankGroup(device, dtype, transport=transport)
+        self._lanes = Lanes(self.group, lanes)
+        self.most_lanes: int | None = None
         self.size, self.vocabulary = self.group.size, self.shard.vocabulary
         self.all_reduce = self.group.all_reduce
         self.head = ShardedHead(self.group, self.shard)
@@ -92,6 +122,13 @@ class RankShare(Share):
 
     def decode(self, state: Any, what: tuple) -> Ranks:
         return Ranks(self.group, state, what)
+
+    def lanes(self) -> AbstractContextManager:
+        return self._lanes.open(self.most_lanes)
+
+    @property
+    def num_lanes(self) -> int:
+        return self._lanes.count
 
     def least(self, what: str, value: int) -> int:
         return self.group.least(what, value)
