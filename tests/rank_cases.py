@@ -274,7 +274,7 @@ def collect_on_gpus(transport):
 
 
 def decode_by_lanes(name, prompt, options):
-    """A decode by small pieces of whole rows, in one lane and in two; how many pieces went into the second."""
+    """A decode by one lane and by two of small pieces of whole rows; how many went into the second."""
     model, found, entered = model_of(name), [], []
     usual, session.ROW_TOKENS = session.ROW_TOKENS, dict.fromkeys(session.ROW_TOKENS, 100)
     one = model.share._lanes
