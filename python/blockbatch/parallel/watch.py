@@ -19,6 +19,8 @@ from typing import NoReturn
 # Between a failure and the end of a process that is still in a forward, where it waits for the others.
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.25
+# From the first rank's word where it listens to the last connection.
+_MEET_SECONDS = 60.0
 EXIT_STATUS = 70
 
 
@@ -47,12 +49,7 @@ class Watch:
         self._closed = False
         self._peers: dict[int, connection.Connection] = {}
         if rank == 0:
-            key = secrets.token_hex(16)
-            with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
-                exchange(json.dumps([listener.address[1], key]))
-                for _ in range(size - 1):
-                    peer = listener.accept()
-                    self._peers[int(peer.recv_bytes())] = peer
+            self._meet(size, exchange)
         else:
             port, key = json.loads(exchange(""))
             peer = connection.Client(("127.0.0.1", port), authkey=key.encode())
@@ -98,6 +95,26 @@ class Watch:
                     peer.send_bytes(b'{"bye": true}')
                 except OSError:
                     pass
+
+    def _meet(self, size: int, exchange: Callable[[str], str]) -> None:
+        """Waits until every other rank is connected to this one, the first."""
+        key = secrets.token_hex(16)
+        with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
+            exchange(json.dumps([listener.address[1], key]))
+
+            def accept() -> None:
+                for _ in range(size - 1):
+                    peer = listener.accept()
+                    self._peers[int(peer.recv_bytes())] = peer
+
+            # Nothing else bounds how long it waits for a connection.
+            accepting = threading.Thread(target=accept, daemon=True)
+            accepting.start()
+            accepting.join(_MEET_SECONDS)
+            if len(self._peers) < size - 1:
+                raise RankError(
+                    f"rank 0: expected {size - 1} other ranks within {_MEET_SECONDS:g} s, got {len(self._peers)}"
+                )
 
     def _fail(self, message: str, source: int | None = None) -> None:
         with self._lock:
