@@ -112,9 +112,8 @@ class Watch:
             accepting.start()
             accepting.join(_MEET_SECONDS)
             if len(self._peers) < size - 1:
-                raise RankError(
-                    f"rank 0: expected {size - 1} other ranks within {_MEET_SECONDS:g} s, got {len(self._peers)}"
-                )
+                others, found = size - 1, len(self._peers)
+                raise RankError(f"rank 0: expected {others} others within {_MEET_SECONDS:g} s, got {found}")
 
     def _fail(self, message: str, source: int | None = None) -> None:
         with self._lock:
