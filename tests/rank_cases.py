@@ -94,7 +94,7 @@ def bytes_read(folder):
     rank, size = place()
     shard = Shard(read_spec(read_config(folder)), rank, size)
     before = _read_so_far()
-    weights = load_weights(folder, shard.local_spec, "cpu", torch.float32, shard)
+    weights = load_weights(folder, shard.local_spec, "cpu", torch.float32, shard=shard)
     read = _read_so_far() - before
     tensors = [weights.embedding, weights.final_norm, weights.lm_head]
     tensors += [tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None]
