@@ -116,10 +116,11 @@ class ShardedHead:
         """Highest logit, sum of exp(logit - highest), and token of each row, fp32."""
         token = logits.argmax(-1, keepdim=True)
         highest = logits.gather(1, token).float()
+        # One pass over the logits: the highest one's probability among them is 1 / the sum.
+        total = logits.softmax(-1, dtype=torch.float32).gather(1, token).reciprocal_()
         # Of nothing but minus infinity: a part without weight, not one without a value.
-        base = highest.masked_fill(highest == _NONE, 0.0)
-        total = logits.to(torch.float32, copy=True).sub_(base).exp_().sum(-1)
-        return highest.squeeze(1), total, token.squeeze(1).float() + self._tokens.start
+        total.masked_fill_(highest == _NONE, 0.0)
+        return highest.squeeze(1), total.squeeze(1), token.squeeze(1).float() + self._tokens.start
 
     def _probed(self, logits: Tensor, probe_tokens: Tensor) -> Tensor:
         """Logits of the probes that are among this rank's tokens; minus infinity for others."""
@@ -134,11 +135,6 @@ def _merged(highest: Tensor, total: Tensor, token: Tensor) -> tuple[Tensor, Tens
 
     A NaN is above everything and makes the sum NaN; so does a row of nothing but minus infinity.
     """
-    top, top_token = highest[0], token[0]
-    for other, other_token in zip(highest[1:], token[1:], strict=True):
-        better = (other > top) | (other.isnan() & ~top.isnan())
-        top, top_token = torch.where(better, other, top), torch.where(better, other_token, top_token)
-    whole = torch.zeros_like(top)
-    for part, weight in zip(total, highest, strict=True):
-        whole = whole + part * (weight - top).exp()
-    return top, top_token, whole
+    top, rank = highest.max(0)  # of equal ones the first
+    whole = (total * (highest - top).exp()).sum(0)
+    return top, token.gather(0, rank.unsqueeze(0)).squeeze(0), whole
