@@ -22,6 +22,7 @@ _KINDS = {
     bool: ("bool", "True or False"),
     int: ("int", "an int"),
     float: ("(float, int)", "a number"),
+    str: ("str", "a text"),
 }
 
 

@@ -60,7 +60,7 @@ class Scalar:
     """A number, whose name also stands for a size in shapes.
 
     Attributes:
-        kind: int, float or bool.
+        kind: int, float, bool or str.
         default: None makes it optional.
         least: the smallest value.
         symbolic: may be a size that is a symbol while PyTorch traces.

@@ -15,6 +15,7 @@ from blockbatch_kernels.cuda.pack import pack_windows
 from blockbatch_kernels.cuda.pages import copy_pages, share_pages
 from blockbatch_kernels.cuda.policy import decode_policy, initial_plan
 from blockbatch_kernels.cuda.rope import rope_kv_write
+from blockbatch_kernels.cuda.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",
@@ -28,6 +29,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

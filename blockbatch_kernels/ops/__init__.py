@@ -21,6 +21,7 @@ from blockbatch_kernels.ops.layer import (
     rope_kv_write,
     swiglu,
 )
+from blockbatch_kernels.ops.sampling import lm_head_sample
 from blockbatch_kernels.ops.step import (
     copy_pages,
     decode_policy,
@@ -41,6 +42,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

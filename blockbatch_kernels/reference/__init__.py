@@ -9,6 +9,7 @@ from blockbatch_kernels.reference.pack import pack_windows
 from blockbatch_kernels.reference.pages import copy_pages, share_pages
 from blockbatch_kernels.reference.plan import initial_plan
 from blockbatch_kernels.reference.policy import decode_policy
+from blockbatch_kernels.reference.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",
@@ -20,6 +21,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "rms_norm",
     "rope_kv_write",

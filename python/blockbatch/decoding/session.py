@@ -16,6 +16,7 @@ from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import refuse_non_finite
+from blockbatch.decoding.sampling import RequestSampling
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
@@ -47,7 +48,8 @@ def new_runner(model, num_requests: int, method: Method, gen_length: int, max_pr
     with devices.turn(model.device):
         batch = Batch(model, num_requests, method, gen_length, max_prompt)
         # Runners are kept on the model: a strong reference back would keep both alive.
-        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+        possible = StepGraphs.possible(model) and (batch.rule is None or batch.rule.can_capture)
+        graphs = StepGraphs(weakref.proxy(model), batch) if possible else None
     return Runner(batch, graphs)
 
 
@@ -70,6 +72,7 @@ class Session:
             requests.
         regions: what the generation region of each request holds before the first forward, gen_length ids,
             the first of them MASK. Tokens among them stand as decoded ones do. None: MASK everywhere.
+        sampling: of each request, where the method draws tokens; else None.
     """
 
     # Whether steps come with trace records, rather than with what they are made of.
@@ -86,6 +89,7 @@ class Session:
         observed: bool = False,
         stops: Stops | None = None,
         regions: Sequence[Sequence[int]] | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
         if runner is None:
@@ -96,11 +100,12 @@ class Session:
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
-            self._batch.start(prompts, regions)
+            self._batch.start(prompts, regions, sampling)
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward
-        self._ranks = share_of(model).decode(self._batch.state, (prompts, method, gen_length))
+        settings = (prompts, regions, method.block_sizes, method.params, gen_length)
+        self._ranks = share_of(model).decode(self._batch.state, settings)
         self.seconds: list[float | None] = [None] * len(prompts)
 
     @property
