@@ -113,7 +113,8 @@ class RankGroup:
         except RankError:
             raise
         except RuntimeError as error:
-            raise self._cause_of(error) from error
+            self._blame(error)
+            raise
         finally:
             self.watch.leave()
         others = [str(rank) for rank, (place, _) in enumerate(rows) if place != int(row[0])]
@@ -163,7 +164,8 @@ class RankGroup:
         except RankError:
             raise
         except RuntimeError as error:
-            raise self._cause_of(error) from error
+            self._blame(error)
+            raise
         except BaseException as error:
             self.watch.fail(_first_line(error))
             raise
@@ -176,13 +178,12 @@ class RankGroup:
         self.watch.failure = self.watch.failure or message
         return RankError(message)
 
-    def _cause_of(self, error: RuntimeError) -> RuntimeError:
-        """What to raise for an error of a forward: another rank's failure, if that is behind it."""
+    def _blame(self, error: RuntimeError) -> None:
+        """Raises RankError if another rank's failure is behind an error; else tells the others of it."""
         failure = self.watch.wait_for_failure(1.0)
         if failure is not None:
-            return RankError(failure)
+            raise RankError(failure) from error
         self.watch.fail(_first_line(error))
-        return error
 
     def _from_first(self, text: str) -> str:
         texts = [text]
