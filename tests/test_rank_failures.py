@@ -14,6 +14,8 @@ from plain_models import write_dream
 from rank_processes import RankProcesses
 from test_conformance import DATA
 
+pytestmark = pytest.mark.xdist_group("rank_failures")
+
 # More than the 16 forwards between two comparisons.
 LONG = {"method": "blockbatch", "gen_length": 64, "block_sizes": (4, 8), "refresh_interval": None}
 PROMPT = [5, 1, 2]
@@ -53,7 +55,8 @@ def test_a_state_that_differs_at_the_very_end_is_found(ranks):
 
 def test_a_rank_that_dies_ends_the_others(mortal):
     first, second = mortal.run(rank_cases.break_off, str(DATA), 3, PROMPT, LONG, "dies", timeout=WAIT)
-    assert second.type == "Ended" and mortal.processes[1].exitcode is not None
+    mortal.processes[1].join(WAIT)
+    assert (second.type, mortal.processes[1].exitcode) == ("Ended", 9)
     assert (first.type, first.text) == ("RankError", "rank 1 ended")
 
 

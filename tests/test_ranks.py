@@ -17,6 +17,9 @@ from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
 
+# The processes are started once.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 PROMPT = "Divide with remainder until zero: 51 and 16."
 OTHER = "Reverse: 3 1 4 1 5"
 SHORT = {"gen_length": 32, "block_sizes": (4, 8, 16), "refresh_interval": 8}

@@ -12,6 +12,7 @@ from test_ranks import SHORT, TINY
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 WAIT = 240
