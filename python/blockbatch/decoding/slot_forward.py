@@ -257,7 +257,7 @@ class SlotForward:
             )
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
-        if whole.ending:
+        if any(whole.ending.values()):
             self._follow_full(whole.ending)
         self.plans.next(self.groups)
         self.refresh_host()
@@ -330,11 +330,18 @@ class SlotForward:
             self._sync_source.copy_(torch.where(sources < 0, self._sync_source, sources))
             if phase == PHASE_INIT:
                 slots.begun.logical_or_(members)
+        self.forget_parts(everyone)
 
-    def keep_parts(self, unfinished: bool) -> None:
-        """Lets go of what complete full forwards predicted; `unfinished`: there are others."""
-        if not unfinished:
-            self._parts = []
+    def forget_parts(self, slots: list[int]) -> None:
+        """Lets go of what rows of these requests predicted so far."""
+        if not self._parts or not slots:
+            return
+        kept = self.slots.by_row(~self._mask(slots, self.slots.sizes.requests))
+        self._parts = [self.plans.of_rows(kept, part) for part in self._parts]
+
+    def forget_all_parts(self) -> None:
+        """The same where no full forward is left half done."""
+        self._parts = []
 
     def _give_up_pages(self, starting: list[int]) -> None:
         """Rows that will take over another row's result give up their pages first, so that the row they copy

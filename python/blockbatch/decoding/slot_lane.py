@@ -12,7 +12,7 @@ from blockbatch.branches import NFE, RequestOutcome
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.admission import rows_within
 from blockbatch.decoding.choice import sampling_for
-from blockbatch.decoding.graphs import pool_bytes
+from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
@@ -95,7 +95,7 @@ class SlotLane:
         self._copied = torch.cuda.Event() if on_gpu else None
         self._forwards: dict[Layout, SlotForward] = {}
         self._seats: list[Seat] = []
-        self._turn = self._reserved = 0
+        self._turn = 0
         self._stream = None
         self.counts = Counts(dict.fromkeys(bbk.PHASES, 0))
 
@@ -113,10 +113,9 @@ class SlotLane:
         needed = Sizes(1, len(method.block_sizes), gen_length, max(len(prompt), 1))
         layout = layout_of(method, gen_length)
         forward = self._forward_of(layout, needed, len(prompt) + gen_length)
-        self._reserved += seat.pages
-        if self._reserved > self._pages.num_pages:
-            pages = min(self.num_pages, max(self._reserved, 2 * self._pages.num_pages))
-            self._pages.grow_pages(pages)
+        reserved = seat.pages + sum(other.pages for other in self._seats)
+        if reserved > self._pages.num_pages:
+            self._pages.grow_pages(min(self.num_pages, max(reserved, 2 * self._pages.num_pages)))
         slot = min(set(range(forward.slots.sizes.requests)) - self._taken(forward))
         group = self._group_of(forward, method.params)
         seat.place = Place(forward, slot, list(range(len(method.block_sizes))), group, since=self._turn)
@@ -182,7 +181,8 @@ class SlotLane:
         forward.run(windows, windows, WholeRows(rows, starting, by_phase, tokens), distinct)
         for seat, count in picked.items():
             seat.place.waiting, seat.place.started = seat.place.waiting[count:], True
-        forward.keep_parts(any(seat.place.started and seat.place.waiting for seat in self._of(forward)))
+        if not any(seat.place.started and seat.place.waiting for seat in self._of(forward)):
+            forward.forget_all_parts()
         phases = {seat.place.phase for seat in picked} | ({PHASE_BLOCK} if blocking else set())
         for phase in phases:
             self.counts.forwards[bbk.PHASES[phase]] += 1
@@ -255,13 +255,13 @@ class SlotLane:
             return
         place, forward = seat.place, seat.place.forward
         self._seats.remove(seat)
-        self._reserved -= seat.pages
         with devices.turn(self._device):
             self._join_stream()
             rows = self._table_rows(place)
             if seat.error is not None:
                 self._pages.clear(rows)
             self._pages.page_table[rows] = -1
+            forward.forget_parts([place.slot])
             forward.slots.leave(place.slot)
             forward.plans.drop(place.slot)
             self._set_groups(forward)
@@ -347,8 +347,9 @@ class SlotLane:
             return kv_cache.pages_per_row(cache_tokens)
         limit = model.cache_bytes
         if limit is None:
-            # Of whole rows, and of windows as they are and as they are captured.
-            work = 3 * transformer.activation_bytes(spec, model.dtype, self._budget)
+            # Of whole rows, of windows as they are and as they are captured, and what the state takes.
+            most = max(self._budget, MAX_GRAPH_TOKENS)
+            work = 4 * transformer.activation_bytes(spec, model.dtype, most)
             limit = devices.free_bytes(self._device) - pool_bytes(self._device) - work
         most = self._max_requests * _USUAL_BRANCHES * kv_cache.pages_per_row(spec.max_length)
         return max(0, min(limit // each, most))
