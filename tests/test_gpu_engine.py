@@ -37,6 +37,7 @@ def test_random_mixes(tmp_path, backend, family, seed):
         10 * seed,
         24,
         dream=family == "dream",
+        samples=True,
         max_tokens_per_step=rng.choice((1, 100, None)),
         max_requests=rng.choice((3, 12)),
         cancel=rng.choice((0.0, 0.2)),

@@ -30,6 +30,9 @@ _FIRST_SLOTS = 8
 _GPU_STEPS = Sizes(1, 1, 64, 64)
 # Layouts that are kept for requests to come; more are there as long as requests use them.
 _MOST_LAYOUTS = 4
+# Tokens of every product of an engine whose bits do not depend on the batch: as many as cost little more
+# than the reading of the weights.
+FIXED_TOKENS = 256
 # Branches that the cache is made for.
 _USUAL_BRANCHES = 6
 
@@ -68,6 +71,7 @@ class SlotLane:
     Args:
         max_requests: that run at a time.
         max_tokens_per_step: whole rows beyond it wait for the next forward; None: ROW_TOKENS.
+        deterministic: whether a request's bits are to be the same in any company.
         cache_tokens: positions of the cache; None: what the device has free.
     """
 
@@ -81,6 +85,7 @@ class SlotLane:
         cache_tokens: int | None,
     ) -> None:
         self._model, self._device, self._max_requests = model, model.device, max_requests
+        self._fixed_tokens = FIXED_TOKENS if deterministic else None
         self._budget = max_tokens_per_step or ROW_TOKENS[model.device.type]
         with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
             self.num_pages = self._affordable_pages(cache_tokens)
@@ -120,7 +125,8 @@ class SlotLane:
         if forward.plans.rule is not None:
             forward.plans.rule.reset(forward.slots.rows_of(slot))
         if forward.sampling is not None:
-            forward.sampling.write(slot, [sampling_for(self._model, seat.config, 0)], [len(prompt)])
+            drawn = sampling_for(self._model, seat.config, 0)
+            forward.sampling.write(slot, [drawn], [len(prompt)])
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
         seat.place.waiting = [(0, len(prompt) + gen_length)]
@@ -299,7 +305,9 @@ class SlotLane:
             for key in idle[: max(0, len(self._forwards) + 1 - _MOST_LAYOUTS)]:
                 del self._forwards[key]
             sizes = needed._replace(requests=min(_FIRST_SLOTS, self._max_requests))
-            forward = self._forwards[layout] = SlotForward(self._model, self._pages, layout, sizes)
+            forward = self._forwards[layout] = SlotForward(
+                self._model, self._pages, layout, sizes, self._fixed_tokens
+            )
         else:
             sizes = forward.slots.sizes
             if len(self._taken(forward)) == sizes.requests:

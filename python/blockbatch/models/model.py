@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -18,7 +19,8 @@ from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
-from blockbatch.models.drawn import Draw, drawn_predictions
+from blockbatch.models.drawn import Draw
+from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
 from blockbatch.models.placement import device_of, dtype_of
@@ -93,6 +95,7 @@ class Model:
         *,
         likely: bool = False,
         sampling: Draw | None = None,
+        fixed_tokens: int | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -103,10 +106,11 @@ class Model:
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
             sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
+            fixed_tokens: see `transformer.forward`; then also a divisor of the number of predictions.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
-        few = 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
+        few = fixed_tokens is None and 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
         hidden = transformer.forward(
             self.spec,
             self.weights,
@@ -117,35 +121,16 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            fixed_tokens=fixed_tokens,
             backend=self.backend,
             all_reduce=self.share.all_reduce,
         )
         hidden = hidden if few else hidden[packed.predict_index]
-        suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
-        if sampling is not None:
-            return drawn_predictions(
-                hidden,
-                self.weights.lm_head,
-                packed.predict_target,
-                sampling,
-                probe_tokens,
-                likely=likely,
-                mask_token_id=self.spec.mask_token_id,
-                backend=self.backend,
-            )
-        if likely:
-            top_token, confidence, *likely_ones = self.share.head.lm_head_likely(
-                hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
-            )
-            return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
-        top_token, confidence, probe_probability = self.share.head.lm_head_confidence(
-            hidden,
-            self.weights.lm_head,
-            probe_tokens=probe_tokens,
-            suppress_token=suppress_token,
-            backend=self.backend,
+        target, operators = packed.predict_target, self.share.head
+        head = functools.partial(
+            head_predictions, operators, self.spec, self.weights.lm_head, likely, self.backend
         )
-        return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
+        return head_in_pieces(head, fixed_tokens, hidden, target, probe_tokens, sampling)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """One full forward without a cache, in a turn of the device.

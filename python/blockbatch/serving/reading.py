@@ -65,6 +65,11 @@ class Reader:
         self._model, self._options = model, dict(options)
         tokens = SPECIAL_TOKENS[model.spec.family]
         known = all(model.tokenizer.token_to_id(token) is not None for token in tokens)
+        if chat_format == "model" and not known:
+            raise ValueError(
+                f"chat_format: expected auto or plain for a tokenizer without {', '.join(tokens)}, got "
+                f"{chat_format!r}"
+            )
         self.plain_chat = chat_format == "plain" or (chat_format == "auto" and not known)
         _config(self._options).for_model(model.spec)
 
@@ -76,10 +81,17 @@ class Reader:
         """
         messages = texts_of(body.messages)
         if self.plain_chat:
+            if body.thinking is not None:
+                raise bad_request(
+                    "enable_thinking: expected a model with a chat format, got one without",
+                    "chat_template_kwargs.enable_thinking",
+                )
             ids = self._encode("\n\n".join(message["content"] for message in messages), "messages")
         else:
             try:
-                text = self._model.tokenizer.chat(messages, self._model.spec.family)
+                text = self._model.tokenizer.chat(
+                    messages, self._model.spec.family, enable_thinking=body.thinking
+                )
             except ValueError as error:
                 raise bad_request(str(error), "messages") from None
             ids = self._encode(text, "messages", add_bos=False)
