@@ -54,7 +54,7 @@ demo: $(ENV_DIR)/.blockbatch-run
 	$(ENV_PYTHON) $(DEMO)
 
 test: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 tests
+	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadgroup tests
 
 test-serve: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools

@@ -17,7 +17,7 @@ _GROUPS = {
 }
 # What a reader calls them.
 _SHAPES = {"llada-8b": "LLaDA-8B", "dream-7b": "Dream-7B"}
-_METHODS = {"dual_cache": "Fast-dLLM's dual cache"}
+_METHODS = {"dual_cache": "Fast-dLLM"}
 _STAR = 13  # points
 
 

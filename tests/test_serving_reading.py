@@ -86,6 +86,16 @@ def test_a_request_goes_on_from_the_options_of_the_server(model):
         Reader(model, {"threshold": 7})
 
 
+def test_who_draws_tokens_does_without_the_drafts_of_the_server(model):
+    reader = Reader(model, {"preset": "careful"})
+    assert chat(reader).config.drafts == (1, 2, 3) == chat(reader, temperature=0).config.drafts
+    drawn = chat(reader, temperature=0.7).config
+    assert drawn.drafts is None and (drawn.method, drawn.temperature) == ("dual_cache", 0.7)
+    for options in ({"drafts": [1]}, {"preset": "careful"}):
+        with pytest.raises(ApiError, match="drafts: expected None at a temperature above 0"):
+            chat(reader, temperature=0.7, blockbatch=options)
+
+
 @pytest.mark.parametrize(
     "most, options, canvas",
     [

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.arguments import (
     add_model,
     add_thinking,
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json == "-":
         print(json.dumps(report, indent=1))
         return
-    if options.json is not None:
+    if options.json is not None and ranks.writes():
         write_json(options.json, report)
     _print(model, problems, rows, options)
 

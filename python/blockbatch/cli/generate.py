@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli import canvas
+from blockbatch.cli import canvas, ranks
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         result = _decode_live(model, ids, config)
     else:
         (result,) = generation.decode(model, [ids], config, ["prompt"])
-    if options.trace is not None:
+    if options.trace is not None and ranks.writes():
         save_trace(options.trace, result.trace, **trace_header(model, ids, config, result))
     if options.json:
         print(json.dumps(_report(config, result)))

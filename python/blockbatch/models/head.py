@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from blockbatch.models.spec import ModelSpec
 
 
 def head_predictions(
+    operators: Any,
     spec: ModelSpec,
     lm_head: Tensor,
     likely: bool,
@@ -22,7 +24,12 @@ def head_predictions(
     probe_tokens: Tensor | None,
     sampling: Draw | None,
 ) -> bbk.Predictions:
-    """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`."""
+    """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`.
+
+    Args:
+        operators: has `lm_head_confidence` and `lm_head_likely`: `blockbatch_kernels`, or what merges the
+            parts of several ranks.
+    """
     suppress_token = spec.mask_token_id if spec.suppress_mask else None
     if sampling is not None:
         return drawn_predictions(
@@ -36,11 +43,11 @@ def head_predictions(
             backend=backend,
         )
     if likely:
-        top_token, confidence, *likely_ones = bbk.lm_head_likely(
+        top_token, confidence, *likely_ones = operators.lm_head_likely(
             hidden, lm_head, suppress_token=suppress_token, backend=backend
         )
         return bbk.Predictions(target, top_token, confidence, None, *likely_ones)
-    top_token, confidence, probe_probability = bbk.lm_head_confidence(
+    top_token, confidence, probe_probability = operators.lm_head_confidence(
         hidden, lm_head, probe_tokens=probe_tokens, suppress_token=suppress_token, backend=backend
     )
     return bbk.Predictions(target, top_token, confidence, probe_probability)

@@ -75,6 +75,7 @@ def forward(
     distinct_rows: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -89,6 +90,8 @@ def forward(
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
+        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
+            `weights` then are; its result is used before the next call. None: nobody shares them.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
@@ -144,11 +147,15 @@ def forward(
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = linear(attended.flatten(1), layer.out_weight)
+        if all_reduce is not None:
+            projected = all_reduce(projected)
         normed = bbk.rms_norm(
             projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
         )
         activated = gated(normed, layer.gate_up_weight)
         down = linear(activated, layer.down_weight)
+        if all_reduce is not None:
+            down = all_reduce(down)
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
     return normed

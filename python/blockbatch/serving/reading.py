@@ -23,6 +23,7 @@ CHAT_FORMATS = ("auto", "model", "plain")
 _NAMED = re.compile(r"([a-z_]+)(?:\[\d+\])?: ")
 # Below it a temperature is as good as 0, which clients come near to where they mean it.
 _COLDEST = 1e-3
+_GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Reader:
         options = self._merged(asked)
         options |= _sampling(body, options)
         try:
+            options = _without_drafts(options, asked)
             limit, options = self._limit(len(ids), getattr(body, "most_tokens", None), options, asked)
             config = _config(options).for_model(self._model.spec)
         except (ValueError, TypeError) as error:
@@ -201,7 +203,7 @@ def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     temperature = given.get("temperature", options.get("temperature", 0.0))
     if temperature < _COLDEST:
-        return {"temperature": 0.0, "top_p": None, "top_k": None}
+        return dict(_GREEDY)
     if given.get("top_k", 1) < 1:  # 0 and -1: all
         given["top_k"] = None
     if "seed" in given:
@@ -209,6 +211,13 @@ def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     elif "seed" not in options:
         given["seed"] = secrets.randbits(63)
     return given
+
+
+def _without_drafts(options: dict[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """Drafts go with greedy decoding alone; a request that draws tokens did not ask for the server's."""
+    if not options.get("temperature") or "drafts" in asked or "preset" in asked:
+        return options
+    return options if _config({**options, **_GREEDY}).drafts is None else {**options, "drafts": None}
 
 
 def _unit(options: Mapping[str, Any]) -> int:
