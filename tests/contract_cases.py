@@ -172,7 +172,9 @@ def _of_scalars(row):
             continue
         name, expected = (
             argument.name,
-            {bool: "True or False", int: "an int", float: "a number"}[argument.kind],
+            {bool: "True or False", int: "an int", float: "a number", torch.dtype: "a torch dtype"}[
+                argument.kind
+            ],
         )
         yield name, "type", lambda x: "many", TypeError, (f"{name}: expected {expected}, got 'many'",)
         if argument.default is not None:
@@ -196,6 +198,18 @@ def _of_records(row):
             message = f"{argument.name}: expected a tuple of {names}, got "
             yield argument.name, "type", lambda x: list(x), TypeError, (message,)
             yield argument.name, "part missing", lambda x: x[:1], TypeError, (message,)
+
+
+def assert_close(one, other, dtype, path):
+    """Equal up to the rounding of `dtype`; e4m3 up to a step of its own, for roundings before it."""
+    assert one.dtype == other.dtype, path
+    if one.dtype == torch.float8_e4m3fn:
+        torch.testing.assert_close(one.float(), other.float(), rtol=2**-3, atol=2**-9, equal_nan=True)
+    elif one.is_floating_point():
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=4 * tolerance)
+    else:
+        assert torch.equal(one, other), path
 
 
 def complete_arguments(operator):
