@@ -161,8 +161,8 @@ def check_product(backend, device, dtype, tokens, out, inner, with_bias):
     size = back(x, x_scale).abs() @ back(weight, weight_scale).abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    # Tensor cores keep 13 bits behind the point of the largest product of a step, or more; 256 columns at most
-    # are added so.
+    # Tensor cores keep 13 bits behind the point of the largest product of a step, or more, for 256 columns at
+    # a time.
     bound = size * 2**-11 + exact.abs() * torch.finfo(dtype).eps
     assert ((got.double() - exact).abs() <= bound).all()
 
