@@ -11,9 +11,6 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 
-# Columns of the weight in fp32 at a time, where no kernel takes the sizes.
-_PIECE = 1 << 24
-
 
 def linear_fp8(
     x: Tensor,
@@ -99,7 +96,7 @@ def _through_fp32(
 ) -> Tensor:
     exact = x.float()
     out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
-    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    rows = max(1, tuning.FP8_PIECE // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         piece = slice(start, start + rows)
         total = F.linear(exact, weight[piece].float()) * x_scale[:, None] * weight_scale[piece]

@@ -4,11 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels import tuning
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.shapes import E4M3, E4M3_MAX, LEAST_AMAX
-
-# Elements of a weight that are there in fp32 at the same time.
-_PIECE = 1 << 24
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +38,7 @@ def linear_fp8(
 ) -> Tensor:
     exact = x.float()
     out = x.new_empty(len(x), len(weight), dtype=out_dtype)
-    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    rows = max(1, tuning.FP8_PIECE // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         piece = slice(start, start + rows)
         total = F.linear(exact, weight[piece].float()) * x_scale[:, None] * weight_scale[piece]

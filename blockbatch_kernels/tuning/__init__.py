@@ -26,7 +26,7 @@ from blockbatch_kernels.tuning.gemm import (
     lm_head_tile,
     name_of,
 )
-from blockbatch_kernels.tuning.gemm_fp8 import LINEAR_FP8_TILES, fp8_candidates, linear_fp8_tile
+from blockbatch_kernels.tuning.gemm_fp8 import FP8_PIECE, LINEAR_FP8_TILES, fp8_candidates, linear_fp8_tile
 from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearTile
 from blockbatch_kernels.tuning.triton import (
     TRITON_ATTENTION_PROGRAMS,
@@ -46,6 +46,7 @@ from blockbatch_kernels.tuning.triton import (
 )
 
 __all__ = [
+    "FP8_PIECE",
     "GATED_TILES",
     "H100",
     "LINEAR_FP8_TILES",

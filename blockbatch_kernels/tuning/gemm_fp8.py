@@ -13,6 +13,8 @@ LINEAR_FP8_TILES = (
     LinearTile(128, 128, split_k=2),
     *(LinearTile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
+# Elements of a weight that are there in fp32 at a time, where no kernel computes.
+FP8_PIECE = 1 << 24
 _MOST_TOKENS = max(tile.tokens for tile in LINEAR_FP8_TILES)
 # A launch that fills no processor, and a sum too short to be shared, are not worth a tile.
 _MIN_OUT_FEATURES, _MIN_SPLIT_IN_FEATURES = 1024, 2048

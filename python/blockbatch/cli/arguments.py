@@ -33,6 +33,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
     )
+    group.add_argument(
+        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+    )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
 
 
@@ -69,7 +72,13 @@ def load(options: argparse.Namespace) -> Model:
     """The model that the options name."""
     from blockbatch.models import load_model
 
-    return load_model(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
+    return load_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        quantization=options.quantization,
+    )
 
 
 def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:

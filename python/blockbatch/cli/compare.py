@@ -169,8 +169,7 @@ def _progress() -> Iterator:
 def _print(model: Model, problems: list[Problem], rows: list[Row], options: argparse.Namespace) -> None:
     families = Counter(problem.task for problem in problems)
     parts = ", ".join(f"{count} {family}" for family, count in families.items())
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{escape(model.name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})")
+    print(f"{escape(model.name)} on {model.device} in {model.numbers}, {len(problems)} problems ({parts})")
     print()
     print("\n".join(comparison_table(rows)))
     # With two problems of a family a count of right ones says nothing about it.
@@ -211,7 +210,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
     return {
         "model": model.name,
         **describe(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.numbers,
         "gen_length": gen_length,
         "rows": [
             {

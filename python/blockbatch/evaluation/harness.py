@@ -60,7 +60,7 @@ class BlockBatchLM(LM):
         escape_until: texts are not cut at a task's stop sequences, which do not end decoding either; a later
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
-        device, dtype, backend, revision: as `load_model`.
+        device, dtype, backend, revision, quantization: as `load_model`.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
         likelihood_samples, likelihood_seed: maskings of every answer whose likelihood is asked for.
@@ -84,6 +84,7 @@ class BlockBatchLM(LM):
         dtype: str | None = None,
         backend: str | None = None,
         revision: str | None = None,
+        quantization: str | None = None,
         stop_early: bool | None = None,
         add_bos_token: bool | None = None,
         escape_until: bool = False,
@@ -106,7 +107,14 @@ class BlockBatchLM(LM):
         self._likelihood = LikelihoodSettings(likelihood_samples, likelihood_seed, check_greedy)
         # What does not depend on a request is refused before the model is loaded.
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
-        self.model = load_model(pretrained, device=device, dtype=dtype, backend=backend, revision=revision)
+        self.model = load_model(
+            pretrained,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            revision=revision,
+            quantization=quantization,
+        )
         # The end is that of the model's family where the policy is.
         fills_canvas = preset is not None and config.for_model(self.model.spec).eos_exit == "none"
         self.stop_early = not fills_canvas if stop_early is None else stop_early
@@ -246,7 +254,7 @@ class BlockBatchLM(LM):
         nfe = {phase: count / max(self._requests, 1) for phase, count in self._forwards.items()}
         return {
             "model_device": str(self.model.device),
-            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "model_dtype": self.model.numbers,
             "decoding": {
                 **{name: getattr(config, name) for name in names},
                 "gen_length": self._fixed_length,

@@ -144,7 +144,7 @@ def describe_run(model: Model) -> dict[str, Any]:
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.numbers,
         "backend": model.backend,
         **describe(model.device),
     }

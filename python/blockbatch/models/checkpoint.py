@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, tied_head
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, stored_fp8, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
 from blockbatch.models.folders import hint
 from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.relatives import check_model
 from blockbatch.models.safetensors_file import (
     FLOAT_DTYPES,
@@ -128,7 +129,13 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def load_weights(
-    folder: Path, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    spec: ModelSpec,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    quantization: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> TransformerWeights:
     """Read the weights of a folder onto `device`, converted to `dtype`.
 
@@ -136,25 +143,37 @@ def load_weights(
     after the other, each tensor in small pieces into its rows of the fused weights. Host memory beyond the
     weights themselves: one staging buffer of at most 16 MiB.
 
+    Args:
+        quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read.
+        config: of a folder whose weights may be stored quantised (`stored_fp8` says how); then with a
+            `quantization`. None: they may not.
+
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
             is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
             that are not finite in `dtype`; an LM head that differs from the embedding it is tied to.
-        ValueError: `dtype` is not float32, bfloat16 or float16.
+        ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
     """
     folder = Path(folder)
     tensor_map = TENSOR_MAPS[spec.family]
     places = tensor_map(spec)
     entries = _read_headers(folder)
-    foreign_tensors.check_storage(folder, entries, places)
+    is_stored = config is not None and stored_fp8.stored_fp8(config)
+    scales = stored_fp8.take_scales(entries, places, config) if is_stored else {}
+    foreign_tensors.check_storage(folder, entries, places.keys() - scales.keys())
     tied = tied_head.resolve(places, entries, spec, tensor_map)
-    _check_tensors(folder, entries, places)
-    weights = allocate(spec, device, dtype)
-    # Four bytes an element hold any stored dtype.
+    _check_tensors(folder, entries, places, scales)
+    weights = allocate(spec, device, dtype, quantization)
+    # Four bytes an element hold any stored dtype; some weights are read by whole rows.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
+    longest = 4 * max(place.shape[-1] for place in places.values())
+    staging = torch.empty(max(longest, min(STAGING_BYTES, largest)), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        read_tensor(entry, places[entry.name].rows(weights), staging)
+        written = places[entry.name].rows(weights)
+        if isinstance(written, QuantizedWeight):
+            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name))
+        else:
+            read_tensor(entry, written, staging)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights
@@ -288,7 +307,12 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[str, Destination]) -> None:
+def _check_tensors(
+    folder: Path,
+    entries: dict[str, TensorEntry],
+    places: dict[str, Destination],
+    scales: Mapping[str, stored_fp8.StoredScale],
+) -> None:
     missing = places.keys() - entries.keys()
     if missing:
         raise CheckpointError(f"{folder}: missing tensors that config.json asks for: {_listed(missing)}")
@@ -304,7 +328,7 @@ def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[s
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r}: expected shape {list(place.shape)}, got {list(entry.shape)}"
             )
-        if entry.dtype not in FLOAT_DTYPES:
+        if entry.dtype not in FLOAT_DTYPES and name not in scales:
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, got {entry.dtype}"
             )

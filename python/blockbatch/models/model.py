@@ -16,9 +16,11 @@ from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.likelihood import LogLikelihood
+from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
+from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.models.weights import TransformerWeights, check_quantization, weight_bytes
 from blockbatch.values import as_int
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -34,6 +36,7 @@ class Model:
         tokenizer: None for a folder without one; prompts are then token ids.
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
+        quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
@@ -52,10 +55,17 @@ class Model:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
         self.cache_bytes, self.name = cache_bytes, name
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.quantization = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
         self.pool, self.block_forward = None, None
         self._rope = transformer.rope_table(spec, self.device)
+
+    @property
+    def numbers(self) -> str:
+        """What the model computes with, in words: "bfloat16", "bfloat16, layers in fp8"."""
+        quantized = "" if self.quantization is None else f", layers in {self.quantization}"
+        return str(self.dtype).removeprefix("torch.") + quantized
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
         return KVCache(
@@ -255,6 +265,7 @@ def load_model(
     cache_bytes: int | None = None,
     revision: str | None = None,
     mask_token_id: int | None = None,
+    quantization: str | None = None,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -269,6 +280,9 @@ def load_model(
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
         revision: hub revision.
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
+        quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
+            they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
+            as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged.
@@ -304,15 +318,19 @@ def load_model(
         if cache_bytes is None or cache_bytes <= 0:
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
+    check_quantization(quantization)
+
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
+    if quantization is None and stored_fp8(config):
+        quantization = "fp8"
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    _check_room(spec, device, dtype, str(name_or_path))
+    _check_room(spec, device, dtype, quantization, str(name_or_path))
     what = f"the weights of {name_or_path}"
     with devices.current(device), devices.memory_errors(device, what):
-        weights = load_weights(folder, spec, device, dtype)
+        weights = load_weights(folder, spec, device, dtype, quantization=quantization, config=config)
         model = Model(
             spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
         )
@@ -321,13 +339,15 @@ def load_model(
     return model
 
 
-def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str) -> None:
+def _check_room(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantization: str | None, name: str
+) -> None:
     """Raises MemoryError if the weights do not fit into what a GPU has free."""
     if device.type != "cuda":
         return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype), devices.free_bytes(device)
+    needed, free = weight_bytes(spec, dtype, quantization), devices.free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
-            f"{str(dtype).removeprefix('torch.')}, got {free:,}"
+            f"{quantization or str(dtype).removeprefix('torch.')}, got {free:,}"
         )

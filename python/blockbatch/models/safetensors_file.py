@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,36 @@ def read_tensor(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor
         CheckpointError: the file ends too early, or a value is not finite in `written`'s dtype.
     """
     dtype, item = FLOAT_DTYPES[entry.dtype], ITEM_SIZES[entry.dtype]
+    for part, chunk in _chunks(entry, written, staging, item):
+        part.copy_(chunk.view(dtype))
+        # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
+        if not torch.stack(torch.aminmax(part)).isfinite().all():
+            target = str(written.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name!r} ({entry.dtype}): expected finite values "
+                f"in {target}, got NaN or infinity (corrupted, or out of that dtype's range)"
+            )
+
+
+def read_bytes(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor) -> None:
+    """Read the first `written.numel()` bytes of a tensor as they are.
+
+    Args:
+        entry: a tensor of elements of one byte.
+        written: contiguous uint8, any device.
+        staging: see `read_tensor`.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
+    for part, chunk in _chunks(entry, written, staging, 1):
+        part.copy_(chunk)
+
+
+def _chunks(
+    entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor, item: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of `written`, flat, with the bytes of the file that belong there, `item` for an element."""
     flat = written.view(-1)
     step = staging.numel() // item
     with open(entry.path, "rb") as file:
@@ -129,15 +160,7 @@ def read_tensor(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor
             chunk = staging[: count * item]
             if file.readinto(chunk.numpy()) != count * item:
                 raise CheckpointError(f"{entry.path}: truncated while reading tensor {entry.name!r}")
-            part = flat[start : start + count]
-            part.copy_(chunk.view(dtype))
-            # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
-            if not torch.stack(torch.aminmax(part)).isfinite().all():
-                target = str(written.dtype).removeprefix("torch.")
-                raise CheckpointError(
-                    f"{entry.path}: tensor {entry.name!r} ({entry.dtype}): expected finite values "
-                    f"in {target}, got NaN or infinity (corrupted, or out of that dtype's range)"
-                )
+            yield flat[start : start + count], chunk
 
 
 def _entry_fields(path: Path, name: str, fields: Any) -> tuple[str, tuple[int, ...], int, int]:

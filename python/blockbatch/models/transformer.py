@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.models.products import Products, Rows, products_of
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
@@ -29,13 +27,21 @@ def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, compiled: bool = False) -> int:
+def activation_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    num_tokens: int,
+    *,
+    compiled: bool = False,
+    quantized: bool = False,
+) -> int:
     """Bytes that `forward` and the LM head need at most for their intermediate tensors, beside weights and
     cache.
 
     Args:
         num_tokens: packed tokens; at most as many predictions.
         compiled: whether compiled operators run, which compute in fp32 without tensors of it.
+        quantized: whether the weights are in 8 bits.
     """
     size, d, inner = dtype.itemsize, spec.hidden_size, spec.intermediate_size
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -48,6 +54,12 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, co
     attention = (kept + 2 * d + 2 * query_size + 2 * kv_size + inner) * size
     attention += upcast * (query_size + kv_size)
     token = max(mlp, attention) + _INDEX_BYTES
+    copies = 0
+    if quantized:
+        token += inner + query_size  # rows in 8 bits beside those that they are made of
+        if not compiled:  # fp32 copies of activations and of a part of the weight
+            token += 4 * (inner + 3 * 2 * inner)
+            copies = 2 * 4 * min(2 * inner * d, tuning.FP8_PIECE)
     pieces = -(-spec.vocab_size // _PIECE_TOKENS)
     token += d * size + _PARTIAL_BYTES * pieces  # of a prediction: its hidden state, and its reduced logits
     # Logits of some hundred predictions (the reference still has those of the chunk before), and attention's
@@ -57,7 +69,7 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, co
     else:
         head = 2 * min(num_tokens, _HEAD_ROWS // 2) * spec.vocab_size * (size + (4 if size == 4 else 8))
     partials = tuning.MAX_PARTIALS * (query_size + spec.num_heads) * 4
-    return num_tokens * token + max(head, partials)
+    return num_tokens * token + max(head, partials) + copies
 
 
 def forward(
@@ -101,25 +113,16 @@ def forward(
             distinct_rows=distinct_rows,
             backend=backend,
         )
-    # Nothing writes the weights once they are loaded.
-    linear = functools.partial(bbk.linear, static_weight=True, backend=backend)
+    products = products_of(spec, weights, backend)
     residual = F.embedding(packed.input_ids, weights.embedding)
-    normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
+    normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
         where = (packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache)
         if spec.qk_norm:
-            q = _normed_heads(spec, layer, normed, where, linear, backend)
+            q = _normed_heads(spec, layer, normed, where, products, backend)
         else:
-            q = bbk.linear_rope_kv_write(
-                normed,
-                layer.qkv_weight,
-                layer.qkv_bias,
-                *where,
-                num_heads=spec.num_heads,
-                static_weight=True,
-                backend=backend,
-            )
+            q = products.rotated(normed, layer, where)
         attended = bbk.varlen_attention(
             q,
             k_cache,
@@ -133,27 +136,24 @@ def forward(
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
-        projected = linear(attended.flatten(1), layer.out_weight)
-        normed = bbk.rms_norm(
-            projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
-        )
-        activated = bbk.linear_swiglu(normed, layer.gate_up_weight, static_weight=True, backend=backend)
-        down = linear(activated, layer.down_weight)
-        next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
-        normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
-    return normed
+        projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
+        normed = products.norm(projected, layer.post_norm, residual)
+        down = products.linear(products.activated(normed, layer), layer.down_weight)
+        if not last:
+            normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
+    return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
 
 
 def _normed_heads(
     spec: ModelSpec,
     layer: LayerWeights,
-    x: Tensor,
+    x: Rows,
     where: tuple[Tensor, ...],
-    linear: Callable[..., Tensor],
+    products: Products,
     backend: str | None,
 ) -> Tensor:
     """`linear_rope_kv_write` with an RMSNorm over each head of q and k in front of the rotation (Qwen3)."""
-    heads = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
+    heads = products.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
     if layer.head_norms is None:
         parts = layer.q_norm.expand(spec.num_heads, -1), layer.k_norm.expand(spec.num_kv_heads, -1)
         layer.head_norms, layer.ones = torch.cat(parts), torch.ones_like(layer.q_norm)

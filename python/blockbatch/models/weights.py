@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,15 +14,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class LayerWeights:
-    """One layer: Hq and Hkv heads of D, hidden size d, intermediate size I. Products are x @ weight.T."""
+    """One layer: Hq and Hkv heads of D, hidden size d, intermediate size I. Products are x @ weight.T.
+
+    The four weights of products are quantised or tensors, all alike.
+    """
 
     input_norm: torch.Tensor  # [d]
-    qkv_weight: torch.Tensor  # [(Hq + 2 Hkv) D, d]: query rows, then key, then value
+    qkv_weight: torch.Tensor | QuantizedWeight  # [(Hq + 2 Hkv) D, d]: query rows, then key, then value
     qkv_bias: torch.Tensor | None  # [(Hq + 2 Hkv) D]
-    out_weight: torch.Tensor  # [d, Hq D]
+    out_weight: torch.Tensor | QuantizedWeight  # [d, Hq D]
     post_norm: torch.Tensor  # [d]
-    gate_up_weight: torch.Tensor  # [2 I, d]: gate rows first
-    down_weight: torch.Tensor  # [d, I]
+    gate_up_weight: torch.Tensor | QuantizedWeight  # [2 I, d]: gate rows first
+    down_weight: torch.Tensor | QuantizedWeight  # [d, I]
     q_norm: torch.Tensor | None = None  # [D], of every head of q
     k_norm: torch.Tensor | None = None  # [D]
     # Made of these at the first forward.
@@ -31,7 +35,7 @@ class LayerWeights:
 
 @dataclass
 class TransformerWeights:
-    """All weights, on one device and in one dtype."""
+    """All weights, on one device and, but for quantised ones, in one dtype."""
 
     embedding: torch.Tensor  # [embedding_size, d]
     layers: list[LayerWeights]
@@ -56,7 +60,7 @@ class Destination:
     stop: int
     shape: tuple[int, ...]
 
-    def rows(self, weights: TransformerWeights) -> torch.Tensor:
+    def rows(self, weights: TransformerWeights) -> torch.Tensor | QuantizedWeight:
         """The view of `weights` to be filled; contiguous."""
         owner = weights if self.layer is None else weights.layers[self.layer]
         return getattr(owner, self.field)[self.start : self.stop]
@@ -103,12 +107,18 @@ def model_destinations(spec: ModelSpec) -> dict[str, Destination]:
     return roles
 
 
-def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> TransformerWeights:
+def allocate(
+    spec: ModelSpec, device: torch.device | str, dtype: torch.dtype, quantization: str | None = None
+) -> TransformerWeights:
     """Uninitialised weights for `spec`.
 
+    Args:
+        quantization: None, or "fp8": the weights of the layers' products are in e4m3.
+
     Raises:
-        ValueError: `dtype` is not float32, bfloat16 or float16.
+        ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
     """
+    check_quantization(quantization)
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"dtype must be one of {names}, got {dtype}")
@@ -116,17 +126,20 @@ def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) ->
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    def weight(rows: int, columns: int) -> torch.Tensor | QuantizedWeight:
+        return empty(rows, columns) if quantization is None else QuantizedWeight.empty(rows, columns, device)
+
     d, inner, q = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
     qkv = q + 2 * spec.num_kv_heads * spec.head_dim
     layers = [
         LayerWeights(
             input_norm=empty(d),
-            qkv_weight=empty(qkv, d),
+            qkv_weight=weight(qkv, d),
             qkv_bias=empty(qkv) if spec.qkv_bias else None,
-            out_weight=empty(d, q),
+            out_weight=weight(d, q),
             post_norm=empty(d),
-            gate_up_weight=empty(2 * inner, d),
-            down_weight=empty(d, inner),
+            gate_up_weight=weight(2 * inner, d),
+            down_weight=weight(d, inner),
             q_norm=empty(spec.head_dim) if spec.qk_norm else None,
             k_norm=empty(spec.head_dim) if spec.qk_norm else None,
         )
@@ -137,9 +150,15 @@ def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) ->
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def check_quantization(quantization: str | None) -> None:
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        names = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"quantization: expected None or one of {names}, got {quantization!r}")
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None = None) -> int:
     """Bytes of the weights that `allocate` makes."""
-    weights = allocate(spec, "meta", dtype)
+    weights = allocate(spec, "meta", dtype, quantization)
     tensors = [
         weights.embedding,
         weights.final_norm,
