@@ -43,6 +43,6 @@ class QuantizedWeight:
     def numel(self) -> int:
         return self.values.numel()
 
-    def dequantized(self) -> torch.Tensor:
-        """[out, in] fp32."""
+    def float(self) -> torch.Tensor:
+        """[out, in] fp32: what the weight stands for."""
         return self.values.float() * self.scale[:, None]
