@@ -215,7 +215,12 @@ if __name__ == "__main__":
         + find_packages("python", include=["blockbatch", "blockbatch.*"]),
         package_dir={"blockbatch": "python/blockbatch"},
         package_data={
-            "blockbatch": ["tiny/checkpoint/*", "tiny/block_checkpoint/*", "pictures/replay_page/*"]
+            "blockbatch": [
+                "tiny/checkpoint/*",
+                "tiny/block_checkpoint/*",
+                "pictures/replay_page/*",
+                "serving/live_page/*",
+            ]
         },
         include_package_data=False,
         ext_modules=[Extension("blockbatch_kernels._C", sources=[])] if nvcc else [],

@@ -81,6 +81,13 @@ class Hidden:
     predict_target: Tensor
 
 
+def upcast(weights: TransformerWeights) -> TransformerWeights:
+    """The same weights in fp32, a layer at a time; the LM head as it is."""
+    return TransformerWeights(
+        weights.embedding.float(), _UpcastLayers(weights.layers), weights.final_norm.float(), weights.lm_head
+    )
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.float() - truth.float()).norm() / truth.float().norm())
 
@@ -102,14 +109,10 @@ def _forward(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
 
 
 def _truth(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
-    weights = model.weights
-    upcast = TransformerWeights(
-        weights.embedding.float(), _UpcastLayers(weights.layers), weights.final_norm.float(), weights.lm_head
-    )
     batch = case.batch
     return transformer.forward(
         model.spec,
-        upcast,
+        upcast(model.weights),
         transformer.rope_table(model.spec, model.device),
         packed,
         _UpcastCache(batch.cache.kv),

@@ -150,6 +150,9 @@ _TABLE = (
             TensorArg("v", "tokens num_kv_heads head_dim", "q", pinned=True),
             *_ROPE,
             *_caches("q", written=True, pinned="whole"),
+            TensorArg("q_norm", "head_dim", "q", optional=True),
+            TensorArg("k_norm", "head_dim", "q", optional=True),
+            Scalar("norm_eps", float, 1e-6),
         ),
     ),
     Operator(

@@ -122,7 +122,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     if operator in ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8"):
         return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
-        return rope(device, dtype)
+        return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "linear_rope_kv_write":
         return linear_rope(device, dtype)
     if operator in ("attention_plan", "varlen_attention"):

@@ -245,6 +245,9 @@ def rope_arguments():
         slot_mapping=Described((3,), torch.int64),
         cos=angles,
         sin=angles,
+        q_norm=None,
+        k_norm=None,
+        norm_eps=1e-6,
         programmatic=False,
         stream=0,
     )

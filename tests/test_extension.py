@@ -20,6 +20,15 @@ def extension():
 
 
 @pytest.fixture
+def code():
+    """For tests that launch kernels: a build for other architectures alone has none for this GPU."""
+    reason = cuda.why_unavailable()
+    if reason is not None and "is built for the architectures" in reason:
+        pytest.skip(reason)
+    assert reason is None
+
+
+@pytest.fixture
 def swiglu_arguments():
     # Never launched: each test makes one of them wrong, or leaves nothing to do.
     return dict(gate_up=Described((3, 16)), out=Described((3, 8)), stream=0)
@@ -71,7 +80,8 @@ def test_what_runs_on_this_gpu(extension):
     assert code == loader.code_for(torch.cuda.current_device())
     archs = {arch.partition("-")[0] for arch in cuda.build_info()["cuda_archs"]}
     if torch.cuda.get_device_capability() == (9, 0):
-        assert code == ("sm90a" if "90a" in archs else "portable")
+        older = any(int(arch.rstrip("af")) <= 90 for arch in archs)
+        assert code == ("sm90a" if "90a" in archs else "portable" if older else "none")
     else:
         assert code in ("none", "portable")
 
@@ -173,8 +183,7 @@ def strided(rows, columns, row_stride, offset, dtype, fill):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate_size", [1, 7, 8, 96, 257, 4099, 12288])
-def test_swiglu_errs_no_more_than_torch(dtype, intermediate_size):
-    assert cuda.why_unavailable() is None
+def test_swiglu_errs_no_more_than_torch(code, dtype, intermediate_size):
     layouts = [(0, 0), (64, 0), (3, 0), (0, 1), (5, 3)]
     for num_tokens, (padding, offset) in itertools.product([1, 3, 129], layouts):
         compare_swiglu(num_tokens, intermediate_size, padding, offset, dtype)
@@ -203,7 +212,7 @@ def compare_swiglu(num_tokens, intermediate_size, padding, offset, dtype):
 
 
 @pytest.mark.gpu
-def test_swiglu_allocates_handles_extremes_and_empty_inputs():
+def test_swiglu_allocates_handles_extremes_and_empty_inputs(code):
     gate = torch.tensor([[-200.0, -88.0, 0.0, 88.0, 200.0]], device="cuda")
     gate_up = torch.cat([gate, torch.full_like(gate, 2.0)], dim=-1)
     torch.testing.assert_close(cuda.swiglu(gate_up), F.silu(gate) * 2.0)
@@ -212,7 +221,7 @@ def test_swiglu_allocates_handles_extremes_and_empty_inputs():
 
 
 @pytest.mark.gpu
-def test_swiglu_runs_on_the_current_stream():
+def test_swiglu_runs_on_the_current_stream(code):
     stream = torch.cuda.Stream()
     gate_up = torch.randn(64, 512, device="cuda")
     out = torch.zeros(64, 256, device="cuda")

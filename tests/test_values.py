@@ -162,13 +162,14 @@ def test_rows_without_keys_are_no_part_of_a_plan():
 def check_rope(device, backend):
     """Positions that the tables lack give NaN, slots that the cache lacks are left out, the rest is right."""
     wrong, right = (arguments_of("rope_kv_write", "cpu") for _ in range(2))
+    eps = {"norm_eps": wrong.pop("norm_eps")}
     for name in ("k_cache", "v_cache"):  # the last page lies behind the cache that the operator is given
         wrong[name] = right[name] = torch.zeros(4, *wrong[name].shape[1:])
     right["positions"][2], right["slot_mapping"][5] = 0, -1
     wrong["positions"][2:4], wrong["slot_mapping"][5] = torch.tensor([40, -1]), 3 * 16 + 2
     right["positions"][3] = 0
     whole = {name: wrong[name].to(device) for name in ("k_cache", "v_cache")}
-    given = {name: value.to(device) for name, value in wrong.items()} | whole
+    given = {name: value.to(device) for name, value in wrong.items()} | whole | eps
     bbk.rope_kv_write(**given | {name: cache[:3] for name, cache in whole.items()}, backend=backend)
     bbk.rope_kv_write(**right, backend="reference")
     q = given["q"].cpu()

@@ -20,8 +20,12 @@ def rope_kv_write(
     sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
-    """Rotates `q` in place and `k` on its way into the cache, on the current stream.
+    """Norms each head of q and k where asked, rotates `q` in place and `k` on its way into the cache.
 
     `q` [num_tokens, num_heads, head_dim] (*written*), `k` and `v` [num_tokens, num_kv_heads, head_dim] and
     the caches [num_pages, page_size, num_kv_heads, head_dim] (*written*) may be views with any strides but
@@ -47,6 +51,9 @@ def rope_kv_write(
         slot_mapping=slot_mapping.contiguous(),
         cos=cos,
         sin=sin,
+        q_norm=q_norm if q_norm is None else q_norm.contiguous(),
+        k_norm=k_norm if k_norm is None else k_norm.contiguous(),
+        norm_eps=norm_eps,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
         stream=extension.stream_of(q),
     )

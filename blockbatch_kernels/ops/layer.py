@@ -116,9 +116,15 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
 ) -> None:
     """Rotates q and k at their positions (halves, in fp32) and stores k and v in their cache slots.
+
+    With `q_norm` and `k_norm` each head of q and k goes through an RMSNorm first (`rms_norm`, over head_dim),
+    as in Qwen3 and SDAR.
 
     Args:
         q: [tokens, num_heads, head_dim]; *written*: rotated.
@@ -128,12 +134,18 @@ def rope_kv_write(
         cos, sin: [max positions, head_dim / 2] fp32.
         k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim]; *written* at the slots, k after
             rotation.
+        q_norm, k_norm: [head_dim], same dtype as q: weights of the norms, both or neither.
+        norm_eps: added to the mean square.
     """
-    _check_rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
+    _check_rope_kv_write(q, k, v, *where, q_norm, k_norm, norm_eps)
+    if (q_norm is None) != (k_norm is None):
+        given, absent = ("q_norm", "k_norm") if k_norm is None else ("k_norm", "q_norm")
+        raise ValueError(f"{absent}: expected a tensor beside {given}, got None")
     if values.ENABLED:
         values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "rope_kv_write", q)
-    module.rope_kv_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache)
+    module.rope_kv_write(q, k, v, *where, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
 
 
 def linear_rope_kv_write(

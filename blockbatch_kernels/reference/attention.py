@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.reference.norm import rms_norm
 from blockbatch_kernels.structs import AttentionPlan
 
 
@@ -38,6 +39,10 @@ def rope_kv_write(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     cos, sin = (_angles(table, positions).unsqueeze(1) for table in (cos, sin))
     num_slots = k_cache.shape[0] * k_cache.shape[1]
@@ -45,8 +50,9 @@ def rope_kv_write(
     all_stored = bool(stored.all())
     if not all_stored and slot_mapping.is_cpu and int(slot_mapping.max()) >= num_slots:
         raise ValueError(f"slot_mapping: expected values below {num_slots}, got {int(slot_mapping.max())}")
-    q.copy_(_rotate(q, cos, sin))
-    k = _rotate(k, cos, sin)
+    normed_q = q if q_norm is None else rms_norm(q, q_norm, eps=norm_eps)
+    q.copy_(_rotate(normed_q, cos, sin))
+    k = _rotate(k if k_norm is None else rms_norm(k, k_norm, eps=norm_eps), cos, sin)
     if not all_stored:
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
     # By page and offset: the cache may be a view that cannot be flattened without a copy.

@@ -9,10 +9,18 @@ from blockbatch_kernels.triton.launch import on_device_of_first
 
 
 @triton.jit
-def _rotated(pointer, half_offset, cos, sin, inside):
+def _rotated(pointer, half_offset, cos, sin, inside, norm, column, half, eps, NORMED: tl.constexpr):
     """Both rotated halves of [heads, head_dim / 2] at `pointer`, in the dtype they are stored in."""
     first = tl.load(pointer, mask=inside, other=0.0)
     second = tl.load(pointer + half_offset, mask=inside, other=0.0)
+    if NORMED:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * half) + eps)
+        first_weight = tl.load(norm + column, mask=column < half, other=0.0).to(tl.float32)
+        second_weight = tl.load(norm + half + column, mask=column < half, other=0.0).to(tl.float32)
+        # Rounded before they meet the weight, as the published models do.
+        first = ((a * scale).to(first.dtype).to(tl.float32) * first_weight).to(first.dtype)
+        second = ((b * scale).to(second.dtype).to(tl.float32) * second_weight).to(second.dtype)
     first_exact, second_exact = first.to(tl.float32), second.to(tl.float32)
     return (
         (first_exact * cos - second_exact * sin).to(first.dtype),
@@ -31,6 +39,9 @@ def _rope_kv_write_kernel(
     sin,
     k_cache,  # [pages, page_size, num_kv_heads, head_dim]; written
     v_cache,
+    q_norm,  # [head_dim], where NORMED
+    k_norm,
+    norm_eps,
     num_heads,
     num_kv_heads,
     page_size,
@@ -48,6 +59,7 @@ def _rope_kv_write_kernel(
     slot_stride,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -66,7 +78,9 @@ def _rope_kv_write_kernel(
 
     inside = (head < num_heads) & in_half
     pointer = q + token * q_strides[0] + head * q_strides[1] + column * q_strides[2]
-    first, second = _rotated(pointer, half * q_strides[2], cosine, sine, inside)
+    first, second = _rotated(
+        pointer, half * q_strides[2], cosine, sine, inside, q_norm, column, half, norm_eps, NORMED
+    )
     tl.store(pointer, first, mask=inside)
     tl.store(pointer + half * q_strides[2], second, mask=inside)
 
@@ -74,7 +88,9 @@ def _rope_kv_write_kernel(
         inside = (head < num_kv_heads) & in_half
         page, offset = slot // page_size, slot % page_size
         pointer = k + token * k_strides[0] + head * k_strides[1] + column * k_strides[2]
-        first, second = _rotated(pointer, half * k_strides[2], cosine, sine, inside)
+        first, second = _rotated(
+            pointer, half * k_strides[2], cosine, sine, inside, k_norm, column, half, norm_eps, NORMED
+        )
         target = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
         target += head * k_cache_strides[2] + column * k_cache_strides[3]
         tl.store(target, first, mask=inside)
@@ -99,6 +115,10 @@ def rope_kv_write(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], head_dim // 2
@@ -116,6 +136,9 @@ def rope_kv_write(
         sin,
         k_cache,
         v_cache,
+        q if q_norm is None else q_norm.contiguous(),
+        q if k_norm is None else k_norm.contiguous(),
+        norm_eps,
         num_heads,
         num_kv_heads,
         k_cache.shape[1],
@@ -133,5 +156,6 @@ def rope_kv_write(
         slot_mapping.stride(0),
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
+        NORMED=q_norm is not None,
         num_warps=tuning.TRITON_ROPE.num_warps,
     )

@@ -86,12 +86,16 @@ CacheView cache_view(const TensorView& cache) {
 void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
                         const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
+                        const TensorView& q_norm, const TensorView& k_norm, float norm_eps,
                         bool programmatic) {
   RopeKvWriteParams params{};
-  params.dtype = float_dtype({&q, &k, &v, &k_cache, &v_cache});
+  params.dtype = float_dtype({&q, &k, &v, &k_cache, &v_cache, &q_norm, &k_norm});
   read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &params);
   params.k = heads_view(k);
   params.v = heads_view(v);
+  params.q_norm = q_norm.contiguous().data_or_null<const void>();
+  params.k_norm = k_norm.contiguous().data_or_null<const void>();
+  params.norm_eps = norm_eps;
   rope_kv_write(params, programmatic, call.launch_on_gpu());
 }
 
@@ -125,9 +129,9 @@ void bind_layer(py::module_& module) {
                              {"x", "weight", "residual", "out", "scale", "eps", "programmatic"});
   define<&call_swiglu_fp8>(module, "swiglu_fp8", {"gate_up", "out", "scale", "programmatic"});
   define<&call_swiglu>(module, "swiglu", {"gate_up", "out"});
-  define<&call_rope_kv_write>(
-      module, "rope_kv_write",
-      {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin", "programmatic"});
+  define<&call_rope_kv_write>(module, "rope_kv_write",
+                              {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin",
+                               "q_norm", "k_norm", "norm_eps", "programmatic"});
 }
 
 }  // namespace bbk

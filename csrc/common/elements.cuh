@@ -32,6 +32,12 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// RMSNorm: x / rms(x) is rounded before it meets the weight, as the published models do.
+template <typename T>
+__device__ __forceinline__ T scaled(float value, float scale, T weight) {
+  return from_float<T>(to_float(weight) * to_float(from_float<T>(value * scale)));
+}
+
 // Two neighbouring 16-bit elements, `first` at the lower address.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second);

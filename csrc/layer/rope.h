@@ -19,7 +19,8 @@ struct CacheView {
   int64_t head_stride;
 };
 
-// Rotates q in place and k on its way into the cache, at their tokens' positions, and stores v beside it.
+// Norms (where asked) and rotates q in place and k on its way into the cache, at their tokens' positions, and
+// stores v beside it.
 struct RopeKvWriteParams {
   HeadsView q;               // num_heads, written
   HeadsView k;               // num_kv_heads
@@ -30,6 +31,9 @@ struct RopeKvWriteParams {
   const int64_t* slots;      // [num_tokens], page * page_size + offset; outside of the cache: not stored
   const float* cos;          // [num_positions, head_dim / 2]
   const float* sin;          // [num_positions, head_dim / 2]
+  const void* q_norm;        // [head_dim]: RMSNorm over each head in front of the rotation; null: none
+  const void* k_norm;        // [head_dim], null where q_norm is
+  float norm_eps;
   int64_t cos_row_stride;
   int64_t sin_row_stride;
   int64_t num_tokens;

@@ -34,12 +34,6 @@ __device__ __forceinline__ float inverse_rms(float sum_of_squares, int64_t dim, 
   return __frsqrt_rn(sum_of_squares / static_cast<float>(dim) + eps);
 }
 
-// x / rms(x) is rounded before it meets the weight, as the published models do.
-template <typename T>
-__device__ __forceinline__ T scaled(float value, float scale, T weight) {
-  return from_float<T>(to_float(weight) * to_float(from_float<T>(value * scale)));
-}
-
 template <typename T>
 __device__ __forceinline__ T rounded_sum(T a, T b) {
   return from_float<T>(to_float(a) + to_float(b));

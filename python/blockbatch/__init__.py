@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
     from blockbatch.decoding import NonFiniteLogitsError
     from blockbatch.generation import generate, stream
+    from blockbatch.infill import fill
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
-    from blockbatch.result import Result
+    from blockbatch.result import FillResult, Gap, Result
+    from blockbatch.streaming import Stream
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
 
@@ -33,10 +35,14 @@ _HOMES = {
     "BranchResult": "blockbatch.branches",
     "CheckpointError": "blockbatch.models",
     "DecodeConfig": "blockbatch.config",
+    "FillResult": "blockbatch.result",
+    "Gap": "blockbatch.result",
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
     "Result": "blockbatch.result",
+    "Stream": "blockbatch.streaming",
     "__version__": "blockbatch_kernels",
+    "fill": "blockbatch.infill",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
@@ -50,10 +56,14 @@ __all__ = [
     "BranchResult",
     "CheckpointError",
     "DecodeConfig",
+    "FillResult",
+    "Gap",
     "Model",
     "NonFiniteLogitsError",
     "Result",
+    "Stream",
     "__version__",
+    "fill",
     "generate",
     "load_model",
     "load_trace",

@@ -1,20 +1,14 @@
-"""What texts of a block-causal model need of the device's memory, and the pool that their pages come from."""
+"""What texts of a block-causal model need of the device's memory."""
 
 from __future__ import annotations
 
-import weakref
-
 from blockbatch import kv_cache
 from blockbatch.decoding.block_diffusion import BlockMethod
-from blockbatch.decoding.block_forward import BlockForward
+from blockbatch.decoding.block_pool import GROWTH as GROWTH
+from blockbatch.decoding.block_pool import open_forward as open_forward
+from blockbatch.decoding.block_pool import page_bytes, scratch_pages
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models.model import Model
-from blockbatch.text_pages import TextPages
-
-# While a pool grows, its pages are there twice.
-GROWTH = 2
-# Of a text a GPU's pool makes room for so many at once: captured steps are of no use once it has moved.
-_FIRST_POSITIONS = 4096
 
 
 def cache_bytes(model: Model, method: BlockMethod, num_requests: int, longest: int, *, least: bool) -> int:
@@ -25,7 +19,7 @@ def cache_bytes(model: Model, method: BlockMethod, num_requests: int, longest: i
     """
     size = method.block_size
     positions = (longest // size + 1) * size if method.grow and least else method.positions(longest)
-    return num_requests * (kv_cache.pages_per_row(positions) + _scratch(method)) * page_bytes(model)
+    return num_requests * (kv_cache.pages_per_row(positions) + scratch_pages(method)) * page_bytes(model)
 
 
 def work_tokens(model: Model, method: BlockMethod, num_requests: int, longest: int) -> int:
@@ -38,48 +32,3 @@ def work_tokens(model: Model, method: BlockMethod, num_requests: int, longest: i
 def held_bytes(model: Model) -> int:
     """Bytes of the pages that texts hold now."""
     return 0 if model.pool is None else model.pool.held() * page_bytes(model)
-
-
-def page_bytes(model: Model) -> int:
-    spec = model.spec
-    return kv_cache.cache_bytes(
-        1,
-        kv_cache.PAGE_SIZE,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=model.dtype,
-    )
-
-
-def open_forward(model: Model, method: BlockMethod, lengths: list[int], free: int) -> BlockForward:
-    """The model's pool with what runs on it, made at the first call.
-
-    Args:
-        lengths: of the prompts to come.
-        free: bytes that the pool may take beside what it has, unless the model's `cache_bytes` says it.
-    """
-    spec = model.spec
-    if model.block_forward is None:
-        pool = TextPages(
-            0,
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        model.pool, model.block_forward = pool, BlockForward(weakref.proxy(model), pool)
-    pool = model.pool
-    limit = free // GROWTH if model.cache_bytes is None else model.cache_bytes
-    pool.most_pages = max(limit // page_bytes(model), len(pool))
-    if model.device.type == "cuda":
-        pages = kv_cache.pages_per_row
-        firsts = (min(method.positions(length), length + _FIRST_POSITIONS) for length in lengths)
-        pool.reserve(sum(pages(first) + _scratch(method) for first in firsts))
-    return model.block_forward
-
-
-def _scratch(method: BlockMethod) -> int:
-    """Pages of the blocks of all branches but the first."""
-    return (max(len(method.block_sizes), 1) - 1) * kv_cache.pages_per_row(method.block_size)

@@ -18,8 +18,8 @@ from blockbatch.methods import (
     fitting_block_sizes,
     preset_options,
 )
-from blockbatch.texts import check_text
-from blockbatch.values import as_bool, as_float, as_int
+from blockbatch.option_checks import as_texts, as_tuple, checked_drafts, checked_int, checked_probability
+from blockbatch.values import as_bool
 
 COMMIT_RULES = ("threshold", "local_leap")
 REFRESH_SCOPES = ("canvas", "generation")
@@ -34,8 +34,6 @@ _DREAM_FIXES = {
     "query_span": "window",
     "commit": "threshold",
 }
-# Rows of a request beside its branch.
-MAX_DRAFTS = 31
 
 
 class _Default:
@@ -192,9 +190,9 @@ class DecodeConfig:
         if self.eos_exit not in EOS_EXITS and not free:
             raise ValueError(f"eos_exit: expected one of {', '.join(EOS_EXITS)}, got {self.eos_exit!r}")
         if self.eos_token_ids is not None:
-            ids = _as_tuple("eos_token_ids", self.eos_token_ids)
-            self._set("eos_token_ids", tuple(_checked_int("eos_token_ids", token, 0) for token in ids))
-        self._set("stop", _as_texts("stop", self.stop))
+            ids = as_tuple("eos_token_ids", self.eos_token_ids)
+            self._set("eos_token_ids", tuple(checked_int("eos_token_ids", token, 0) for token in ids))
+        self._set("stop", as_texts("stop", self.stop))
         for name in ("trace", "trace_kv"):
             flag = as_bool(getattr(self, name))
             if flag is None:
@@ -207,7 +205,7 @@ class DecodeConfig:
         object.__setattr__(self, name, value)
 
     def _set_int(self, name: str, least: int) -> None:
-        self._set(name, _checked_int(name, getattr(self, name), least))
+        self._set(name, checked_int(name, getattr(self, name), least))
 
     def _fill_defaults(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -254,7 +252,7 @@ class DecodeConfig:
     def _check_blocks(self) -> None:
         options = METHOD_OPTIONS[self.method]
         if "block_sizes" in options:
-            sizes = _as_tuple("block_sizes", self.block_sizes)
+            sizes = as_tuple("block_sizes", self.block_sizes)
             if not sizes:
                 raise ValueError("block_sizes: expected at least one size, got none")
             sizes = tuple(self._checked_block_size("block_sizes", size) for size in sizes)
@@ -275,7 +273,7 @@ class DecodeConfig:
                 )
 
     def _checked_block_size(self, name: str, size: Any) -> int:
-        size = _checked_int(name, size, 1)
+        size = checked_int(name, size, 1)
         if self.gen_length % size:
             raise ValueError(f"{name}: expected divisors of gen_length = {self.gen_length}, got {size}")
         return size
@@ -285,7 +283,7 @@ class DecodeConfig:
         budget = self.max_step_tokens
         if budget is None:
             return tuple(sizes)
-        budget = _checked_int("max_step_tokens", budget, 1)
+        budget = checked_int("max_step_tokens", budget, 1)
         self._set("max_step_tokens", budget)
         if budget < sizes[0]:
             raise ValueError(
@@ -314,20 +312,7 @@ class DecodeConfig:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.drafts is None:
             return
-        drafts = tuple(_checked_int("drafts", length, 1) for length in _as_tuple("drafts", self.drafts))
-        if not drafts or sorted(set(drafts)) != list(drafts) or len(drafts) > MAX_DRAFTS:
-            raise ValueError(f"drafts: expected 1 to {MAX_DRAFTS} ascending numbers, got {drafts}")
-        if drafts[-1] >= self.block_size:
-            raise ValueError(
-                f"drafts: expected numbers below block_size = {self.block_size}, since a draft leaves a "
-                f"MASK, got {drafts[-1]}"
-            )
-        if self.query_span != "window":
-            raise ValueError(
-                f'drafts: expected query_span="window", where a draft computes just what the next forward '
-                f"would, got {self.query_span!r}"
-            )
-        self._set("drafts", drafts)
+        self._set("drafts", checked_drafts(self.drafts, self.block_size, self.query_span))
 
     def _check_thresholds(self) -> None:
         options = METHOD_OPTIONS[self.method]
@@ -350,51 +335,10 @@ class DecodeConfig:
             self._set_probability("leap_threshold", above=0.0)
 
     def _set_probability(self, name: str, *, above: float | None = None, least: float | None = None) -> None:
-        given = getattr(self, name)
-        value = as_float(given)
-        if value is None:
-            raise TypeError(f"{name}: expected a number, got {given!r}")
-        low_enough = value > above if above is not None else value >= least
-        if not (low_enough and value <= 1.0):
-            bounds = f"above {above:g} and at most 1" if above is not None else f"from {least:g} to 1"
-            raise ValueError(f"{name}: expected a value {bounds}, got {given}")
-        self._set(name, value)
+        self._set(name, checked_probability(name, getattr(self, name), above=above, least=least))
 
 
 def decode_settings(config: DecodeConfig) -> dict[str, Any]:
     """The options that the method has, as they were used."""
     names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids", "stop")
     return {name: getattr(config, name) for name in names}
-
-
-def _checked_int(name: str, value: Any, least: int) -> int:
-    number = as_int(value)
-    if number is None:
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return number
-
-
-def _as_tuple(name: str, value: Any) -> tuple:
-    members = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(members, (str, bytes)) or not hasattr(members, "__iter__"):
-        raise TypeError(f"{name}: expected a sequence of integers, got {value!r}")
-    return tuple(members)
-
-
-def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        texts, names = (value,), (name,)
-    elif isinstance(value, (bytes, bytearray)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}: expected a sequence of texts, got {value!r}")
-    else:
-        texts = tuple(value)
-        names = tuple(f"{name}[{index}]" for index in range(len(texts)))
-    for text, called in zip(texts, names):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}: expected texts, got {text!r}")
-        if not text:
-            raise ValueError(f"{name}: expected texts of at least one character, got an empty one")
-        check_text(text, called)
-    return tuple(map(str, texts))

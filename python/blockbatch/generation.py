@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from blockbatch import block_memory, devices, memory
+from blockbatch import block_memory, devices, gaps, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.decoding.block_diffusion import warn_of_size
 from blockbatch.decoding.choice import eos_token_ids, method_for
+from blockbatch.decoding.prompt_checks import check_prompt, check_stop
+from blockbatch.decoding.results import build_result
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
-from blockbatch.prompts import Prompt, check_prompt, read_prompts
+from blockbatch.prompts import Prompt, read_prompts
 from blockbatch.result import Result
-from blockbatch.stops import PrefixReader, StopSequences, cut
+from blockbatch.stops import PrefixReader, StopSequences
+from blockbatch.streaming import Stream
 from blockbatch.tracing import Record, TraceRecorder, open_recorder
+from blockbatch.values import as_list
+
+# One for all prompts, or one for each.
+Configs = DecodeConfig | Sequence[DecodeConfig] | None
+Ended = Session | BlockSession
 
 
 def generate(
-    model: Model, prompt: Prompt | Sequence[Prompt], config: DecodeConfig | None = None
+    model: Model, prompt: Prompt | Sequence[Prompt], config: Configs = None
 ) -> Result | list[Result]:
     """Decodes one prompt or several.
 
@@ -33,7 +41,8 @@ def generate(
         prompt: text, token ids, or a list of either; ids may be of numpy or torch. Text is encoded as it is:
             no chat template is added, and a beginning of text only where the tokenizer's settings ask for it
             (`add_bos_token`).
-        config: defaults to `DecodeConfig()`.
+        config: defaults to `DecodeConfig()`. Of several prompts each may have its own, of any method: a list
+            as long as that of the prompts. Those of equal settings run together.
 
     Returns:
         one `Result` for one prompt, else a list; an empty list for an empty list.
@@ -46,6 +55,8 @@ def generate(
     """
     prompts, single = read_prompts(model, prompt)
     names = ["prompt"] if single else [f"prompt[{index}]" for index in range(len(prompts))]
+    if single and config is not None and not isinstance(config, DecodeConfig):
+        raise TypeError(f"config: expected a DecodeConfig for one prompt, got {type(config).__name__}")
     results = decode(model, prompts, config, names)
     return results[0] if single else results
 
@@ -53,7 +64,7 @@ def generate(
 def decode(
     model: Model,
     prompts: Sequence[list[int]],
-    config: DecodeConfig | None = None,
+    config: Configs = None,
     names: Sequence[str] | None = None,
 ) -> list[Result]:
     """The results of prompts that are token ids already, as `generate` gives them.
@@ -61,24 +72,70 @@ def decode(
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
     """
-    config = (DecodeConfig() if config is None else config).for_model(model.spec)
-    for index, ids in enumerate(prompts):
-        check_prompt(model, ids, config, names[index] if names else f"prompt[{index}]")
-    _check_stop(model, config)
-    results: list[Result] = []
-    while len(results) < len(prompts):
-        batch, session = _open(model, prompts[len(results) :], config)
+    names = names or [f"prompt[{index}]" for index in range(len(prompts))]
+    groups: dict[DecodeConfig, list[int]] = {}
+    for index, own in enumerate(each_config(config, len(prompts))):
+        groups.setdefault(own.for_model(model.spec), []).append(index)
+    for own, members in groups.items():
+        for index in members:
+            check_prompt(model, prompts[index], own, names[index])
+        check_stop(model, own)
+    results: dict[int, Result] = {}
+
+    def finish(session: Ended, request: int, index: int, trace: list[Record] | None) -> None:
+        results[index] = build_result(model, session, request, trace)
+
+    for own, members in groups.items():
+        decode_group(model, prompts, own, members, names, finish)
+    return [results[index] for index in range(len(prompts))]
+
+
+def each_config(config: Configs, count: int) -> list[DecodeConfig]:
+    """The settings of each of so many prompts."""
+    if config is None or isinstance(config, DecodeConfig):
+        return [DecodeConfig() if config is None else config] * count
+    configs = as_list(config)
+    if configs is None:
+        raise TypeError(f"config: expected a DecodeConfig or a list of them, got {type(config).__name__}")
+    for index, own in enumerate(configs):
+        if not isinstance(own, DecodeConfig):
+            raise TypeError(f"config[{index}]: expected a DecodeConfig, got {type(own).__name__}")
+    if len(configs) != count:
+        raise ValueError(f"config: expected one for each of {count} prompts, got {len(configs)}")
+    return configs
+
+
+def decode_group(
+    model: Model,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    members: list[int],
+    names: Sequence[str],
+    finish: Callable[[Ended, int, int, list[Record] | None], None],
+    regions: Sequence[list[int]] | None = None,
+) -> None:
+    """Decodes prompts of the same settings, as many at a time as fit.
+
+    Args:
+        config: settled for the model, and checked.
+        members: their places among `prompts`, `names` and `regions`.
+        names: what messages call them.
+        finish: called with the session at its end, the request, its place, and its trace if there is one.
+        regions: as of `Session`, of equal length for all members.
+    """
+    while members:
+        held = None if regions is None else [regions[index] for index in members]
+        batch, session = _open(model, [prompts[index] for index in members], config, held)
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
             del session, recorder
-            index = len(results) + failed.request
-            raise failed.of(names[index] if names else f"prompt[{index}]", index)
-        for request in range(len(batch)):
-            trace = recorder.traces[request] if recorder else None
-            results.append(build_result(model, session, request, trace))
+            index = members[failed.request]
+            raise failed.of(names[index], index)
+        for request, index in enumerate(members[: len(batch)]):
+            finish(session, request, index, recorder.traces[request] if recorder else None)
+        members = members[len(batch) :]
         del session, recorder  # its buffers serve the next batch
-    return results
 
 
 def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsError | None:
@@ -93,31 +150,32 @@ def _run(session: Session, recorder: TraceRecorder | None) -> NonFiniteLogitsErr
     return None
 
 
-def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Iterator[str]:
-    """Yields the text of one prompt piece by piece, as its prefix becomes final.
+def stream(model: Model, prompt: Prompt, config: DecodeConfig | None = None) -> Stream:
+    """The text of one prompt piece by piece, as its prefix becomes final.
 
     A position is final once every branch holds the same token there. The pieces together are
-    `generate(...).text`.
+    `generate(...).text`; `result` of what is returned is that `Result` once the last piece was read. Left
+    early, `with stream(...) as pieces` ends the decode.
+
+    Raises:
+        what `generate` raises, bad input before any work.
     """
+    if config is not None and not isinstance(config, DecodeConfig):
+        raise TypeError(f"config: expected a DecodeConfig for one prompt, got {type(config).__name__}")
     config = (DecodeConfig() if config is None else config).for_model(model.spec)
     if model.tokenizer is None:
         raise ValueError("model: expected a model with a tokenizer to stream text, got one without")
     prompts, single = read_prompts(model, prompt)
     if not single:
         raise ValueError(f"prompt: expected one prompt, got a list of {len(prompts)}")
-    # A generator function would put the checks off until the first piece is asked for.
-    return _stream(model, open_session(model, prompts[0], config), config)
-
-
-def _stream(model: Model, session: Session | BlockSession, config: DecodeConfig) -> Iterator[str]:
+    session = open_session(model, prompts[0], config)
     reader = PrefixReader(model.tokenizer, config.stop, session.params.eos_token_ids)
-    length = 0
-    while session.step() is not None:
-        if piece := reader.push(final_prefix(session)):
-            length += len(piece)
-            yield piece
-    if rest := build_result(model, session, 0).text[length:]:
-        yield rest
+    return Stream(
+        session,
+        open_recorder(session, config),
+        reader,
+        lambda *ended: build_result(model, ended[0], 0, ended[1]),
+    )
 
 
 def final_prefix(session: Session | BlockSession, request: int = 0) -> list[int]:
@@ -132,83 +190,52 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session 
     """
     config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
-    _check_stop(model, config)
+    check_stop(model, config)
     return _open(model, [ids], config)[1]
 
 
 def _open(
-    model: Model, prompts: Sequence[list[int]], config: DecodeConfig
+    model: Model,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    regions: Sequence[list[int]] | None = None,
 ) -> tuple[list[list[int]], Session]:
     """The first prompts, as many as fit, and their session."""
     with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
-        batch = memory.first_batch(model, list(prompts), config)
-        return batch, _session(model, batch, config)
+        if regions is None:
+            batch = memory.first_batch(model, list(prompts), config)
+            return batch, _session(model, batch, config)
+        batch = memory.first_batch(model, list(prompts), config, len(regions[0]))
+        return batch, _session(model, batch, config, regions[: len(batch)])
 
 
-def _session(model: Model, prompts: list[list[int]], config: DecodeConfig) -> Session | BlockSession:
+def _session(
+    model: Model,
+    prompts: list[list[int]],
+    config: DecodeConfig,
+    regions: Sequence[list[int]] | None = None,
+) -> Session | BlockSession:
     method = method_for(model, config)
     stops = None
     if config.stop:
         ends = eos_token_ids(model, config)
-        stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts))
+        spans = None if regions is None else [gaps.last(held, model.spec.mask_token_id) for held in regions]
+        stops = StopSequences(model.tokenizer, config.stop, ends, len(prompts), spans)
     if is_block_causal(model.spec):
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
         return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
+    gen_length = config.gen_length if regions is None else len(regions[0])
+    options = dict(observed=config.trace, stops=stops, regions=regions)
     if model.device.type == "cpu":
-        return Session(model, prompts, method, config.gen_length, observed=config.trace, stops=stops)
+        return Session(model, prompts, method, gen_length, **options)
     if model.runners is None:
         model.runners = RunnerPool()
     longest = max(len(prompt) for prompt in prompts)
     max_prompt = memory.longest_prompt(model.device, longest)
-    shape = (len(prompts), method, config.gen_length, max_prompt)
-    needed = memory.needs(model, config, len(prompts), longest)
+    shape = (len(prompts), method, gen_length, max_prompt)
+    needed = memory.needs(model, config, len(prompts), longest, region=gen_length)
     more = sum(needed) - (needed.cache if model.runners.has(*shape) else 0)
     model.runners.make_room(more, memory.free_bytes(model) - model.runners.idle_bytes(), keep=shape)
-    return model.runners.open_session(model, prompts, *shape[1:], observed=config.trace, stops=stops)
-
-
-def _check_stop(model: Model, config: DecodeConfig) -> None:
-    if not config.stop:
-        return
-    if model.tokenizer is None:
-        raise ValueError("stop: expected a model with a tokenizer to find texts, got one without")
-    for text in config.stop:
-        if model.tokenizer.token_to_id(text) == model.spec.mask_token_id:
-            raise ValueError(f"stop: expected texts that can be decoded, got the MASK token {text!r}")
-
-
-def _before_eos(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in eos_token_ids:
-            return tokens[:position]
-    return tokens
-
-
-def build_result(
-    model: Model, session: Session | BlockSession, request: int, trace: list[Record] | None = None
-) -> Result:
-    """The result of a finished request of a session."""
-    outcome = session.outcome(request)
-    tokens, stop_reason = outcome.canvas, outcome.stop_reason
-    if session.stops is not None:
-        tokens, text, stopped = cut(
-            model.tokenizer, tokens, session.stops.texts, session.params.eos_token_ids
-        )
-        stop_reason = "stop" if stopped else stop_reason
-    else:
-        tokens = _before_eos(tokens, session.params.eos_token_ids)
-        text = model.tokenizer.decode(tokens) if model.tokenizer else None
-    return Result(
-        text=text,
-        tokens=tokens,
-        canvas=outcome.canvas,
-        nfe=outcome.nfe,
-        stop_reason=stop_reason,
-        block_size=outcome.branches[outcome.winner].block_size,
-        branches=outcome.branches,
-        seconds=session.seconds[request],
-        trace=trace,
-        prefix_tokens=outcome.prefix_tokens,
-    )
+    return model.runners.open_session(model, prompts, *shape[1:], **options)

@@ -56,11 +56,18 @@ def longest_prompt(device: torch.device, longest: int) -> int:
 
 
 def needs(
-    model: Model, config: DecodeConfig, num_requests: int, longest: int, *, least: bool = False
+    model: Model,
+    config: DecodeConfig,
+    num_requests: int,
+    longest: int,
+    *,
+    least: bool = False,
+    region: int | None = None,
 ) -> Needs:
     """What a batch of `num_requests` prompts of at most `longest` tokens takes.
 
     Args:
+        region: positions behind a prompt; None: the settings' `gen_length`.
         least: with `max_length="grow"` what the first block takes, rather than the whole text.
     """
     spec, dtype, device = model.spec, model.dtype, model.device
@@ -68,7 +75,8 @@ def needs(
         return _block_needs(model, config, num_requests, longest, least)
     method: Method = method_for(model, config)
     num_branches, prompt = len(method.block_sizes), longest_prompt(device, longest)
-    rows, length = num_requests * num_branches, prompt + config.gen_length
+    gen_length = config.gen_length if region is None else region
+    rows, length = num_requests * num_branches, prompt + gen_length
     cache = kv_cache.cache_bytes(
         rows,
         length,
@@ -78,15 +86,15 @@ def needs(
         dtype=dtype,
     )
     if config.policy == "dream_published":
-        cache += rows * config.gen_length * bbk.map_entries(config.block_sizes, config.gen_length) * 8
+        cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
     kinds = dict(compiled=compiled, quantized=model.quantization is not None)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
     whole = min(rows * length, max(length, ROW_TOKENS[device.type]))
-    step = most_tokens(method, num_requests, prompt, config.gen_length)
-    region = min(rows * length, rows * (config.gen_length + spec.prediction_offset))
-    work = transformer.activation_bytes(spec, dtype, max(whole, step, region), **kinds)
-    rest = rows * config.gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
+    step = most_tokens(method, num_requests, prompt, gen_length)
+    regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
+    work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), **kinds)
+    rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads
         rest += length * row * spec.head_dim * max(dtype.itemsize, 4)
@@ -125,10 +133,12 @@ def free_bytes(model: Model) -> int:
     return max(0, free - pool_bytes(model.device) + idle)
 
 
-def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) -> list[list[int]]:
+def first_batch(
+    model: Model, prompts: list[list[int]], config: DecodeConfig, region: int | None = None
+) -> list[list[int]]:
     """The first of `prompts`, as many as `cache_bytes`, or else the free memory, has room for.
 
-    Called in the turn in which the batch is made, so that what is free still is.
+    Called in the turn in which the batch is made, so that what is free still is. `region` as of `needs`.
 
     Raises:
         MemoryError: one of the prompts, alone, does not fit.
@@ -142,7 +152,7 @@ def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) ->
         limit -= block_memory.held_bytes(model)
 
     def needed(requests: int, longest: int, least: bool = False) -> int:
-        total = needs(model, config, requests, longest, least=least)
+        total = needs(model, config, requests, longest, least=least, region=region)
         return total.cache if model.cache_bytes is not None else sum(total)
 
     longest = max(map(len, prompts))
@@ -152,7 +162,7 @@ def first_batch(model: Model, prompts: list[list[int]], config: DecodeConfig) ->
             rows += f" and {len(config.drafts)} drafts" if len(config.drafts) > 1 else " and 1 draft"
         raise MemoryError(
             f"{source}: expected at least {least:,} bytes for {purpose} of "
-            f"{rows} of {longest + config.gen_length} positions, got {limit:,}{_others(model)}"
+            f"{rows} of {longest + (region or config.gen_length)} positions, got {limit:,}{_others(model)}"
         )
     lengths = list(itertools.accumulate(map(len, prompts), max))
     # More prompts need more, so the first number that is too many is found by halving.

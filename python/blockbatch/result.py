@@ -44,3 +44,35 @@ class Result:
     def adopted(self) -> int:
         """Forwards that were taken over from drafts; the decode without drafts has as many more."""
         return sum(branch.adopted for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A gap of a filled text.
+
+    Attributes:
+        start, length: where it stands among the tokens that were given, in tokens.
+        tokens: the ids that fill it, up to its first EOS or stop sequence.
+        text: these as text; None if the model has no tokenizer.
+    """
+
+    start: int
+    length: int
+    tokens: list[int]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class FillResult(Result):
+    """One text whose gaps were filled. What differs from `Result`:
+
+    Attributes:
+        text: the whole text, what was given as it was given. A gap ends before its first EOS, and before the
+            first of the config's stop sequences in it; what it held behind is left out.
+        tokens: ids of the whole text, without what is left out.
+        canvas: all ids, as many as were given. MASK where the last gap ended early by a stop sequence.
+        stop_reason: "length": all gaps were decoded to their end; "stop": a stop sequence stands in one.
+        gaps: what each gap got, in their order; gaps side by side are one.
+    """
+
+    gaps: tuple[Gap, ...] = ()

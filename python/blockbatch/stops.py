@@ -91,18 +91,25 @@ class StopSequences:
     Args:
         tokenizer, texts, eos_token_ids: see `PrefixReader`.
         num_requests: of the batch.
+        spans: for each request start and end of the tokens in which it looks; None: in all.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, texts: Sequence[str], eos_token_ids: Sequence[int], num_requests: int
+        self,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        eos_token_ids: Sequence[int],
+        num_requests: int,
+        spans: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self.texts = tuple(texts)
+        self._spans = spans or [(0, None)] * num_requests
         self._readers = [PrefixReader(tokenizer, texts, eos_token_ids) for _ in range(num_requests)]
 
     def ended(self, prefixes: Sequence[Sequence[int]]) -> list[int]:
         """The requests whose final tokens hold a stop sequence."""
-        for reader, prefix in zip(self._readers, prefixes, strict=True):
-            reader.push(prefix)
+        for reader, prefix, (start, end) in zip(self._readers, prefixes, self._spans, strict=True):
+            reader.push(prefix[start:end])
         return [request for request, reader in enumerate(self._readers) if reader.found]
 
 

@@ -41,14 +41,16 @@ class OracleResult:
         return self.nfe_init + self.nfe_block + self.nfe_refresh
 
 
-def decode(model, prompt, config):
+def decode(model, prompt, config, region=None):
     """Decode `prompt` (a list of ids) by `config.method`. config: an OracleConfig.
+
+    region: what stands behind the prompt, MASK where it is to be decoded, MASK first; None: gen_length MASKs.
 
     Raises RuntimeError after 4 * gen_length + 16 forwards: a model that goes on predicting MASK never ends.
     """
     config = config.resolve()
     state = policy.new_state(
-        prompt, config, model.mask_token_id, model.eos_token_ids, model.prediction_offset
+        prompt, config, model.mask_token_id, model.eos_token_ids, model.prediction_offset, region
     )
     branches = state["branches"]
     length = policy.length_of(state)

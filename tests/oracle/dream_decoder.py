@@ -36,9 +36,9 @@ class DreamResult:
     events: list
 
 
-def decode(model, prompt, config):
-    """Decode `prompt`, a list of at least one id."""
-    state = policy.new_state(prompt, config, model.mask_token_id, model.eos_token_ids)
+def decode(model, prompt, config, region=None):
+    """Decode `prompt`, a list of at least one id; region as of `decoders.decode`."""
+    state = policy.new_state(prompt, config, model.mask_token_id, model.eos_token_ids, region)
     branches, length = state["branches"], policy.length_of(state)
     offset = model.prediction_offset
     nfe, events = {"init": 1, "block": 0, "refresh": 0}, [["init"]]

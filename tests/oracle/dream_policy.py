@@ -26,11 +26,12 @@ import numpy as np
 STORED, TAKEN = np.float32(0.2), np.float32(0.5)
 
 
-def new_state(prompt, config, mask_token_id, eos_token_ids):
+def new_state(prompt, config, mask_token_id, eos_token_ids, region=None):
     """The state before the first forward; of the config it asks block_sizes, gen_length and eos_exit."""
+    region = [mask_token_id] * config.gen_length if region is None else list(region)
     state = {
         "prompt_length": len(prompt),
-        "gen_length": config.gen_length,
+        "gen_length": len(region),
         "mask_token_id": mask_token_id,
         "eos_token_ids": set() if config.eos_exit == "none" else set(eos_token_ids),
         "winner": None,
@@ -43,7 +44,7 @@ def new_state(prompt, config, mask_token_id, eos_token_ids):
     for size in sorted(config.block_sizes):
         branch = {
             "block_size": size,
-            "tokens": list(prompt) + [mask_token_id] * config.gen_length,
+            "tokens": list(prompt) + region,
             "since": 0,
             "map": {},
             "committed": 0,

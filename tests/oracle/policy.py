@@ -34,13 +34,14 @@ Probabilities and thresholds are compared as float32.
 import numpy as np
 
 
-def new_state(prompt, config, mask_token_id, eos_token_ids, prediction_offset=0):
-    """The state before the first forward. config: a resolved OracleConfig."""
-    start, length = len(prompt), len(prompt) + config.gen_length
+def new_state(prompt, config, mask_token_id, eos_token_ids, prediction_offset=0, region=None):
+    """The state before the first forward. config: a resolved OracleConfig; region: see `decoders.decode`."""
+    region = [mask_token_id] * config.gen_length if region is None else list(region)
+    start, length = len(prompt), len(prompt) + len(region)
     branches = [
         {
             "block_size": size,
-            "tokens": list(prompt) + [mask_token_id] * config.gen_length,
+            "tokens": list(prompt) + region,
             "window": (start, min(start + size, length)),
             "decoded": 0,
             "progress": 0,
@@ -59,7 +60,7 @@ def new_state(prompt, config, mask_token_id, eos_token_ids, prediction_offset=0)
     ]
     return {
         "prompt_length": start,
-        "gen_length": config.gen_length,
+        "gen_length": len(region),
         "mask_token_id": mask_token_id,
         "eos_token_ids": set(eos_token_ids),
         "prediction_offset": prediction_offset,

@@ -22,6 +22,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
     group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
+    )
+    group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
     group.add_argument(
@@ -78,17 +81,22 @@ def load(options: argparse.Namespace) -> Model:
         dtype=options.dtype,
         backend=options.backend,
         quantization=options.quantization,
+        adapter=options.adapter,
     )
 
 
 def decode_config(options: argparse.Namespace, **more: Any) -> DecodeConfig:
     """The settings: only what was given on the command line, the rest is left to preset and method."""
-    given = {
-        option.name: getattr(options, option.name) for option in OPTIONS if hasattr(options, option.name)
-    }
-    if options.preset is not None:
-        return DecodeConfig.preset(options.preset, **given, **more)
-    return DecodeConfig(**given, **more)
+    given = given_options(options) | more
+    preset = given.pop("preset", None)
+    return DecodeConfig(**given) if preset is None else DecodeConfig.preset(preset, **given)
+
+
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The decode options that stand on the command line, `preset` among them."""
+    names = (option.name for option in OPTIONS if hasattr(options, option.name))
+    given = {name: getattr(options, name) for name in names}
+    return given if options.preset is None else {"preset": options.preset, **given}
 
 
 def default_methods(options: argparse.Namespace) -> tuple[str, ...]:

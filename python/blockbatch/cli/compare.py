@@ -169,7 +169,8 @@ def _progress() -> Iterator:
 def _print(model: Model, problems: list[Problem], rows: list[Row], options: argparse.Namespace) -> None:
     families = Counter(problem.task for problem in problems)
     parts = ", ".join(f"{count} {family}" for family, count in families.items())
-    print(f"{escape(model.name)} on {model.device} in {model.numbers}, {len(problems)} problems ({parts})")
+    name = f"{model.name} with {model.adapter}" if model.adapter else model.name
+    print(f"{escape(name)} on {model.device} in {model.numbers}, {len(problems)} problems ({parts})")
     print()
     print("\n".join(comparison_table(rows)))
     # With two problems of a family a count of right ones says nothing about it.
@@ -193,6 +194,7 @@ def _print_texts(problem: Problem, rows: list[Row]) -> None:
 def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
     command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
     named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
+    named += f" --adapter {shlex.quote(options.adapter)}" if options.adapter else ""
     prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
     chat = " --chat" if options.chat else " --bos" if options.bos else ""
     print(f"\nthe texts:        {command} compare{named} --show")
@@ -209,6 +211,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
 
     return {
         "model": model.name,
+        **({"adapter": model.adapter} if model.adapter else {}),
         **describe(model.device),
         "dtype": model.numbers,
         "gen_length": gen_length,

@@ -5,22 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blockbatch.cli import ablate, compare, evaluate, generate, pictures
+from blockbatch.cli import ablate, compare, evaluate, generate, pictures, serve
 from blockbatch.cli.help import Parser, examples, leaves
+from blockbatch.cli.version import version
 
 # In the order of the help.
-COMMANDS = (generate, compare, evaluate, ablate, pictures)
+COMMANDS = (generate, compare, evaluate, ablate, pictures, serve)
 
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("blockbatch")
-        except metadata.PackageNotFoundError:  # run from a source folder
-            from blockbatch_kernels import __version__ as version
-        print(f"blockbatch {version}")
+        print(f"blockbatch {version()}")
         parser.exit()
 
 

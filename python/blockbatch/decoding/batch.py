@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import blockbatch_kernels as bbk
@@ -74,10 +76,17 @@ class Batch:
             current.wait_stream(self._stream)
         self._stream = current
 
-    def start(self, prompts: list[list[int]]) -> None:
-        """Puts new prompts, no longer than the longest that fits, in front of empty generation regions."""
+    def start(self, prompts: list[list[int]], regions: Sequence[Sequence[int]] | None = None) -> None:
+        """Puts new prompts, no longer than the longest that fits, in front of generation regions.
+
+        Args:
+            regions: what they hold before the first forward, see `Session`; None: MASK.
+        """
         tokens, lengths = branches.pad_prompts(prompts)
         self.state.reset(tokens.to(self.device), lengths.to(self.device), self.method.params.mask_token_id)
+        if regions is not None:
+            held = torch.tensor(regions, dtype=torch.int32, device="cpu").to(self.device)
+            self.state.tokens.copy_(held.repeat_interleave(self.state.num_branches, 0))
         canvas = self.state.prompt_length + self.state.gen_length
         self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
         self.cache.reset()

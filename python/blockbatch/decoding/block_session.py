@@ -96,8 +96,7 @@ class BlockSession:
     def _step(self) -> BlockStep | None:
         if self.stops is not None and any(self._asked):
             for request in self.stops.ended(self.final_prefixes()):
-                if self._asked[request] is not None:
-                    self._end(request, "length")
+                self.end(request)
         running = [request for request, asked in enumerate(self._asked) if asked is not None]
         if not running:
             return None
@@ -111,10 +110,7 @@ class BlockSession:
         predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
-            self._counts[request][_COUNTS.get(forward.kind, "denoise")] += 1
-            mine = predicted[done : done + len(forward.rows)]
-            self._refuse_non_finite(request, forward.kind, mine)
-            self._go_on(request, mine)
+            self.receive(request, predicted[done : done + len(forward.rows)])
             done += len(forward.rows)
         seconds = time.perf_counter() - begun
         if records is not None:
@@ -123,6 +119,26 @@ class BlockSession:
         for text in self.texts:
             text.commits.clear()
         return BlockStep(phase, records, seconds)
+
+    def asked(self, request: int) -> Forward | None:
+        """The forward that a request waits for; None: it is finished."""
+        return self._asked[request]
+
+    def receive(self, request: int, predicted: list[Predicted]) -> None:
+        """Goes on with what the forward that a request asked for predicts, for each of its rows.
+
+        Raises:
+            NonFiniteLogitsError: that is NaN or infinity.
+        """
+        kind = self._asked[request].kind
+        self._counts[request][_COUNTS.get(kind, "denoise")] += 1
+        self._refuse_non_finite(request, kind, predicted)
+        self._go_on(request, predicted)
+
+    def end(self, request: int) -> None:
+        """Ends a request where it stands, if it runs."""
+        if self._asked[request] is not None:
+            self._end(request, "length")
 
     def run(self) -> None:
         while self.step() is not None:

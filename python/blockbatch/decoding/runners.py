@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from blockbatch.decoding.method import Method
@@ -50,6 +51,7 @@ class RunnerPool:
         *,
         observed: bool = False,
         stops: Stops | None = None,
+        regions: Sequence[Sequence[int]] | None = None,
     ) -> Session:
         """A session on a runner with room for `max_prompt` tokens, kept from earlier or new."""
         shape = _Shape(len(prompts), method, gen_length, max_prompt)
@@ -57,7 +59,8 @@ class RunnerPool:
         runner = None if found is None else self._idle.pop(found)
         if runner is None:
             runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
-        session = Session(model, prompts, method, gen_length, runner=runner, observed=observed, stops=stops)
+        more = dict(observed=observed, stops=stops, regions=regions)
+        session = Session(model, prompts, method, gen_length, runner=runner, **more)
         weakref.finalize(session, _put_back, weakref.ref(self), shape, runner)
         return session
 

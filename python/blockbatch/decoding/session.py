@@ -67,6 +67,8 @@ class Session:
         observed: whether steps tell their windows and open queries, which costs copies from the device.
         stops: asked before every forward, which costs a wait for the device; None: the policy alone ends
             requests.
+        regions: what the generation region of each request holds before the first forward, gen_length ids,
+            the first of them MASK. Tokens among them stand as decoded ones do. None: MASK everywhere.
     """
 
     # Whether steps come with trace records, rather than with what they are made of.
@@ -82,6 +84,7 @@ class Session:
         runner: Runner | None = None,
         observed: bool = False,
         stops: Stops | None = None,
+        regions: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
         if runner is None:
@@ -92,7 +95,7 @@ class Session:
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
-            self._batch.start(prompts)
+            self._batch.start(prompts, regions)
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward

@@ -60,7 +60,7 @@ class BlockBatchLM(LM):
         escape_until: texts are not cut at a task's stop sequences, which do not end decoding either; a later
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
-        device, dtype, backend, revision, quantization: as `load_model`.
+        device, dtype, backend, revision, quantization, adapter: as `load_model`.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
         likelihood_samples, likelihood_seed: maskings of every answer whose likelihood is asked for.
@@ -85,6 +85,7 @@ class BlockBatchLM(LM):
         backend: str | None = None,
         revision: str | None = None,
         quantization: str | None = None,
+        adapter: str | None = None,
         stop_early: bool | None = None,
         add_bos_token: bool | None = None,
         escape_until: bool = False,
@@ -114,6 +115,7 @@ class BlockBatchLM(LM):
             backend=backend,
             revision=revision,
             quantization=quantization,
+            adapter=adapter,
         )
         # The end is that of the model's family where the policy is.
         fills_canvas = preset is not None and config.for_model(self.model.spec).eos_exit == "none"

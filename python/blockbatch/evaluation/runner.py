@@ -144,6 +144,7 @@ def describe_run(model: Model) -> dict[str, Any]:
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
+        **({"adapter": model.adapter} if model.adapter else {}),
         "dtype": model.numbers,
         "backend": model.backend,
         **describe(model.device),

@@ -1,4 +1,7 @@
-"""Adapters (LoRA and its like) in a model folder: recognised by their files and refused by name."""
+"""Adapters (LoRA and its like) in a model folder: recognised by their files and refused by name.
+
+A LoRA in a folder of its own is merged by `lora.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ _TENSORS = re.compile(
     r".*(\blora_|\.base_layer\.|\bhada_w|\blokr_w|\bia3_|\bvera_lambda|modules_to_save\.).*"
 )
 _MERGE = (
-    "adapters are not applied: merge it into its model (peft: PeftModel.merge_and_unload, save_pretrained) "
-    "and load that folder"
+    "load_model(MODEL, adapter=FOLDER) merges a LoRA of PEFT that has a folder of its own (--adapter "
+    "FOLDER); merge others with peft (PeftModel.merge_and_unload, save_pretrained) and load that folder"
 )
 
 

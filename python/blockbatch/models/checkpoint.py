@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, sdar, stored_fp8, tied_head
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, lora, sdar, stored_fp8, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
 from blockbatch.models.folders import hint
@@ -133,6 +133,7 @@ def load_weights(
     spec: ModelSpec,
     device: torch.device | str,
     dtype: torch.dtype,
+    adapter: lora.Adapter | None = None,
     *,
     quantization: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -141,7 +142,11 @@ def load_weights(
 
     Names, shapes, dtypes and file sizes are checked from the headers first. Then the shards are read one
     after the other, each tensor in small pieces into its rows of the fused weights. Host memory beyond the
-    weights themselves: one staging buffer of at most 16 MiB.
+    weights themselves: one staging buffer of at most 16 MiB. With an adapter, one weight at a time is held in
+    float32 besides.
+
+    Args:
+        adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
 
     Args:
         quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read.
@@ -151,7 +156,8 @@ def load_weights(
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
             is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
-            that are not finite in `dtype`; an LM head that differs from the embedding it is tied to.
+            that are not finite in `dtype`; an LM head that differs from the embedding it is tied to; an
+            adapter that does not fit.
         ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
     """
     folder = Path(folder)
@@ -163,15 +169,19 @@ def load_weights(
     foreign_tensors.check_storage(folder, entries, places.keys() - scales.keys())
     tied = tied_head.resolve(places, entries, spec, tensor_map)
     _check_tensors(folder, entries, places, scales)
+    updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
+    lora.check_values(updates.values())
     weights = allocate(spec, device, dtype, quantization)
     # Four bytes an element hold any stored dtype; some weights are read by whole rows.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
     longest = 4 * max(place.shape[-1] for place in places.values())
     staging = torch.empty(max(longest, min(STAGING_BYTES, largest)), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        written = places[entry.name].rows(weights)
+        written, update = places[entry.name].rows(weights), updates.get(entry.name)
         if isinstance(written, QuantizedWeight):
-            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name))
+            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update)
+        elif update is not None:
+            update.read_merged(entry, written, staging)
         else:
             read_tensor(entry, written, staging)
     if tied is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +19,17 @@ from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.likelihood import LogLikelihood
+from blockbatch.models.lora import read_adapter
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights, check_quantization, weight_bytes
+from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
 from blockbatch.values import as_int
+
+if TYPE_CHECKING:
+    from blockbatch.config import DecodeConfig
+    from blockbatch.result import Result
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
 BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
@@ -39,6 +47,7 @@ class Model:
         quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
+        adapter: folder of the LoRA that the weights hold; None: of none.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
     """
 
@@ -59,6 +68,7 @@ class Model:
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
         self.pool, self.block_forward = None, None
+        self.adapter: str | None = None
         self._rope = transformer.rope_table(spec, self.device)
 
     @property
@@ -232,6 +242,33 @@ class Model:
         """
         return likelihood.log_likelihood(self, prompt, answer, samples=samples, seed=seed, rows=rows)
 
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        config: DecodeConfig | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> Result:
+        """Decodes the assistant's next turn of one conversation.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]` with the roles system, user and assistant; a
+                text is one user message. They are written in the format of the model's family.
+            config: as of `blockbatch.generate`.
+            enable_thinking: of SDAR: see `blockbatch.models.chat.format_chat`.
+
+        Raises:
+            CheckpointError: the tokenizer lacks the tokens of the format: a base model, most likely.
+            ValueError, TypeError, MemoryError, NonFiniteLogitsError: as of `blockbatch.generate`.
+        """
+        return _conversation().chat(self, messages, config, enable_thinking=enable_thinking)
+
+    def chat_ids(
+        self, messages: str | Sequence[Mapping[str, str]], *, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """The prompt of `chat`, for `blockbatch.generate` and `blockbatch.stream`."""
+        return _conversation().chat_ids(self, messages, enable_thinking=enable_thinking)
+
     def _mask_size(self, block_size: int | None) -> int | None:
         if block_size is None:
             return self.spec.block_size
@@ -240,6 +277,11 @@ class Model:
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ValueError(f"block_size: expected a positive integer, got {block_size!r}")
         return block_size
+
+
+def _conversation() -> ModuleType:
+    # By its name: what decodes stands above the models.
+    return import_module("blockbatch.conversation")
 
 
 def _range(ids: Tensor) -> str:
@@ -265,6 +307,7 @@ def load_model(
     cache_bytes: int | None = None,
     revision: str | None = None,
     mask_token_id: int | None = None,
+    adapter: str | os.PathLike | None = None,
     quantization: str | None = None,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
@@ -280,12 +323,15 @@ def load_model(
         cache_bytes: the most memory that the K/V cache may take; None: what the device has free.
         revision: hub revision.
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
+        adapter: folder of a LoRA of PEFT, merged into the weights while they are read
+            (`blockbatch.models.lora`).
         quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
             they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
             as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
 
     Raises:
-        CheckpointError: the folder lacks something, holds something foreign, or is damaged.
+        CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
+            adapter, or it does not fit the model.
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
@@ -319,7 +365,7 @@ def load_model(
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
     check_quantization(quantization)
-
+    merged = None if adapter is None else read_adapter(adapter)
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
@@ -327,27 +373,14 @@ def load_model(
         quantization = "fp8"
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    _check_room(spec, device, dtype, quantization, str(name_or_path))
+    check_room(spec, device, dtype, quantization, str(name_or_path))
     what = f"the weights of {name_or_path}"
     with devices.current(device), devices.memory_errors(device, what):
-        weights = load_weights(folder, spec, device, dtype, quantization=quantization, config=config)
+        weights = load_weights(folder, spec, device, dtype, merged, quantization=quantization, config=config)
         model = Model(
             spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
         )
+        model.adapter = None if adapter is None else str(adapter)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
     return model
-
-
-def _check_room(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantization: str | None, name: str
-) -> None:
-    """Raises MemoryError if the weights do not fit into what a GPU has free."""
-    if device.type != "cuda":
-        return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype, quantization), devices.free_bytes(device)
-    if needed > free:
-        raise MemoryError(
-            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
-            f"{quantization or str(dtype).removeprefix('torch.')}, got {free:,}"
-        )

@@ -109,20 +109,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_tensor(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor) -> None:
+def read_tensor(
+    entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor, *, add: bool = False
+) -> None:
     """Read the first `written.numel()` elements of a tensor.
 
     Args:
         entry: a tensor of a float dtype in `FLOAT_DTYPES`.
         written: contiguous, any device and float dtype; receives the elements in row-major order, converted.
         staging: [at least one element's bytes] uint8 on the CPU, overwritten; the only host memory used.
+        add: whether the elements are added to what `written` holds.
 
     Raises:
         CheckpointError: the file ends too early, or a value is not finite in `written`'s dtype.
     """
     dtype, item = FLOAT_DTYPES[entry.dtype], ITEM_SIZES[entry.dtype]
     for part, chunk in _chunks(entry, written, staging, item):
-        part.copy_(chunk.view(dtype))
+        values = chunk.view(dtype)
+        part.add_(values.to(part.device)) if add else part.copy_(values)
         # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
         if not torch.stack(torch.aminmax(part)).isfinite().all():
             target = str(written.dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch.models.lora import Update
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.safetensors_file import FLOAT_DTYPES, ITEM_SIZES, TensorEntry, read_bytes, read_tensor
 from blockbatch.models.spec import CheckpointError
@@ -171,7 +172,11 @@ def _stored_scale(entry: TensorEntry, shape: tuple[int, ...], block: tuple[int, 
 
 
 def read_quantized(
-    entry: TensorEntry, written: QuantizedWeight, staging: torch.Tensor, scale: StoredScale | None
+    entry: TensorEntry,
+    written: QuantizedWeight,
+    staging: torch.Tensor,
+    scale: StoredScale | None,
+    update: Update | None = None,
 ) -> None:
     """Read a weight into rows of e4m3, some rows at a time.
 
@@ -179,12 +184,24 @@ def read_quantized(
         entry: a tensor [out, in] of a float dtype, or in e4m3 with `scale`.
         written: [out, in]; receives the rows.
         staging: see `read_tensor`; at least a row.
+        update: of an adapter, added to the whole weight in fp32 before it is quantised.
 
     Raises:
-        CheckpointError: the file ends too early, or a value or scale is not finite.
+        CheckpointError: the file ends too early, or a value or scale is not finite; an adapter of a weight
+            that is stored in e4m3, to which nothing can be added exactly.
     """
     rows, columns = written.shape
     item = ITEM_SIZES[entry.dtype]
+    if update is not None:
+        if scale is not None:
+            raise CheckpointError(
+                f"adapter: expected a model stored in {', '.join(FLOAT_DTYPES)}, got {entry.name!r} in "
+                f"{entry.dtype}"
+            )
+        merged = torch.empty(rows, columns, dtype=torch.float32, device=written.values.device)
+        update.read_merged(entry, merged, staging)
+        _quantize(merged, written)
+        return
     if scale is not None:
         factors = torch.empty(scale.entry.shape, dtype=torch.float32, device=written.scale.device)
         read_tensor(scale.entry, factors, staging)
@@ -205,10 +222,14 @@ def read_quantized(
             read_bytes(chunk, stored.view(torch.uint8), staging)
             _check_finite(entry, stored)
             exact = stored.float() * _spread(factors, scale.block, start, part.shape)
-        # By the reference on every device: the same bits everywhere.
-        values, row_scale = bbk.quantize_rows(exact, backend="reference")
-        part.values.copy_(values)
-        part.scale.copy_(row_scale)
+        _quantize(exact, part)
+
+
+def _quantize(exact: torch.Tensor, written: QuantizedWeight) -> None:
+    # By the reference on every device: the same bits everywhere.
+    values, scale = bbk.quantize_rows(exact, backend="reference")
+    written.values.copy_(values)
+    written.scale.copy_(scale)
 
 
 def _spread(

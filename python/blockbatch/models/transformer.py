@@ -154,12 +154,7 @@ def _normed_heads(
 ) -> Tensor:
     """`linear_rope_kv_write` with an RMSNorm over each head of q and k in front of the rotation (Qwen3)."""
     heads = products.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
-    if layer.head_norms is None:
-        parts = layer.q_norm.expand(spec.num_heads, -1), layer.k_norm.expand(spec.num_kv_heads, -1)
-        layer.head_norms, layer.ones = torch.cat(parts), torch.ones_like(layer.q_norm)
-    # The heads of v are normed for nothing: all heads lie back to back, and need one launch and no copy.
-    normed = bbk.rms_norm(heads.flatten(0, 1), layer.ones, eps=spec.rms_norm_eps, backend=backend)
-    normed = normed.view(heads.shape)[:, : len(layer.head_norms)].mul_(layer.head_norms)
-    q, k = normed.split((spec.num_heads, spec.num_kv_heads), dim=1)
-    bbk.rope_kv_write(q, k, heads[:, len(layer.head_norms) :], *where, backend=backend)
+    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    norms = dict(q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=spec.rms_norm_eps)
+    bbk.rope_kv_write(q, k, v, *where, **norms, backend=backend)
     return q

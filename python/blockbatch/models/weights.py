@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from blockbatch import devices
 from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 
@@ -28,9 +29,6 @@ class LayerWeights:
     down_weight: torch.Tensor | QuantizedWeight  # [d, I]
     q_norm: torch.Tensor | None = None  # [D], of every head of q
     k_norm: torch.Tensor | None = None  # [D]
-    # Made of these at the first forward.
-    head_norms: torch.Tensor | None = None  # [Hq + Hkv, D]
-    ones: torch.Tensor | None = None  # [D]
 
 
 @dataclass
@@ -167,3 +165,17 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None =
     if not spec.tie_embeddings:
         tensors.append(weights.lm_head)
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def check_room(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantization: str | None, name: str
+) -> None:
+    """Raises MemoryError if the weights do not fit into what a GPU has free."""
+    if device.type != "cuda":
+        return  # a system may well swap
+    needed, free = weight_bytes(spec, dtype, quantization), devices.free_bytes(device)
+    if needed > free:
+        raise MemoryError(
+            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
+            f"{quantization or str(dtype).removeprefix('torch.')}, got {free:,}"
+        )

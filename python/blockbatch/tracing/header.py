@@ -20,11 +20,11 @@ def trace_header(
     """What pictures need besides the records of a decode, and where the records come from.
 
     Returns:
-        the header of a trace file: model, quantization (where there is one), method, settings, gen_length,
-        block_sizes (of the branches, in their order), winner_block_size, prompt (text; None without a
-        tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text, pieces (the
-        text of every token id that occurs, the ids as decimal strings; empty without a tokenizer), nfe,
-        adopted, seconds, stop_reason.
+        the header of a trace file: model, adapter and quantization (only where it has one), method, settings,
+        gen_length, block_sizes (of the branches, in their order), winner_block_size, prompt (text; None
+        without a tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
+        pieces (the text of every token id that occurs, the ids as decimal strings; empty without a
+        tokenizer), nfe, adopted, seconds, stop_reason.
     """
     tokenizer, config = model.tokenizer, config.for_model(model.spec)
     eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
@@ -45,6 +45,7 @@ def trace_header(
     quantization = getattr(model, "quantization", None)
     return {
         "model": model.name,
+        **({"adapter": model.adapter} if getattr(model, "adapter", None) else {}),
         **({} if quantization is None else {"quantization": quantization}),
         "method": config.method,
         "settings": decode_settings(config),

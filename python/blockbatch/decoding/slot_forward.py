@@ -1,0 +1,330 @@
+"""Forwards of the slots of one layout: windows of some requests, whole rows of others, and what follows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import blockbatch_kernels as bbk
+from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
+from blockbatch.decoding.slot_pages import SlotPages
+from blockbatch.decoding.slot_plans import Group, SlotPlans
+from blockbatch.decoding.slots import STATUS, Sizes, Slots
+from blockbatch_kernels import PolicyParams, tuning
+from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
+
+# Captured steps of one layout; sizes and settings beyond run as they are.
+_MOST_GRAPHS = 64
+
+
+class Layout(NamedTuple):
+    """What slots must have in common.
+
+    Attributes:
+        params: settings that all requests share; None: any without drafts by LLaDA's rule.
+        num_branches, gen_length: of every request; None: up to what the slots have.
+        is_open: whether block steps compute open queries.
+        map_entries: see `bbk.BranchState.create`.
+    """
+
+    params: PolicyParams | None
+    num_branches: int | None
+    gen_length: int | None
+    is_open: bool
+    map_entries: int = 0
+
+
+def layout_of(params: PolicyParams, block_sizes: tuple[int, ...], gen_length: int) -> Layout:
+    """Drafts ask for an exact number of rows; Dream's rule looks at all rows and positions of a slot."""
+    if params.policy == "dream_published":
+        return Layout(params, len(block_sizes), gen_length, False, bbk.map_entries(block_sizes, gen_length))
+    if params.drafts:
+        return Layout(params, len(block_sizes), None, False)
+    return Layout(None, None, None, params.query_span == "open")
+
+
+class WholeRows(NamedTuple):
+    """Whole rows of a forward, as the host says.
+
+    Attributes:
+        rows: that are computed now.
+        starting: slots whose full forward begins with them.
+        ending: slots whose full forward they complete, by phase.
+        tokens: of the rows.
+    """
+
+    rows: list[int]
+    starting: list[int]
+    ending: dict[int, list[int]]
+    tokens: int
+
+
+class HostView(NamedTuple):
+    """What the host reads behind a forward, lists by row or by request.
+
+    Attributes:
+        status: [Q] a list for each request, see `slots.STATUS`.
+        tokens: [Q] what the first branch holds.
+        usage: entries of the page table that have a page, and pages in use.
+    """
+
+    block_start: list[int]
+    block_end: list[int]
+    full_start: list[int]
+    full_end: list[int]
+    full_source: list[int]
+    sync_source: list[int]
+    blocking: list[int]
+    refreshing: list[int]
+    status: list[list[int]]
+    tokens: list[list[int]]
+    usage: list[int]
+
+
+class SlotForward:
+    """
+    Args:
+        model: see `Session`.
+        pages: shared by all layouts.
+        layout: of the slots.
+        sizes: of the slots at first.
+
+    Attributes:
+        slots, plans: the requests and what they ask for.
+        rows: of the page table; set by whoever lays the table out.
+        groups: settings in use, of numbers that `Slots.group` has.
+    """
+
+    def __init__(self, model, pages: SlotPages, layout: Layout, sizes: Sizes) -> None:
+        self._model, self.pages, self.layout = model, pages, layout
+        self.device, self._backend = model.device, model.backend
+        self.rows = slice(0, 0)
+        self.groups: list[Group] = []
+        self._can_capture = StepGraphs.possible(model)
+        self._pool = None
+        self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
+        self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
+
+    def _use(self, slots: Slots) -> None:
+        self.slots = slots
+        self.plans = SlotPlans(slots, self._backend)
+        self._sync_source = torch.full_like(self.plans.block.source_row, -1)
+        self.forget_graphs()
+        size = self._host_part().numel()
+        self._host = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+
+    def forget_graphs(self) -> None:
+        """What captured steps refer to has moved."""
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+
+    def grow(self, sizes: Sizes) -> Tensor:
+        """Makes room; gives the new number of each old row, for the page table."""
+        old = self.slots
+        rows = torch.arange(old.num_rows, device=self.device)
+        number = rows // old.sizes.num_branches * sizes.num_branches + rows % old.sizes.num_branches
+        self._parts = [
+            part._replace(
+                target=torch.where(
+                    part.target < 0,
+                    -1,
+                    number[part.target.clamp(min=0) // old.state.gen_length] * sizes.gen_length
+                    + part.target % old.state.gen_length,
+                )
+            )
+            for part in self._parts
+        ]
+        self._use(old.grown(sizes))
+        self.plans.next(self.groups)
+        return number
+
+    def run(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
+        """One forward, or two where open queries and whole rows meet; returns while the device works.
+
+        Args:
+            tokens: of the planned block step.
+            predictions: of it, at most.
+            distinct_rows: of the block step, see `bbk.attention_plan`.
+        """
+        if whole.rows:
+            self._run_with(tokens, predictions, whole, distinct_rows)
+        elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
+            self._run_captured(packed_capacity(tokens), distinct_rows)
+        else:
+            self._run_windows(tokens, predictions, distinct_rows)
+
+    def read(self) -> HostView:
+        """What the last `run` left for the host, which has waited for the device before."""
+        values, rows, requests = self._host.tolist(), self.slots.num_rows, self.slots.sizes.requests
+        parts, at = [], 0
+        for size in (*[rows] * 6, requests, requests):
+            parts.append(values[at : at + size])
+            at += size
+        lines = []
+        for width in (len(STATUS), self.slots.state.gen_length):
+            lines.append([values[at + index * width : at + (index + 1) * width] for index in range(requests)])
+            at += requests * width
+        return HostView(*parts, *lines, values[at:])
+
+    def refresh_host(self) -> None:
+        """Starts the copy that `read` reads."""
+        self._host.copy_(self._host_part(), non_blocking=True)
+
+    def _host_part(self) -> Tensor:
+        block, full, slots = self.plans.block, self.plans.full, self.slots
+        parts = (block.query_start, block.query_end, full.query_start, full.query_end, full.source_row)
+        masks = (self.plans.blocking.int(), self.plans.refreshing.int())
+        status, tokens = slots.status().flatten(), slots.first_rows().flatten()
+        return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
+
+    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> None:
+        """A block step alone. Sizes decide what is launched, so that it can be captured."""
+        predictions = self._windows(capacity, predict_capacity, distinct_rows)
+        self._follow_block(predictions)
+        self.plans.next(self.groups)
+        self.refresh_host()
+
+    def _run_captured(self, capacity: int, distinct_rows: int) -> None:
+        spec, pages = self._model.spec, self.pages
+        heads = (spec.num_heads, spec.num_kv_heads)
+        columns = pages.page_table.shape[1]
+        units = tuning.plans_units(
+            *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
+        )
+        key = capacity, units, tuple(number for number, _ in self.groups)
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        # This step is real work and warms up what a capture must not do: loading kernels, choosing
+        # algorithms.
+        self._run_windows(capacity, capacity, distinct_rows)
+        if len(self._graphs) < _MOST_GRAPHS:
+
+            def step() -> None:
+                self._run_windows(capacity, capacity, distinct_rows)
+
+            graph, _, _ = capture(step, self.device, self._pool)
+            self._pool = self._pool or graph.pool()
+            self._graphs[key] = graph
+
+    def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
+        now = self._mask(whole.rows, self.slots.num_rows)
+        if whole.starting:
+            self._give_up_pages(whole.starting)
+        full, most = self.plans.full, len(whole.rows) * self.slots.state.gen_length
+        full_end = torch.where(now, full.query_end, full.query_start)
+        if self.layout.is_open:
+            block = self._windows(tokens, predictions, distinct_rows)
+            self.pages.make_private(self.rows, full.query_start, full_end)
+            own = self._predict(
+                self.plans.whole(now), whole.tokens, min(most, whole.tokens), len(whole.rows), scattered=False
+            )
+        else:
+            plan = self.plans.mixed(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            together = tokens + whole.tokens
+            most = min(together, most + predictions)
+            block = own = self._predict(
+                plan, together, most, distinct_rows + len(whole.rows), scattered=False
+            )
+        self._parts.append(self.plans.of_rows(now, own))
+        self._follow_block(block)
+        if whole.ending:
+            self._follow_full(whole.ending)
+        self.plans.next(self.groups)
+        self.refresh_host()
+
+    def _windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> bbk.Predictions:
+        if capacity == 0:
+            return self.plans.no_predictions()
+        plan, scattered = self.plans.block, self.layout.is_open
+        positions = plan.query_position if scattered else None
+        self.pages.make_private(self.rows, plan.query_start, plan.query_end, positions)
+        return self._predict(plan, capacity, predict_capacity, distinct_rows, scattered=scattered)
+
+    def _predict(
+        self,
+        plan: bbk.StepPlan,
+        capacity: int,
+        predict_capacity: int,
+        distinct_rows: int,
+        *,
+        scattered: bool,
+    ) -> bbk.Predictions:
+        slots, model = self.slots, self._model
+        view = self.pages.view(self.rows, distinct_rows)
+        packed = bbk.pack_windows(
+            slots.state,
+            plan,
+            view.page_table,
+            page_size=view.page_size,
+            capacity=capacity,
+            predict_capacity=predict_capacity,
+            prediction_offset=model.spec.prediction_offset,
+            scattered=scattered,
+            backend=self._backend,
+        )
+        if self.layout.map_entries:
+            return model.predict(packed, view, slots.seqlens_k, likely=True)
+        probe_tokens = None
+        if any(params.eos_exit == "window" for _, params in self.groups):
+            probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
+        return model.predict(packed, view, slots.seqlens_k, probe_tokens)
+
+    def _follow_block(self, predictions: bbk.Predictions) -> None:
+        plans = self.plans
+        sources = plans.policy(plans.blocking, predictions, plans.block, PHASE_BLOCK, self.groups)
+        self.pages.share(self.rows, sources)
+        self._sync_source.copy_(sources)
+
+    def _follow_full(self, ending: dict[int, list[int]]) -> None:
+        """Goes on with requests whose init or refresh is complete."""
+        plans, slots = self.plans, self.slots
+        predictions = _concatenate(self._parts)
+        everyone = [slot for ended in ending.values() for slot in ended]
+        rows = slots.by_row(self._mask(everyone, slots.sizes.requests))
+        self.pages.share(self.rows, torch.where(rows, plans.full.source_row, -1))
+        for phase in (PHASE_INIT, PHASE_REFRESH):
+            if not ending.get(phase):
+                continue
+            members = self._mask(ending[phase], slots.sizes.requests)
+            sources = plans.policy(members, predictions, plans.full, phase, self.groups)
+            self.pages.share(self.rows, sources)
+            self._sync_source.copy_(torch.where(sources < 0, self._sync_source, sources))
+            if phase == PHASE_INIT:
+                slots.begun.logical_or_(members)
+
+    def keep_parts(self, unfinished: bool) -> None:
+        """Lets go of what complete full forwards predicted; `unfinished`: there are others."""
+        if not unfinished:
+            self._parts = []
+
+    def _give_up_pages(self, starting: list[int]) -> None:
+        """Rows that will take over another row's result give up their pages first, so that the row they copy
+        does not leave a page only because of them."""
+        source, own = self.plans.full.source_row, self.plans.row
+        starts = self.slots.by_row(self._mask(starting, self.slots.sizes.requests))
+        self.pages.forget(self.rows, starts & (source >= 0) & (source != own))
+
+    def _mask(self, members: list[int], size: int) -> Tensor:
+        """[size] bool, True at the numbers."""
+        mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
+        mask[members] = True
+        return mask.to(self.device, non_blocking=True)
+
+
+def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
+    if len(parts) == 1:
+        return parts[0]
+    columns = []
+    for tensors in zip(*parts, strict=True):
+        given = [tensor for tensor in tensors if tensor is not None]
+        # Whoever needs probabilities of probes was there when they were asked for.
+        filled = [
+            given[0].new_zeros(len(part.target)) if tensor is None else tensor
+            for part, tensor in zip(parts, tensors, strict=True)
+            if given
+        ]
+        columns.append(torch.cat(filled) if given else None)
+    return bbk.Predictions(*columns)

@@ -1,0 +1,125 @@
+"""The engine on a thread of its own, and asyncio on the other side.
+
+The engine's thread runs one forward after the other. It tells a request's owner by an event of asyncio that
+there is something new; what is new the owner reads from the request, so that a slow reader costs nothing but
+that it reads more at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from blockbatch.decoding.engine import EngineClosedError, QueueFullError, RequestTooLargeError
+from blockbatch.serving.errors import ApiError, engine_failed, unavailable
+from blockbatch.serving.reading import Job, named
+
+# Seconds that the thread sleeps at most while nothing runs; work wakes it at once.
+_IDLE = 0.1
+
+
+class Bridge:
+    """Runs an engine until `stop`, or until a forward raises anything but MemoryError.
+
+    Args:
+        engine: of `blockbatch.decoding.engine`; nobody else calls its `step`.
+        on_failure: called on the loop, once, with what a forward raised.
+
+    Attributes:
+        error: what ended the engine; None while it runs.
+        refusal: what everybody hears who waits or comes; None: nobody hears anything.
+    """
+
+    def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]) -> None:
+        self.engine, self.error = engine, None
+        self.refusal: ApiError | None = None
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._events: set[asyncio.Event] = set()
+        self._thread = threading.Thread(target=self._run, name="blockbatch-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, event: asyncio.Event) -> Any:
+        """The engine's request for a job; `event` is set whenever it changed, until `leave`.
+
+        Raises:
+            ApiError: 400 for bad input, 413 for what can never fit, 503 with Retry-After for a full queue,
+                500 after the engine has ended.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        self._events.add(event)
+        try:
+            return self.engine.submit(
+                job.prompt,
+                job.config,
+                stop=job.stop,
+                branches=job.branches,
+                on_update=lambda request: self._wake(event),
+            )
+        except QueueFullError as error:
+            raise unavailable(str(error), error.retry_after) from None
+        except RequestTooLargeError as error:
+            raise ApiError(413, str(error), code="request_too_large") from None
+        except EngineClosedError:
+            raise engine_failed() from None
+        except (ValueError, TypeError) as error:
+            raise named(error) from None
+
+    def leave(self, event: asyncio.Event, requests: list[Any]) -> None:
+        """Nobody waits for these requests any more; those that have not ended are cancelled."""
+        self._events.discard(event)
+        if self.error is not None:
+            return
+        for request in requests:
+            if not request.ended:
+                self.engine.cancel(request)
+
+    async def stop(self) -> None:
+        """Ends the thread after the forward that it is in, and the engine with it."""
+        self._stopping.set()
+        await asyncio.to_thread(self._thread.join, 10)
+        if self.error is None:
+            self.engine.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                if not self._step():
+                    self.engine.wait_for_work(_IDLE)
+        except BaseException as error:
+            self.error = error
+            self._call(self._fail)
+
+    def _step(self) -> bool:
+        try:
+            return self.engine.step()
+        except MemoryError:  # its requests have failed with it; the device is whole
+            return True
+
+    def turn_away(self, refusal: ApiError) -> None:
+        """Ends the waiting of all with this error, and that of those who come."""
+        self.refusal = refusal
+        for event in self._events:
+            event.set()
+
+    def _fail(self) -> None:
+        self.turn_away(engine_failed())
+        self._on_failure(self.error)
+        # Behind the answers: a broken device may let this wait.
+        threading.Thread(target=self._close, daemon=True).start()
+
+    def _close(self) -> None:
+        self.engine.close(self.error)
+
+    def _wake(self, event: asyncio.Event) -> None:
+        self._call(event.set)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop has ended, and nobody listens
+            self._stopping.set()

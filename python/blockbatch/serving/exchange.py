@@ -1,0 +1,159 @@
+"""The decodes of one HTTP request, from the engine's queue to the last text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from blockbatch.decoding.choice import eos_token_ids
+from blockbatch.decoding.non_finite import NonFiniteLogitsError
+from blockbatch.serving.answers import Answer, Usage, phases
+from blockbatch.serving.errors import ApiError, engine_failed, timed_out
+from blockbatch.serving.reading import Job
+
+if TYPE_CHECKING:
+    from blockbatch.serving.service import Service
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Exchange:
+    """Submits jobs and follows them; `close`, which must be called, cancels what still runs.
+
+    Args:
+        service: the server's state, with an engine.
+        jobs: one for each choice of the answer.
+        request_id: what the log calls it.
+        receive: ASGI's, of a request whose body was read: the next message says that the client is gone.
+
+    Attributes:
+        texts: an `Answer` for each job.
+        first: seconds until the first text; None before it.
+        outcome: "stop", "length", "abort" or "error", once it has ended.
+        streaming: whether a response has taken over to close it.
+    """
+
+    def __init__(self, service: Service, jobs: Sequence[Job], receive: Any, request_id: str = "") -> None:
+        self._service, self._jobs, self._bridge = service, list(jobs), service.bridge
+        self.request_id, self._event = request_id, asyncio.Event()
+        self._started = time.monotonic()
+        timeout = service.settings.request_timeout
+        self._deadline = None if timeout is None else self._started + timeout
+        self._gone = False
+        model = service.model
+        self.texts = [
+            Answer(model.tokenizer, job.limit, job.stop, eos_token_ids(model, job.config)) for job in jobs
+        ]
+        self.first: float | None = None
+        self.outcome, self.streaming = "error", False
+        self._requests: list[Any] = []
+        self._closed = False
+        self._watch = asyncio.ensure_future(self._wait_for_disconnect(receive))
+
+    def begin(self) -> None:
+        """Hands all jobs to the engine; raises what `Bridge.submit` raises."""
+        for job in self._jobs:
+            self._requests.append(self._bridge.submit(job, self._event))
+
+    def close(self) -> None:
+        """Cancels what still runs, and tells metrics and log how it went."""
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.cancel()
+        self._bridge.leave(self._event, self._requests)
+        self._service.record(self)
+
+    @property
+    def done(self) -> bool:
+        return all(text.finish_reason is not None for text in self.texts)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    async def wait(self) -> list[tuple[int, str]]:
+        """Waits until something changed. Returns the new texts, each with the place of its job.
+
+        Raises:
+            ApiError: 500 when the engine or a request failed, 504 when the time is over.
+            ClientGone: the client has closed the connection.
+        """
+        await self.within_time(self._event.wait())
+        self._event.clear()
+        if self._gone:
+            self.outcome = "abort"
+            raise ClientGone
+        if self._bridge.refusal is not None:
+            raise self._bridge.refusal
+        pieces = []
+        for index, (request, text) in enumerate(zip(self._requests, self.texts, strict=True)):
+            if text.finish_reason is None and (piece := self._read(request, text)):
+                pieces.append((index, piece))
+        if pieces and self.first is None:
+            self.first = self.seconds
+        if self.done:
+            self.outcome = self.texts[0].finish_reason
+        return pieces
+
+    async def finish(self) -> None:
+        """Waits until all texts are whole; raises what `wait` raises."""
+        while not self.done:
+            await self.wait()
+
+    async def within_time(self, awaited: Any, least: float = 0.0) -> None:
+        """Waits for something until the request's time is over, and at least so many seconds.
+
+        Raises:
+            ApiError: 504.
+        """
+        if self._deadline is None:
+            await awaited
+            return
+        try:
+            await asyncio.wait_for(awaited, max(least, self._deadline - time.monotonic()))
+        except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
+            raise timed_out(self._service.settings.request_timeout) from None
+
+    def usage(self) -> Usage:
+        """Of all jobs, as far as they came."""
+        usage = Usage()
+        for job, request, text in zip(self._jobs, self._requests, self.texts):  # not all may have been taken
+            usage.add(len(job.prompt), len(text.tokens), phases(request.nfe), request.branches)
+        return usage
+
+    def queued(self) -> list[float]:
+        """Seconds that each job waited for its first forward."""
+        times = [(request.submitted, request.started) for request in self._requests]
+        return [started - submitted for submitted, started in times if started is not None]
+
+    def prompts(self) -> list[str]:
+        """The prompts as text, special tokens written out."""
+        tokenizer = self._service.model.tokenizer
+        return [tokenizer.decode(job.prompt, skip_special=False) for job in self._jobs]
+
+    def _read(self, request: Any, text: Answer) -> str:
+        if not request.ended:
+            piece = text.push(list(request.final))
+            if text.finish_reason is not None:
+                self._bridge.engine.cancel(request)  # it would write what nobody reads
+            return piece
+        if request.status == "finished":
+            return text.finish(request.result.canvas)
+        if isinstance(request.error, NonFiniteLogitsError):
+            raise ApiError(500, str(request.error), code="non_finite_logits")
+        if isinstance(request.error, MemoryError):
+            raise ApiError(500, str(request.error), code="out_of_memory")
+        raise engine_failed()
+
+    async def _wait_for_disconnect(self, receive: Any) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._gone = True
+            self._event.set()
