@@ -19,14 +19,13 @@ A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable
 from unittest import mock
 
 import step_latency
 import torch
-from random_models import DTYPES, random_model
+from random_models import DTYPES, quantized, random_model
 from timing import as_graph, clean, device_of, event_ms, in_turns, parser, rounded, target, write_report
 from torch import Tensor
 from verify import Wrong, check_step, relative_error
@@ -47,20 +46,6 @@ LIMITS = {128: 3.9, 252: 5.0}
 ROW_LIMIT = 18.0
 
 Product = Callable[[Tensor, Tensor, QuantizedWeight, Tensor], Tensor]
-
-
-def quantized(model: Model) -> Model:
-    """The same model with the layers' weights in e4m3."""
-
-    def in_e4m3(weight: Tensor) -> QuantizedWeight:
-        return QuantizedWeight(*bbk.quantize_rows(weight, backend="reference"))
-
-    layers = [
-        dataclasses.replace(layer, **{name: in_e4m3(getattr(layer, name)) for name in FIELDS})
-        for layer in model.weights.layers
-    ]
-    weights = dataclasses.replace(model.weights, layers=layers)
-    return Model(model.spec, weights, None, backend=model.backend, name=model.name)
 
 
 def by_backend(backend: str | None) -> Product:
