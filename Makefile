@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make help
+# make demo | make test | make test-serve | make lint | make bench | make help
 #
 # Everything is installed into $(VENV), which is created where it does not exist. Variables:
 #   USE_ACTIVE=1      install into the environment that $(PYTHON) belongs to instead
@@ -31,12 +31,13 @@ INSTALLED_FROM := $(sort $(shell cat $(STAMPS) 2>/dev/null))
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt blockbatch_kernels/__init__.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench install install-dev check-python clean other-checkout
+.PHONY: help demo test test-serve lint bench install install-dev check-python clean other-checkout
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         install, then decode sample prompts with the built-in model by every method"
 	@echo "make test         install with the tools of development, then run the tests"
+	@echo "make test-serve   install, then the tests of the server with the long ones, schemathesis and lm_eval"
 	@echo "make lint         ruff and clang-format, which change nothing"
 	@echo "make bench        install with what the benchmarks need, then run them"
 	@echo "make install      install only;  make install-dev: with the tools of development"
@@ -48,6 +49,10 @@ demo: $(ENV_DIR)/.blockbatch-run
 
 test: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 tests
+
+test-serve: $(ENV_DIR)/.blockbatch-dev
+	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' uvloop httptools
+	BLOCKBATCH_LONG_TESTS=1 $(ENV_PYTHON) -m pytest tests/test_serving_*.py
 
 lint: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m ruff check .

@@ -15,7 +15,7 @@ from blockbatch_kernels import ops
 from blockbatch_kernels.library import traceable
 from blockbatch_kernels.ops import backend_of
 from blockbatch_kernels.policy_params import EOS_EXITS, POLICIES, QUERY_SPANS, PolicyParams
-from blockbatch_kernels.shapes import NUM_LIKELY, map_entries
+from blockbatch_kernels.shapes import CONFIDENCES, NUM_LIKELY, map_entries
 from blockbatch_kernels.structs import (
     PHASES,
     STOP_REASONS,
@@ -25,6 +25,7 @@ from blockbatch_kernels.structs import (
     PagePool,
     PolicyEvents,
     Predictions,
+    SamplingRules,
     StepPlan,
 )
 
@@ -39,6 +40,7 @@ linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
 linear_swiglu = traceable(ops.linear_swiglu)
 lm_head_confidence = traceable(ops.lm_head_confidence)
 lm_head_likely = traceable(ops.lm_head_likely)
+lm_head_sample = traceable(ops.lm_head_sample)
 pack_windows = traceable(ops.pack_windows)
 quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
@@ -52,6 +54,7 @@ varlen_attention = traceable(ops.varlen_attention)
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONFIDENCES",
     "EOS_EXITS",
     "NUM_LIKELY",
     "PHASES",
@@ -65,6 +68,7 @@ __all__ = [
     "PolicyEvents",
     "PolicyParams",
     "Predictions",
+    "SamplingRules",
     "StepPlan",
     "attention_plan",
     "backend_of",
@@ -77,6 +81,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "map_entries",
     "pack_windows",
     "quantize_rows",

@@ -23,6 +23,7 @@ _KINDS = {
     int: ("int", "an int"),
     float: ("(float, int)", "a number"),
     torch.dtype: ("torch_dtype", "a torch dtype"),
+    str: ("str", "a text"),
 }
 
 

@@ -60,7 +60,7 @@ class Scalar:
     """A number, whose name also stands for a size in shapes, or a dtype.
 
     Attributes:
-        kind: int, float, bool or torch.dtype.
+        kind: int, float, bool, str or torch.dtype.
         default: None makes it optional.
         least: the smallest value.
         symbolic: may be a size that is a symbol while PyTorch traces.

@@ -20,6 +20,7 @@ from blockbatch_kernels.structs import (
     PagePool,
     PolicyEvents,
     Predictions,
+    SamplingRules,
     StepPlan,
 )
 
@@ -222,6 +223,24 @@ _TABLE = (
             Result("predictions", torch.float32),
             Result(f"predictions {NUM_LIKELY}", torch.int32),
             Result(f"predictions {NUM_LIKELY}", torch.float32),
+        ),
+    ),
+    Operator(
+        "lm_head_sample",
+        (
+            TensorArg("hidden", "predictions dim", FLOATS),
+            TensorArg("weight", "vocabulary dim", "hidden"),
+            RecordArg("rules", SamplingRules),
+            TensorArg("request", "predictions", INT),
+            TensorArg("positions", "predictions", INT),
+            TensorArg("probe_tokens", "predictions", INT, optional=True),
+            Scalar("suppress_token", int, None),
+            Scalar("confidence", str, "probability"),
+        ),
+        (
+            Result("predictions", torch.int32),
+            Result("predictions", torch.float32),
+            Result("predictions", torch.float32, given="probe_tokens"),
         ),
     ),
     Operator(

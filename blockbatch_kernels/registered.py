@@ -65,7 +65,8 @@ class _Number(Registered):
     def __init__(self, argument: Scalar):
         kind = "SymInt" if argument.symbolic else _SCHEMA_KINDS.get(argument.kind, argument.kind.__name__)
         optional = "?" if argument.default is None else ""
-        default = "" if argument.default is REQUIRED else f"={argument.default}"
+        default = f'"{argument.default}"' if argument.kind is str else argument.default
+        default = "" if argument.default is REQUIRED else f"={default}"
         super().__init__(argument.name, (), [f"{kind}{optional} {argument.name}{default}"])
         self.default = argument.default
 

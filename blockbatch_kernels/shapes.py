@@ -28,6 +28,10 @@ STRETCH_INTEGERS = 4
 E4M3, E4M3_MAX, LEAST_AMAX = torch.float8_e4m3fn, 448.0, 1e-30
 # Tokens above this probability are likely; of what adds up to 1 at most so many can be.
 LEAST_LIKELY, NUM_LIKELY = 0.2, 4
+# What `lm_head_sample` may say of a prediction.
+CONFIDENCES = ("probability", "entropy", "margin")
+# Where the two halves of a key of its noise start, and what is added at every step; any numbers would do.
+KEY_STARTS, KEY_STEP = (0x243F6A88, 0x85A308D3), 0x9E3779B9
 
 _WORD = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?:/(\d+))?(?:\+(\d+))?")
 

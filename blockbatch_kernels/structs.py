@@ -216,6 +216,23 @@ class Predictions(NamedTuple):
     likely_probability: Annotated[Tensor | None, Layout(f"predictions {NUM_LIKELY}", torch.float32)] = None
 
 
+class SamplingRules(NamedTuple):
+    """How the tokens of each request are drawn; see `lm_head_sample`."""
+
+    temperature: Annotated[Tensor, Layout("requests", torch.float32)]  # 0: the top token, without noise
+    seed: Annotated[Tensor, Layout("requests", torch.int64)]
+    # Forwards that the request has had: the noise of the next one is another.
+    forward: Annotated[Tensor, Layout("requests")]
+    # Ids whose logits are changed, each once.
+    changed_token: Annotated[Tensor, Layout("changed")]
+    logit_bias: Annotated[Tensor, Layout("requests changed", torch.float32)]  # minus infinity: a ban
+    # At positions below this the token is banned, too; 0: at none.
+    banned_before: Annotated[Tensor, Layout("requests changed")]
+    # Each None: not asked for by any request.
+    top_p: Annotated[Tensor | None, Layout("requests", torch.float32)] = None  # 1: of this one not
+    top_k: Annotated[Tensor | None, Layout("requests")] = None  # 0: of this one not
+
+
 class PolicyEvents(NamedTuple):
     """What one `decode_policy` call changed; the tokens and confidences stand in the state."""
 

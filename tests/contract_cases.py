@@ -166,17 +166,26 @@ def _longer(x, index):
     return x.new_zeros(shape)
 
 
+_EXPECTED = {
+    bool: "True or False",
+    int: "an int",
+    float: "a number",
+    str: "a text",
+    torch.dtype: "a torch dtype",
+}
+
+
 def _of_scalars(row):
     for argument in row.arguments:
         if not isinstance(argument, Scalar):
             continue
         name, expected = (
             argument.name,
-            {bool: "True or False", int: "an int", float: "a number", torch.dtype: "a torch dtype"}[
-                argument.kind
-            ],
+            _EXPECTED[argument.kind],
         )
-        yield name, "type", lambda x: "many", TypeError, (f"{name}: expected {expected}, got 'many'",)
+        wrong = b"many" if argument.kind is str else "many"
+        got = (f"{name}: expected {expected}, got {wrong!r}",)
+        yield name, "type", lambda x, wrong=wrong: wrong, TypeError, got
         if argument.default is not None:
             yield name, "missing", lambda x: None, TypeError, (f"{name}: expected {expected}, got None",)
         if argument.least is not None:
@@ -217,7 +226,7 @@ def complete_arguments(operator):
     scalars = {
         argument.name: argument.default
         for argument in OPERATORS[operator].arguments
-        if isinstance(argument, Scalar) and isinstance(argument.default, int | float)
+        if isinstance(argument, Scalar) and isinstance(argument.default, int | float | str)
     }
     optional = dict(distinct_rows=2, softmax_scale=0.125) if "attention" in operator else {}
     names = {argument.name for argument in OPERATORS[operator].arguments}

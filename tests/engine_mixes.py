@@ -4,13 +4,17 @@ import random
 
 import blockbatch
 from blockbatch.decoding.engine import Engine
+from oracle import ScriptedModel
+from scripted_engine import EngineScripted
 
 GEN_LENGTHS = (16, 32, 48, 64)
 
 
-def random_config(rng, dream=False, **given):
+def random_config(rng, vocab_size, dream=False, gen_lengths=GEN_LENGTHS):
     """Settings of any method that a model with full attention has."""
-    gen_length = rng.choice(GEN_LENGTHS)
+    gen_length, given = rng.choice(gen_lengths), {}
+    if rng.random() < 0.6:  # so that some texts end before their canvas does
+        given = dict(eos_token_ids=tuple(rng.sample(range(vocab_size - 1), 3)))
     method = rng.choice(["blockbatch"] * 3 + ["dual_cache"] * 2 + ["local_leap", "prefix_cache", "vanilla"])
     options = dict(method=method, gen_length=gen_length, eos_exit=rng.choice(("prefix", "window", "none")))
     sizes = [size for size in (4, 8, 16, 32, 48, 64) if gen_length % size == 0]
@@ -39,6 +43,21 @@ def random_config(rng, dream=False, **given):
     else:
         options["threshold"] = rng.choice((0.1, 0.3, 0.6, 0.9))
     return blockbatch.DecodeConfig(**options | given)
+
+
+def scripted(seed, dream=False, backend=None):
+    """A fast model whose logits tell which K/V each query saw."""
+    rng = random.Random(seed)
+    model = EngineScripted(
+        ScriptedModel(
+            seed,
+            peak=rng.choice(((0.0, 4.0), (1.0, 8.0), (5.0, 10.0))),
+            eos_rate=rng.choice((0.0, 0.01, 0.03)),
+            prediction_offset=int(dream),
+        )
+    )
+    model.backend = backend
+    return model
 
 
 def random_prompt(rng, vocab_size, longest=40):
@@ -81,6 +100,8 @@ def run_mix(model, requests, rng, *, check=None, cancel=0.0, **options):
             assert cancel
             continue
         assert handle.status == "finished", handle.error
+        if getattr(model, "pool", None) is not None:
+            model.pool.forget()  # what the engine kept of this very prompt
         expected = blockbatch.generate(model, prompt, config)
         assert outcome(handle.result) == outcome(expected), (index, config)
         assert handle.nfe == expected.nfe
@@ -94,11 +115,11 @@ def pages_in_use(engine):
     return engine._lane.pages_in_use()
 
 
-def random_mix(model, seed, number, *, dream=False, share=None, **options):
-    """`run_mix` of so many random requests; `share`: settings that all of them have."""
-    rng = random.Random(seed)
-    requests = [
-        (random_prompt(rng, model.spec.vocab_size), random_config(rng, dream, **(share or {})))
-        for _ in range(number)
-    ]
+def random_mix(model, seed, number, *, dream=False, gen_lengths=GEN_LENGTHS, config=None, **options):
+    """`run_mix` of so many random requests; `config`: that all of them have."""
+    rng, vocab_size = random.Random(seed), model.spec.vocab_size
+    requests = []
+    for _ in range(number):
+        drawn = config or random_config(rng, vocab_size, dream, gen_lengths)
+        requests.append((random_prompt(rng, vocab_size), drawn))
     return run_mix(model, requests, rng, **options)

@@ -104,6 +104,20 @@ def policy(device):
     return state, plan, bbk.Predictions(*predictions)
 
 
+def sampling_rules(device):
+    """Three requests: one of noise alone, one greedy, one with everything that there is."""
+    return bbk.SamplingRules(
+        temperature=torch.tensor([1.0, 0.0, 0.5], device=device),
+        seed=torch.tensor([7, 1, 2**40 + 3], device=device),
+        forward=ints([0, 3, 9], device),
+        changed_token=ints([2, EOS], device),
+        logit_bias=torch.tensor([[0.0, 0.0], [-float("inf"), 1.5], [2.0, 0.0]], device=device),
+        banned_before=ints([[0, 0], [0, 0], [0, 6]], device),
+        top_p=torch.tensor([1.0, 0.5, 0.8], device=device),
+        top_k=ints([0, 3, 5], device),
+    )
+
+
 def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     """Keyword arguments that the operator takes, all of them; float tensors in `dtype`."""
     torch.manual_seed(seed)
@@ -135,6 +149,18 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         probes = torch.arange(7, dtype=torch.int32, device=device)
         hidden, weight = rand(7, 64) / 8, rand(VOCABULARY, 64)
         return dict(hidden=hidden, weight=weight, probe_tokens=probes, suppress_token=MASK)
+    if operator == "lm_head_sample":
+        # Whole numbers: every backend has the same logits.
+        hidden, weight = whole_numbers((7, 64), device, dtype), whole_numbers((VOCABULARY, 64), device, dtype)
+        return dict(
+            hidden=hidden / 8,
+            weight=weight,
+            rules=sampling_rules(device),
+            request=ints([0, 1, 2, 0, 1, 2, 0], device),
+            positions=ints([3, 9, 4, 8, 2, 7, 5], device),
+            probe_tokens=torch.arange(7, dtype=torch.int32, device=device),
+            suppress_token=MASK,
+        )
     if operator == "lm_head_likely":
         # The higher half of each row's probabilities falls to one to four tokens.
         weight = rand(VOCABULARY, 64) / 64

@@ -138,3 +138,26 @@ def test_lm_evaluation_harness(folder, monkeypatch):
     info = lm.get_model_info()
     assert info["decoded"]["requests"] == 3
     assert set(info["decoded"]["nfe"]) == {"prefill", "denoise", "store", "total"}
+
+
+def test_an_empty_think_block_by_command(monkeypatch, capsys):
+    # The built-in model has no chat tokens: what is asked of the tokenizer is enough.
+    asked = []
+
+    def chat(messages, family, enable_thinking=None):
+        asked.append(enable_thinking)
+        return "3 + 4 ="
+
+    model = blockbatch.load_model("tiny-block", device="cpu")
+    monkeypatch.setattr(type(model.tokenizer), "chat", lambda self, *given, **named: chat(*given, **named))
+    for options, expected in ((["--chat"], None), (["--chat", "--no-thinking"], False)):
+        command = ["generate", "3 + 4 =", "--model", "tiny-block", "--device", "cpu", "--gen-length", "32"]
+        assert main([*command, *options]) == 0
+        assert asked.pop() is expected
+    for command in ("generate", "compare"):
+        wrong = [command, "--model", "tiny-block", "--device", "cpu", "--no-thinking"]
+        wrong += ["3 + 4 ="] if command == "generate" else ["--count", "1"]
+        assert main(wrong) == 2
+        assert "--no-thinking: expected it beside --chat" in capsys.readouterr().err
+    assert main(["generate", "a", "--device", "cpu", "--chat", "--no-thinking"]) == 2
+    assert "--no-thinking: expected a model of the family sdar, got llada" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_bad_prompts_name_their_argument(model_folder, capsys, monkeypatch):
 
 
 REFUSED = {
-    ("generat", "x"): "COMMAND: expected one of generate, compare, eval, ablate, picture, serve, got "
+    ("generat", "x"): "COMMAND: expected one of generate, fill, compare, eval, ablate, picture, serve, got "
     "'generat'; did you mean generate?",
     ("picture", "replays", "x"): "got 'replays'; did you mean replay?",
     ("generate", "x", "--tresh", "0.9"): "unrecognized arguments: --tresh 0.9; did you mean --threshold?",

@@ -9,6 +9,7 @@ from blockbatch import METHODS, DecodeConfig
 from blockbatch.config import METHOD_OPTIONS
 from blockbatch.decoding import METHOD_BUILDERS
 from blockbatch.methods import METHOD_TABLE, OPTIONS
+from blockbatch.sampling_options import SAMPLING_NAMES
 
 
 def test_defaults_are_the_papers():
@@ -30,7 +31,7 @@ def test_defaults_are_the_papers():
 def test_the_tables_of_methods_and_options_are_whole():
     fields = [field.name for field in dataclasses.fields(DecodeConfig)]
     assert sorted(option.name for option in OPTIONS) == sorted(set(fields) - {"trace", "trace_kv"})
-    common = {"method", "gen_length", "eos_token_ids", "stop"}
+    common = {"method", "gen_length", "eos_token_ids", "stop", *SAMPLING_NAMES}
     assert {name for options in METHOD_OPTIONS.values() for name in options} == set(fields[:-2]) - common
     assert METHODS == tuple(METHOD_TABLE) == tuple(METHOD_BUILDERS)
     for name, row in METHOD_TABLE.items():

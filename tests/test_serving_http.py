@@ -223,6 +223,7 @@ def test_metrics(model):
     with serving(model, ScriptedEngine(model, "a b c")) as server:
         post(server, CHAT, ask())
         post(server, CHAT, ask(max_tokens=1))
+        assert post(server, CHAT, ask("<|mdm_mask|>")).status_code == 400
         found = {}
         for line in get(server, "/metrics").text.splitlines():
             if not line.startswith("#"):
@@ -238,6 +239,9 @@ def test_metrics(model):
     assert found["vllm:time_to_first_token_seconds_count{m}"] == 2
     assert found["vllm:e2e_request_latency_seconds_count{m}"] == 2
     assert found["vllm:request_queue_time_seconds_count{m}"] == 2
+    assert found['blockbatch:http_answers_total{m,status="200"}'] == 2
+    assert found['blockbatch:http_answers_total{m,status="400"}'] == 1
+    assert found['vllm:request_success_total{finished_reason="error",m}'] == 0
     assert found['blockbatch:forwards_total{m,phase="init"}'] == 1
     assert found["blockbatch:shared_pages{m}"] == 5 and found["blockbatch:refreshes_total{m}"] == 0
     assert found["blockbatch:tokens_per_forward_count{m}"] == 2

@@ -17,6 +17,7 @@ from blockbatch_kernels.cuda.pages import copy_pages, share_pages
 from blockbatch_kernels.cuda.policy import decode_policy, initial_plan
 from blockbatch_kernels.cuda.quantized import quantize_rows, rms_norm_fp8, swiglu_fp8
 from blockbatch_kernels.cuda.rope import rope_kv_write
+from blockbatch_kernels.cuda.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",
@@ -31,6 +32,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

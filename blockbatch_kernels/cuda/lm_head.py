@@ -105,8 +105,8 @@ def _partials_of_logits(
     """The same, from logits in memory."""
     library = extension.load()
     piece_tokens = library.LM_HEAD_PIECE_TOKENS
-    partials = _empty_partials(hidden, weight, _PARTIAL_WORDS)
-    for rows, token, logits in _parts_of_logits(hidden, weight):
+    partials = empty_partials(hidden, weight, _PARTIAL_WORDS)
+    for rows, token, logits in parts_of_logits(hidden, weight):
         library.lm_head_reduce(
             logits=logits,
             probe_tokens=None if probe_tokens is None else probe_tokens[rows],
@@ -135,8 +135,8 @@ def lm_head_likely(
     if weight.shape[0] == 0:
         raise ValueError("weight: expected at least one row, got none")
     library, stream = extension.load(), extension.stream_of(hidden)
-    partials = _empty_partials(hidden, weight, _LIKELY_WORDS)
-    for rows, token, logits in _parts_of_logits(hidden, weight):
+    partials = empty_partials(hidden, weight, _LIKELY_WORDS)
+    for rows, token, logits in parts_of_logits(hidden, weight):
         library.lm_head_likely_reduce(
             logits=logits,
             partials=partials[rows],
@@ -155,12 +155,12 @@ def lm_head_likely(
     return results
 
 
-def _empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> torch.Tensor:
+def empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> torch.Tensor:
     num_pieces = -(-weight.shape[0] // extension.load().LM_HEAD_PIECE_TOKENS)
     return torch.empty(hidden.shape[0], num_pieces, words, dtype=torch.float32, device=hidden.device)
 
 
-def _parts_of_logits(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+def parts_of_logits(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
     """Some rows, the first of some tokens, and their logits; the next ones overwrite them."""
     piece_tokens = extension.load().LM_HEAD_PIECE_TOKENS
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]

@@ -22,6 +22,7 @@ from blockbatch_kernels.ops.layer import (
     swiglu,
 )
 from blockbatch_kernels.ops.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
+from blockbatch_kernels.ops.sampling import lm_head_sample
 from blockbatch_kernels.ops.step import (
     copy_pages,
     decode_policy,
@@ -43,6 +44,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockbatch_kernels.structs import AttentionPlan, BranchState, PagePool, Predictions, StepPlan
+from blockbatch_kernels.structs import (
+    AttentionPlan,
+    BranchState,
+    PagePool,
+    Predictions,
+    SamplingRules,
+    StepPlan,
+)
 
 
 def _is_asked_for() -> bool:
@@ -282,3 +289,18 @@ def _check_entries(name: str, table: Tensor, wrong: Tensor, limit: int) -> None:
             f"{name}: expected pages from 0 to {limit - 1}, got {int(table[row, column])} in row {row}, "
             f"column {column}"
         )
+
+
+def check_sampling(
+    rules: SamplingRules, request: Tensor, probe_tokens: Tensor | None, vocab_size: int
+) -> None:
+    """Requests that there are, ids of the vocabulary, each changed one once."""
+    if not is_readable(request):
+        return
+    given, changed = _on_host(request, rules.changed_token)
+    _check_range("request", given, 0, rules.temperature.shape[0])
+    _check_range("rules.changed_token", changed, 0, vocab_size)
+    if len(_repeated(changed)):
+        raise ValueError("rules.changed_token: expected each id once, got some more than once")
+    if probe_tokens is not None:
+        check_tokens("probe_tokens", probe_tokens, vocab_size)

@@ -10,6 +10,7 @@ from blockbatch_kernels.reference.pages import copy_pages, share_pages
 from blockbatch_kernels.reference.plan import initial_plan
 from blockbatch_kernels.reference.policy import decode_policy
 from blockbatch_kernels.reference.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
+from blockbatch_kernels.reference.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",
@@ -22,6 +23,7 @@ __all__ = [
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
+    "lm_head_sample",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

@@ -26,6 +26,7 @@ _OPERATORS = {
     "linear_swiglu": "gemm",
     "lm_head_confidence": "lm_head",
     "lm_head_likely": "likely",
+    "lm_head_sample": "sampling",
     "pack_windows": "pack",
     "quantize_rows": "quantized",
     "rms_norm": "norm",

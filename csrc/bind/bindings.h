@@ -16,6 +16,7 @@ void bind_attention(pybind11::module_& module);
 void bind_decode(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_layer(pybind11::module_& module);
+void bind_sampling(pybind11::module_& module);
 
 // What rope_kv_write and the product that ends in it have in common.
 struct RopeKvWriteParams;

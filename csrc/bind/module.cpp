@@ -82,4 +82,5 @@ PYBIND11_MODULE(_C, module) {
   bbk::bind_decode(module);
   bbk::bind_gemm(module);
   bbk::bind_layer(module);
+  bbk::bind_sampling(module);
 }

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from blockbatch.branches import NFE, BranchResult
     from blockbatch.config import DecodeConfig
     from blockbatch.decoding import NonFiniteLogitsError
+    from blockbatch.decoding.rule import RuleState
+    from blockbatch.decoding.rule_builder import commit_rule
     from blockbatch.generation import generate, stream
     from blockbatch.infill import fill
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
+    from blockbatch.registry import register_method, unregister_method
     from blockbatch.result import FillResult, Gap, Result
+    from blockbatch.sampling_options import request_seed
     from blockbatch.streaming import Stream
     from blockbatch.tracing import load_trace, save_trace
     from blockbatch_kernels import __version__
@@ -40,14 +44,19 @@ _HOMES = {
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
     "Result": "blockbatch.result",
+    "RuleState": "blockbatch.decoding",
     "Stream": "blockbatch.streaming",
     "__version__": "blockbatch_kernels",
+    "commit_rule": "blockbatch.decoding.rule_builder",
     "fill": "blockbatch.infill",
     "generate": "blockbatch.generation",
     "load_model": "blockbatch.models",
     "load_trace": "blockbatch.tracing",
+    "register_method": "blockbatch.registry",
+    "request_seed": "blockbatch.sampling_options",
     "save_trace": "blockbatch.tracing",
     "stream": "blockbatch.generation",
+    "unregister_method": "blockbatch.registry",
 }
 
 __all__ = [
@@ -61,14 +70,19 @@ __all__ = [
     "Model",
     "NonFiniteLogitsError",
     "Result",
+    "RuleState",
     "Stream",
     "__version__",
+    "commit_rule",
     "fill",
     "generate",
     "load_model",
     "load_trace",
+    "register_method",
+    "request_seed",
     "save_trace",
     "stream",
+    "unregister_method",
 ]
 
 

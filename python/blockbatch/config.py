@@ -19,6 +19,7 @@ from blockbatch.methods import (
     preset_options,
 )
 from blockbatch.option_checks import as_texts, as_tuple, checked_drafts, checked_int, checked_probability
+from blockbatch.sampling_options import SAMPLING_NAMES, SamplingOptions, sampling_settings
 from blockbatch.values import as_bool
 
 COMMIT_RULES = ("threshold", "local_leap")
@@ -45,20 +46,22 @@ class _Default:
 
 DEFAULT: Any = _Default()
 
-_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv")
+_COMMON = ("method", "gen_length", "eos_token_ids", "stop", "trace", "trace_kv", *SAMPLING_NAMES)
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(SamplingOptions):
     """How to decode. Options that a method does not have must be left out (they read None afterwards).
 
     What is marked as ours is not part of what the method's authors published, and off by default;
     `decoding/ALGORITHM.md` has the exact rules, and what each option does to tokens, forwards and time.
-    Numbers may be numpy's or torch's; they are kept as Python's.
+    Numbers may be numpy's or torch's; they are kept as Python's. `temperature`, `seed`, `min_tokens` and what
+    else says how tokens are drawn: see `SamplingOptions`.
 
     Attributes:
         method: a row of `blockbatch.methods`: "blockbatch", "vanilla", "prefix_cache", "dual_cache" or
-            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch".
+            "local_leap"; "block_diffusion" for block-causal models, which also run "blockbatch"; or one that
+            `blockbatch.register_method` made.
         gen_length: tokens to generate, G; a block-causal model ends with a whole block.
         block_sizes: blockbatch: one branch for each; every one divides `gen_length`. Left out: those of the
             paper, 4 to 128, that divide it; of a block-causal model those that divide its block.
@@ -193,6 +196,7 @@ class DecodeConfig:
             ids = as_tuple("eos_token_ids", self.eos_token_ids)
             self._set("eos_token_ids", tuple(checked_int("eos_token_ids", token, 0) for token in ids))
         self._set("stop", as_texts("stop", self.stop))
+        self._check_sampling(self.gen_length, self.drafts)
         for name in ("trace", "trace_kv"):
             flag = as_bool(getattr(self, name))
             if flag is None:
@@ -339,6 +343,6 @@ class DecodeConfig:
 
 
 def decode_settings(config: DecodeConfig) -> dict[str, Any]:
-    """The options that the method has, as they were used."""
+    """The options that the method has, as they were used; of those that draw tokens the ones given."""
     names = ("gen_length", *METHOD_OPTIONS[config.method], "eos_token_ids", "stop")
-    return {name: getattr(config, name) for name in names}
+    return {**{name: getattr(config, name) for name in names}, **sampling_settings(config)}

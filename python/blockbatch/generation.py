@@ -8,7 +8,7 @@ from blockbatch import block_memory, devices, gaps, memory
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding import BlockSession, NonFiniteLogitsError, RunnerPool, Session
 from blockbatch.decoding.block_diffusion import warn_of_size
-from blockbatch.decoding.choice import eos_token_ids, method_for
+from blockbatch.decoding.choice import eos_token_ids, method_for, sampling_for
 from blockbatch.decoding.prompt_checks import check_prompt, check_stop
 from blockbatch.decoding.results import build_result
 from blockbatch.models.model import Model
@@ -32,6 +32,9 @@ def generate(
 
     Several prompts run together as far as the cache allows; each gives the tokens that it gives alone, as far
     as the matrix library computes a row the same way in any batch.
+
+    Where tokens are drawn (`temperature`), each prompt has noise of its own: that of its seed, which is the
+    config's for one prompt, and `request_seed(config.seed, i)` for prompt i of a list.
 
     Several threads may decode with one model, each with the results that it has alone. On a GPU their
     forwards take turns, each on the current stream of its thread; see `blockbatch.devices`.
@@ -66,13 +69,16 @@ def decode(
     prompts: Sequence[list[int]],
     config: Configs = None,
     names: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Result]:
     """The results of prompts that are token ids already, as `generate` gives them.
 
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
+        numbers: prompt i has the seed `request_seed(config.seed, numbers[i])`; None: 0, 1 and so on.
     """
     names = names or [f"prompt[{index}]" for index in range(len(prompts))]
+    numbers = range(len(prompts)) if numbers is None else numbers
     groups: dict[DecodeConfig, list[int]] = {}
     for index, own in enumerate(each_config(config, len(prompts))):
         groups.setdefault(own.for_model(model.spec), []).append(index)
@@ -86,7 +92,7 @@ def decode(
         results[index] = build_result(model, session, request, trace)
 
     for own, members in groups.items():
-        decode_group(model, prompts, own, members, names, finish)
+        decode_group(model, prompts, own, members, names, finish, numbers=numbers)
     return [results[index] for index in range(len(prompts))]
 
 
@@ -113,19 +119,22 @@ def decode_group(
     names: Sequence[str],
     finish: Callable[[Ended, int, int, list[Record] | None], None],
     regions: Sequence[list[int]] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Decodes prompts of the same settings, as many at a time as fit.
 
     Args:
         config: settled for the model, and checked.
-        members: their places among `prompts`, `names` and `regions`.
+        members: their places among `prompts`, `names`, `regions` and `numbers`.
         names: what messages call them.
         finish: called with the session at its end, the request, its place, and its trace if there is one.
         regions: as of `Session`, of equal length for all members.
+        numbers: what their seeds are made with, see `decode`; None: their places.
     """
     while members:
         held = None if regions is None else [regions[index] for index in members]
-        batch, session = _open(model, [prompts[index] for index in members], config, held)
+        own = [index if numbers is None else numbers[index] for index in members]
+        batch, session = _open(model, [prompts[index] for index in members], config, own, held)
         recorder = open_recorder(session, config)
         failed = _run(session, recorder)
         if failed is not None:
@@ -191,31 +200,36 @@ def open_session(model: Model, ids: list[int], config: DecodeConfig) -> Session 
     config = config.for_model(model.spec)
     check_prompt(model, ids, config, "prompt")
     check_stop(model, config)
-    return _open(model, [ids], config)[1]
+    return _open(model, [ids], config, [0])[1]
 
 
 def _open(
     model: Model,
     prompts: Sequence[list[int]],
     config: DecodeConfig,
+    numbers: Sequence[int],
     regions: Sequence[list[int]] | None = None,
 ) -> tuple[list[list[int]], Session]:
     """The first prompts, as many as fit, and their session."""
     with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
         if regions is None:
             batch = memory.first_batch(model, list(prompts), config)
-            return batch, _session(model, batch, config)
+            return batch, _session(model, batch, config, numbers[: len(batch)])
         batch = memory.first_batch(model, list(prompts), config, len(regions[0]))
-        return batch, _session(model, batch, config, regions[: len(batch)])
+        return batch, _session(model, batch, config, numbers[: len(batch)], regions[: len(batch)])
 
 
 def _session(
     model: Model,
     prompts: list[list[int]],
     config: DecodeConfig,
+    numbers: Sequence[int],
     regions: Sequence[list[int]] | None = None,
 ) -> Session | BlockSession:
     method = method_for(model, config)
+    sampling = None
+    if method.sampling is not None:
+        sampling = [sampling_for(model, config, number) for number in numbers]
     stops = None
     if config.stop:
         ends = eos_token_ids(model, config)
@@ -225,9 +239,10 @@ def _session(
         warn_of_size(method)
         lengths = [len(prompt) for prompt in prompts]
         forward = block_memory.open_forward(model, method, lengths, memory.free_bytes(model))
-        return BlockSession(model, prompts, method, forward, observed=config.trace, stops=stops)
+        options = dict(observed=config.trace, stops=stops, sampling=sampling)
+        return BlockSession(model, prompts, method, forward, **options)
     gen_length = config.gen_length if regions is None else len(regions[0])
-    options = dict(observed=config.trace, stops=stops, regions=regions)
+    options = dict(observed=config.trace, stops=stops, regions=regions, sampling=sampling)
     if model.device.type == "cpu":
         return Session(model, prompts, method, gen_length, **options)
     if model.runners is None:

@@ -1,19 +1,20 @@
 """The decoding methods, a row for each, and the options that they may have, a row for each.
 
 Whatever lists methods or options reads these two tables: settings, command line, builders, presets, pictures.
-A new method is a row and a module of `blockbatch.decoding`. A new option is a row here, a default in the rows
-of the methods that have it, and a field with its checks in `DecodeConfig`. Settings that have a name are a
-third table; a new preset is a row of it.
+A new method is a row and a module of `blockbatch.decoding`; `registry.register_method` adds rows, too. A new
+option is a row here, a default in the rows of the methods that have it, and a field with its checks in
+`DecodeConfig`. Settings that have a name are a third table; a new preset is a row of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from blockbatch import block_methods
+from blockbatch import block_methods, sampling_options
+from blockbatch.values import NamesOf
 
 PAPER_BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 DEFAULT_GEN_LENGTH = 256
@@ -62,6 +63,7 @@ class MethodRow:
         module: its function `method` turns settings into blocks and a policy (see `decoding.method`).
         options: those that it has, with their defaults; others do not exist for it.
         published: the options with which it was published.
+        builder: that function itself, of a method of `registry.register_method`; None: it is built in.
     """
 
     name: str
@@ -70,6 +72,7 @@ class MethodRow:
     module: str
     options: Mapping[str, Any]
     published: Mapping[str, Any]
+    builder: Callable[..., Any] | None = None
 
 
 # Published settings are written out although most are defaults: a default may change, what was published not.
@@ -149,7 +152,9 @@ _BLOCK_ROWS = (MethodRow(**block_methods.ROW),)
 # By name: the methods of full-attention models, and those of block-causal models alone.
 METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _ROWS}
 BLOCK_METHOD_TABLE: dict[str, MethodRow] = {row.name: row for row in _BLOCK_ROWS}
-METHODS = tuple(METHOD_TABLE)
+METHODS: Sequence[str] = NamesOf(METHOD_TABLE)
+# Without those that were registered.
+BUILT_IN_METHODS = tuple(METHOD_TABLE)
 BLOCK_METHODS = (*BLOCK_METHOD_TABLE, "blockbatch")
 METHOD_OPTIONS: dict[str, Mapping[str, Any]] = {row.name: row.options for row in (*_ROWS, *_BLOCK_ROWS)}
 DEFAULT_METHOD = METHODS[0]
@@ -369,4 +374,5 @@ OPTIONS = (
         none=True,
     ),
     *(OptionRow(*row) for row in block_methods.OPTION_ROWS),
+    *(OptionRow(*row) for row in sampling_options.OPTION_ROWS),
 )

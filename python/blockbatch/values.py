@@ -41,6 +41,30 @@ def as_list(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, Sequence) else None
 
 
+class NamesOf(Sequence[str]):
+    """The names of a table that may grow, in their order; equal to a tuple of them."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self._table = table
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self._table)[index]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self._table
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == (tuple(other) if isinstance(other, NamesOf) else other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 def _scalar(value: Any) -> Any:
     """The Python number of a numpy number, or of an array or tensor without a dimension; else `value`."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):

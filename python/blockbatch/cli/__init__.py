@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from blockbatch.cli.parser import build_parser
 from blockbatch.cli.suggest import advice
 from blockbatch.cli.terminal import escape
+from blockbatch.plugins import load_plugin
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What the package raises for input it cannot use. Anything else is a bug and keeps its traceback.
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # For the reports that say what made them.
         given = sys.argv[1:] if arguments is None else arguments
         options.command_line = shlex.join(["blockbatch", *given])
+        for plugin in getattr(options, "plugin", ()):
+            load_plugin(plugin)
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -21,9 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="tiny",
         help="tiny (default) or tiny-block (block diffusion), both built in; a HuggingFace folder; a hub id",
     )
-    group.add_argument(
-        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
-    )
+    add_own(group)
     group.add_argument(
         "--chat", action="store_true", help="write the prompt as a user's message in the chat format"
     )
@@ -40,6 +38,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
     )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
+
+
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    """For commands that write prompts with `encode_text`."""
+    parser.add_argument(
+        "--no-thinking",
+        action="store_true",
+        help="SDAR with --chat: begin the answer with an empty think block (enable_thinking=False)",
+    )
+
+
+def add_own(group: Any) -> None:
+    """The options that bring an adapter and methods of one's own."""
+    group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA of PEFT, merged into the weights while they are read"
+    )
+    group.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module that registers methods of your own (it is run); repeatable",
+    )
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -102,19 +123,23 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 def default_methods(options: argparse.Namespace) -> tuple[str, ...]:
     """The methods that the named model runs, in the order of a table."""
     from blockbatch.evaluation.settings import BLOCK_TABLE_METHODS, TABLE_METHODS
+    from blockbatch.registry import registered_methods
 
+    own = registered_methods()
     if options.model == "tiny":
-        return TABLE_METHODS
+        return (*TABLE_METHODS, *own)
     from blockbatch.models.model import is_block_causal
 
-    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else TABLE_METHODS
+    return BLOCK_TABLE_METHODS if is_block_causal(options.model) else (*TABLE_METHODS, *own)
 
 
-def chat_prompt(model: Model, text: str) -> str:
+def chat_prompt(model: Model, text: str, *, no_thinking: bool = False) -> str:
     """`text` as a user's message in the model's chat format."""
     if model.tokenizer is None:
         raise ValueError("--chat: expected a model with a tokenizer, got one without")
-    return model.tokenizer.chat(text, model.spec.family)
+    if no_thinking and model.spec.family != "sdar":
+        raise ValueError(f"--no-thinking: expected a model of the family sdar, got {model.spec.family}")
+    return model.tokenizer.chat(text, model.spec.family, enable_thinking=False if no_thinking else None)
 
 
 def encode_text(model: Model, text: str, options: argparse.Namespace, name: str) -> list[int]:
@@ -127,9 +152,12 @@ def encode_text(model: Model, text: str, options: argparse.Namespace, name: str)
     from blockbatch.texts import check_text
 
     check_text(text, name)
+    if options.no_thinking and not options.chat:
+        raise ValueError("--no-thinking: expected it beside --chat, got it alone")
     if options.chat:
         check_bos(options)
-        return encode_prompt(model, chat_prompt(model, text), name, add_bos=False)
+        text = chat_prompt(model, text, no_thinking=options.no_thinking)
+        return encode_prompt(model, text, name, add_bos=False)
     return encode_prompt(model, text, name, add_bos=True if options.bos else None)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockbatch.cli.arguments import (
     add_model,
+    add_thinking,
     check_bos,
     default_methods,
     encode_text,
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add_model(parser)
+    add_thinking(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--family",
@@ -104,7 +106,11 @@ def run(options: argparse.Namespace) -> None:
     methods = default_methods(options) if options.methods is None else options.methods
     presets = options.preset
     if presets is None:
-        presets = TABLE_PRESETS if options.methods is None and methods == TABLE_METHODS else ()
+        presets = (
+            TABLE_PRESETS
+            if options.methods is None and methods[: len(TABLE_METHODS)] == TABLE_METHODS
+            else ()
+        )
     settings = table_settings(methods, options.gen_length) + preset_settings(presets, options.gen_length)
     rows = [Row(setting.label, setting.config) for setting in settings]
     if options.json not in (None, "-"):

@@ -13,6 +13,7 @@ from blockbatch.cli import canvas
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
+    add_thinking,
     check_bos,
     decode_config,
     encode_text,
@@ -65,6 +66,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--prompt-ids", type=int_list, metavar="1,2,3", help="the prompt as token ids")
     add_model(parser)
+    add_thinking(parser)
     add_decoding(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object instead of the text")

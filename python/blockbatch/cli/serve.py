@@ -7,7 +7,8 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from blockbatch.cli.arguments import add_decoding, given_options, methods_note
+from blockbatch.cli.arguments import add_decoding, add_own, given_options, methods_note
+from blockbatch.cli.arguments import load as load_named
 from blockbatch.cli.help import examples
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -36,6 +37,7 @@ def add_parser(commands: Any) -> None:
         help="tiny or tiny-block (both built in), a HuggingFace folder, or a hub id",
     )
     group = parser.add_argument_group("model")
+    add_own(group)
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument("--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere), float16")
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
@@ -126,9 +128,8 @@ def run(options: argparse.Namespace) -> None:
 
     def load() -> tuple[Any, Any]:
         from blockbatch.decoding.engine import Engine
-        from blockbatch.models import load_model
 
-        model = load_model(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
+        model = load_named(options)
         engine = Engine(
             model,
             max_requests=options.max_requests,

@@ -9,6 +9,8 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch import branches
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import RuleRun
+from blockbatch.decoding.sampling import BatchSampling, RequestSampling
 from blockbatch.steps import HostPlan
 
 
@@ -50,8 +52,11 @@ class Batch:
             method.params,
             self.device,
         )
+        self.rule = RuleRun(method.rule, method.params, self.state) if method.rule else None
         self.plan = bbk.StepPlan.allocate(num_rows, gen_length, self.device)
         self.events = bbk.PolicyEvents.allocate(num_rows, gen_length, self.device)
+        kind = method.sampling
+        self.sampling = None if kind is None else BatchSampling(num_requests, kind, self.device)
         self.seqlens_k = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         self.cache = model.new_cache(num_requests, num_branches, max_prompt + gen_length)
         on_gpu = self.device.type == "cuda"
@@ -76,12 +81,23 @@ class Batch:
             current.wait_stream(self._stream)
         self._stream = current
 
-    def start(self, prompts: list[list[int]], regions: Sequence[Sequence[int]] | None = None) -> None:
+    def start(
+        self,
+        prompts: list[list[int]],
+        regions: Sequence[Sequence[int]] | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
+    ) -> None:
         """Puts new prompts, no longer than the longest that fits, in front of generation regions.
 
         Args:
             regions: what they hold before the first forward, see `Session`; None: MASK.
+            sampling: of each request, where the method draws tokens.
         """
+        if (sampling is None) != (self.sampling is None):
+            expected = "none" if self.sampling is None else f"{len(prompts)} requests'"
+            raise ValueError(f"sampling: expected {expected} for this method, got {sampling!r:.80}")
+        if self.sampling is not None:
+            self.sampling.write(0, sampling, [len(prompt) for prompt in prompts])
         tokens, lengths = branches.pad_prompts(prompts)
         self.state.reset(tokens.to(self.device), lengths.to(self.device), self.method.params.mask_token_id)
         if regions is not None:
@@ -90,6 +106,8 @@ class Batch:
         canvas = self.state.prompt_length + self.state.gen_length
         self.seqlens_k.copy_(canvas.repeat_interleave(self.state.num_branches))
         self.cache.reset()
+        if self.rule:
+            self.rule.reset()
         self._sources = list(range(self.state.num_rows))
         bbk.initial_plan(self.state, self.method.params, out=self.plan, backend=self.backend)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_branches import BranchRules
+from blockbatch.decoding.sampling import SamplingKind
 from blockbatch.kv_cache import PAGE_SIZE
 from blockbatch.methods import PAPER_BLOCK_SIZES
 from blockbatch.models.spec import BLOCK_FAMILIES, ModelSpec
@@ -40,6 +41,7 @@ class BlockMethod(NamedTuple):
         grow: whether a text goes on until memory ends.
         prefix_cache: whether finished blocks are kept for other requests.
         block_sizes, rules: of BlockBatch's branches inside the block; none: the family's own rule.
+        sampling: what drawing tokens takes; None: they are those of the highest logits.
     """
 
     family: str
@@ -60,6 +62,7 @@ class BlockMethod(NamedTuple):
     prefix_cache: bool = False
     block_sizes: tuple[int, ...] = ()
     rules: BranchRules | None = None
+    sampling: SamplingKind | None = None
 
     @property
     def program(self) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import StepGraphs, capture
+from blockbatch.decoding.sampling import RowSampling, SamplingKind, pack_rows, packed_size, unpack_rows
+from blockbatch.models.drawn import Draw
 from blockbatch.text_pages import TextPages
 
 # Rows that are planned together: the plan of the attention compares every row with every other.
@@ -34,6 +36,8 @@ class Row(NamedTuple):
         end: they see positions [0, end).
         pages: page j holds positions from j * page_size on; at least those up to `end`.
         predict: places in `ids` whose prediction is wanted, ascending.
+        targets: for each of them the place of the text that it predicts; read where tokens are drawn.
+        draw: how tokens are drawn; None: those of the highest logits. The same for all rows of a forward.
     """
 
     ids: Sequence[int]
@@ -41,6 +45,8 @@ class Row(NamedTuple):
     end: int
     pages: Sequence[int]
     predict: Sequence[int] = ()
+    targets: Sequence[int] = ()
+    draw: RowSampling | None = None
 
 
 # For every wanted place of a row: the top token and its confidence.
@@ -55,12 +61,14 @@ class _Shape(NamedTuple):
         columns: pages of a row of the page table.
         places: predictions.
         distinct: texts that the rows belong to, as far as they begin differently.
+        sampling: what drawing tokens takes.
     """
 
     lengths: tuple[int, ...]
     columns: int
     places: int
     distinct: int
+    sampling: SamplingKind | None = None
 
 
 class _Pages(NamedTuple):
@@ -162,14 +170,28 @@ class BlockForward:
         # Rows of one text share what is stored.
         distinct = len({row.pages[0] for row in rows})
         values = [*ids, *positions, *row_index, *accumulate(lengths, initial=0), *ends, *slots]
-        values += wanted + [0] * (places - len(wanted)) + table
-        return _Shape(tuple(lengths), columns, places, distinct), values
+        padding = [0] * (places - len(wanted))
+        values += wanted + padding + table
+        draws = [row.draw for row in rows]
+        kind = None if draws[0] is None else draws[0].kind
+        if kind is not None:
+            values += [index for index, row in enumerate(rows) for _ in row.predict] + padding
+            values += [place for row in rows for place in row.targets] + padding
+            values += pack_rows(draws)
+        return _Shape(tuple(lengths), columns, places, distinct, kind), values
 
     def _compute(self, shape: _Shape, packed: Tensor) -> Tensor:
         """The forward of what `_pack` wrote, on the device: top tokens and the bits of confidences."""
         rows, tokens = len(shape.lengths), sum(shape.lengths)
         sizes = [tokens, tokens, tokens, rows + 1, rows, tokens, shape.places, rows * shape.columns]
-        ids, positions, row_index, cu_seqlens_q, seqlens_k, slots, places, table = packed.split(sizes)
+        kind, options = shape.sampling, {}
+        if kind is not None:
+            sizes += [shape.places, shape.places, packed_size(kind, rows)]
+        parts = packed.split(sizes)
+        ids, positions, row_index, cu_seqlens_q, seqlens_k, slots, places, table = parts[:8]
+        if kind is not None:
+            request, targets, rules = parts[8:]
+            options["sampling"] = Draw(unpack_rows(kind, rows, rules), request, targets, kind.confidence)
         queries = bbk.PackedQueries(
             input_ids=ids,
             positions=positions,
@@ -180,7 +202,7 @@ class BlockForward:
             predict_target=torch.arange(shape.places, device=packed.device),
         )
         pages = _Pages(self.pool.kv, table.view(rows, shape.columns), shape.distinct)
-        predictions = self._model.predict(queries, pages, seqlens_k)
+        predictions = self._model.predict(queries, pages, seqlens_k, **options)
         return torch.stack((predictions.top_token, predictions.confidence.view(torch.int32)))
 
     def _replay(self, shape: _Shape, packed: Tensor) -> Tensor:

@@ -130,3 +130,7 @@ class BlockLane:
             seat.place.end(0)
         if seat in self._seats:
             self._seats.remove(seat)
+
+    def pages_in_use(self) -> int:
+        """Pages that texts hold, beside those that are kept for texts to come."""
+        return self._forward.pool.held()

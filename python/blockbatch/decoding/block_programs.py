@@ -102,7 +102,7 @@ def fast_dllm_v2(text: BlockText, method: BlockMethod) -> Program:
             break
         if block.done and not early:
             return _cut(text, method)
-        (predicted,) = yield Forward("store", [text.row(stop - size, stop, stop, [stop - 1])])
+        (predicted,) = yield Forward("store", [text.row(stop - size, stop, stop, [stop - 1], [stop])])
         text.stored = stop - text.shift
         text.window = (stop, stop)
         text.write([stop], predicted)
@@ -145,11 +145,11 @@ class _Block:
         sources = [max(place - 1, begin) for place in masks]
         if not self._cached or text.ids[first] == text.mask:
             # Published: the mask of a denoise forward has the trained size whatever the block's is.
-            rows = text.blocks(begin, self._stop, method.trained_size, sources)
+            rows = text.blocks(begin, self._stop, method.trained_size, sources, masks)
             forward = Forward("block", rows)
             self._cached = method.block_cache
         else:
-            forward = Forward("sub", [text.row(first, end, self._stop, sources)])
+            forward = Forward("sub", [text.row(first, end, self._stop, sources, masks)])
         predicted = [pair for row in (yield forward) for pair in row]
         threshold = fp32(method.threshold)
         highest = max(range(len(masks)), key=lambda index: predicted[index][1])
@@ -170,7 +170,8 @@ def _prefill(text: BlockText, whole: int, size: int, predict: list[int] = ()) ->
     text.make_room(whole)
     if text.stored == whole:
         return None
-    return Forward("prefill", text.blocks(text.stored, whole, size, predict))
+    # What is predicted stands right behind.
+    return Forward("prefill", text.blocks(text.stored, whole, size, predict, [at + 1 for at in predict]))
 
 
 def _bonus(text: BlockText, whole: int) -> list[int]:
@@ -220,7 +221,7 @@ def blockbatch(text: BlockText, method: BlockMethod) -> Program:
                 text.ids[start:stop] = tokens
                 masks = text.masks(start, stop)
                 sources = [max(place - 1, start) if shifted else place for place in masks]
-                rows.append(text.row(start, stop, stop, sources)._replace(pages=pages))
+                rows.append(text.row(start, stop, stop, sources, masks)._replace(pages=pages))
             text.ids[start:stop] = branches.agreed()
             before = [] if waiting is None else waiting.rows
             kind = "fused" if before else "block" if shifted else "denoise"
@@ -243,7 +244,8 @@ def blockbatch(text: BlockText, method: BlockMethod) -> Program:
         if branches.finished is not None:
             return "eos"
         # With shifted logits the stored block predicts the next one's first token.
-        waiting = Forward("store", [text.row(start, stop, stop, [stop - 1] if shifted else [])])
+        bonus = ([stop - 1], [stop]) if shifted else ([], [])
+        waiting = Forward("store", [text.row(start, stop, stop, *bonus)])
     return "length"
 
 

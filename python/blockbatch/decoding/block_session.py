@@ -14,10 +14,11 @@ import blockbatch_kernels as bbk
 from blockbatch import devices
 from blockbatch.branches import BlockNFE, RequestOutcome
 from blockbatch.decoding.block_diffusion import BlockMethod
-from blockbatch.decoding.block_forward import BlockForward, Predicted
+from blockbatch.decoding.block_forward import BlockForward, Predicted, Row
 from blockbatch.decoding.block_programs import PROGRAMS
 from blockbatch.decoding.block_text import BlockText, Forward
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
+from blockbatch.decoding.sampling import RequestSampling, RowSampling
 from blockbatch.decoding.session import ROW_TOKENS, Stops
 
 # What forwards count as; a fused one is a denoise forward that stores on the way.
@@ -51,6 +52,7 @@ class BlockSession:
         forward: of the model; several sessions may share it, one forward after the other.
         observed: whether steps tell what every forward did.
         stops: asked before every forward; None: the programs alone end requests.
+        sampling: of each request, where the method draws tokens; else None.
     """
 
     tells_records = True
@@ -64,9 +66,10 @@ class BlockSession:
         *,
         observed: bool = False,
         stops: Stops | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method, observed, stops
-        self._forward, pool = forward, forward.pool
+        self._forward, pool, self._sampling = forward, forward.pool, sampling
         cached = method.block_size if method.prefix_cache else None
         about = (pool, model.spec.max_length, method.mask_token_id, cached, method.grow)
         self.texts = [BlockText(prompt, *about) for prompt in prompts]
@@ -106,7 +109,9 @@ class BlockSession:
         records = None
         if self.observed:
             records = {request: self._begin_record(request) for request in running}
-        rows = [row for forward in forwards for row in forward.rows]
+        rows = []
+        for request, forward in zip(running, forwards, strict=True):
+            rows += self._drawn(request, forward.rows)
         predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
@@ -191,6 +196,22 @@ class BlockSession:
             # As published: MASK stands behind the block in which a text ended.
             canvas += [text.mask] * (self.params.positions(text.prompt_length) - len(text.ids))
         return canvas
+
+    def _drawn(self, request: int, rows: list[Row]) -> list[Row]:
+        """Rows that know how their tokens are drawn.
+
+        Denoise forwards alone count for the noise: whether a block is stored in a forward of its own, or
+        found in the prefix cache, changes no token.
+        """
+        if self._sampling is None:
+            return rows
+        draw = RowSampling(
+            self.params.sampling,
+            self._sampling[request],
+            self._counts[request]["denoise"],
+            self.texts[request].prompt_length,
+        )
+        return [row._replace(draw=draw) for row in rows]
 
     def _refuse_non_finite(self, request: int, kind: str, predicted: list[Predicted]) -> None:
         if all(math.isfinite(confidence) for pairs in predicted for _, confidence in pairs):

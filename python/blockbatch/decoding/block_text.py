@@ -164,11 +164,19 @@ class BlockText:
                 )
             )
 
-    def row(self, start: int, stop: int, end: int, predict: Sequence[int] = ()) -> Row:
+    def row(
+        self,
+        start: int,
+        stop: int,
+        end: int,
+        predict: Sequence[int] = (),
+        targets: Sequence[int] | None = None,
+    ) -> Row:
         """Places [start, stop) as queries that see all before `end`.
 
         Args:
             predict: places whose logits are wanted.
+            targets: the places that these predict; None: they themselves.
         """
         return Row(
             self.ids[start:stop],
@@ -176,16 +184,28 @@ class BlockText:
             end - self.shift,
             self.pages,
             [place - start for place in predict],
+            list(predict if targets is None else targets),
         )
 
-    def blocks(self, start: int, stop: int, size: int, predict: Sequence[int] = ()) -> list[Row]:
+    def blocks(
+        self,
+        start: int,
+        stop: int,
+        size: int,
+        predict: Sequence[int] = (),
+        targets: Sequence[int] | None = None,
+    ) -> list[Row]:
         """Places [start, stop) as one row for each block of the grid of `size` positions."""
         rows = []
+        wanted = list(zip(predict, predict if targets is None else targets, strict=True))
         first = start
         while first < stop:
             position = first - self.shift
             last = min(stop, (position // size + 1) * size + self.shift)
-            rows.append(self.row(first, last, last, [place for place in predict if first <= place < last]))
+            mine = [(place, target) for place, target in wanted if first <= place < last]
+            rows.append(
+                self.row(first, last, last, [place for place, _ in mine], [target for _, target in mine])
+            )
             first = last
         return rows
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.block_diffusion import BUILDERS, BlockMethod
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import check_rule
+from blockbatch.decoding.sampling import RequestSampling, request_sampling, sampling_kind
 from blockbatch.methods import METHOD_TABLE
 from blockbatch.models.spec import is_block_causal
 
-METHOD_BUILDERS = {name: import_module(row.module).method for name, row in METHOD_TABLE.items()}
+
+class _Builders(Mapping[str, Callable[..., Method]]):
+    """The builder of every method of the table, which may grow."""
+
+    def __getitem__(self, name: str) -> Callable[..., Method]:
+        row = METHOD_TABLE[name]
+        return row.builder or import_module(row.module).method
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METHOD_TABLE)
+
+    def __len__(self) -> int:
+        return len(METHOD_TABLE)
+
+
+METHOD_BUILDERS = _Builders()
 # Of block-causal models.
 BLOCK_METHOD_BUILDERS = BUILDERS
 
@@ -20,6 +38,7 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
 
     Raises:
         ValueError: the model cannot run it, or lacks an option of it.
+        TypeError: a builder of one's own returned something else.
     """
     spec = model.spec
     blocks = is_block_causal(spec)
@@ -34,7 +53,22 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
         raise ValueError(
             f"trace_kv: expected False for {spec.family}, whose stored K/V never change, got True"
         )
-    return builders[config.method](config, spec, eos_token_ids(model, config))
+    ends = eos_token_ids(model, config)
+    method = builders[config.method](config, spec, ends)
+    if not isinstance(method, (Method, BlockMethod)):
+        raise TypeError(
+            f"method: expected a builder of {config.method!r} that returns a Method, got {method!r:.80}"
+        )
+    if isinstance(method, Method) and method.rule:
+        check_rule(method.block_sizes, method.params)
+    return method._replace(sampling=sampling_kind(config, spec.vocab_size, ends))
+
+
+def sampling_for(model, config: DecodeConfig, index: int) -> RequestSampling | None:
+    """How the tokens of prompt `index` of a call are drawn; None: they are those of the highest logits."""
+    ends = eos_token_ids(model, config)
+    kind = sampling_kind(config, model.spec.vocab_size, ends)
+    return None if kind is None else request_sampling(config, kind, ends, index)
 
 
 def eos_token_ids(model, config: DecodeConfig) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from blockbatch.decoding.admission import Admission, branches_under_load, fewer_
 from blockbatch.decoding.block_lane import BlockLane
 from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.decoding.lane import Lane, Seat, rules_of
+from blockbatch.decoding.method import Method
 from blockbatch.decoding.prompt_checks import check_prompt, check_stop
 from blockbatch.decoding.requests import (
     EngineClosedError,
@@ -21,6 +22,7 @@ from blockbatch.decoding.requests import (
     RequestTooLargeError,
 )
 from blockbatch.decoding.results import before_eos, result_of
+from blockbatch.decoding.rule import try_rule
 from blockbatch.decoding.slot_lane import SlotLane
 from blockbatch.models.spec import is_block_causal
 from blockbatch.stops import PrefixReader
@@ -136,6 +138,8 @@ class Engine:
             if self._closed:
                 raise EngineClosedError("engine: expected an open one, got one that was closed")
             config, method, number = self._with_branches(config, branches)
+            if isinstance(method, Method) and method.rule:  # later its error would be that of all
+                try_rule(method.rule, method.params, method.block_sizes, config.gen_length)
             request = Request(self._number + 1, ids, config, number, on_update)
             seat = Seat(request, method, self._lane.pages_of(method, config, len(ids)))
             if config.stop:

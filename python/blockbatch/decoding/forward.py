@@ -99,20 +99,22 @@ def _predict(
     probe_tokens = None
     if params.eos_exit == "window":
         probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
+    options = {}
+    if batch.sampling is not None:
+        options["sampling"] = batch.sampling.draw(batch.state, packed.predict_target)
     if params.policy == "dream_published":
-        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True)
-    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens)
+        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True, **options)
+    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens, **options)
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:
-    bbk.decode_policy(
-        batch.state,
-        predictions,
-        batch.plan,
-        batch.method.params,
-        out=(batch.plan, batch.events),
-        backend=batch.backend,
-    )
+    out = batch.plan, batch.events
+    if batch.rule:
+        batch.rule.decode_policy(batch.state, predictions, batch.plan, out, batch.backend)
+    else:
+        bbk.decode_policy(
+            batch.state, predictions, batch.plan, batch.method.params, out=out, backend=batch.backend
+        )
     batch.cache.share(batch.events.sync_source)
     batch.copy_plan_to_host()
 

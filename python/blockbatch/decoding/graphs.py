@@ -110,7 +110,16 @@ class StepGraphs:
             block_denoise(self._model, self._batch, capacity, capacity)
 
         # The graphs run one after the other, so all can work in the same memory.
-        graph, _, held = capture(step, self._batch.device, self._pool)
+        try:
+            graph, _, held = capture(step, self._batch.device, self._pool)
+        except RuntimeError as error:
+            if self._batch.rule is None:
+                raise
+            name = self._batch.method.rule.name
+            raise RuntimeError(
+                f"method {name!r}: expected a rule whose steps can be captured as a CUDA graph, or one of "
+                f"commit_rule(..., graphs=False), got: {error}"
+            ) from error
         self._held[0] += held
         self._pool = self._pool or graph.pool()
         return graph

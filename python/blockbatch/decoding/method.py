@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from blockbatch.config import DecodeConfig
+from blockbatch.decoding.rule import CommitRule
+from blockbatch.decoding.sampling import SamplingKind
 from blockbatch.models.spec import ModelSpec
 from blockbatch_kernels import PolicyParams
 
@@ -15,10 +17,14 @@ class Method(NamedTuple):
         block_sizes: of the rows of a request: one branch each, ascending. With drafts the first row is the
             only branch, and the drafts behind it have its size.
         params: the rules between two forwards.
+        rule: what commits in the place of `params`; None: `params`.
+        sampling: what drawing tokens takes; None: they are those of the highest logits.
     """
 
     block_sizes: tuple[int, ...]
     params: PolicyParams
+    rule: CommitRule | None = None
+    sampling: SamplingKind | None = None
 
 
 def single_branch(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.sampling import RequestSampling
 from blockbatch.decoding.session import Runner, Session, Stops, new_runner
 
 
@@ -52,6 +53,7 @@ class RunnerPool:
         observed: bool = False,
         stops: Stops | None = None,
         regions: Sequence[Sequence[int]] | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
     ) -> Session:
         """A session on a runner with room for `max_prompt` tokens, kept from earlier or new."""
         shape = _Shape(len(prompts), method, gen_length, max_prompt)
@@ -59,7 +61,7 @@ class RunnerPool:
         runner = None if found is None else self._idle.pop(found)
         if runner is None:
             runner = new_runner(model, shape.num_requests, method, gen_length, max_prompt)
-        more = dict(observed=observed, stops=stops, regions=regions)
+        more = dict(observed=observed, stops=stops, regions=regions, sampling=sampling)
         session = Session(model, prompts, method, gen_length, runner=runner, **more)
         weakref.finalize(session, _put_back, weakref.ref(self), shape, runner)
         return session

@@ -16,6 +16,7 @@ from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import refuse_non_finite
+from blockbatch.decoding.sampling import RequestSampling
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
@@ -46,7 +47,8 @@ def new_runner(model, num_requests: int, method: Method, gen_length: int, max_pr
     with devices.turn(model.device):
         batch = Batch(model, num_requests, method, gen_length, max_prompt)
         # Runners are kept on the model: a strong reference back would keep both alive.
-        graphs = StepGraphs(weakref.proxy(model), batch) if StepGraphs.possible(model) else None
+        possible = StepGraphs.possible(model) and (batch.rule is None or batch.rule.can_capture)
+        graphs = StepGraphs(weakref.proxy(model), batch) if possible else None
     return Runner(batch, graphs)
 
 
@@ -69,6 +71,7 @@ class Session:
             requests.
         regions: what the generation region of each request holds before the first forward, gen_length ids,
             the first of them MASK. Tokens among them stand as decoded ones do. None: MASK everywhere.
+        sampling: of each request, where the method draws tokens; else None.
     """
 
     # Whether steps come with trace records, rather than with what they are made of.
@@ -85,6 +88,7 @@ class Session:
         observed: bool = False,
         stops: Stops | None = None,
         regions: Sequence[Sequence[int]] | None = None,
+        sampling: Sequence[RequestSampling] | None = None,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method.params, observed, stops
         if runner is None:
@@ -95,7 +99,7 @@ class Session:
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
-            self._batch.start(prompts, regions)
+            self._batch.start(prompts, regions, sampling)
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward

@@ -9,13 +9,15 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
+from blockbatch.decoding.method import Method
+from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import PolicyParams, tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
-# Captured steps of one layout; sizes and settings beyond run as they are.
+# Captured steps of one layout that are kept.
 _MOST_GRAPHS = 64
 
 
@@ -27,6 +29,7 @@ class Layout(NamedTuple):
         num_branches, gen_length: of every request; None: up to what the slots have.
         is_open: whether block steps compute open queries.
         map_entries: see `bbk.BranchState.create`.
+        rule: a commit rule of one's own that all requests share.
     """
 
     params: PolicyParams | None
@@ -34,15 +37,20 @@ class Layout(NamedTuple):
     gen_length: int | None
     is_open: bool
     map_entries: int = 0
+    rule: CommitRule | None = None
 
 
-def layout_of(params: PolicyParams, block_sizes: tuple[int, ...], gen_length: int) -> Layout:
-    """Drafts ask for an exact number of rows; Dream's rule looks at all rows and positions of a slot."""
+def layout_of(method: Method, gen_length: int) -> Layout:
+    """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
+    may a rule of one's own."""
+    params, sizes, is_open = method.params, method.block_sizes, method.params.query_span == "open"
     if params.policy == "dream_published":
-        return Layout(params, len(block_sizes), gen_length, False, bbk.map_entries(block_sizes, gen_length))
+        return Layout(params, len(sizes), gen_length, is_open, bbk.map_entries(sizes, gen_length))
+    if method.rule is not None:
+        return Layout(params, len(sizes), gen_length, is_open, rule=method.rule)
     if params.drafts:
-        return Layout(params, len(block_sizes), None, False)
-    return Layout(None, None, None, params.query_span == "open")
+        return Layout(params, len(sizes), None, is_open)
+    return Layout(None, None, None, is_open)
 
 
 class WholeRows(NamedTuple):
@@ -102,14 +110,17 @@ class SlotForward:
         self.device, self._backend = model.device, model.backend
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
-        self._can_capture = StepGraphs.possible(model)
         self._pool = None
         self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
         self.slots = slots
-        self.plans = SlotPlans(slots, self._backend)
+        rule = None
+        if self.layout.rule is not None:
+            rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
+        self._can_capture = StepGraphs.possible(self._model) and (rule is None or rule.can_capture)
+        self.plans = SlotPlans(slots, rule, self._backend)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
         size = self._host_part().numel()
@@ -135,7 +146,11 @@ class SlotForward:
             )
             for part in self._parts
         ]
+        before = self.plans.rule
         self._use(old.grown(sizes))
+        if before is not None:
+            for name, values in before.memory.items():
+                self.plans.rule.memory[name][number] = values
         self.plans.next(self.groups)
         return number
 
@@ -199,14 +214,15 @@ class SlotForward:
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
         self._run_windows(capacity, capacity, distinct_rows)
-        if len(self._graphs) < _MOST_GRAPHS:
+        if len(self._graphs) >= _MOST_GRAPHS:
+            self.forget_graphs()
 
-            def step() -> None:
-                self._run_windows(capacity, capacity, distinct_rows)
+        def step() -> None:
+            self._run_windows(capacity, capacity, distinct_rows)
 
-            graph, _, _ = capture(step, self.device, self._pool)
-            self._pool = self._pool or graph.pool()
-            self._graphs[key] = graph
+        graph, _, _ = capture(step, self.device, self._pool)
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)

@@ -27,6 +27,8 @@ from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 _FIRST_SLOTS = 8
 # On a GPU sizes are rounded up, so that slots seldom grow and graphs are seldom captured anew.
 _GPU_STEPS = Sizes(1, 1, 64, 64)
+# Layouts that are kept for requests to come; more are there as long as requests use them.
+_MOST_LAYOUTS = 4
 # Branches that the cache is made for.
 _USUAL_BRANCHES = 6
 
@@ -38,6 +40,7 @@ class Place:
     Attributes:
         forward, slot: what holds its state.
         rows: of its slots that it uses, branches first.
+        group: number of its settings among those in use.
         windows: tokens of its planned block step; None: it waits for a full forward.
         phase: of the forward that it waits for.
         waiting: rows that its full forward still has to compute, with their tokens.
@@ -49,6 +52,7 @@ class Place:
     forward: SlotForward
     slot: int
     rows: list[int]
+    group: int
     windows: int | None = None
     phase: int = PHASE_INIT
     waiting: list[tuple[int, int]] = field(default_factory=list)
@@ -84,7 +88,6 @@ class SlotLane:
             self._pages = SlotPages(model, self.num_pages if on_gpu else 0)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._forwards: dict[Layout, SlotForward] = {}
-        self._numbers: dict[PolicyParams, int] = {}
         self._seats: list[Seat] = []
         self._turn = self._reserved = 0
         self._stream = None
@@ -102,17 +105,19 @@ class SlotLane:
     def _join(self, seat: Seat) -> None:
         method, prompt, gen_length = seat.method, seat.request.prompt, seat.config.gen_length
         needed = Sizes(1, len(method.block_sizes), gen_length, max(len(prompt), 1))
-        layout = layout_of(method.params, method.block_sizes, gen_length)
+        layout = layout_of(method, gen_length)
         forward = self._forward_of(layout, needed, len(prompt) + gen_length)
         self._reserved += seat.pages
         if self._reserved > self._pages.num_pages:
             pages = min(self.num_pages, max(self._reserved, 2 * self._pages.num_pages))
             self._pages.grow_pages(pages)
         slot = min(set(range(forward.slots.sizes.requests)) - self._taken(forward))
-        group = self._numbers.setdefault(method.params, len(self._numbers))
-        seat.place = Place(forward, slot, list(range(len(method.block_sizes))), since=self._turn)
+        group = self._group_of(forward, method.params)
+        seat.place = Place(forward, slot, list(range(len(method.block_sizes))), group, since=self._turn)
         self._seats.append(seat)
         forward.slots.join(slot, prompt, method, gen_length, group)
+        if forward.plans.rule is not None:
+            forward.plans.rule.reset(forward.slots.rows_of(slot))
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
         seat.place.waiting = [(0, len(prompt) + gen_length)]
@@ -267,10 +272,14 @@ class SlotLane:
         return {seat.place.slot for seat in self._of(forward)}
 
     def _set_groups(self, forward: SlotForward) -> None:
-        present = {seat.method.params for seat in self._of(forward)}
-        forward.groups = sorted(
-            ((self._numbers[params], params) for params in present), key=lambda group: group[0]
-        )
+        present = {seat.place.group: seat.method.params for seat in self._of(forward)}
+        forward.groups = sorted(present.items())
+
+    def _group_of(self, forward: SlotForward, params: PolicyParams) -> int:
+        """The number of these settings: that of requests that have them, or one that is free."""
+        numbers = {seat.method.params: seat.place.group for seat in self._of(forward)}
+        free = set(range(len(numbers) + 1)) - set(numbers.values())
+        return numbers.get(params, min(free))
 
     def _forward_of(self, layout: Layout, needed: Sizes, canvas: int) -> SlotForward:
         """The slots of a layout, with one free and large enough, and a page table for them."""
@@ -283,6 +292,9 @@ class SlotLane:
         forward = self._forwards.get(layout)
         numbers: dict[SlotForward, torch.Tensor] = {}
         if forward is None:
+            idle = [key for key, other in self._forwards.items() if not self._of(other)]
+            for key in idle[: max(0, len(self._forwards) + 1 - _MOST_LAYOUTS)]:
+                del self._forwards[key]
             sizes = needed._replace(requests=min(_FIRST_SLOTS, self._max_requests))
             forward = self._forwards[layout] = SlotForward(self._model, self._pages, layout, sizes)
         else:
@@ -292,7 +304,7 @@ class SlotLane:
             if sizes.covering(needed) != sizes:
                 numbers[forward] = forward.grow(sizes.covering(needed))
         num_rows = sum(other.slots.num_rows for other in self._forwards.values())
-        if self._pages.page_table.shape != (num_rows, columns):
+        if numbers or forward.rows.stop == 0 or self._pages.page_table.shape != (num_rows, columns):
             self._lay_out(numbers, num_rows, columns)
         return forward
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.rule import RuleRun
 from blockbatch.decoding.slots import Slots
 from blockbatch_kernels import PolicyParams
 from blockbatch_kernels.structs import PHASE_REFRESH
@@ -25,14 +26,17 @@ Group = tuple[int, PolicyParams]
 class SlotPlans:
     """What the requests of some slots ask for next.
 
+    Args:
+        rule: that commits in the place of the settings; None: they do.
+
     Attributes:
         block, full: the plans; their flags mean nothing. `full` holds init and refresh of every request that
             waits for one. Of open queries `block` has places, as ever.
         blocking, refreshing: [Q] bool, requests that each is for; those before their init are in neither.
     """
 
-    def __init__(self, slots: Slots, backend: str | None) -> None:
-        self.slots, self.backend = slots, backend
+    def __init__(self, slots: Slots, rule: RuleRun | None, backend: str | None) -> None:
+        self.slots, self.rule, self.backend = slots, rule, backend
         size = slots.num_rows, slots.state.gen_length, slots.device
         self.block, self.full, self._other = (bbk.StepPlan.allocate(*size) for _ in range(3))
         self.events = bbk.PolicyEvents.allocate(*size)
@@ -65,7 +69,7 @@ class SlotPlans:
             rows = self.slots.by_row(mine)
             source_row = torch.where(rows, plan.source_row, -1)
             own = plan._replace(source_row=source_row, flags=self._flags[phase])
-            self._call(mine, rows, self.of_rows(rows, predictions), own, params, self._other)
+            self._call(mine, rows, self.of_rows(rows, predictions), own, params, self._other, self.rule)
             sources = torch.where(rows, self.events.sync_source, sources)
         return sources
 
@@ -156,6 +160,7 @@ class SlotPlans:
         plan: bbk.StepPlan,
         params: PolicyParams,
         into: bbk.StepPlan,
+        rule: RuleRun | None = None,
     ) -> None:
         """`bbk.decode_policy` of the requests `members`, whose rows are `rows`, and of no other."""
         state = self.slots.state
@@ -165,7 +170,13 @@ class SlotPlans:
         finished = state.finished.clone()
         state.finished.logical_or_(~members)
         out = (into, self.events)
-        bbk.decode_policy(state, predictions, plan, params, out=out, backend=self.backend)
+        if rule is None:
+            bbk.decode_policy(state, predictions, plan, params, out=out, backend=self.backend)
+        else:
+            memory = {name: values.clone() for name, values in rule.memory.items()}
+            rule.decode_policy(state, predictions, plan, out, self.backend)
+            for name, before in memory.items():
+                rule.memory[name].copy_(torch.where(rows.unsqueeze(1), rule.memory[name], before))
         state.finished.copy_(torch.where(members, state.finished, finished))
         for name, before in of_rows.items():
             field = getattr(state, name)

@@ -91,7 +91,7 @@ class Slots:
 
     def by_row(self, of_requests: Tensor) -> Tensor:
         """[Q] -> [R]"""
-        return of_requests.repeat_interleave(self.sizes.num_branches)
+        return of_requests.unsqueeze(1).expand(-1, self.sizes.num_branches).reshape(-1)
 
     def join(self, slot: int, prompt: Sequence[int], method: Method, gen_length: int, group: int) -> None:
         """Puts a request before its first forward into an empty slot."""

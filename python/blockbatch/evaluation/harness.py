@@ -34,10 +34,12 @@ from blockbatch.evaluation.harness_options import (
     length_unit,
     read_batch_size,
 )
-from blockbatch.generation import Result, generate
+from blockbatch.generation import Result, decode
 from blockbatch.methods import METHOD_OPTIONS
 from blockbatch.models import load_model
+from blockbatch.plugins import load_plugin
 from blockbatch.prompts import encode_prompt
+from blockbatch.sampling_options import sampling_settings
 from blockbatch.stops import cut
 from blockbatch.texts import check_text
 
@@ -61,6 +63,7 @@ class BlockBatchLM(LM):
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
         device, dtype, backend, revision, quantization, adapter: as `load_model`.
+        plugin: Python file or module that registers methods of one's own; it is run.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
         likelihood_samples, likelihood_seed: maskings of every answer whose likelihood is asked for.
@@ -86,6 +89,7 @@ class BlockBatchLM(LM):
         revision: str | None = None,
         quantization: str | None = None,
         adapter: str | None = None,
+        plugin: str | None = None,
         stop_early: bool | None = None,
         add_bos_token: bool | None = None,
         escape_until: bool = False,
@@ -98,6 +102,8 @@ class BlockBatchLM(LM):
     ) -> None:
         super().__init__()
         self.batch_size = read_batch_size(batch_size)
+        if plugin is not None:
+            load_plugin(plugin)
         self._options = decode_options(preset, options, decode_preset)
         self._fixed_length = self._options.pop("gen_length", None)
         flags = {"stop_early": stop_early, "add_bos_token": add_bos_token, "escape_until": escape_until}
@@ -226,7 +232,7 @@ class BlockBatchLM(LM):
                 group.sort(key=lambda index: -len(prompts[index]))
                 for first in range(0, len(group), self.batch_size):
                     batch = group[first : first + self.batch_size]
-                    for index, result in zip(batch, self._decode([prompts[i] for i in batch], config)):
+                    for index, result in zip(batch, self._decode([prompts[i] for i in batch], config, batch)):
                         texts[index] = self._text(result, wish)
                         self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                     bar.update(len(batch))
@@ -259,6 +265,7 @@ class BlockBatchLM(LM):
             "model_dtype": self.model.numbers,
             "decoding": {
                 **{name: getattr(config, name) for name in names},
+                **sampling_settings(config),
                 "gen_length": self._fixed_length,
                 "stop_early": self.stop_early,
                 "add_bos_token": self._begins_with_bos(),
@@ -317,9 +324,9 @@ class BlockBatchLM(LM):
             return begin + ids[len(ids) - room + len(begin) :]
         return ids
 
-    def _decode(self, prompts: list[list[int]], config: DecodeConfig) -> list[Result]:
+    def _decode(self, prompts: list[list[int]], config: DecodeConfig, numbers: Sequence[int]) -> list[Result]:
         started = time.perf_counter()
-        results = generate(self.model, prompts, config)
+        results = decode(self.model, prompts, config, numbers=numbers)
         self._seconds += time.perf_counter() - started
         self._requests += len(results)
         self._tokens += sum(len(result.tokens) for result in results)

@@ -79,7 +79,7 @@ def decode_options(
     given = {name: None if str(value).lower() == "none" else value for name, value in options.items()}
     if "eos_exit" in given and given["eos_exit"] is None:
         given["eos_exit"] = "none"
-    for name in ("block_sizes", "drafts", "eos_token_ids"):
+    for name in ("block_sizes", "drafts", "eos_token_ids", "bad_token_ids"):
         if name in given:
             given[name] = _integers(name, given[name])
     if preset in PRESET_TABLE:

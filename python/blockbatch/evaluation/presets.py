@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockbatch.config import DecodeConfig
-from blockbatch.methods import DEFAULT_METHOD, METHOD_TABLE, fitted
+from blockbatch.methods import BUILT_IN_METHODS, DEFAULT_METHOD, METHOD_TABLE, fitted
 
-METHOD_SETTINGS = {name: row.published for name, row in METHOD_TABLE.items()}
+METHOD_SETTINGS = {name: METHOD_TABLE[name].published for name in BUILT_IN_METHODS}
 # Every prompt begins with the BOS token, and BlockBatch fills its canvas, which is cut at the first EOS.
 DREAM_OPTIONS = {"add_bos_token": "true", "eos_exit": "none"}
 PAPER_MODELS = ("GSAI-ML/LLaDA-1.5", "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Base-7B")
@@ -58,10 +58,10 @@ class Preset:
         Raises:
             ValueError: no such method.
         """
-        if method not in METHOD_SETTINGS:
-            raise ValueError(f"method: expected one of {', '.join(METHOD_SETTINGS)}, got {method!r}")
+        if method not in METHOD_TABLE:
+            raise ValueError(f"method: expected one of {', '.join(METHOD_TABLE)}, got {method!r}")
         length = self.gen_length if gen_length is None else gen_length
-        return fitted({"method": method, "gen_length": length, **METHOD_SETTINGS[method]})
+        return fitted({"method": method, "gen_length": length, **METHOD_TABLE[method].published})
 
     def config(self, method: str = DEFAULT_METHOD, **changes: Any) -> DecodeConfig:
         """The settings of a method, with some of them changed.

@@ -267,7 +267,9 @@ def _decode(model: Model, job: _Job, traced: bool) -> tuple[list[Result], list[f
     """The results, and the seconds of each."""
     config = replace(job.setting.config, trace=True) if traced else job.setting.config
     begun = time.perf_counter()
-    results = generation.decode(model, [prompt.ids for prompt in job.prompts], config)
+    # What is drawn for a problem depends on no other, nor on the size of batches.
+    numbers = [int(prompt.digest, 16) for prompt in job.prompts]
+    results = generation.decode(model, [prompt.ids for prompt in job.prompts], config, numbers=numbers)
     if len(results) == 1:
         return results, [results[0].seconds]
     share = (time.perf_counter() - begun) / len(results)

@@ -8,19 +8,19 @@ from typing import Any
 
 from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.methods import (
-    BLOCK_METHOD_TABLE,
     BLOCK_METHODS,
+    BUILT_IN_METHODS,
     DEFAULT_METHOD,
     METHOD_OPTIONS,
-    METHODS,
     PRESET_TABLE,
     fitted,
     fitting_block_sizes,
     preset_options,
 )
+from blockbatch.sampling_options import SAMPLING_NAMES
 
 # The yardstick first, BlockBatch last.
-TABLE_METHODS = (*(method for method in METHODS if method != "blockbatch"), "blockbatch")
+TABLE_METHODS = (*(method for method in BUILT_IN_METHODS if method != "blockbatch"), "blockbatch")
 # Of block-causal models.
 BLOCK_TABLE_METHODS = BLOCK_METHODS
 # What other settings are compared with: as published, and with BlockBatch's end.
@@ -75,7 +75,7 @@ def table_settings(
     methods = tuple(dict.fromkeys(methods))
     for method in methods:
         if method not in METHOD_OPTIONS:
-            names = ", ".join((*TABLE_METHODS, *BLOCK_METHOD_TABLE))
+            names = ", ".join(dict.fromkeys((*TABLE_METHODS, *METHOD_OPTIONS)))
             raise ValueError(f"--methods: expected some of {names}, got {method!r}")
 
     def config(method: str, eos_exit: str) -> DecodeConfig:
@@ -156,6 +156,7 @@ def parse_setting(text: str, gen_length: int) -> Setting:
 
 def _parse_value(label: str, name: str, value: str) -> Any:
     known = ("method", "gen_length", "preset", *dict.fromkeys(sum(map(list, METHOD_OPTIONS.values()), [])))
+    known += SAMPLING_NAMES
     if name not in known:
         raise ValueError(f"--set: {label}: expected options among {', '.join(known)}, got {name!r}")
     if value.lower() == "none":

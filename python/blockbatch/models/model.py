@@ -18,6 +18,7 @@ from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
+from blockbatch.models.drawn import Draw, drawn_predictions
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
 from blockbatch.models.quantized_weights import QuantizedWeight
@@ -98,6 +99,7 @@ class Model:
         probe_tokens: Tensor | None = None,
         *,
         likely: bool = False,
+        sampling: Draw | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -107,6 +109,7 @@ class Model:
             seqlens_k: [rows] int32, canvas lengths.
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
+            sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
@@ -125,6 +128,17 @@ class Model:
         )
         hidden = hidden if few else hidden[packed.predict_index]
         suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
+        if sampling is not None:
+            return drawn_predictions(
+                hidden,
+                self.weights.lm_head,
+                packed.predict_target,
+                sampling,
+                probe_tokens,
+                likely=likely,
+                mask_token_id=self.spec.mask_token_id,
+                backend=self.backend,
+            )
         if likely:
             top_token, confidence, *likely_ones = bbk.lm_head_likely(
                 hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend

@@ -78,7 +78,7 @@ def draw(trace: dict[str, Any], path: str | os.PathLike, *, whole: bool = False)
 def shown_positions(trace: dict[str, Any], states: States) -> int:
     """Positions up to a little behind the last one at which a branch ever held text or the result ends."""
     ends = trace["eos_token_ids"]
-    if not ends:
+    if not ends or trace["given"] is not None:
         return states.gen_length
     held = ~np.isin(states.tokens, [states.mask_token_id, *ends])
     last = max(np.flatnonzero(held.any((0, 1))), default=-1)

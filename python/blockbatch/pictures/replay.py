@@ -73,7 +73,7 @@ def _title(trace: dict[str, Any]) -> str:
 def _content(trace: dict[str, Any]) -> dict[str, Any]:
     settings, ends = trace["settings"], set(trace["eos_token_ids"])
     leaps = "local_leap" in (trace["method"], settings.get("commit"))
-    canvas = trace["canvas"] or []
+    canvas, given = trace["canvas"] or [], trace["given"]
     return {
         "model": trace["model"],
         "method": trace["method"],
@@ -87,8 +87,9 @@ def _content(trace: dict[str, Any]) -> dict[str, Any]:
         "prompt": trace["prompt"],
         "promptTokens": len(trace["prompt_tokens"]),
         "text": trace["text"],
-        "textTokens": next((i for i, token in enumerate(canvas) if token in ends), len(canvas)),
+        "textTokens": next((i for i, token in enumerate(canvas) if token in ends and not given), len(canvas)),
         "canvas": trace["canvas"],
+        "given": given,
         "blockSizes": trace["block_sizes"],
         "winnerBlockSize": trace["winner_block_size"],
         "genLength": trace["gen_length"],

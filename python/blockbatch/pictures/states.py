@@ -22,11 +22,12 @@ class States:
         block_sizes: of the branches [branches].
         phases: "init", "block" or "refresh" [steps].
         tokens: ids after the step, MASK where there is none yet, int64 [steps, branches, gen_length].
-        origin: how the branch came to its token: MASKED, COMMITTED (by itself), MERGED (from another branch),
-            SYNCED (copied with the leader's state, and not held before), uint8 [steps, branches, gen_length].
+        origin: how the branch came to its token: MASKED (and where a fill was given one), COMMITTED (by
+            itself), MERGED (from another branch), SYNCED (copied with the leader's state, and not held
+            before), uint8 [steps, branches, gen_length].
         change: the origins that this step brought, MASKED where it changed nothing or took a token away,
             uint8 [steps, branches, gen_length].
-        since: the step in which the branch came to its token, -1 for MASK, int32
+        since: the step in which the branch came to its token, -1 for MASK and for given tokens, int32
             [steps, branches, gen_length].
         confidence: with which the token was committed, NaN where unknown (MASK, merged tokens),
             float32 [steps, branches, gen_length].
@@ -113,6 +114,8 @@ def expand(trace: dict[str, Any]) -> States:
         syncs=tuple(tuple((s["branch"], s["leader"]) for s in record["syncs"]) for record in records),
         mask_token_id=mask,
     )
+    if trace["given"] is not None:
+        states.tokens[0] = trace["given"]
     for step, record in enumerate(records):
         if step:
             for kept in _kept(states):

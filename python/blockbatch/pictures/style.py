@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, METHODS
+from blockbatch.methods import BLOCK_METHOD_TABLE, BUILT_IN_METHODS, METHOD_TABLE, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ _LOOKS = (
     Look(ORANGE, "v"),
     Look(SKY_BLUE, "P"),
 )
-METHOD_LOOKS = dict(zip((*METHODS, *BLOCK_METHOD_TABLE), _LOOKS))
+METHOD_LOOKS = dict(zip((*BUILT_IN_METHODS, *BLOCK_METHOD_TABLE), _LOOKS))
 
 # Of the powers of two from 1 on; lightness grows up to 128, and none is too pale for white.
 _SIZE_COLORS = (
@@ -155,7 +155,9 @@ def check_suffix(path: str | os.PathLike, suffix: str) -> Path:
 
 def method_look(method: str) -> Look:
     """Colour and marker of a decoding method, the same in every picture."""
-    return METHOD_LOOKS.get(method, Look(GREY, "*"))
+    own = (name for name in METHODS if name not in METHOD_LOOKS)
+    looks = METHOD_LOOKS | dict(zip(own, _LOOKS[len(METHOD_LOOKS) :]))
+    return looks.get(method, Look(GREY, "*"))
 
 
 def method_name(method: str) -> str:

@@ -112,6 +112,27 @@ class Usage:
         }
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How one HTTP request with its decodes ended, for metrics and log.
+
+    Attributes:
+        request_id: what clients and the log call it.
+        outcome: "stop", "length", "abort" (the client went) or "error".
+        usage: of all its decodes.
+        seconds: from its beginning to its end.
+        first: seconds until the first text; None: there was none.
+        queued: seconds that each decode waited for its first forward.
+    """
+
+    request_id: str
+    outcome: str
+    usage: Usage
+    seconds: float
+    first: float | None
+    queued: list[float]
+
+
 def phases(nfe: Any) -> dict[str, int]:
     """Forwards by phase, of a record or a mapping of them."""
     counts = dict(nfe) if isinstance(nfe, Mapping) else asdict(nfe)

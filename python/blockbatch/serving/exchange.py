@@ -6,16 +6,24 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from blockbatch.decoding.choice import eos_token_ids
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
-from blockbatch.serving.answers import Answer, Usage, phases
+from blockbatch.serving.answers import Answer, Ended, Usage, phases
+from blockbatch.serving.bridge import Bridge
 from blockbatch.serving.errors import ApiError, engine_failed, timed_out
 from blockbatch.serving.reading import Job
 
-if TYPE_CHECKING:
-    from blockbatch.serving.service import Service
+
+class Host(Protocol):
+    """What an exchange needs of the server."""
+
+    model: Any
+    bridge: Bridge
+
+    def record(self, exchange: Exchange) -> None:
+        """Takes note of one that has ended."""
 
 
 class ClientGone(Exception):
@@ -26,10 +34,11 @@ class Exchange:
     """Submits jobs and follows them; `close`, which must be called, cancels what still runs.
 
     Args:
-        service: the server's state, with an engine.
+        host: the server, with an engine.
         jobs: one for each choice of the answer.
-        request_id: what the log calls it.
         receive: ASGI's, of a request whose body was read: the next message says that the client is gone.
+        request_id: what the log calls it.
+        timeout: seconds that it may take; None: as many as it wants.
 
     Attributes:
         texts: an `Answer` for each job.
@@ -38,27 +47,29 @@ class Exchange:
         streaming: whether a response has taken over to close it.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], receive: Any, request_id: str = "") -> None:
-        self._service, self._jobs, self._bridge = service, list(jobs), service.bridge
+    def __init__(
+        self, host: Host, jobs: Sequence[Job], receive: Any, request_id: str, timeout: float | None
+    ) -> None:
+        self._host, self._jobs, self._bridge, self._timeout = host, list(jobs), host.bridge, timeout
         self.request_id, self._event = request_id, asyncio.Event()
         self._started = time.monotonic()
-        timeout = service.settings.request_timeout
         self._deadline = None if timeout is None else self._started + timeout
         self._gone = False
-        model = service.model
+        model = host.model
         self.texts = [
             Answer(model.tokenizer, job.limit, job.stop, eos_token_ids(model, job.config)) for job in jobs
         ]
         self.first: float | None = None
         self.outcome, self.streaming = "error", False
         self._requests: list[Any] = []
-        self._closed = False
+        self._begun = self._closed = False
         self._watch = asyncio.ensure_future(self._wait_for_disconnect(receive))
 
     def begin(self) -> None:
         """Hands all jobs to the engine; raises what `Bridge.submit` raises."""
         for job in self._jobs:
             self._requests.append(self._bridge.submit(job, self._event))
+        self._begun = True
 
     def close(self) -> None:
         """Cancels what still runs, and tells metrics and log how it went."""
@@ -67,7 +78,8 @@ class Exchange:
         self._closed = True
         self._watch.cancel()
         self._bridge.leave(self._event, self._requests)
-        self._service.record(self)
+        if self._begun:  # not one that was turned away
+            self._host.record(self)
 
     @property
     def done(self) -> bool:
@@ -118,7 +130,7 @@ class Exchange:
         try:
             await asyncio.wait_for(awaited, max(least, self._deadline - time.monotonic()))
         except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
-            raise timed_out(self._service.settings.request_timeout) from None
+            raise timed_out(self._timeout) from None
 
     def usage(self) -> Usage:
         """Of all jobs, as far as they came."""
@@ -127,14 +139,15 @@ class Exchange:
             usage.add(len(job.prompt), len(text.tokens), phases(request.nfe), request.branches)
         return usage
 
-    def queued(self) -> list[float]:
-        """Seconds that each job waited for its first forward."""
+    def ended(self) -> Ended:
+        """How it ended."""
         times = [(request.submitted, request.started) for request in self._requests]
-        return [started - submitted for submitted, started in times if started is not None]
+        queued = [started - submitted for submitted, started in times if started is not None]
+        return Ended(self.request_id, self.outcome, self.usage(), self.seconds, self.first, queued)
 
     def prompts(self) -> list[str]:
         """The prompts as text, special tokens written out."""
-        tokenizer = self._service.model.tokenizer
+        tokenizer = self._host.model.tokenizer
         return [tokenizer.decode(job.prompt, skip_special=False) for job in self._jobs]
 
     def _read(self, request: Any, text: Answer) -> str:

@@ -36,15 +36,19 @@ class Gate:
         name = given if _NAME.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
 
+        guarded = _GUARDED.match(scope["path"]) is not None
+
         async def named_send(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if guarded:
+                    self._service.metrics.answered(message["status"])
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = name
                 if self._service.status != "ready":
                     answer["connection"] = "close"
             await send(message)
 
-        if not _GUARDED.match(scope["path"]):
+        if not guarded:
             await self._app(scope, receive, named_send)
             return
         self._service.in_flight += 1

@@ -5,7 +5,7 @@ unchanged, and `blockbatch:*` for what is special to these decodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,10 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from blockbatch.serving.answers import phases
-
-if TYPE_CHECKING:
-    from blockbatch.serving.exchange import Exchange
+from blockbatch.serving.answers import Ended, phases
 
 disable_created_metrics()  # a gauge of its own for each counter, which nobody reads
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -63,27 +60,33 @@ class Metrics:
         self._answer_tokens = counter("vllm:generation_tokens", "Tokens of answers.").labels(**own)
         ended = counter("vllm:request_success", "Requests by how they ended.", "finished_reason")
         self._ended = {reason: ended.labels(**own, finished_reason=reason) for reason in _FINISHED}
+        self._answers = counter("blockbatch:http_answers", "Answers of HTTP by status.", "status")
+        self._own = own
         self._registry.register(_Engine(own, stats))
 
-    def record(self, exchange: Exchange) -> None:
+    def record(self, ended: Ended) -> None:
         """Counts a request that has ended."""
-        usage = exchange.usage()
-        self._ended[exchange.outcome].inc()
+        usage = ended.usage
+        self._ended[ended.outcome].inc()
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._answer_tokens.inc(usage.completion_tokens)
-        if exchange.outcome not in ("stop", "length"):
+        if ended.outcome not in ("stop", "length"):
             return
-        if exchange.first is not None:
-            self._histograms["first"].observe(exchange.first)
-        self._histograms["whole"].observe(exchange.seconds)
+        if ended.first is not None:
+            self._histograms["first"].observe(ended.first)
+        self._histograms["whole"].observe(ended.seconds)
         self._histograms["prompt"].observe(usage.prompt_tokens)
         self._histograms["answer"].observe(usage.completion_tokens)
-        for seconds in exchange.queued():
+        for seconds in ended.queued:
             self._histograms["queue"].observe(seconds)
         for branches in usage.branches:
             self._histograms["branches"].observe(branches)
         if usage.forwards:
             self._histograms["per_forward"].observe(usage.completion_tokens / usage.forwards)
+
+    def answered(self, status: int) -> None:
+        """Counts an answer of HTTP, whole or begun."""
+        self._answers.labels(**self._own, status=str(status)).inc()
 
     def text(self) -> bytes:
         """All of them in the text format of Prometheus."""

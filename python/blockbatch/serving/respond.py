@@ -50,7 +50,8 @@ async def respond(
     stream: bool = False,
 ) -> Response:
     """Decodes the jobs. A stream begins with the first news of them: what fails before has its status."""
-    exchange = Exchange(service, jobs, request.receive, shape.request_id)
+    timeout = service.settings.request_timeout
+    exchange = Exchange(service, jobs, request.receive, shape.request_id, timeout)
     try:
         exchange.begin()
         if stream:

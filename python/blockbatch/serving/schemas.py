@@ -103,17 +103,15 @@ _SAID = {
 }
 
 
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
+
+
 def _errors(*statuses: int) -> dict[int | str, Any]:
     return {status: {"model": ErrorAnswer, "description": _SAID[status]} for status in statuses}
 
 
 def _decode(answer: type[BaseModel]) -> dict[int | str, Any]:
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
-    whole = {
-        "model": answer,
-        "description": "All of it; with `stream` chunks.",
-        "content": events,
-    }
+    whole = {"model": answer, "description": "All of it; with `stream` chunks.", "content": _EVENTS}
     return {200: whole, **_errors(*_SAID)}
 
 
@@ -124,7 +122,7 @@ HEALTH = {200: {"model": Health}, 503: {"model": Health, "description": "No requ
 VERSION = {200: {"model": Version}}
 METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 LIVE = {
-    200: {"description": "Events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"description": "Events.", "content": _EVENTS},
     **_errors(400, 401, 413, 500, 503),
 }
 

@@ -136,17 +136,18 @@ class Service:
 
     def record(self, exchange: Exchange) -> None:
         """Metrics and log of a request that has ended."""
-        self.metrics.record(exchange)
-        usage = exchange.usage()
+        ended = exchange.ended()
+        self.metrics.record(ended)
+        usage = ended.usage
         event(
             "request",
-            id=exchange.request_id,
-            finish=exchange.outcome,
+            id=ended.request_id,
+            finish=ended.outcome,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             forwards=usage.forwards,
-            seconds=round(exchange.seconds, 4),
-            first_seconds=None if exchange.first is None else round(exchange.first, 4),
+            seconds=round(ended.seconds, 4),
+            first_seconds=None if ended.first is None else round(ended.first, 4),
             prompts=exchange.prompts() if self.settings.log_prompts else None,
             answers=[text.text for text in exchange.texts] if self.settings.log_prompts else None,
         )

@@ -33,6 +33,7 @@ _OPTIONAL: dict[str, Any] = {
     "adopted": None,
     "seconds": None,
     "stop_reason": None,
+    "given": None,
 }
 
 
@@ -142,6 +143,8 @@ def _check_header(found: dict[str, Any]) -> None:
         raise _BadTraceError(f"settings: {_brief(found['settings'])}")
     if found["canvas"] is not None and len(_integers(found, "canvas", 0)) != found["gen_length"]:
         raise _BadTraceError(f"canvas of {len(found['canvas'])} tokens, gen_length {found['gen_length']}")
+    if found["given"] is not None and len(_integers(found, "given", 0)) != found["gen_length"]:
+        raise _BadTraceError(f"given: {len(found['given'])} tokens, gen_length {found['gen_length']}")
     if found["winner_block_size"] not in (None, *found["block_sizes"]):
         raise _BadTraceError(f"winner_block_size: {_brief(found['winner_block_size'])}")
     pieces = found["pieces"]

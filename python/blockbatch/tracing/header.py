@@ -24,7 +24,8 @@ def trace_header(
         gen_length, block_sizes (of the branches, in their order), winner_block_size, prompt (text; None
         without a tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
         pieces (the text of every token id that occurs, the ids as decimal strings; empty without a
-        tokenizer), nfe, adopted, seconds, stop_reason.
+        tokenizer), nfe, adopted, seconds, stop_reason, given (of a fill, whose prompt ends at the first gap:
+        the canvas before the first forward, MASK in the gaps; else None).
     """
     tokenizer, config = model.tokenizer, config.for_model(model.spec)
     eos_token_ids = model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
@@ -34,7 +35,14 @@ def trace_header(
         for change in record["commits"] + record["merges"] + record.get("drafts", [])
     ]
     sizes = [branch.block_size for branch in result.branches]
-    canvas = list(result.canvas)
+    canvas, given = list(result.canvas), None
+    if gaps := getattr(result, "gaps", ()):
+        given = list(canvas)
+        for gap in gaps:
+            given[gap.start : gap.start + gap.length] = [model.spec.mask_token_id] * gap.length
+        canvas, given = canvas[len(prompt_ids) :], given[len(prompt_ids) :]
+        # One block may be larger than the canvas, which is whole then.
+        sizes = [min(size, len(canvas)) for size in sizes]
     if getattr(model.spec, "block_size", None) is not None:
         # The text of a block-causal model may end before its last block does, and holds no fixed number.
         ends = [window[1] for record in result.trace or () for window in record["windows"]]
@@ -51,7 +59,7 @@ def trace_header(
         "settings": decode_settings(config),
         "gen_length": len(canvas),
         "block_sizes": sizes,
-        "winner_block_size": result.block_size,
+        "winner_block_size": min(result.block_size, len(canvas)),
         "prompt": None if tokenizer is None else tokenizer.decode(list(prompt_ids), skip_special=False),
         "prompt_tokens": list(prompt_ids),
         "mask_token_id": model.spec.mask_token_id,
@@ -63,6 +71,7 @@ def trace_header(
         "adopted": result.adopted,
         "seconds": result.seconds,
         "stop_reason": result.stop_reason,
+        "given": given,
     }
 
 

@@ -163,9 +163,19 @@ def open_recorder(session: Observed, config: DecodeConfig) -> TraceRecorder | Bl
     return TraceRecorder(session.state, session.cache if config.trace_kv else None, config.drafts or ())
 
 
-def replay(trace: list[Record], num_branches: int, gen_length: int, mask_token_id: int) -> list[list[int]]:
-    """The canvas of every branch after the last record: [num_branches][gen_length] token ids."""
-    canvases = [[mask_token_id] * gen_length for _ in range(num_branches)]
+def replay(
+    trace: list[Record],
+    num_branches: int,
+    gen_length: int,
+    mask_token_id: int,
+    given: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The canvas of every branch after the last record: [num_branches][gen_length] token ids.
+
+    Args:
+        given: the canvas before the first, of a fill; None: MASK.
+    """
+    canvases = [list(given or [mask_token_id] * gen_length) for _ in range(num_branches)]
     for record in trace:
         for change in record["commits"] + record["merges"]:
             for position, token in zip(change["positions"], change["tokens"], strict=True):

@@ -5,6 +5,7 @@ const story = (branch, position) => {
   const change = panels[branch].changes[position];
   if (held(change) === mask) return change ? `masked again by the sync in forward ${change.step}` : "masked";
   const { how } = change;
+  if (how === "given") return "given before the first forward";
   if (how === "commit") return `own commit in forward ${change.step}`;
   if (how === "sync") return `sync with block ${blockSizes[change.from]} in forward ${change.step}`;
   const donors = blockSizes.filter((_, other) => {
@@ -77,7 +78,7 @@ const inspect = () => {
     });
     line.insertCell().textContent = empty ? "" : theirs.token;
     line.insertCell().textContent = empty ? "" : theirs.how;
-    line.insertCell().textContent = empty ? "" : theirs.step;
+    line.insertCell().textContent = empty || theirs.how === "given" ? "" : theirs.step;
     line.insertCell().textContent = empty ? "" : sureness(theirs);
   });
   detail.append(table);

@@ -18,6 +18,13 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 // [branch][position]: changes {step, token, how, confidence, from}, of which the latest up to a step holds.
 const changeLog = blockSizes.map(() => Array.from({ length: genLength }, () => []));
+// Of a fill: what was given stands before every forward, as no change of any.
+const given = decode.given ?? [];
+given.forEach((token, position) => {
+  if (token === mask) return;
+  for (const changes of changeLog) changes[position].push({ step: -1, token, how: "given", confidence: null });
+});
+const toDecode = genLength - given.filter((token) => token !== mask).length;
 const figures = [
   {
     decoded: blockSizes.map(() => 0),

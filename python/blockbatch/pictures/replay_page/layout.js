@@ -95,7 +95,7 @@ const panels = blockSizes.map((size, branch) => {
     return part.appendChild(make("span"));
   };
   panelParts.count = number("", "");
-  tally.append(` of ${genLength}`);
+  tally.append(` of ${toDecode}`);
   if (branches > 1)
     for (const [how, sign] of [
       ["commit", "C"],

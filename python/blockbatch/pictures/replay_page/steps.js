@@ -104,7 +104,7 @@ const show = (wanted) => {
 const showBranch = (parts, branch, figure, record) => {
   const active = figure.active.has(branch),
     extent = active ? figure.windows[branch] : null;
-  const tally = { commit: 0, merge: 0, sync: 0 },
+  const tally = { commit: 0, merge: 0, sync: 0, given: 0 },
     computed = figure.computed.get(branch),
     stale = figure.stale.get(branch);
   for (let position = 0; position < genLength; position++) {
@@ -145,7 +145,7 @@ const showBranch = (parts, branch, figure, record) => {
   parts.count.textContent = count;
   if (branches > 1)
     for (const how of ["commit", "merge", "sync"]) parts[`${how}Count`].textContent = tally[how];
-  parts.fill.style.width = `${(100 * count) / genLength}%`;
+  parts.fill.style.width = `${(100 * count) / toDecode}%`;
 };
 
 // What each draft holds that the branch did not, and whether the commit wrote it too.

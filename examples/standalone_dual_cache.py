@@ -3,15 +3,16 @@
 Meant to be read by people who write a decoder of their own: a LLaDA transformer whose weights come straight
 from safetensors, one paged K/V cache, and the loop of forwards. Each block gets one full forward over the
 canvas and then forwards over the block alone, until the block holds no MASK; all other K and V stay as the
-full forward left them.
+full forward left them. Pages come from a `bbk.PagePool`, so they may be those of any allocator.
 
-    python tests/standalone_dual_cache.py FOLDER --prompt 5 17 42 --gen-length 64
+    python examples/standalone_dual_cache.py FOLDER --prompt 5 17 42 --gen-length 64
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,12 +128,14 @@ def decode(
     block_size: int = 32,
     threshold: float | None = 0.9,
     steps: int | None = None,
+    page_ids: Sequence[int] | None = None,
 ) -> tuple[list[int], int]:
     """Fills `gen_length` positions behind the prompt.
 
     Args:
         threshold: commit every token of at least this confidence, and always the surest one; None: a fixed
             number of tokens a step, so that the whole takes `steps` forwards.
+        page_ids: pages that an allocator of your own has free; None: those of a cache of just this size.
 
     Returns:
         the generated token ids, and the number of forwards.
@@ -152,7 +155,14 @@ def decode(
     )
     length = len(prompt) + gen_length
     num_pages = -(-length // PAGE_SIZE)
-    kv_cache, page_table = model.new_cache(num_pages), ints(list(range(num_pages))).unsqueeze(0)
+    page_ids = range(num_pages) if page_ids is None else page_ids
+    kv_cache, page_table = model.new_cache(1 + max(page_ids)), ints([-1] * num_pages).unsqueeze(0)
+    # The row has no page yet: what it is about to write, here all of its canvas, gets pages of the pool.
+    pool = bbk.PagePool.of(ints(list(page_ids)))
+    bbk.copy_pages(
+        kv_cache, page_table, ints([0]), ints([length]), num_branches=1, pool=pool, backend=backend
+    )
+    pool.check()
     seqlens_k = ints([length])
     state = bbk.BranchState.create(
         ints(prompt).unsqueeze(0), ints([len(prompt)]), ints([block_size]), gen_length, model.mask_token_id

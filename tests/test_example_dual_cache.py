@@ -1,4 +1,4 @@
-"""The operators alone carry a decoder: `standalone_dual_cache.py` gives the published decodes."""
+"""The operators alone carry a decoder: `examples/standalone_dual_cache.py` gives the published decodes."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 from standalone_dual_cache import Transformer, decode
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
 DATA = HERE / "data" / "conformance"
 RECORDS = [
     record
@@ -50,6 +51,18 @@ def test_published_decodes(models, record, device):
     assert (canvas, nfe) == (record["canvas"], record["nfe"])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pages_of_another_allocator(models, device):
+    record = RECORDS[0]
+    length = len(record["prompt"]) + record["gen_length"]
+    options = {name: record[name] for name in ("block_size", "threshold", "steps")}
+    page_ids = list(range(2, 3 * length, 3))[::-1]
+    decoded = decode(models(device), record["prompt"], record["gen_length"], page_ids=page_ids, **options)
+    assert decoded == (record["canvas"], record["nfe"])
+    with pytest.raises(RuntimeError, match="expected a free page for every write, .* were missing among 1"):
+        decode(models(device), record["prompt"], record["gen_length"], page_ids=[5], **options)
+
+
 def test_it_needs_nothing_of_blockbatch():
     """In a process where importing `blockbatch` fails, from the command line to the last token."""
     record = RECORDS[0]
@@ -64,7 +77,7 @@ class Blocker:
             raise ImportError("blocked: " + name)
 
 sys.meta_path.insert(0, Blocker())
-sys.path.insert(0, {str(HERE)!r})
+sys.path.insert(0, {str(EXAMPLES)!r})
 try:
     import blockbatch
 except ImportError as error:
