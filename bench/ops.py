@@ -20,6 +20,7 @@ from typing import Any
 
 import op_cases
 import peers
+import sampling_op_cases
 import state_op_cases
 import torch
 from op_cases import Case, Outputs
@@ -48,8 +49,11 @@ def cases(
     for queries, shared in ((windows, False), (windows, True), ((length,), False)):
         make = partial(op_cases.attention_case, spec, queries, length, shared, device, dtype)
         yield "varlen_attention", make
-    for count in (min(windows) * 8, sum(windows)):
+    for count in (min(windows) * 8, max(windows), sum(windows)):
         yield "lm_head_confidence", partial(op_cases.lm_head_case, spec, count, device, dtype)
+    for mode in sampling_op_cases.MODES:
+        make = partial(sampling_op_cases.sample_case, spec, max(windows), mode, device, dtype)
+        yield "lm_head_sample", make
     yield "copy_pages", partial(state_op_cases.copy_case, spec, length, device, dtype)
     for op in state_op_cases.STEP_OPS:
         yield op, partial(state_op_cases.step_case, op, spec, length, device)

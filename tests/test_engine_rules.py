@@ -48,7 +48,7 @@ def test_random_mixes_decode_as_alone(load, seed, device):
                 )
             )
             given = (
-                random_config(rng)
+                random_config(rng, model.spec.vocab_size)
                 if config is None
                 else blockbatch.DecodeConfig(gen_length=gen_length, **config)
             )

@@ -215,7 +215,7 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning(make, tiny, request_of, 
 def test_answers_are_kept(make, evaluate, tmp_path, monkeypatch):
     cache = str(tmp_path / "answers")
     texts, _, _ = evaluate(make(**OPTIONS), use_cache=cache, limit=2)
-    monkeypatch.setattr("blockbatch.evaluation.harness.generate", None)
+    monkeypatch.setattr("blockbatch.evaluation.harness.decode", None)
     again, _, _ = evaluate(make(**OPTIONS), use_cache=cache, limit=2)
     assert again == texts
 

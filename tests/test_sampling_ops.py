@@ -9,6 +9,7 @@ import blockbatch_kernels as bbk
 import fast_interpreter
 from blockbatch_kernels import triton, tuning
 from blockbatch_kernels.reference import sampling
+from described_tensors import Described
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
 from sampling_cases import bits_of, check, draw_of, every_rule, rules_of, whole_numbers
 from triton_floats import DTYPES, poisoned
@@ -327,3 +328,26 @@ def test_inside_a_graph_the_noise_follows_the_forwards(backend, filters):
         expected = bbk.lm_head_sample(hidden, weight, rules, request, positions, backend="reference")
         assert (expected[0] == captured[0]).float().mean() > 0.8  # products round their logits apart
     assert (seen[0] != seen[1]).float().mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(first_token=8), "first_token: expected a multiple of 4096, got 8"),
+        (dict(first_token=8192), "num_pieces: expected at least 3, got 2"),
+        (dict(confidence=3), "confidence: expected code 0, 1 or 2, got 3"),
+        (dict(seed=Described((1,))), "seed: expected int64, got float32"),
+    ],
+)
+def test_the_extension_names_what_is_wrong(change, message):
+    extension = pytest.importorskip("blockbatch_kernels._C", reason="the extension is not built here")
+    ints = Described((2,), torch.int32)
+    arguments = dict(
+        logits=Described((2, 8)), request=ints, positions=ints, temperature=Described((1,)),
+        seed=Described((1,), torch.int64), forward=Described((1,), torch.int32),
+        changed_token=Described((0,), torch.int32), logit_bias=Described((1, 0)),
+        banned_before=Described((1, 0), torch.int32), least=None, probe_tokens=None,
+        partials=Described((2, 2, 8)), first_token=0, suppress_token=None, confidence=0, stream=0,
+    )  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        extension.lm_head_sample_reduce(**arguments | change)

@@ -14,7 +14,7 @@ from blockbatch_kernels.shapes import KEY_STARTS, KEY_STEP
 from blockbatch_kernels.structs import SamplingRules
 
 # Rows whose logits exist at the same time, with integers of 64 bits beside them.
-_CHUNK_ROWS = 64
+_CHUNK_ROWS = 32
 _LOW = 0xFFFFFFFF
 
 

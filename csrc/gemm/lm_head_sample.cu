@@ -42,13 +42,14 @@ __global__ void __launch_bounds__(kThreads) sample_reduce_kernel(SampleReducePar
   }
   for (int index = 0; index < rules.num_changed; ++index) {
     const int place = rules.changed_token[index] - first_token;
-    if (place < 0 || place >= num_tokens || place % kThreads != static_cast<int>(threadIdx.x)) continue;
+    if (place < 0 || place >= num_tokens) continue;
     const int64_t at = request * rules.num_changed + index;
     const float bias = rules.logit_bias[at];
     const bool banned = bias == -INFINITY || position < rules.banned_before[at];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (i == place / kThreads) values[i] = banned ? -INFINITY : values[i] + bias;
+      const bool is_it = place == i * kThreads + static_cast<int>(threadIdx.x);
+      values[i] = is_it ? (banned ? -INFINITY : values[i] + bias) : values[i];
     }
   }
 
@@ -79,13 +80,15 @@ __global__ void __launch_bounds__(kThreads) sample_reduce_kernel(SampleReducePar
   const bool random = temperature > 0.0f;
   const float scale = random ? 1.0f / temperature : 1.0f;
   const NoiseKey key = noise_key(rules.seed[request], position, rules.forward[request]);
+  // What is so far below the piece's highest cannot be drawn: no noise makes up for it.
+  const float hopeless = top.value * scale - kNoiseRange;
   const float least = params.least != nullptr ? params.least[row] : -INFINITY;
   Highest drawn{-INFINITY, INT_MAX};
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int place = i * kThreads + threadIdx.x;
-    float score = values[i];
-    if (random) score = score * scale + gumbel(key, static_cast<uint32_t>(first_token + place));
+    float score = random ? values[i] * scale : values[i];
+    if (random && !(score < hopeless)) score += gumbel(key, static_cast<uint32_t>(first_token + place));
     if (values[i] < least) score = -INFINITY;
     drawn = higher(drawn, {score, place < num_tokens ? place : INT_MAX});
   }

@@ -37,6 +37,10 @@ __device__ __forceinline__ NoiseKey noise_key(int64_t seed, int32_t position, in
           half_of_key(0x85A308D3u, seed, position, forward)};
 }
 
+// Between the highest and the lowest noise that there is lies less than this.
+constexpr float kNoiseRange = 26.0f;
+
+// Accurate logarithms: where noise decides, it is large, and the fast ones err by more than rounding there.
 __device__ __forceinline__ float gumbel(const NoiseKey& key, uint32_t token) {
   const uint32_t bits = mixed(mixed(token + key.first) ^ key.second);
   const float v = fminf((__uint2float_rn(bits) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);

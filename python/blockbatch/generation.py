@@ -75,10 +75,12 @@ def decode(
 
     Args:
         names: what messages call the prompts; None: prompt[0], prompt[1] and so on.
-        numbers: prompt i has the seed `request_seed(config.seed, numbers[i])`; None: 0, 1 and so on.
+        numbers: prompt i has the seed `request_seed(config.seed, numbers[i])`; None: 0, 1 and so on, or 0
+            for all where each has its own config.
     """
+    if numbers is None:
+        numbers = each_number(config, len(prompts))
     names = names or [f"prompt[{index}]" for index in range(len(prompts))]
-    numbers = range(len(prompts)) if numbers is None else numbers
     groups: dict[DecodeConfig, list[int]] = {}
     for index, own in enumerate(each_config(config, len(prompts))):
         groups.setdefault(own.for_model(model.spec), []).append(index)
@@ -109,6 +111,11 @@ def each_config(config: Configs, count: int) -> list[DecodeConfig]:
     if len(configs) != count:
         raise ValueError(f"config: expected one for each of {count} prompts, got {len(configs)}")
     return configs
+
+
+def each_number(config: Configs, count: int) -> Sequence[int]:
+    """What tells the noise of so many prompts apart: their places, unless each has settings of its own."""
+    return range(count) if config is None or isinstance(config, DecodeConfig) else [0] * count
 
 
 def decode_group(

@@ -14,7 +14,7 @@ from blockbatch import gaps
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.choice import method_for
 from blockbatch.decoding.prompt_checks import check_stop
-from blockbatch.generation import Configs, Ended, decode_group, each_config
+from blockbatch.generation import Configs, Ended, decode_group, each_config, each_number
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
 from blockbatch.prompts import Prompt, check_ids, encode_prompt, read_each
@@ -117,13 +117,14 @@ def decode(
         groups.setdefault((_settings(own, length), length), []).append(index)
     prompts = [text.ids[:start] for text, start in zip(texts, starts)]
     regions = [text.ids[start:] for text, start in zip(texts, starts)]
+    numbers = each_number(config, len(texts))
     results: dict[int, FillResult] = {}
 
     def finish(session: Ended, request: int, index: int, trace: list[Record] | None) -> None:
         results[index] = _result(model, session, request, texts[index], trace)
 
     for (own, _), members in groups.items():
-        decode_group(model, prompts, own, members, names, finish, regions)
+        decode_group(model, prompts, own, members, names, finish, regions, numbers=numbers)
     return [results[index] for index in range(len(texts))]
 
 

@@ -37,7 +37,7 @@ class Row(NamedTuple):
         pages: page j holds positions from j * page_size on; at least those up to `end`.
         predict: places in `ids` whose prediction is wanted, ascending.
         targets: for each of them the place of the text that it predicts; read where tokens are drawn.
-        draw: how tokens are drawn; None: those of the highest logits. The same for all rows of a forward.
+        draw: how tokens are drawn; None: those of the highest logits. Rows of other kinds run apart.
     """
 
     ids: Sequence[int]
@@ -234,10 +234,15 @@ def _chunks(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     chunks: list[list[Row]] = []
     tokens = 0
     for row in rows:
-        if chunks and tokens + len(row.ids) <= max_tokens and len(chunks[-1]) < _MOST_ROWS:
+        joins = chunks and _kind(row) == _kind(chunks[-1][0])
+        if joins and tokens + len(row.ids) <= max_tokens and len(chunks[-1]) < _MOST_ROWS:
             chunks[-1].append(row)
             tokens += len(row.ids)
         else:
             chunks.append([row])
             tokens = len(row.ids)
     return chunks
+
+
+def _kind(row: Row) -> SamplingKind | None:
+    return None if row.draw is None else row.draw.kind

@@ -12,6 +12,7 @@ from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_pool import GROWTH, page_bytes, scratch_pages, shared_forward
 from blockbatch.decoding.block_session import BlockSession
 from blockbatch.decoding.block_text import Forward
+from blockbatch.decoding.choice import sampling_for
 from blockbatch.decoding.graphs import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
@@ -63,7 +64,14 @@ class BlockLane:
     def join(self, seat: Seat) -> None:
         with devices.turn(self._model.device):
             prompt = seat.request.prompt
-            seat.place = BlockSession(self._model, [prompt], seat.method, self._forward)
+            sampling = sampling_for(self._model, seat.config, 0)
+            seat.place = BlockSession(
+                self._model,
+                [prompt],
+                seat.method,
+                self._forward,
+                sampling=None if sampling is None else [sampling],
+            )
         self._seats.append(seat)
 
     @torch.inference_mode()

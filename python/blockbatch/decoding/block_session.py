@@ -104,14 +104,12 @@ class BlockSession:
         if not running:
             return None
         begun = time.perf_counter()
-        forwards = [self._asked[request] for request in running]
+        forwards = [self.asked(request) for request in running]
         phase = forwards[0].kind
         records = None
         if self.observed:
             records = {request: self._begin_record(request) for request in running}
-        rows = []
-        for request, forward in zip(running, forwards, strict=True):
-            rows += self._drawn(request, forward.rows)
+        rows = [row for forward in forwards for row in forward.rows]
         predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
@@ -127,7 +125,10 @@ class BlockSession:
 
     def asked(self, request: int) -> Forward | None:
         """The forward that a request waits for; None: it is finished."""
-        return self._asked[request]
+        forward = self._asked[request]
+        if forward is None or self._sampling is None:
+            return forward
+        return forward._replace(rows=self._drawn(request, forward.rows))
 
     def receive(self, request: int, predicted: list[Predicted]) -> None:
         """Goes on with what the forward that a request asked for predicts, for each of its rows.
@@ -203,8 +204,6 @@ class BlockSession:
         Denoise forwards alone count for the noise: whether a block is stored in a forward of its own, or
         found in the prefix cache, changes no token.
         """
-        if self._sampling is None:
-            return rows
         draw = RowSampling(
             self.params.sampling,
             self._sampling[request],

@@ -86,7 +86,6 @@ class RuleRun:
         rule: what to run.
         params: of the method, as `check_rule` wants them.
         state: of the batch.
-        before: at work on the first of these rows until now, whose memory they keep; None: all rows are new.
 
     Attributes:
         can_capture: whether nothing in the rule waits for the device.
@@ -95,13 +94,7 @@ class RuleRun:
         ValueError, TypeError: the rule returns something else than a bool mask of the rows.
     """
 
-    def __init__(
-        self,
-        rule: CommitRule,
-        params: bbk.PolicyParams,
-        state: bbk.BranchState,
-        before: RuleRun | None = None,
-    ) -> None:
+    def __init__(self, rule: CommitRule, params: bbk.PolicyParams, state: bbk.BranchState) -> None:
         self.rule, self.params = rule, params
         self._options = MappingProxyType(dict(rule.options))
         self.can_capture = rule.graphs
@@ -109,8 +102,6 @@ class RuleRun:
         with torch.inference_mode(False), torch.no_grad():
             self._memory = {name: torch.zeros_like(state.tokens, dtype=dtype) for name, dtype in rule.memory}
             self._try(state)
-            for name, kept in (before._memory if before else {}).items():
-                self._memory[name][: len(kept)] = kept
 
     @property
     def memory(self) -> Mapping[str, Tensor]:

@@ -132,6 +132,12 @@ class BatchSampling:
                 host = torch.tensor(values[name], dtype=dtype, device="cpu")
                 target[first : first + len(requests)].copy_(host.view(len(requests), *target.shape[1:]))
 
+    def take_over(self, other: BatchSampling) -> None:
+        """The same requests as a smaller batch of the same kind, at the same places."""
+        for target, source in zip(self.rules, other.rules, strict=True):
+            if target is not None:
+                target[: len(source)] = source
+
     def draw(self, state: bbk.BranchState, target: Tensor) -> Draw:
         """For the predictions of `target`, row * G + generation position, -1 in the padding.
 

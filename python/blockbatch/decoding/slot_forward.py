@@ -11,6 +11,7 @@ import blockbatch_kernels as bbk
 from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.rule import CommitRule, RuleRun
+from blockbatch.decoding.sampling import BatchSampling, SamplingKind
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
         is_open: whether block steps compute open queries.
         map_entries: see `bbk.BranchState.create`.
         rule: a commit rule of one's own that all requests share.
+        sampling: what drawing tokens takes; None: they are those of the highest logits.
     """
 
     params: PolicyParams | None
@@ -38,11 +40,16 @@ class Layout(NamedTuple):
     is_open: bool
     map_entries: int = 0
     rule: CommitRule | None = None
+    sampling: SamplingKind | None = None
 
 
 def layout_of(method: Method, gen_length: int) -> Layout:
     """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
     may a rule of one's own."""
+    return _layout_of_rules(method, gen_length)._replace(sampling=method.sampling)
+
+
+def _layout_of_rules(method: Method, gen_length: int) -> Layout:
     params, sizes, is_open = method.params, method.block_sizes, method.params.query_span == "open"
     if params.policy == "dream_published":
         return Layout(params, len(sizes), gen_length, is_open, bbk.map_entries(sizes, gen_length))
@@ -101,6 +108,7 @@ class SlotForward:
 
     Attributes:
         slots, plans: the requests and what they ask for.
+        sampling: how their tokens are drawn; None: they are those of the highest logits.
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
     """
@@ -115,7 +123,8 @@ class SlotForward:
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
-        self.slots = slots
+        self.slots, kind = slots, self.layout.sampling
+        self.sampling = None if kind is None else BatchSampling(slots.sizes.requests, kind, self.device)
         rule = None
         if self.layout.rule is not None:
             rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
@@ -146,11 +155,13 @@ class SlotForward:
             )
             for part in self._parts
         ]
-        before = self.plans.rule
+        before, drawn = self.plans.rule, self.sampling
         self._use(old.grown(sizes))
         if before is not None:
             for name, values in before.memory.items():
                 self.plans.rule.memory[name][number] = values
+        if drawn is not None:
+            self.sampling.take_over(drawn)
         self.plans.next(self.groups)
         return number
 
@@ -281,12 +292,15 @@ class SlotForward:
             scattered=scattered,
             backend=self._backend,
         )
+        options = {}
+        if self.sampling is not None:
+            options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True)
+            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens)
+        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans

@@ -11,6 +11,7 @@ from blockbatch import devices, kv_cache
 from blockbatch.branches import NFE, RequestOutcome
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.admission import rows_within
+from blockbatch.decoding.choice import sampling_for
 from blockbatch.decoding.graphs import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.method import Method
@@ -118,6 +119,8 @@ class SlotLane:
         forward.slots.join(slot, prompt, method, gen_length, group)
         if forward.plans.rule is not None:
             forward.plans.rule.reset(forward.slots.rows_of(slot))
+        if forward.sampling is not None:
+            forward.sampling.write(slot, [sampling_for(self._model, seat.config, 0)], [len(prompt)])
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
         seat.place.waiting = [(0, len(prompt) + gen_length)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
@@ -20,10 +21,8 @@ from blockbatch.serving.protocol import ChatRequest, CompletionRequest, texts_of
 CANVAS_UNIT = 32
 CHAT_FORMATS = ("auto", "model", "plain")
 _NAMED = re.compile(r"([a-z_]+)(?:\[\d+\])?: ")
-_CONFIG_FIELDS = frozenset(field.name for field in fields(DecodeConfig))
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
-# Those of `_SAMPLING` that the decodes have; the others are taken and do nothing.
-SAMPLING = tuple(name for name in _SAMPLING if name in _CONFIG_FIELDS)
+# Below it a temperature is as good as 0, which clients come near to where they mean it.
+_COLDEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Reader:
         asked = {option: value for option, value in asked.items() if value is not None}
         branches = asked.pop("branches", None)
         options = self._merged(asked)
-        options |= {field: value for field in SAMPLING if (value := getattr(body, field, None)) is not None}
+        options |= _sampling(body, options)
         try:
             limit, options = self._limit(len(ids), getattr(body, "most_tokens", None), options, asked)
             config = _config(options).for_model(self._model.spec)
@@ -178,6 +177,26 @@ def _config(options: Mapping[str, Any]) -> DecodeConfig:
     given = dict(options)
     preset = given.pop("preset", None)
     return DecodeConfig(**given) if preset is None else DecodeConfig.preset(preset, **given)
+
+
+def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How tokens are drawn, as clients of OpenAI's form say it; what they leave out is the server's.
+
+    At temperature 0 `top_p` and `top_k` change nothing, so they may be there. Without a seed every request
+    has another one.
+    """
+    given = {name: getattr(body, name, None) for name in ("temperature", "top_p", "top_k", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    temperature = given.get("temperature", options.get("temperature", 0.0))
+    if temperature < _COLDEST:
+        return {"temperature": 0.0, "top_p": None, "top_k": None}
+    if given.get("top_k", 1) < 1:  # 0 and -1: all
+        given["top_k"] = None
+    if "seed" in given:
+        given["seed"] %= 2**63
+    elif "seed" not in options:
+        given["seed"] = secrets.randbits(63)
+    return given
 
 
 def _unit(options: Mapping[str, Any]) -> int:
