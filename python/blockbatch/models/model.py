@@ -349,20 +349,7 @@ def load_model(
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
-    if device.type == "cpu":
-        device = torch.device("cpu")
+    device = devices.usable(device)
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
