@@ -46,13 +46,11 @@ async def _load(port: int, bodies: list[dict[str, Any]], clients: int) -> tuple[
 
 async def _stream(port: int, number: int, body: dict[str, Any]) -> Told:
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Length: {len(content)}"
-    )
+    about = ("Host: bench", "Connection: close", "Content-Type: application/json")
+    head = "\r\n".join(("POST /v1/completions HTTP/1.1", *about, f"Content-Length: {len(content)}"))
     begun = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    kind = "Content-Type: application/json\r\nConnection: close\r\n\r\n"
-    writer.write((head + kind).encode() + content)
+    writer.write(head.encode() + b"\r\n\r\n" + content)
     text, first, usage, done = "", None, None, False
     status = await reader.readline()
     if b" 200 " not in status:

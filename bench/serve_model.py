@@ -2,8 +2,8 @@
 
 Random weights are sure of nothing: they would commit one token a forward. Here every forward computes all
 that a trained model's would, and then its predictions are replaced by scripted ones, made from what the row
-holds: about a tenth of the MASKs passes the threshold, and the text ends after three quarters of the canvas. A
-row gives the same predictions in any batch, so that every decode can be checked token by token.
+holds: about a tenth of the MASKs passes the threshold, and the text ends after three quarters of the canvas.
+A row gives the same predictions in any batch, so that every decode can be checked token by token.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class ScriptedEngine:
         if size == min(len(tokens), request.config.gen_length):
             eos = self.model.eos_token_ids[0]
             canvas = request.final + [eos] * (request.config.gen_length - size)
-            request.result = SimpleNamespace(canvas=canvas)
+            request.result = SimpleNamespace(canvas=canvas, adopted=2)
             request.status = "finished"
 
     def wait_for_work(self, timeout):

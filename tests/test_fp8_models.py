@@ -98,7 +98,7 @@ def test_the_whole_model_is_never_there_in_16_bits(tmp_path):
     plain_models.write_llada(tmp_path, d_model=128, mlp_hidden_size=384, n_layers=12, dtype=torch.bfloat16)
     with LiveMemory() as live:
         model = load(tmp_path, quantization="fp8", dtype="bfloat16")
-    quantised = weights.weight_bytes(model.spec, torch.bfloat16, "fp8")
+    quantised = weights.weight_bytes(model.spec, torch.bfloat16, quantization="fp8")
     whole = weights.weight_bytes(model.spec, torch.bfloat16)
     # A weight as it is stored, what quantising makes of it in fp32, and the buffer that files are read into.
     assert live.peak <= quantised + 24 * 384 * 128
@@ -114,7 +114,7 @@ def test_weights_are_counted(folder, dtype):
             for tensor in vars(value).values() if isinstance(value, QuantizedWeight) else (value,):
                 if isinstance(tensor, torch.Tensor):
                     allocated[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    assert weights.weight_bytes(model.spec, model.dtype, "fp8") == sum(allocated.values())
+    assert weights.weight_bytes(model.spec, model.dtype, quantization="fp8") == sum(allocated.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

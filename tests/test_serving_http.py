@@ -243,6 +243,7 @@ def test_metrics(model):
     assert found['blockbatch:http_answers_total{m,status="400"}'] == 1
     assert found['vllm:request_success_total{finished_reason="error",m}'] == 0
     assert found['blockbatch:forwards_total{m,phase="init"}'] == 1
+    assert found["blockbatch:adopted_drafts_total{m}"] == 2  # of the one that its engine finished
     assert found["blockbatch:shared_pages{m}"] == 5 and found["blockbatch:refreshes_total{m}"] == 0
     assert found["blockbatch:tokens_per_forward_count{m}"] == 2
 

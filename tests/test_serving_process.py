@@ -1,57 +1,19 @@
 """The process: how it begins, what a signal does under load, and with which status it ends."""
 
-import contextlib
 import json
 import logging
-import os
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from blockbatch.cli import main, serve
-from command_runs import ROOT
+from server_processes import TESTS, process
 from serving_fakes import HTTP, ask, events_of, get, post, until
 
 CHAT = "/v1/chat/completions"
-TESTS = Path(__file__).parent
-
-
-@contextlib.contextmanager
-def process(*command):
-    """A server's process, ready to answer; its `log` is what it has said so far, as JSON."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "python", TESTS)))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
-    log = []
-
-    def read():
-        for line in run.stderr:
-            with contextlib.suppress(ValueError):
-                log.append(json.loads(line))
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        ports = []
-        until(lambda: ports.extend(_ports(log)) or ports or run.poll() is not None, seconds=120)
-        port = ports[0]
-        server = SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, run=run, log=log, reader=reader)
-        until(lambda: get(server, "/health").status_code == 200, seconds=120)
-        yield server
-    finally:
-        run.kill()
-        run.wait()
-
-
-def _ports(log):
-    return [line["port"] for line in log if line["event"] == "listening"]
 
 
 def later(function, *arguments):

@@ -143,26 +143,3 @@ def memory_errors(device: torch.device, what: str) -> Iterator[None]:
         raise MemoryError(
             f"free memory of {device}: expected room for {what}, got {free_bytes(device):,} bytes ({first})"
         ) from error
-
-
-def usable(device: str | torch.device | None) -> torch.device:
-    """The device with its index; None: the current GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError, RuntimeError: there is no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
-    if device.type == "cpu":
-        device = torch.device("cpu")
-    return device

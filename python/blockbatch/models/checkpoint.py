@@ -29,6 +29,7 @@ from blockbatch.models.safetensors_file import (
 from blockbatch.models.spec import CheckpointError, ModelSpec
 from blockbatch.models.token_keys import check_generation_config
 from blockbatch.models.weights import Destination, TransformerWeights, allocate
+from blockbatch.parallel.shards import Shard
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_json", "read_spec", "resolve_folder"]
 
@@ -134,6 +135,7 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     adapter: lora.Adapter | None = None,
+    shard: Shard | None = None,
     *,
     quantization: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -146,10 +148,12 @@ def load_weights(
     float32 besides.
 
     Args:
+        spec: of the whole model or, with `shard`, of its part.
+        shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
+            it is tied to, all is compared.
         adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
-
-    Args:
         quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read.
+            Not with a shard.
         config: of a folder whose weights may be stored quantised (`stored_fp8` says how); then with a
             `quantization`. None: they may not.
 
@@ -162,28 +166,32 @@ def load_weights(
     """
     folder = Path(folder)
     tensor_map = TENSOR_MAPS[spec.family]
-    places = tensor_map(spec)
+    whole = spec if shard is None else shard.spec
+    places = tensor_map(whole)
     entries = _read_headers(folder)
     is_stored = config is not None and stored_fp8.stored_fp8(config)
     scales = stored_fp8.take_scales(entries, places, config) if is_stored else {}
     foreign_tensors.check_storage(folder, entries, places.keys() - scales.keys())
-    tied = tied_head.resolve(places, entries, spec, tensor_map)
+    tied = tied_head.resolve(places, entries, whole, tensor_map)
     _check_tensors(folder, entries, places, scales)
     updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
     lora.check_values(updates.values())
-    weights = allocate(spec, device, dtype, quantization)
+    weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary, quantization)
+    if shard is not None:
+        places = {name: shard.cut(place) for name, place in places.items()}
     # Four bytes an element hold any stored dtype; some weights are read by whole rows.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
     longest = 4 * max(place.shape[-1] for place in places.values())
     staging = torch.empty(max(longest, min(STAGING_BYTES, largest)), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        written, update = places[entry.name].rows(weights), updates.get(entry.name)
+        place, update = places[entry.name], updates.get(entry.name)
+        written, part = place.rows(weights), (place.first_row, place.first_column)
         if isinstance(written, QuantizedWeight):
             stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update)
         elif update is not None:
-            update.read_merged(entry, written, staging)
+            update.read_merged(entry, written, staging, *part)
         else:
-            read_tensor(entry, written, staging)
+            read_tensor(entry, written, staging, *part)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -18,14 +19,17 @@ from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
-from blockbatch.models.drawn import Draw, drawn_predictions
+from blockbatch.models.drawn import Draw
+from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
+from blockbatch.models.placement import device_of, dtype_of
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
+from blockbatch.parallel import WHOLE, RankShare, Share, group
 from blockbatch.values import as_int
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
 BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Model:
@@ -50,6 +53,7 @@ class Model:
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         adapter: folder of the LoRA that the weights hold; None: of none.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
+        share: what this process holds of the model; `spec` and `weights` are of that.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class Model:
         backend: str | None = None,
         cache_bytes: int | None = None,
         name: str = "model",
+        share: Share = WHOLE,
     ) -> None:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
-        self.cache_bytes, self.name = cache_bytes, name
+        self.cache_bytes, self.name, self.share = cache_bytes, name, share
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.quantization = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
@@ -100,6 +105,7 @@ class Model:
         *,
         likely: bool = False,
         sampling: Draw | None = None,
+        fixed_tokens: int | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -110,10 +116,11 @@ class Model:
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
             sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
+            fixed_tokens: see `transformer.forward`; then also a divisor of the number of predictions.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
-        few = 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
+        few = fixed_tokens is None and 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
         hidden = transformer.forward(
             self.spec,
             self.weights,
@@ -124,34 +131,16 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            fixed_tokens=fixed_tokens,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
         hidden = hidden if few else hidden[packed.predict_index]
-        suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
-        if sampling is not None:
-            return drawn_predictions(
-                hidden,
-                self.weights.lm_head,
-                packed.predict_target,
-                sampling,
-                probe_tokens,
-                likely=likely,
-                mask_token_id=self.spec.mask_token_id,
-                backend=self.backend,
-            )
-        if likely:
-            top_token, confidence, *likely_ones = bbk.lm_head_likely(
-                hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
-            )
-            return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
-        top_token, confidence, probe_probability = bbk.lm_head_confidence(
-            hidden,
-            self.weights.lm_head,
-            probe_tokens=probe_tokens,
-            suppress_token=suppress_token,
-            backend=self.backend,
+        target, operators = packed.predict_target, self.share.head
+        head = functools.partial(
+            head_predictions, operators, self.spec, self.weights.lm_head, likely, self.backend
         )
-        return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
+        return head_in_pieces(head, fixed_tokens, hidden, target, probe_tokens, sampling)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """One full forward without a cache, in a turn of the device.
@@ -180,12 +169,12 @@ class Model:
             raise ValueError(
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
-        with devices.turn(self.device):
+        with devices.turn(self.device), self.share.forward("logits"):
             return self._logits(ids, block_size)
 
     def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
         hidden = self.hidden_states(ids, block_size=block_size)
-        return F.linear(hidden, self.weights.lm_head).view(*ids.shape, -1)
+        return self.share.logits(hidden, self.weights.lm_head).view(*ids.shape, -1)
 
     def hidden_states(
         self, ids: Tensor, wanted: Tensor | None = None, *, block_size: int | None = None
@@ -231,6 +220,7 @@ class Model:
             ends.repeat(rows).to(self.device, torch.int32),
             wanted=wanted,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
 
     def log_likelihood(
@@ -323,6 +313,7 @@ def load_model(
     mask_token_id: int | None = None,
     adapter: str | os.PathLike | None = None,
     quantization: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -342,6 +333,8 @@ def load_model(
         quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
             they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
             as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
+        tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
+            of them makes the same calls in the same order; see docs/tensor_parallel.md.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
@@ -349,15 +342,9 @@ def load_model(
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    device = devices.usable(device)
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-        dtype = _DTYPES[dtype]
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    device = group.device_of_rank(tensor_parallel, device)
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     if backend not in (None, "reference", "triton", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
     if cache_bytes is not None:
@@ -374,13 +361,17 @@ def load_model(
         quantization = "fp8"
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    check_room(spec, device, dtype, quantization, str(name_or_path))
-    what = f"the weights of {name_or_path}"
-    with devices.current(device), devices.memory_errors(device, what):
-        weights = load_weights(folder, spec, device, dtype, merged, quantization=quantization, config=config)
-        model = Model(
-            spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
-        )
+    if quantization is not None and tensor_parallel != 1:
+        raise ValueError(f"quantization: expected None with tensor_parallel, got {quantization!r}")
+    with devices.current(device):
+        share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
+    what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
+    with devices.current(device), share.loading(what), devices.memory_errors(device, what):
+        check_room(spec, device, dtype, quantization, str(name_or_path), share.vocabulary)
+        stored = dict(quantization=quantization, config=config)
+        weights = load_weights(folder, spec, device, dtype, merged, share.shard, **stored)
+        options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
+        model = Model(spec, weights, tokenizer, backend=backend, **options)
         model.adapter = None if adapter is None else str(adapter)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()

@@ -7,6 +7,8 @@ of a tensor.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +24,44 @@ from blockbatch_kernels.shapes import split_heads
 Rows = Any
 
 
-class Products:
-    """Weights in the model's dtype."""
+def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
+    """An operator on tokens as calls of `size` tokens each; None: as it is.
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, backend: str | None) -> None:
-        self.spec, self.dtype, self.backend = spec, dtype, backend
+    Integers among the arguments (positions, slots) belong to the tokens; all else is the same for all.
+    """
+    if size is None:
+        return operator
+
+    def run(x: Tensor, *arguments: Tensor | None) -> Tensor:
+        results = []
+        for first in range(0, len(x), size):
+            piece = slice(first, first + size)
+            own = (
+                value if value is None or value.is_floating_point() else value[piece] for value in arguments
+            )
+            results.append(operator(x[piece], *own))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    return run
+
+
+class Products:
+    """Weights in the model's dtype.
+
+    Args:
+        fixed_tokens: products are made of so many tokens at a time; None: of all.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, backend: str | None, fixed_tokens: int | None = None
+    ) -> None:
+        self.spec, self.dtype, self.backend, self.fixed_tokens = spec, dtype, backend, fixed_tokens
+        # Nothing writes the weights once they are loaded.
+        options = dict(static_weight=True, backend=backend)
+        self._linear = in_pieces(functools.partial(bbk.linear, **options), fixed_tokens)
+        self._gated = in_pieces(functools.partial(bbk.linear_swiglu, **options), fixed_tokens)
+        rotated = functools.partial(bbk.linear_rope_kv_write, num_heads=spec.num_heads, **options)
+        self._rotated = in_pieces(rotated, fixed_tokens)
 
     def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Rows:
         """The norm in front of a product; `residual` *written*."""
@@ -38,24 +73,15 @@ class Products:
         return x
 
     def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
-        # Nothing writes the weights once they are loaded.
-        return bbk.linear(x, weight, bias, static_weight=True, backend=self.backend)
+        return self._linear(x, weight, bias)
 
     def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
         """q, with k and v on their way into the cache; `where` is what `bbk.rope_kv_write` takes behind v."""
-        return bbk.linear_rope_kv_write(
-            x,
-            layer.qkv_weight,
-            layer.qkv_bias,
-            *where,
-            num_heads=self.spec.num_heads,
-            static_weight=True,
-            backend=self.backend,
-        )
+        return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where)
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
         """silu(gate) * up."""
-        return bbk.linear_swiglu(x, layer.gate_up_weight, static_weight=True, backend=self.backend)
+        return self._gated(x, layer.gate_up_weight)
 
 
 class Fp8Products(Products):
@@ -69,15 +95,14 @@ class Fp8Products(Products):
         return bbk.quantize_rows(x, backend=self.backend)
 
     def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return bbk.linear_fp8(
-            *x,
-            weight.values,
-            weight.scale,
-            bias,
-            out_dtype=self.dtype,
-            static_weight=True,
-            backend=self.backend,
-        )
+        values, scale = x
+        size = max(1, len(values)) if self.fixed_tokens is None else self.fixed_tokens
+        options = dict(out_dtype=self.dtype, static_weight=True, backend=self.backend)
+        results = []
+        for first in range(0, max(1, len(values)), size):
+            own = (part[first : first + size] for part in (values, scale))
+            results.append(bbk.linear_fp8(*own, weight.values, weight.scale, bias, **options))
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
         product = self.linear(x, layer.qkv_weight, layer.qkv_bias)
@@ -89,7 +114,9 @@ class Fp8Products(Products):
         return bbk.swiglu_fp8(self.linear(x, layer.gate_up_weight), backend=self.backend)
 
 
-def products_of(spec: ModelSpec, weights: TransformerWeights, backend: str | None) -> Products:
+def products_of(
+    spec: ModelSpec, weights: TransformerWeights, backend: str | None, fixed_tokens: int | None = None
+) -> Products:
     """Those for the kind of these weights."""
     kind = Fp8Products if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else Products
-    return kind(spec, weights.embedding.dtype, backend)
+    return kind(spec, weights.embedding.dtype, backend, fixed_tokens)

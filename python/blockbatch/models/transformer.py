@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,8 @@ from blockbatch_kernels import tuning
 
 # Predictions whose logits exist at the same time, at most, and vocabulary of a reduced piece of them.
 _HEAD_ROWS, _PIECE_TOKENS, _PARTIAL_BYTES = 512, 4096, 16
+# A pack for which attention is that of long ones.
+_MANY_TOKENS = 1 << 20
 # Ids, positions, slots, rows and targets of a packed token.
 _INDEX_BYTES = 128
 
@@ -83,7 +87,9 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    fixed_tokens: int | None = None,
     backend: str | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -95,12 +101,21 @@ def forward(
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
         distinct_rows: see `blockbatch_kernels.attention_plan`.
+        fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
+            is cut and computed in one way, so that a token's bits do not depend on the others; None: in
+            whatever way is the fastest.
+        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
+            `weights` then are; its result is used before the next call. None: nobody shares them.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     cos, sin = rope
     plan = None  # the reference has no use for one
+    attention_backend = backend
+    if fixed_tokens is not None:  # the one for long packs computes all of them
+        sizes = dict(head_dim=spec.head_dim, element_size=kv.element_size(), num_tokens=_MANY_TOKENS)
+        attention_backend = bbk.backend_of("varlen_attention", kv.device, backend, **sizes)
     if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
         plan = bbk.attention_plan(
             page_table,
@@ -111,9 +126,10 @@ def forward(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
+            fixed_cut=fixed_tokens is not None,
             backend=backend,
         )
-    products = products_of(spec, weights, backend)
+    products = products_of(spec, weights, backend, fixed_tokens)
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
@@ -131,14 +147,18 @@ def forward(
             packed.cu_seqlens_q,
             seqlens_k,
             plan=plan,
-            backend=backend,
+            backend=attention_backend,
         )
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
+        if all_reduce is not None:
+            projected = all_reduce(projected)
         normed = products.norm(projected, layer.post_norm, residual)
         down = products.linear(products.activated(normed, layer), layer.down_weight)
+        if all_reduce is not None:
+            down = all_reduce(down)
         if not last:
             normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
     return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)

@@ -38,7 +38,7 @@ class TransformerWeights:
     embedding: torch.Tensor  # [embedding_size, d]
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [d]
-    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of the first rows of `embedding`
+    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of rows of `embedding`
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Destination:
         layer: index of the layer, or None for a tensor of the whole model.
         field: attribute of `LayerWeights` or `TransformerWeights`.
         start, stop: the rows of that attribute which the tensor fills.
-        shape: the tensor's shape in the checkpoint; rows beyond `stop - start` are padding and are not read.
+        shape: the tensor's shape in the checkpoint; what lies beyond the rows and columns of the attribute is
+            not read: padding, or the part of another rank.
+        first_row, first_column: of the tensor, where the part that is read begins.
     """
 
     layer: int | None
@@ -57,6 +59,8 @@ class Destination:
     start: int
     stop: int
     shape: tuple[int, ...]
+    first_row: int = 0
+    first_column: int = 0
 
     def rows(self, weights: TransformerWeights) -> torch.Tensor | QuantizedWeight:
         """The view of `weights` to be filled; contiguous."""
@@ -106,11 +110,16 @@ def model_destinations(spec: ModelSpec) -> dict[str, Destination]:
 
 
 def allocate(
-    spec: ModelSpec, device: torch.device | str, dtype: torch.dtype, quantization: str | None = None
+    spec: ModelSpec,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vocabulary: range | None = None,
+    quantization: str | None = None,
 ) -> TransformerWeights:
     """Uninitialised weights for `spec`.
 
     Args:
+        vocabulary: token ids of the LM head; None: all of them.
         quantization: None, or "fp8": the weights of the layers' products are in e4m3.
 
     Raises:
@@ -144,7 +153,8 @@ def allocate(
         for _ in range(spec.num_layers)
     ]
     embedding = empty(spec.embedding_size, d)
-    lm_head = embedding[: spec.vocab_size] if spec.tie_embeddings else empty(spec.vocab_size, d)
+    tokens = range(spec.vocab_size) if vocabulary is None else vocabulary
+    lm_head = embedding[tokens.start : tokens.stop] if spec.tie_embeddings else empty(len(tokens), d)
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
 
 
@@ -154,9 +164,14 @@ def check_quantization(quantization: str | None) -> None:
         raise ValueError(f"quantization: expected None or one of {names}, got {quantization!r}")
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None = None) -> int:
+def weight_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    vocabulary: range | None = None,
+    quantization: str | None = None,
+) -> int:
     """Bytes of the weights that `allocate` makes."""
-    weights = allocate(spec, "meta", dtype, quantization)
+    weights = allocate(spec, "meta", dtype, vocabulary, quantization)
     tensors = [
         weights.embedding,
         weights.final_norm,
@@ -168,12 +183,17 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None =
 
 
 def check_room(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantization: str | None, name: str
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    name: str,
+    vocabulary: range | None = None,
 ) -> None:
     """Raises MemoryError if the weights do not fit into what a GPU has free."""
     if device.type != "cuda":
         return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype, quantization), devices.free_bytes(device)
+    needed, free = weight_bytes(spec, dtype, vocabulary, quantization), devices.free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "

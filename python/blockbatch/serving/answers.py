@@ -76,12 +76,14 @@ class Usage:
         prompt_tokens, completion_tokens: the latter before the end of the texts.
         nfe: forwards by phase.
         branches: rows of each request.
+        adopted: drafts that came true.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     nfe: dict[str, int] = field(default_factory=dict)
     branches: list[int] = field(default_factory=list)
+    adopted: int = 0
 
     def add(self, prompt: int, completion: int, nfe: Mapping[str, int], branches: int | None) -> None:
         self.prompt_tokens += prompt

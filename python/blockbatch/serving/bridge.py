@@ -39,6 +39,8 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self._events: set[asyncio.Event] = set()
+        # Of the step that runs: all owners are told by one call, since each costs the engine's thread time.
+        self._changed: list[asyncio.Event] = []
         self._thread = threading.Thread(target=self._run, name="blockbatch-engine", daemon=True)
         self._thread.start()
 
@@ -58,7 +60,7 @@ class Bridge:
                 job.config,
                 stop=job.stop,
                 branches=job.branches,
-                on_update=lambda request: self._wake(event),
+                on_update=lambda request: self._changed.append(event),
             )
         except QueueFullError as error:
             raise unavailable(str(error), error.retry_after) from None
@@ -99,12 +101,15 @@ class Bridge:
             return self.engine.step()
         except MemoryError:  # its requests have failed with it; the device is whole
             return True
+        finally:
+            if self._changed:
+                changed, self._changed = self._changed, []
+                self._call(_set_all, changed)
 
     def turn_away(self, refusal: ApiError) -> None:
         """Ends the waiting of all with this error, and that of those who come."""
         self.refusal = refusal
-        for event in self._events:
-            event.set()
+        _set_all(list(self._events))
 
     def _fail(self) -> None:
         self.turn_away(engine_failed())
@@ -115,11 +120,13 @@ class Bridge:
     def _close(self) -> None:
         self.engine.close(self.error)
 
-    def _wake(self, event: asyncio.Event) -> None:
-        self._call(event.set)
-
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop has ended, and nobody listens
             self._stopping.set()
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -137,6 +137,7 @@ class Exchange:
         usage = Usage()
         for job, request, text in zip(self._jobs, self._requests, self.texts):  # not all may have been taken
             usage.add(len(job.prompt), len(text.tokens), phases(request.nfe), request.branches)
+            usage.adopted += 0 if request.result is None else request.result.adopted
         return usage
 
     def ended(self) -> Ended:

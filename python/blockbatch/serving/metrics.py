@@ -58,6 +58,7 @@ class Metrics:
         }
         self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.").labels(**own)
         self._answer_tokens = counter("vllm:generation_tokens", "Tokens of answers.").labels(**own)
+        self._adopted = counter("blockbatch:adopted_drafts", "Drafts that came true.").labels(**own)
         ended = counter("vllm:request_success", "Requests by how they ended.", "finished_reason")
         self._ended = {reason: ended.labels(**own, finished_reason=reason) for reason in _FINISHED}
         self._answers = counter("blockbatch:http_answers", "Answers of HTTP by status.", "status")
@@ -70,6 +71,7 @@ class Metrics:
         self._ended[ended.outcome].inc()
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._answer_tokens.inc(usage.completion_tokens)
+        self._adopted.inc(usage.adopted)
         if ended.outcome not in ("stop", "length"):
             return
         if ended.first is not None:

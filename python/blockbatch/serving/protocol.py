@@ -131,14 +131,26 @@ class _Request(_Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+class TemplateOptions(_Body):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(_Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: _Tokens | None = Field(None, description="as max_tokens")
+    chat_template_kwargs: TemplateOptions | None = None
 
     @property
     def most_tokens(self) -> int | None:
         given = [most for most in (self.max_tokens, self.max_completion_tokens) if most is not None]
         return min(given, default=None)
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model may think before it answers; None: nobody said so."""
+        return None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
 
 
 class CompletionRequest(_Request):

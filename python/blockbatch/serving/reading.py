@@ -23,6 +23,7 @@ CHAT_FORMATS = ("auto", "model", "plain")
 _NAMED = re.compile(r"([a-z_]+)(?:\[\d+\])?: ")
 # Below it a temperature is as good as 0, which clients come near to where they mean it.
 _COLDEST = 1e-3
+_GREEDY = {"temperature": 0.0, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Reader:
         self._model, self._options = model, dict(options)
         tokens = SPECIAL_TOKENS[model.spec.family]
         known = all(model.tokenizer.token_to_id(token) is not None for token in tokens)
+        if chat_format == "model" and not known:
+            raise ValueError(
+                f"chat_format: expected auto or plain for a tokenizer without {', '.join(tokens)}, got "
+                f"{chat_format!r}"
+            )
         self.plain_chat = chat_format == "plain" or (chat_format == "auto" and not known)
         _config(self._options).for_model(model.spec)
 
@@ -76,10 +82,17 @@ class Reader:
         """
         messages = texts_of(body.messages)
         if self.plain_chat:
+            if body.thinking is not None:
+                raise bad_request(
+                    "enable_thinking: expected a model with a chat format, got one without",
+                    "chat_template_kwargs.enable_thinking",
+                )
             ids = self._encode("\n\n".join(message["content"] for message in messages), "messages")
         else:
             try:
-                text = self._model.tokenizer.chat(messages, self._model.spec.family)
+                text = self._model.tokenizer.chat(
+                    messages, self._model.spec.family, enable_thinking=body.thinking
+                )
             except ValueError as error:
                 raise bad_request(str(error), "messages") from None
             ids = self._encode(text, "messages", add_bos=False)
@@ -114,6 +127,7 @@ class Reader:
         options = self._merged(asked)
         options |= _sampling(body, options)
         try:
+            options = _without_drafts(options, asked)
             limit, options = self._limit(len(ids), getattr(body, "most_tokens", None), options, asked)
             config = _config(options).for_model(self._model.spec)
         except (ValueError, TypeError) as error:
@@ -189,7 +203,7 @@ def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     temperature = given.get("temperature", options.get("temperature", 0.0))
     if temperature < _COLDEST:
-        return {"temperature": 0.0, "top_p": None, "top_k": None}
+        return dict(_GREEDY)
     if given.get("top_k", 1) < 1:  # 0 and -1: all
         given["top_k"] = None
     if "seed" in given:
@@ -197,6 +211,13 @@ def _sampling(body: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     elif "seed" not in options:
         given["seed"] = secrets.randbits(63)
     return given
+
+
+def _without_drafts(options: dict[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """Drafts go with greedy decoding alone; a request that draws tokens did not ask for the server's."""
+    if not options.get("temperature") or "drafts" in asked or "preset" in asked:
+        return options
+    return options if _config({**options, **_GREEDY}).drafts is None else {**options, "drafts": None}
 
 
 def _unit(options: Mapping[str, Any]) -> int:

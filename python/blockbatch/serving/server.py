@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from blockbatch.serving.service import Service, Settings
 
 ENGINE_FAILED = 1
 _BACKLOG = 2048
+# Until the engine's thread, back from the device, takes its turn from the loop's thread.
+_SWITCH_SECONDS = 1e-4
 # Seconds for the answers that say so, after the engine has failed.
 _LAST_WORDS = 5.0
 # Seconds for the answers to those who are cut off.
@@ -64,6 +67,7 @@ def run(
         whatever `load` raises: the process has no reason to stay.
     """
     logs.set_up(log_level)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     return _loop_factory()(_serve(settings, load, host, port, version, log_level))
 
 
