@@ -14,8 +14,10 @@ from blockbatch import memory
 from blockbatch.decoding import METHOD_BUILDERS, Session
 from blockbatch.methods import BLOCK_METHODS
 from blockbatch.models import checkpoint, weights
+from blockbatch.models.products import products_of
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import CheckpointError
+from blockbatch.parallel import group
 from blockbatch.tracing import trace_header
 from blockbatch_kernels import library
 from live_memory import LiveMemory
@@ -329,3 +331,24 @@ def test_other_schemes_are_refused_by_name(tmp_path, settings, named):
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     with pytest.raises(CheckpointError, match=f"quantization_config must be .* got .*{named}"):
         load(tmp_path)
+
+
+def test_products_in_pieces_are_those_of_the_pieces(tmp_path):
+    """With `fixed_tokens` a token's products do not depend on how many tokens there are."""
+    plain_models.write_llada(tmp_path)
+    model = load(tmp_path, quantization="fp8", dtype="bfloat16")
+    layer, generator = model.weights.layers[0], torch.Generator().manual_seed(0)
+    x = torch.randn(12, 32, generator=generator).bfloat16()
+    whole, pieces = (products_of(model.spec, model.weights, None, size) for size in (None, 4))
+    got = pieces.linear(pieces.rows(x), layer.gate_up_weight)
+    for first in range(0, 12, 4):
+        part = whole.linear(whole.rows(x[first : first + 4]), layer.gate_up_weight)
+        assert torch.equal(got[first : first + 4], part)
+    assert pieces.linear(pieces.rows(x[:0]), layer.gate_up_weight).shape == (0, 96)
+
+
+def test_a_share_of_a_quantised_model_is_refused(tmp_path, monkeypatch):
+    plain_models.write_llada(tmp_path)
+    monkeypatch.setattr(group, "device_of_rank", lambda ranks, device: "cpu")
+    with pytest.raises(ValueError, match="quantization: expected None with tensor_parallel, got 'fp8'"):
+        load(tmp_path, quantization="fp8", tensor_parallel=2)
