@@ -40,6 +40,10 @@ def test_every_operator_is_shown():
     [
         ("rms_norm", ["normed", "residual"]),
         ("swiglu", ["activated"]),
+        ("quantize_rows", ["values", "scale"]),
+        ("rms_norm_fp8", ["values", "scale", "residual"]),
+        ("swiglu_fp8", ["values", "scale"]),
+        ("linear_fp8", ["product"]),
         ("rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
