@@ -1,4 +1,4 @@
-# make demo | make test | make test-serve | make lint | make bench | make help
+# make demo | make test | make test-serve | make lint | make bench | make wheels | make help
 #
 # Everything is installed into $(VENV), which is created where it does not exist. Variables:
 #   USE_ACTIVE=1      install into the environment that $(PYTHON) belongs to instead
@@ -13,6 +13,9 @@ VENV ?= .venv
 USE_ACTIVE ?= 0
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+
+# Pythons that make cuda-wheels builds for; those that are not installed are passed over.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 DEMO = -m blockbatch compare --model tiny
 BENCH = bench/run.py
@@ -31,7 +34,7 @@ INSTALLED_FROM := $(sort $(shell cat $(STAMPS) 2>/dev/null))
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt blockbatch_kernels/__init__.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serve lint bench install install-dev check-python clean other-checkout
+.PHONY: help demo test test-serve lint bench wheels cuda-wheels check-wheel install install-dev check-python clean other-checkout
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +43,9 @@ help:
 	@echo "make test-serve   install, then the tests of the server with the long ones, schemathesis and lm_eval"
 	@echo "make lint         ruff and clang-format, which change nothing"
 	@echo "make bench        install with what the benchmarks need, then run them"
+	@echo "make wheels       a source archive and a wheel without the CUDA extension, in dist/"
+	@echo "make cuda-wheels  a wheel with the extension for each of: $(PYTHONS); minutes each"
+	@echo "make check-wheel  install the wheel of make wheels into a bare environment, and run the demo there"
 	@echo "make install      install only;  make install-dev: with the tools of development"
 	@echo "make clean        remove builds and caches;  $(VENV) stays"
 	@echo "Installs go to $(VENV); USE_ACTIVE=1 takes the active environment. The Makefile's head names all variables."
@@ -48,7 +54,7 @@ demo: $(ENV_DIR)/.blockbatch-run
 	$(ENV_PYTHON) $(DEMO)
 
 test: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 tests
+	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadgroup tests
 
 test-serve: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools
@@ -61,6 +67,25 @@ lint: $(ENV_DIR)/.blockbatch-dev
 
 bench: $(ENV_DIR)/.blockbatch-bench
 	$(ENV_PYTHON) $(BENCH)
+
+# The wheel is built from the source archive, which so is known to hold all that a build needs.
+wheels: $(ENV_DIR)/.blockbatch-dev
+	rm -rf dist build
+	BBK_BUILD_CUDA=0 $(ENV_PYTHON) -m build
+
+cuda-wheels:
+	@for python in $(PYTHONS); do \
+	  if $$python -c '' 2>/dev/null; then \
+	    BBK_BUILD_CUDA=1 $$python -m pip wheel --no-deps --wheel-dir dist . || exit 1; \
+	  else echo "$$python: not here, passed over"; fi; \
+	done
+
+check-wheel: wheels
+	@set -e; wheel=$$(ls $(CURDIR)/dist/*-none-any.whl); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; cd "$$folder"; unset PYTHONPATH; \
+	venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(or $(TORCH),torch); \
+	venv/bin/python -m pip install -q "$$wheel"; \
+	venv/bin/blockbatch compare --model tiny
 
 install: $(ENV_DIR)/.blockbatch-run
 install-dev: $(ENV_DIR)/.blockbatch-dev

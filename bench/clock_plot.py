@@ -15,6 +15,9 @@ _GROUPS = {
     "cheaper": "cheaper forwards",
     "ours": "open queries",
 }
+# What a reader calls them.
+_SHAPES = {"llada-8b": "LLaDA-8B", "dream-7b": "Dream-7B"}
+_METHODS = {"dual_cache": "Fast-dLLM"}
 _STAR = 13  # points
 
 
@@ -41,7 +44,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis.set_xlim(left=0)
             axis.margins(y=0.22)
             axis.set_xlabel("milliseconds for an answer (mean)")
-            style.title(axis, f"{section['shape']}, prompt of {section['prompt_length']}")
+            shape = _SHAPES.get(section["shape"], section["shape"])
+            style.title(axis, f"{shape}, prompt of {section['prompt_length']}")
         axes[0].set_ylabel("right answers, %")
         style.note(figure, _told(report))
         style.legend(figure, *axes[0].get_legend_handles_labels(), columns=3)
@@ -83,7 +87,7 @@ def _look(label: str, fast: bool) -> dict[str, Any]:
     """How a setting is drawn, and what the legend calls its like; large marks lie below small ones."""
     row = BY_LABEL[label]
     color, marker = style.method_look(row.method)
-    name = style.method_name(row.method)
+    name = _METHODS.get(row.method, style.method_name(row.method))
     if fast:
         look = {"marker": "*", "markersize": _STAR, "label": 'preset "fast"', "zorder": 2}
         return {"color": color, "markerfacecolor": color, **look}

@@ -46,7 +46,9 @@ def _attention_plan_symbols(
         page_size,
         pages_per_row,
         processors,
+        fixed_cut=bool(sizes.get("fixed_cut")),
         units=backend == "cuda"
+        and not sizes.get("fixed_cut")
         and tuning.plans_units(
             *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=sizes["num_tokens"]
         ),
@@ -146,6 +148,7 @@ _TABLE = (
             Scalar("num_heads", int, least=1),
             Scalar("num_kv_heads", int),
             Scalar("distinct_rows", int, None, least=0, symbolic=True),
+            Scalar("fixed_cut", bool, False),
         ),
         (AttentionPlan,),
         symbols=_attention_plan_symbols,

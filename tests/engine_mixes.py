@@ -10,11 +10,15 @@ from scripted_engine import EngineScripted
 GEN_LENGTHS = (16, 32, 48, 64)
 
 
-def random_config(rng, vocab_size, dream=False, gen_lengths=GEN_LENGTHS):
+def random_config(rng, vocab_size, dream=False, gen_lengths=GEN_LENGTHS, samples=False):
     """Settings of any method that a model with full attention has."""
     gen_length, given = rng.choice(gen_lengths), {}
     if rng.random() < 0.6:  # so that some texts end before their canvas does
         given = dict(eos_token_ids=tuple(rng.sample(range(vocab_size - 1), 3)))
+    if samples and rng.random() < 0.3:
+        given |= dict(temperature=rng.choice((0.5, 1.0)), seed=rng.randrange(1000))
+        if rng.random() < 0.5:
+            given |= dict(top_p=rng.choice((0.5, 0.9)))
     method = rng.choice(["blockbatch"] * 3 + ["dual_cache"] * 2 + ["local_leap", "prefix_cache", "vanilla"])
     options = dict(method=method, gen_length=gen_length, eos_exit=rng.choice(("prefix", "window", "none")))
     sizes = [size for size in (4, 8, 16, 32, 48, 64) if gen_length % size == 0]
@@ -42,6 +46,8 @@ def random_config(rng, vocab_size, dream=False, gen_lengths=GEN_LENGTHS):
         options["steps"] = gen_length // rng.choice((1, 2, 4))
     else:
         options["threshold"] = rng.choice((0.1, 0.3, 0.6, 0.9))
+    if "temperature" in given:
+        options.pop("drafts", None)
     return blockbatch.DecodeConfig(**options | given)
 
 
@@ -115,11 +121,14 @@ def pages_in_use(engine):
     return engine._lane.pages_in_use()
 
 
-def random_mix(model, seed, number, *, dream=False, gen_lengths=GEN_LENGTHS, config=None, **options):
-    """`run_mix` of so many random requests; `config`: that all of them have."""
+def random_mix(
+    model, seed, number, *, dream=False, gen_lengths=GEN_LENGTHS, config=None, samples=False, **options
+):
+    """`run_mix` of so many random requests; `config`: that all of them have;
+    `samples`: whether some draw their tokens."""
     rng, vocab_size = random.Random(seed), model.spec.vocab_size
     requests = []
     for _ in range(number):
-        drawn = config or random_config(rng, vocab_size, dream, gen_lengths)
+        drawn = config or random_config(rng, vocab_size, dream, gen_lengths, samples)
         requests.append((random_prompt(rng, vocab_size), drawn))
     return run_mix(model, requests, rng, **options)

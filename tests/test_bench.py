@@ -35,7 +35,7 @@ def test_block_steps(tmp_path):
         "block_steps.py", tmp_path / "block_steps.json", "--dtype", "float32", "--stored", "64",
         "--prompt", "96", "--shapes", "small-sdar", "small-fast-dllm-v2", "--repeats", "2",
     )  # fmt: skip
-    assert all(check["same_top_token"] == 1.0 for check in report["checks"].values())
+    assert all(check["top_tokens_equal_to_fp32"] == 1.0 for check in report["checks"].values())
     lines = [line for line in report["lines"] if line["model"] == "small-sdar"]
     kinds = [(line["forward"], line["tokens"]) for line in lines]
     assert kinds[:4] == [("denoise", 32), ("denoise", 64), ("denoise", 128), ("fused", 64)]

@@ -38,7 +38,7 @@ def options_of(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_mixes_of_a_transformer(model, seed):
     is_dream = model.spec.prediction_offset == 1
-    random_mix(model, 10 * seed + is_dream, 16, dream=is_dream, **options_of(seed))
+    random_mix(model, 10 * seed + is_dream, 16, dream=is_dream, samples=True, **options_of(seed))
 
 
 @pytest.mark.parametrize("dream", [False, True], ids=["llada", "dream"])
@@ -135,3 +135,23 @@ def test_rules_of_ones_own(model):
                 )
             requests.append((random_prompt(rng, model.spec.vocab_size), config))
         run_mix(model, requests, rng, max_tokens_per_step=60)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_done_refreshes_beside_short_ones(monkeypatch, seed):
+    """A refresh of many rows takes several forwards; meanwhile others begin, end and are cancelled."""
+    rng = random.Random(seed)
+    sizes = ((4,), (8,), (4, 8, 16, 32), (4, 8, 16, 32, 64))
+    apart = dict(gen_length=64, merge_threshold=None, sync_threshold=None, eos_exit="none")
+    requests = [
+        (
+            random_prompt(rng, 23),
+            blockbatch.DecodeConfig(**apart, block_sizes=rng.choice(sizes), refresh_interval=4),
+        )
+        for _ in range(16)
+    ]
+    with open_place("cpu").default(monkeypatch):
+        engine, _ = run_mix(
+            scripted(seed), requests, rng, max_tokens_per_step=rng.choice((200, 300, 600)), cancel=0.3
+        )
+    assert engine.stats().refreshes > engine.stats().forwards["refresh"]

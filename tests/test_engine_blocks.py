@@ -23,6 +23,8 @@ def random_config(rng, family):
     if rng.random() < 0.5:
         options["eos_token_ids"] = tuple(rng.sample(range(94), 4))
     if rng.random() < 0.3:
+        options |= dict(temperature=0.7, seed=rng.randrange(100), top_p=rng.choice((None, 0.8)))
+    if rng.random() < 0.3:
         sizes = tuple(rng.sample((4, 8, 16), rng.randint(1, 3)))
         return blockbatch.DecodeConfig(method="blockbatch", block_sizes=sizes, **options)
     options["prefix_cache"] = rng.random() < 0.3
@@ -110,3 +112,8 @@ def test_fewer_branches_inside_the_block(model):
     for request in (requests[0], requests[-1]):
         assert len(request.result.branches) == request.branches
         assert outcome(request.result) == outcome(blockbatch.generate(model, [1, 2, 3], request.config))
+
+
+def test_fixed_bits_are_refused(model):
+    with pytest.raises(ValueError, match="deterministic: expected False for"):
+        Engine(model, deterministic=True)

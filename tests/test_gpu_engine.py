@@ -1,6 +1,7 @@
 """The engine on a GPU in fp32: mixes decode as alone on every backend, steps are captured, waits are few."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import blockbatch
 from blockbatch.decoding import graphs, slot_forward
 from blockbatch.decoding.engine import Engine
 from engine_mixes import outcome, pages_in_use, random_mix, run_mix
-from plain_models import write_dream, write_llada
 from test_engine_blocks import random_config as random_block_config
 
 pytestmark = pytest.mark.gpu
-WRITERS = {"llada": write_llada, "dream": write_dream}
+DATA = Path(__file__).parent / "data"
+FOLDERS = {"llada": DATA / "conformance", "dream": DATA / "conformance_dream"}
 
 
 @pytest.fixture(params=["triton", "cuda", None], ids=str)
@@ -22,21 +23,17 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FOLDERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_random_mixes(tmp_path, backend, family, seed):
-    # Heads of 64, which compiled attention has.
-    sizes = {"llada": dict(d_model=128, n_heads=2, n_kv_heads=2), "dream": dict(hidden_size=128)}[family]
-    if family == "dream":
-        sizes |= dict(num_attention_heads=2, num_key_value_heads=1)
-    WRITERS[family](tmp_path, sharpness=3.0, seed=seed, **sizes)
-    model = blockbatch.load_model(tmp_path, device="cuda", dtype="float32", backend=backend)
+def test_random_mixes(backend, family, seed):
+    model = blockbatch.load_model(FOLDERS[family], device="cuda", dtype="float32", backend=backend)
     rng = random.Random(seed)
     random_mix(
         model,
         10 * seed,
         24,
         dream=family == "dream",
+        samples=True,
         max_tokens_per_step=rng.choice((1, 100, None)),
         max_requests=rng.choice((3, 12)),
         cancel=rng.choice((0.0, 0.2)),
@@ -45,7 +42,7 @@ def test_random_mixes(tmp_path, backend, family, seed):
 
 @pytest.mark.parametrize("family", ["sdar", "fast_dllm_v2"])
 def test_random_mixes_of_block_causal_models(tmp_path, family):
-    folder = block_models.write(tmp_path / "model", family, seed=7)
+    folder = block_models.write(tmp_path / "model", family, seed=7, hidden_size=64)
     model = blockbatch.load_model(folder, device="cuda", dtype="float32")
     rng = random.Random(1)
     requests = [
@@ -90,6 +87,8 @@ def test_the_host_waits_once_a_step(tiny, monkeypatch, unchecked):
     """In a step in which nobody joins or ends."""
     config = blockbatch.DecodeConfig(gen_length=128, eos_exit="none", threshold=1.0, refresh_interval=None)
     engine = Engine(tiny, max_requests=4, cache_tokens=1 << 15)
+    submit_many(engine, tiny, 4, config)
+    engine.run_until_idle()  # captures all sizes that come up
     submit_many(engine, tiny, 4, config)
     for _ in range(6):
         engine.step()

@@ -8,6 +8,7 @@ import torch
 import blockbatch
 import oracle
 from blockbatch.infill import GappedText, decode
+from custom_methods import registered, threshold_rule
 from fill_cases import assert_filled, dream_settings, random_region, scripted, settings
 from oracle import dream_decoder
 from plain_models import PlainModel, write_dream, write_llada
@@ -212,3 +213,14 @@ def test_block_sizes_beyond_the_canvas_run_once(model):
     for length, sizes in ((3, (4,)), (8, (4, 8)), (9, (4, 8, 16)), (64, (4, 8, 16, 32, 64))):
         result = blockbatch.fill(model, [1, 2] + [MASK] + [3] * (length - 1), config)
         assert tuple(branch.block_size for branch in result.branches) == sizes
+
+
+@pytest.mark.parametrize("base", ["dual_cache", "blockbatch"])
+def test_rules_of_ones_own_fill(model, base):
+    rng = random.Random(base)
+    with registered("own", threshold_rule, base=base, options={"threshold": 0.9}):
+        for _ in range(3):
+            ids = random_ids(rng)
+            own = blockbatch.fill(model, ids, blockbatch.DecodeConfig("own", gen_length=32))
+            published = blockbatch.fill(model, ids, blockbatch.DecodeConfig(base, gen_length=32))
+            assert outcome(own) == outcome(published)

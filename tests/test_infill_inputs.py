@@ -158,7 +158,7 @@ class Scripted:
     """Decodes nothing: the gaps hold what a test says."""
 
     def __init__(self, monkeypatch, filling):
-        def decode_group(model, prompts, config, members, names, finish, regions):
+        def decode_group(model, prompts, config, members, names, finish, regions, **more):
             for index in members:
                 left = iter(filling)
                 self.canvas = [next(left) if token == MASK else token for token in regions[index]]

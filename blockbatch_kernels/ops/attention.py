@@ -23,6 +23,7 @@ def attention_plan(
     num_heads: int,
     num_kv_heads: int,
     distinct_rows: int | None = None,
+    fixed_cut: bool = False,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
@@ -41,9 +42,11 @@ def attention_plan(
         distinct_rows: how many rows with queries are expected to read pages of their own, where those that
             share most of theirs count once; None: all rows. The result of the attention does not depend on
             it, its speed does.
+        fixed_cut: no row's keys are cut, whatever else is in the batch. A row's result then has the same bits
+            in any batch, where the same backend computes it. Slower for few queries over many keys.
     """
     tensors = (page_table, cu_seqlens_q, seqlens_k)
-    _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows)
+    _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows, fixed_cut)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
     if values.ENABLED:
@@ -58,7 +61,9 @@ def attention_plan(
         page_size,
         pages_per_row,
         tuning.num_processors(device),
+        fixed_cut=fixed_cut,
         units=dispatch.is_backend(module, "cuda")
+        and not fixed_cut
         and tuning.plans_units(
             *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens
         ),

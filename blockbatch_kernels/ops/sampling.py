@@ -45,8 +45,8 @@ def lm_head_sample(
 
     Rows without a softmax: as `lm_head_confidence`; so is a row of which every token is banned.
 
-    With `top_p` or `top_k` in the rules all logits of some rows exist at the same time; else no more than
-    `lm_head_confidence` has.
+    With `top_p` or `top_k` in the rules all logits of some rows exist at the same time; else those of a part
+    of the vocabulary.
 
     Args:
         hidden: [predictions, dim], fp32, bf16 or fp16.

@@ -15,6 +15,8 @@ So the stretches keep to the tiles where the longest is hardly longer for it, an
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 
@@ -163,8 +165,12 @@ def _groups(
     shape: AttentionShape,
 ) -> list[tuple[int, tuple[int, ...], list[int]]]:
     """(first key, where the keys end and their pages, bits of the tokens of both blocks) of each group."""
-    masks = {row: [_mask(block, tokens) for block in tile] for row, tokens in queries.items()}
-    rows = [row for row in queries if any(masks[row])]
+    # Rows follow each other by their tokens: only those that reach into the tile are looked at.
+    every = list(queries)
+    first = bisect_right(every, tile[0].start, key=lambda row: queries[row].stop)
+    rows = list(itertools.takewhile(lambda row: queries[row].start < _end(tile), every[first:]))
+    masks = {row: [_mask(block, queries[row]) for block in tile] for row in rows}
+    rows = [row for row in rows if any(masks[row])]
     segment_keys = shape.segment_pages * page_size
     found = []
     for start in range(0, max(lengths[row] for row in rows), segment_keys):
@@ -177,6 +183,11 @@ def _groups(
         for keys, group in groups.items():
             found.append((start, keys, [sum(masks[row][block] for row in group) for block in (0, 1)]))
     return found
+
+
+def _end(tile: list[range]) -> int:
+    """The token behind the last one of a tile, whose second block may be empty."""
+    return max(block.stop for block in tile)
 
 
 def _units(start: int, keys: tuple[int, ...], page_size: int) -> Iterator[tuple[int, int, list[int]]]:

@@ -110,11 +110,16 @@ def _copy_in_pool(
     in_use[torch.where(exists, held, num_pages)] = True
     free = (place < num_pages) & (first[place] == torch.arange(len(ids), device=device)) & ~in_use[place]
 
-    # Row after row: one that has left a page no longer shares it.
-    leaves = torch.zeros_like(touched)
-    for row in range(num_rows):
-        others = (held == held[row]) & ~leaves
-        leaves[row] = touched[row] & (~in_pool[row] | (others.sum(0) > 1))
+    # Row after row: one that has left a page no longer shares it. So where all users of a page write it, the
+    # last one stays.
+    page = torch.where(exists, held, num_pages)
+    count = torch.zeros(num_pages + 1, dtype=torch.int64, device=device)
+    users = count.scatter_add(0, page.flatten(), torch.ones_like(page).flatten())[page]
+    writers = count.scatter_add(0, page.flatten(), touched.long().flatten())[page]
+    rows = torch.arange(num_rows, device=device).unsqueeze(1).expand_as(page)
+    written_by = torch.where(touched, rows, -1).flatten()
+    last = (count - 1).scatter_reduce(0, page.flatten(), written_by, "amax")[page]
+    leaves = touched & (~in_pool | (users > writers) | (rows != last))
 
     # The free pages in the order of the list, to the rows one after the other.
     order = torch.where(free, free.cumsum(0) - 1, len(ids))

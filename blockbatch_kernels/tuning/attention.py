@@ -105,14 +105,20 @@ def attention_shape(
     processors: int,
     *,
     units: bool = False,
+    fixed_cut: bool = False,
 ) -> AttentionShape:
-    """The cut for a step of `num_tokens` packed queries; `units`: whether to plan them too."""
+    """The cut for a step of `num_tokens` packed queries.
+
+    Args:
+        units: whether to plan them too.
+        fixed_cut: see `attention_plan`.
+    """
     # 64 rows are one warpgroup's product; long packs come from whole rows, where a tile of 128 reads K half
     # as often.
-    tile_rows = 128 if num_tokens > _FEW_TOKENS else 64
+    tile_rows = 128 if num_tokens > _FEW_TOKENS and not fixed_cut else 64
     tile_tokens = max(1, tile_rows // (num_heads // num_kv_heads))
     segment_pages = max(1, _SEGMENT_KEYS // page_size)
-    max_pieces = max(1, min(_MAX_PIECES, MAX_PARTIALS // max(1, num_tokens)))
+    max_pieces = 1 if fixed_cut else max(1, min(_MAX_PIECES, MAX_PARTIALS // max(1, num_tokens)))
     group = num_heads // num_kv_heads
     return AttentionShape(
         tile_tokens=tile_tokens,

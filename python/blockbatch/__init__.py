@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blockbatch.infill import fill
     from blockbatch.methods import METHODS
     from blockbatch.models import CheckpointError, Model, load_model
+    from blockbatch.parallel import RankError
     from blockbatch.registry import register_method, unregister_method
     from blockbatch.result import FillResult, Gap, Result
     from blockbatch.sampling_options import request_seed
@@ -43,6 +44,7 @@ _HOMES = {
     "Gap": "blockbatch.result",
     "Model": "blockbatch.models",
     "NonFiniteLogitsError": "blockbatch.decoding",
+    "RankError": "blockbatch.parallel",
     "Result": "blockbatch.result",
     "RuleState": "blockbatch.decoding",
     "Stream": "blockbatch.streaming",
@@ -69,6 +71,7 @@ __all__ = [
     "Gap",
     "Model",
     "NonFiniteLogitsError",
+    "RankError",
     "Result",
     "RuleState",
     "Stream",

@@ -19,6 +19,7 @@ from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
 from blockbatch.models.spec import is_block_causal
+from blockbatch.parallel import share_of
 
 # On a GPU prompts share buffers with others of about their length, so that graphs are captured once.
 _PROMPT_STEP = 64
@@ -89,7 +90,7 @@ def needs(
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
-    whole = min(rows * length, max(length, ROW_TOKENS[device.type]))
+    whole = min(rows * length, share_of(model).num_lanes * max(length, ROW_TOKENS[device.type]))
     step = most_tokens(method, num_requests, prompt, gen_length)
     regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
     work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), compiled=compiled)
@@ -143,7 +144,8 @@ def first_batch(
     """
     limit, source, purpose = model.cache_bytes, "cache_bytes", "the K/V cache"
     if limit is None:
-        limit, source = free_bytes(model), f"free memory of {model.device}"
+        limit = share_of(model).least("free memory", free_bytes(model))
+        source = f"free memory of {model.device}"
         purpose = "the K/V cache and a forward"
     if is_block_causal(model.spec):
         limit = limit // (1 if model.cache_bytes is not None else block_memory.GROWTH)

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from blockbatch.cli import ranks
 from blockbatch.cli.parser import build_parser
 from blockbatch.cli.suggest import advice
 from blockbatch.cli.terminal import escape
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit status; argparse leaves by SystemExit for `--help`, `--version` and unknown options.
     """
+    return ranks.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     # A locale that lacks a character shows its code instead of ending the program.
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="backslashreplace")
@@ -37,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = build_parser().parse_args(arguments)
+        ranks.check(options)
         # For the reports that say what made them.
         given = sys.argv[1:] if arguments is None else arguments
         options.command_line = shlex.join(["blockbatch", *given])

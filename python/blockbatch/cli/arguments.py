@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.help import rows
 from blockbatch.config import DecodeConfig
 from blockbatch.methods import BLOCK_METHOD_TABLE, METHOD_TABLE, OPTIONS, PRESET_TABLE
@@ -99,6 +100,7 @@ def load(options: argparse.Namespace) -> Model:
         dtype=options.dtype,
         backend=options.backend,
         adapter=options.adapter,
+        tensor_parallel=ranks.process()[1],
     )
 
 

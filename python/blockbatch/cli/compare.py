@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import shutil
 import sys
-from collections import Counter
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.arguments import (
     add_model,
     add_thinking,
@@ -27,6 +26,7 @@ from blockbatch.cli.help import examples
 from blockbatch.cli.problems import read_problems
 from blockbatch.cli.table import Row, comparison_table, family_table
 from blockbatch.cli.terminal import escape
+from blockbatch.cli.words import heading, next_command, progress, verdict, why_empty
 from blockbatch.evaluation.settings import TABLE_METHODS, TABLE_PRESETS, preset_settings, table_settings
 from blockbatch.methods import PRESET_TABLE
 
@@ -124,12 +124,16 @@ def run(options: argparse.Namespace) -> None:
         generation.check_prompt(model, ids, rows[0].config, f"prompt[{index}]")
     for row in rows:
         method_for(model, row.config.for_model(model.spec))
+    if options.json != "-":
+        print(heading(model, problems, rows, max(map(len, prompts))), flush=True)
     with _progress() as show:
         warm_up(model, ((row.config, [ids]) for row in rows for ids in prompts), show)
+        began, done, total = time.monotonic(), 0, len(problems) * len(rows)
         # Method by method within a problem: a machine that is busy for a while then slows all methods alike.
-        for index, (problem, ids) in enumerate(zip(problems, prompts, strict=True), 1):
+        for problem, ids in zip(problems, prompts, strict=True):
             for row in rows:
-                show(f"problem {index} of {len(problems)}: {row.label}")
+                show(progress(done, total, row.label, began))
+                done += 1
                 (result,) = generation.decode(model, [ids], row.config)
                 row.results.append(result)
                 row.right.append(None if problem.is_right is None else problem.is_right(result.text))
@@ -137,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json == "-":
         print(json.dumps(report, indent=1))
         return
-    if options.json is not None:
+    if options.json is not None and ranks.writes():
         write_json(options.json, report)
     _print(model, problems, rows, options)
 
@@ -173,40 +177,30 @@ def _progress() -> Iterator:
 
 
 def _print(model: Model, problems: list[Problem], rows: list[Row], options: argparse.Namespace) -> None:
-    families = Counter(problem.task for problem in problems)
-    parts = ", ".join(f"{count} {family}" for family, count in families.items())
-    dtype = str(model.dtype).removeprefix("torch.")
-    name = f"{model.name} with {model.adapter}" if model.adapter else model.name
-    print(f"{escape(name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})")
     print()
     print("\n".join(comparison_table(rows)))
+    families = list(dict.fromkeys(problem.task for problem in problems))
     # With two problems of a family a count of right ones says nothing about it.
     if len(families) > 1 and len(problems) > 3 * len(families):
         print()
         print("\n".join(family_table(rows, [problem.task for problem in problems])))
     if options.show:
-        _print_texts(problems[0], rows)
-    elif sys.stdout.isatty():
-        _print_hints(problems, options)
+        _print_texts(model, problems[0], rows)
+        return
+    told = verdict(rows)
+    if told is not None:
+        print(f"\n{told}")
+    print(f"\n{next_command(model, problems, options)}")
 
 
-def _print_texts(problem: Problem, rows: list[Row]) -> None:
-    verdict = {True: ", right", False: ", wrong", None: ""}
+def _print_texts(model: Model, problem: Problem, rows: list[Row]) -> None:
+    verdicts = {True: ", right", False: ", wrong", None: ""}
     print(f"\nPrompt\n{_indented(problem.prompt)}")
     for row in rows:
-        print(f"\n{row.label} ({row.results[0].nfe.total} forwards{verdict[row.right[0]]})")
-        print(_indented(row.results[0].text))
-
-
-def _print_hints(problems: list[Problem], options: argparse.Namespace) -> None:
-    command = "blockbatch" if shutil.which("blockbatch") else f"{shlex.quote(sys.executable)} -m blockbatch"
-    named = f" --model {shlex.quote(options.model)}" if options.model != "tiny" else ""
-    named += f" --adapter {shlex.quote(options.adapter)}" if options.adapter else ""
-    prompt = escape(shlex.quote(min((problem.prompt for problem in problems), key=len)))
-    chat = " --chat" if options.chat else " --bos" if options.bos else ""
-    print(f"\nthe texts:        {command} compare{named} --show")
-    given = f"{named}{chat} --gen-length {options.gen_length}"
-    print(f"one of them live: {command} generate{given} --prompt {prompt}")
+        result = row.results[0]
+        print(f"\n{row.label} ({result.nfe.total} forwards{verdicts[row.right[0]]})")
+        empty = why_empty(model, result)
+        print(_indented(result.text) if empty is None else f"  ({empty})")
 
 
 def _indented(text: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blockbatch.cli import ranks
 from blockbatch.texts import decode_file
 
 
@@ -16,6 +17,8 @@ def read_text(path: str, name: str) -> str:
 
     The same text wherever it was written: see `decode_file`.
     """
+    if path == "-" and ranks.process()[1] > 1:
+        raise ValueError(f"{name}: expected a file, which every process can read, got standard input")
     content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         return decode_file(content)

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from blockbatch.cli import canvas
+from blockbatch.cli import canvas, ranks
 from blockbatch.cli.arguments import (
     add_decoding,
     add_model,
@@ -24,6 +24,7 @@ from blockbatch.cli.arguments import (
 from blockbatch.cli.files import check_output, read_text
 from blockbatch.cli.help import examples
 from blockbatch.cli.terminal import Screen, Span, escape, paint, wants_live
+from blockbatch.cli.words import why_empty
 from blockbatch.config import DecodeConfig, decode_settings
 from blockbatch.tracing import open_recorder, save_trace, trace_header
 
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
         + "\n\n"
         + examples(
             'blockbatch generate "Divide with remainder until zero: 51 and 16."',
-            'echo "Write a function that sums a list." | blockbatch generate -',
+            'echo "Divide with remainder until zero: 84 and 36." | blockbatch generate -',
             "blockbatch generate --prompt-file prompt.txt --preset fast --json",
             'blockbatch generate "PROMPT" --method dual_cache --threshold 0.95',
             'blockbatch generate "PROMPT" --query-span open --refresh-interval none',
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         result = _decode_live(model, ids, config)
     else:
         (result,) = generation.decode(model, [ids], config, ["prompt"])
-    if options.trace is not None:
+    if options.trace is not None and ranks.writes():
         save_trace(options.trace, result.trace, **trace_header(model, ids, config, result))
     if options.json:
         print(json.dumps(_report(config, result)))
@@ -105,6 +106,9 @@ def run(options: argparse.Namespace) -> None:
     text = _text(result)
     # A file or another program gets the text as it is; a terminal must not obey it.
     print(escape(text) if sys.stdout.isatty() else text, end="" if text.endswith("\n") else "\n")
+    empty = why_empty(model, result)
+    if empty is not None:
+        print(f"blockbatch: {empty}", file=sys.stderr)
     if live:
         print(paint(Span("dim", _summary(config, result))))
 

@@ -22,6 +22,7 @@ _NOTES = (
     "seconds   for one answer, mean",
     "tokens/s  tokens before the end of the text; filling behind it does not count",
 )
+_VANILLA_NOTE = "vanilla   a token a forward; the others write all that the model is sure of"
 _FACTOR_NOTE = "vs        times as fast (speed), times fewer forwards (NFE)"
 
 
@@ -75,6 +76,8 @@ def comparison_table(rows: Sequence[Row]) -> list[str]:
             previous = end
         lines.append(_line(row, labels, references))
     notes = [*_NOTES, _FACTOR_NOTE] if references else list(_NOTES)
+    if any(row.label == "vanilla" for row in rows):
+        notes.append(_VANILLA_NOTE)
     notes += [
         f"{row.label:<10}{PRESET_TABLE[row.label].summary}" for row in rows if row.label in PRESET_TABLE
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from blockbatch import devices, kv_cache
@@ -25,8 +27,11 @@ class BlockLane:
     Args:
         max_requests: that run at a time.
         max_tokens_per_step: prompts beyond it wait for the next forward; None: ROW_TOKENS.
-        deterministic: nothing more is to be done for it here than what `engine.Engine` says.
+        deterministic: not to be had here yet.
         cache_tokens: positions of the pool; None: what the device has free.
+
+    Raises:
+        ValueError: `deterministic`.
     """
 
     def __init__(
@@ -38,6 +43,11 @@ class BlockLane:
         deterministic: bool,
         cache_tokens: int | None,
     ) -> None:
+        if deterministic:
+            raise ValueError(
+                f"deterministic: expected False for {model.spec.family}, whose attention is block-causal, "
+                "got True"
+            )
         self._model, self._forward = model, shared_forward(model)
         self._budget = max_tokens_per_step or ROW_TOKENS[model.device.type]
         pool = self._forward.pool
@@ -61,14 +71,10 @@ class BlockLane:
     def join(self, seat: Seat) -> None:
         with devices.turn(self._model.device):
             prompt = seat.request.prompt
-            sampling = sampling_for(self._model, seat.config, 0)
-            seat.place = BlockSession(
-                self._model,
-                [prompt],
-                seat.method,
-                self._forward,
-                sampling=None if sampling is None else [sampling],
-            )
+            sampling = None
+            if seat.method.sampling is not None:
+                sampling = [sampling_for(self._model, seat.config, 0)]
+            seat.place = BlockSession(self._model, [prompt], seat.method, self._forward, sampling=sampling)
         self._seats.append(seat)
 
     @torch.inference_mode()
@@ -76,12 +82,9 @@ class BlockLane:
         device = self._model.device
         with devices.turn(device), devices.memory_errors(device, "the next forward"):
             chosen = self._chosen()
-            rows = [row for _, forward in chosen for row in forward.rows]
-            predicted = self._forward.run(rows, ROW_TOKENS[device.type]) if rows else []
-        done = 0
-        for seat, forward in chosen:
-            self._receive(seat, predicted[done : done + len(forward.rows)])
-            done += len(forward.rows)
+            predicted = self._run([seat for seat, _ in chosen])
+        for seat, _ in chosen:
+            self._receive(seat, predicted[seat])
         # A request may end without a forward.
         took_part = [seat for seat, _ in chosen]
         ended = [seat for seat in self._seats if seat.place.asked(0) is None and seat not in took_part]
@@ -89,6 +92,17 @@ class BlockLane:
             seat.done = True
         self._count(chosen)
         return took_part + ended
+
+    def _run(self, seats: list[Seat]) -> dict[Seat, list]:
+        """What each of the requests is sent; those that draw their tokens in the same way run together."""
+        predicted = {}
+        for kind in {seat.method.sampling for seat in seats}:
+            members = [seat for seat in seats if seat.method.sampling == kind]
+            rows = {seat: seat.place.rows(0) for seat in members}
+            every = [row for seat in members for row in rows[seat]]
+            found = iter(self._forward.run(every, ROW_TOKENS[self._model.device.type]))
+            predicted |= {seat: list(itertools.islice(found, len(rows[seat]))) for seat in members}
+        return predicted
 
     def _chosen(self) -> list[tuple[Seat, Forward]]:
         """Those whose forwards run now: every block, and of the prompts what the budget has room for."""

@@ -109,7 +109,7 @@ class BlockSession:
         records = None
         if self.observed:
             records = {request: self._begin_record(request) for request in running}
-        rows = [row for forward in forwards for row in forward.rows]
+        rows = [row for request in running for row in self.rows(request)]
         predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
@@ -125,10 +125,11 @@ class BlockSession:
 
     def asked(self, request: int) -> Forward | None:
         """The forward that a request waits for; None: it is finished."""
-        forward = self._asked[request]
-        if forward is None or self._sampling is None:
-            return forward
-        return forward._replace(rows=self._drawn(request, forward.rows))
+        return self._asked[request]
+
+    def rows(self, request: int) -> list[Row]:
+        """Of the forward that a request waits for, as they are to be run."""
+        return self._drawn(request, self._asked[request].rows)
 
     def receive(self, request: int, predicted: list[Predicted]) -> None:
         """Goes on with what the forward that a request asked for predicts, for each of its rows.
@@ -204,6 +205,8 @@ class BlockSession:
         Denoise forwards alone count for the noise: whether a block is stored in a forward of its own, or
         found in the prefix cache, changes no token.
         """
+        if self._sampling is None:
+            return rows
         draw = RowSampling(
             self.params.sampling,
             self._sampling[request],

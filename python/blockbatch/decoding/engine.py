@@ -25,6 +25,7 @@ from blockbatch.decoding.results import before_eos, result_of
 from blockbatch.decoding.rule import try_rule
 from blockbatch.decoding.slot_lane import SlotLane
 from blockbatch.models.spec import is_block_causal
+from blockbatch.parallel import share_of
 from blockbatch.stops import PrefixReader
 from blockbatch.values import as_int, as_list
 
@@ -80,6 +81,11 @@ class Engine:
                 _check_int(name, value, 1)
         if branches not in BRANCH_RULES:
             raise ValueError(f"branches: expected one of {', '.join(BRANCH_RULES)}, got {branches!r}")
+        if share_of(model).size > 1:
+            raise ValueError(
+                "model: expected one that a single process holds, since requests come to each at another "
+                f"moment, got one of {share_of(model).size} ranks"
+            )
         self.model, self.branches, self.deterministic = model, branches, deterministic
         lane = BlockLane if is_block_causal(model.spec) else SlotLane
         self._lane: Lane = lane(

@@ -6,6 +6,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
+from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan
 
 
@@ -38,17 +39,23 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
     """
     batch.cache.prepare(batch.plan)
     parts = []
-    for rows in _chunks(plan.query_lengths, max_tokens):
-        tokens = sum(plan.query_lengths[rows])
-        predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
-        query_end = torch.zeros_like(batch.plan.query_end)
-        query_end[rows] = batch.plan.query_end[rows]
-        chunk = batch.plan._replace(query_end=query_end)
-        batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
-        parts.append(_predict(model, batch, chunk, tokens, predict_capacity))
+    with share_of(model).lanes() as lane:
+        for number, rows in enumerate(_chunks(plan.query_lengths, max_tokens)):
+            with lane(number):
+                parts.append(_predict_rows(model, batch, plan, rows))
     batch.cache.share(batch.plan.source_row)
     batch.note_sources(plan.source_row)
     _apply_policy(batch, _concatenate(parts))
+
+
+def _predict_rows(model, batch: Batch, plan: HostPlan, rows: slice) -> bbk.Predictions:
+    """The forward of some of the planned rows."""
+    predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
+    query_end = torch.zeros_like(batch.plan.query_end)
+    query_end[rows] = batch.plan.query_end[rows]
+    chunk = batch.plan._replace(query_end=query_end)
+    batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
+    return _predict(model, batch, chunk, sum(plan.query_lengths[rows]), predict_capacity)
 
 
 def replan(batch: Batch) -> None:

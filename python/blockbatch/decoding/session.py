@@ -17,6 +17,7 @@ from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import refuse_non_finite
 from blockbatch.decoding.sampling import RequestSampling
+from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan, OpenQueries, Step
 
 # Tokens of whole rows that run at once. On a GPU 2048 keep the products at full speed, and their activations
@@ -103,6 +104,8 @@ class Session:
             self._batch.copy_plan_to_host()
             self._plan = self._batch.host_plan()
         self._phase = self._plan.phase  # of the last forward
+        settings = (prompts, regions, method.block_sizes, method.params, gen_length)
+        self._ranks = share_of(model).decode(self._batch.state, settings)
         self.seconds: list[float | None] = [None] * len(prompts)
 
     @property
@@ -145,13 +148,16 @@ class Session:
         open_queries = None
         if self.observed and phase == "block" and self.params.query_span == "open":
             open_queries = self._open_queries(plan)
-        if phase != "block":
-            forward.whole_rows(self.model, self._batch, plan, ROW_TOKENS[self._batch.device.type])
-        elif self._graphs is not None and plan.query_tokens:
-            self._graphs.run(plan.query_tokens)
-        else:
-            forward.block_denoise(self.model, self._batch, plan.query_tokens, plan.predictions)
-        self._plan = self._batch.host_plan()
+        with self._ranks:
+            if phase != "block":
+                forward.whole_rows(self.model, self._batch, plan, ROW_TOKENS[self._batch.device.type])
+            elif self._graphs is not None and plan.query_tokens:
+                self._graphs.run(plan.query_tokens)
+            else:
+                forward.block_denoise(self.model, self._batch, plan.query_tokens, plan.predictions)
+            self._ranks.sample()
+            self._plan = self._batch.host_plan()
+        self._ranks.compare(self._plan.running)
         self._refuse_non_finite()
         now = time.perf_counter()
         if self._plan.running != plan.running:

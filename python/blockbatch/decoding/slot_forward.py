@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         is_open: whether block steps compute open queries.
         map_entries: see `bbk.BranchState.create`.
         rule: a commit rule of one's own that all requests share.
-        sampling: what drawing tokens takes; None: they are those of the highest logits.
+        sampling: what drawing tokens takes, the same for all requests; None: nobody draws.
     """
 
     params: PolicyParams | None
@@ -46,18 +46,15 @@ class Layout(NamedTuple):
 def layout_of(method: Method, gen_length: int) -> Layout:
     """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
     may a rule of one's own."""
-    return _layout_of_rules(method, gen_length)._replace(sampling=method.sampling)
-
-
-def _layout_of_rules(method: Method, gen_length: int) -> Layout:
-    params, sizes, is_open = method.params, method.block_sizes, method.params.query_span == "open"
+    params, sizes = method.params, method.block_sizes
+    common = dict(is_open=params.query_span == "open", rule=method.rule, sampling=method.sampling)
     if params.policy == "dream_published":
-        return Layout(params, len(sizes), gen_length, is_open, bbk.map_entries(sizes, gen_length))
-    if method.rule is not None:
-        return Layout(params, len(sizes), gen_length, is_open, rule=method.rule)
+        common["map_entries"] = bbk.map_entries(sizes, gen_length)
+    if params.policy == "dream_published" or method.rule is not None:
+        return Layout(params, len(sizes), gen_length, **common)
     if params.drafts:
-        return Layout(params, len(sizes), None, is_open)
-    return Layout(None, None, None, is_open)
+        return Layout(params, len(sizes), None, **common)
+    return Layout(None, None, None, **common)
 
 
 class WholeRows(NamedTuple):
@@ -105,16 +102,19 @@ class SlotForward:
         pages: shared by all layouts.
         layout: of the slots.
         sizes: of the slots at first.
+        fixed_tokens: see `Model.predict`.
 
     Attributes:
         slots, plans: the requests and what they ask for.
-        sampling: how their tokens are drawn; None: they are those of the highest logits.
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
+        sampling: how the tokens of each request are drawn; None: they are not.
     """
 
-    def __init__(self, model, pages: SlotPages, layout: Layout, sizes: Sizes) -> None:
-        self._model, self.pages, self.layout = model, pages, layout
+    def __init__(
+        self, model, pages: SlotPages, layout: Layout, sizes: Sizes, fixed_tokens: int | None = None
+    ) -> None:
+        self._model, self.pages, self.layout, self._fixed_tokens = model, pages, layout, fixed_tokens
         self.device, self._backend = model.device, model.backend
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
@@ -176,7 +176,7 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(packed_capacity(tokens), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
         else:
             self._run_windows(tokens, predictions, distinct_rows)
 
@@ -257,7 +257,7 @@ class SlotForward:
             )
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
-        if whole.ending:
+        if any(whole.ending.values()):
             self._follow_full(whole.ending)
         self.plans.next(self.groups)
         self.refresh_host()
@@ -280,6 +280,7 @@ class SlotForward:
         scattered: bool,
     ) -> bbk.Predictions:
         slots, model = self.slots, self._model
+        capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
         view = self.pages.view(self.rows, distinct_rows)
         packed = bbk.pack_windows(
             slots.state,
@@ -292,7 +293,7 @@ class SlotForward:
             scattered=scattered,
             backend=self._backend,
         )
-        options = {}
+        options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
@@ -301,6 +302,11 @@ class SlotForward:
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
         return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+
+    def _whole_pieces(self, tokens: int) -> int:
+        """Room for so many tokens in pieces of `fixed_tokens`."""
+        size = self._fixed_tokens
+        return tokens if size is None else -(-max(tokens, 1) // size) * size
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans
@@ -324,11 +330,18 @@ class SlotForward:
             self._sync_source.copy_(torch.where(sources < 0, self._sync_source, sources))
             if phase == PHASE_INIT:
                 slots.begun.logical_or_(members)
+        self.forget_parts(everyone)
 
-    def keep_parts(self, unfinished: bool) -> None:
-        """Lets go of what complete full forwards predicted; `unfinished`: there are others."""
-        if not unfinished:
-            self._parts = []
+    def forget_parts(self, slots: list[int]) -> None:
+        """Lets go of what rows of these requests predicted so far."""
+        if not self._parts or not slots:
+            return
+        kept = self.slots.by_row(~self._mask(slots, self.slots.sizes.requests))
+        self._parts = [self.plans.of_rows(kept, part) for part in self._parts]
+
+    def forget_all_parts(self) -> None:
+        """The same where no full forward is left half done."""
+        self._parts = []
 
     def _give_up_pages(self, starting: list[int]) -> None:
         """Rows that will take over another row's result give up their pages first, so that the row they copy

@@ -12,7 +12,7 @@ from blockbatch.branches import NFE, RequestOutcome
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.admission import rows_within
 from blockbatch.decoding.choice import sampling_for
-from blockbatch.decoding.graphs import pool_bytes
+from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
@@ -30,6 +30,9 @@ _FIRST_SLOTS = 8
 _GPU_STEPS = Sizes(1, 1, 64, 64)
 # Layouts that are kept for requests to come; more are there as long as requests use them.
 _MOST_LAYOUTS = 4
+# Tokens of every product of an engine whose bits do not depend on the batch: as many as cost little more
+# than the reading of the weights.
+FIXED_TOKENS = 256
 # Branches that the cache is made for.
 _USUAL_BRANCHES = 6
 
@@ -68,6 +71,7 @@ class SlotLane:
     Args:
         max_requests: that run at a time.
         max_tokens_per_step: whole rows beyond it wait for the next forward; None: ROW_TOKENS.
+        deterministic: whether a request's bits are to be the same in any company.
         cache_tokens: positions of the cache; None: what the device has free.
     """
 
@@ -81,6 +85,7 @@ class SlotLane:
         cache_tokens: int | None,
     ) -> None:
         self._model, self._device, self._max_requests = model, model.device, max_requests
+        self._fixed_tokens = FIXED_TOKENS if deterministic else None
         self._budget = max_tokens_per_step or ROW_TOKENS[model.device.type]
         with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
             self.num_pages = self._affordable_pages(cache_tokens)
@@ -90,7 +95,7 @@ class SlotLane:
         self._copied = torch.cuda.Event() if on_gpu else None
         self._forwards: dict[Layout, SlotForward] = {}
         self._seats: list[Seat] = []
-        self._turn = self._reserved = 0
+        self._turn = 0
         self._stream = None
         self.counts = Counts(dict.fromkeys(bbk.PHASES, 0))
 
@@ -108,10 +113,9 @@ class SlotLane:
         needed = Sizes(1, len(method.block_sizes), gen_length, max(len(prompt), 1))
         layout = layout_of(method, gen_length)
         forward = self._forward_of(layout, needed, len(prompt) + gen_length)
-        self._reserved += seat.pages
-        if self._reserved > self._pages.num_pages:
-            pages = min(self.num_pages, max(self._reserved, 2 * self._pages.num_pages))
-            self._pages.grow_pages(pages)
+        reserved = seat.pages + sum(other.pages for other in self._seats)
+        if reserved > self._pages.num_pages:
+            self._pages.grow_pages(min(self.num_pages, max(reserved, 2 * self._pages.num_pages)))
         slot = min(set(range(forward.slots.sizes.requests)) - self._taken(forward))
         group = self._group_of(forward, method.params)
         seat.place = Place(forward, slot, list(range(len(method.block_sizes))), group, since=self._turn)
@@ -120,7 +124,8 @@ class SlotLane:
         if forward.plans.rule is not None:
             forward.plans.rule.reset(forward.slots.rows_of(slot))
         if forward.sampling is not None:
-            forward.sampling.write(slot, [sampling_for(self._model, seat.config, 0)], [len(prompt)])
+            drawn = sampling_for(self._model, seat.config, 0)
+            forward.sampling.write(slot, [drawn], [len(prompt)])
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
         seat.place.waiting = [(0, len(prompt) + gen_length)]
@@ -176,7 +181,8 @@ class SlotLane:
         forward.run(windows, windows, WholeRows(rows, starting, by_phase, tokens), distinct)
         for seat, count in picked.items():
             seat.place.waiting, seat.place.started = seat.place.waiting[count:], True
-        forward.keep_parts(any(seat.place.started and seat.place.waiting for seat in self._of(forward)))
+        if not any(seat.place.started and seat.place.waiting for seat in self._of(forward)):
+            forward.forget_all_parts()
         phases = {seat.place.phase for seat in picked} | ({PHASE_BLOCK} if blocking else set())
         for phase in phases:
             self.counts.forwards[bbk.PHASES[phase]] += 1
@@ -249,13 +255,13 @@ class SlotLane:
             return
         place, forward = seat.place, seat.place.forward
         self._seats.remove(seat)
-        self._reserved -= seat.pages
         with devices.turn(self._device):
             self._join_stream()
             rows = self._table_rows(place)
             if seat.error is not None:
                 self._pages.clear(rows)
             self._pages.page_table[rows] = -1
+            forward.forget_parts([place.slot])
             forward.slots.leave(place.slot)
             forward.plans.drop(place.slot)
             self._set_groups(forward)
@@ -299,7 +305,9 @@ class SlotLane:
             for key in idle[: max(0, len(self._forwards) + 1 - _MOST_LAYOUTS)]:
                 del self._forwards[key]
             sizes = needed._replace(requests=min(_FIRST_SLOTS, self._max_requests))
-            forward = self._forwards[layout] = SlotForward(self._model, self._pages, layout, sizes)
+            forward = self._forwards[layout] = SlotForward(
+                self._model, self._pages, layout, sizes, self._fixed_tokens
+            )
         else:
             sizes = forward.slots.sizes
             if len(self._taken(forward)) == sizes.requests:
@@ -339,8 +347,9 @@ class SlotLane:
             return kv_cache.pages_per_row(cache_tokens)
         limit = model.cache_bytes
         if limit is None:
-            # Of whole rows, and of windows as they are and as they are captured.
-            work = 3 * transformer.activation_bytes(spec, model.dtype, self._budget)
+            # Of whole rows, of windows as they are and as they are captured, and what the state takes.
+            most = max(self._budget, MAX_GRAPH_TOKENS)
+            work = 4 * transformer.activation_bytes(spec, model.dtype, most)
             limit = devices.free_bytes(self._device) - pool_bytes(self._device) - work
         most = self._max_requests * _USUAL_BRANCHES * kv_cache.pages_per_row(spec.max_length)
         return max(0, min(limit // each, most))

@@ -99,7 +99,7 @@ class SlotPages:
         """[2] int32: entries of the table that have a page, and pages that stand in it."""
         held = self.page_table.flatten()
         seen = torch.zeros(self.num_pages + 1, dtype=torch.int32, device=self.device)
-        seen[torch.where(held < 0, self.num_pages, held).long()] = 1
+        seen.scatter_(0, torch.where(held < 0, self.num_pages, held).long(), 1)
         return torch.stack(((held >= 0).sum(), seen[:-1].sum())).int()
 
     def view(self, rows: slice, distinct_rows: int) -> PagesView:

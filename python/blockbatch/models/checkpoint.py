@@ -28,6 +28,7 @@ from blockbatch.models.safetensors_file import (
 from blockbatch.models.spec import CheckpointError, ModelSpec
 from blockbatch.models.token_keys import check_generation_config
 from blockbatch.models.weights import Destination, TransformerWeights, allocate
+from blockbatch.parallel.shards import Shard
 
 __all__ = ["CheckpointError", "load_weights", "read_config", "read_json", "read_spec", "resolve_folder"]
 
@@ -133,6 +134,7 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     adapter: lora.Adapter | None = None,
+    shard: Shard | None = None,
 ) -> TransformerWeights:
     """Read the weights of a folder onto `device`, converted to `dtype`.
 
@@ -142,6 +144,9 @@ def load_weights(
     float32 besides.
 
     Args:
+        spec: of the whole model or, with `shard`, of its part.
+        shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
+            it is tied to, all is compared.
         adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
 
     Raises:
@@ -153,23 +158,27 @@ def load_weights(
     """
     folder = Path(folder)
     tensor_map = TENSOR_MAPS[spec.family]
-    places = tensor_map(spec)
+    whole = spec if shard is None else shard.spec
+    places = tensor_map(whole)
     entries = _read_headers(folder)
     foreign_tensors.check_storage(folder, entries, places)
-    tied = tied_head.resolve(places, entries, spec, tensor_map)
+    tied = tied_head.resolve(places, entries, whole, tensor_map)
     _check_tensors(folder, entries, places)
     updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
     lora.check_values(updates.values())
-    weights = allocate(spec, device, dtype)
+    weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary)
+    if shard is not None:
+        places = {name: shard.cut(place) for name, place in places.items()}
     # Four bytes an element hold any stored dtype.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
     staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        rows = places[entry.name].rows(weights)
+        place = places[entry.name]
+        rows, part = place.rows(weights), (place.first_row, place.first_column)
         if entry.name in updates:
-            updates[entry.name].read_merged(entry, rows, staging)
+            updates[entry.name].read_merged(entry, rows, staging, *part)
         else:
-            read_tensor(entry, rows, staging)
+            read_tensor(entry, rows, staging, *part)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights

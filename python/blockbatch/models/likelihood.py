@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blockbatch import devices
+from blockbatch.parallel import share_of
 
 # Predictions whose logits exist at the same time.
 _HEAD_ROWS = 512
@@ -69,7 +69,8 @@ def log_likelihood(
             f"prompt, answer: expected at most {spec.max_length} positions, got {len(before)} and "
             f"{len(tokens)}"
         )
-    with torch.inference_mode(), devices.turn(model.device):
+    around = share_of(model).forward("a likelihood")
+    with torch.inference_mode(), devices.turn(model.device), around:
         values = _estimates(model, before, tokens, maskings(len(tokens), samples, seed), rows)
     error = float(values.std()) / math.sqrt(samples) if samples > 1 else 0.0
     return LogLikelihood(float(values.mean()), error, samples)
@@ -134,15 +135,15 @@ def _estimates(model, before: list[int], tokens: list[int], masked: Tensor, rows
         wanted = row * ids.shape[1] + len(before) + place - spec.prediction_offset
         hidden = model.hidden_states(ids, wanted)
         logs = torch.zeros(len(part), dtype=torch.float64, device=device)
-        logs.index_add_(0, row, _log_probabilities(hidden, model.weights.lm_head, truth[place]))
+        logs.index_add_(0, row, _log_probabilities(model, hidden, truth[place]))
         found.append(logs * len(tokens) / part.sum(1))
     return torch.cat(found).cpu()
 
 
-def _log_probabilities(hidden: Tensor, lm_head: Tensor, tokens: Tensor) -> Tensor:
+def _log_probabilities(model, hidden: Tensor, tokens: Tensor) -> Tensor:
     """[n] float64: of each token by the whole vocabulary, softmax in fp32."""
     parts = []
     for states, chosen in zip(hidden.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS), strict=True):
-        logs = F.linear(states, lm_head).float().log_softmax(-1)
+        logs = share_of(model).logits(states, model.weights.lm_head).float().log_softmax(-1)
         parts.append(logs.gather(1, chosen.unsqueeze(1)).squeeze(1).double())
     return torch.cat(parts)

@@ -100,23 +100,32 @@ class Update:
     scale: float
     is_table: bool = False
 
-    def read_merged(self, entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor) -> None:
+    def read_merged(
+        self,
+        entry: TensorEntry,
+        written: torch.Tensor,
+        staging: torch.Tensor,
+        first_row: int = 0,
+        first_column: int = 0,
+    ) -> None:
         """Reads a weight with this added, rounded once.
 
         Beside `written` one float32 copy of it is held, on its device.
 
         Args:
-            entry: the weight's tensor, of which `written` is the first rows.
+            entry: the weight's tensor, of which `written` is the first rows, or a part.
             written: [rows, columns], contiguous, any device and float dtype.
-            staging: see `safetensors_file.read_tensor`.
+            staging, first_row, first_column: see `safetensors_file.read_tensor`.
 
         Raises:
             CheckpointError: a file ends too early, or a value is not finite.
         """
         a, b = (_read(factor, written.device, staging) for factor in (self.a, self.b))
         left, right = (a.T, b.T) if self.is_table else (b, a)
-        merged = torch.mm(left[: written.shape[0]], right).mul_(self.scale)
-        read_tensor(entry, merged, staging, add=True)
+        left = left[first_row : first_row + written.shape[0]]
+        right = right[:, first_column : first_column + written.shape[1]]
+        merged = torch.mm(left, right).mul_(self.scale)
+        read_tensor(entry, merged, staging, first_row, first_column, add=True)
         written.copy_(merged)
         if not torch.stack(torch.aminmax(written)).isfinite().all():
             dtype = str(written.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -18,12 +19,15 @@ from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
-from blockbatch.models.drawn import Draw, drawn_predictions
+from blockbatch.models.drawn import Draw
+from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
+from blockbatch.models.placement import device_of, dtype_of
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.parallel import WHOLE, RankShare, Share, group
 from blockbatch.values import as_int
 
 if TYPE_CHECKING:
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
 _TINY = Path(__file__).resolve().parent.parent / "tiny"
 BUILT_IN = {"tiny": _TINY / "checkpoint", "tiny-block": _TINY / "block_checkpoint"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Model:
@@ -47,6 +50,7 @@ class Model:
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         adapter: folder of the LoRA that the weights hold; None: of none.
         runners: on a GPU the buffers and captured steps of earlier decodes; None before the first.
+        share: what this process holds of the model; `spec` and `weights` are of that.
     """
 
     def __init__(
@@ -58,9 +62,10 @@ class Model:
         backend: str | None = None,
         cache_bytes: int | None = None,
         name: str = "model",
+        share: Share = WHOLE,
     ) -> None:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
-        self.cache_bytes, self.name = cache_bytes, name
+        self.cache_bytes, self.name, self.share = cache_bytes, name, share
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
@@ -90,6 +95,7 @@ class Model:
         *,
         likely: bool = False,
         sampling: Draw | None = None,
+        fixed_tokens: int | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -100,10 +106,11 @@ class Model:
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
             sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
+            fixed_tokens: see `transformer.forward`; then also a divisor of the number of predictions.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
-        few = 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
+        few = fixed_tokens is None and 2 * packed.predict_index.shape[0] <= packed.input_ids.shape[0]
         hidden = transformer.forward(
             self.spec,
             self.weights,
@@ -114,34 +121,16 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            fixed_tokens=fixed_tokens,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
         hidden = hidden if few else hidden[packed.predict_index]
-        suppress_token = self.spec.mask_token_id if self.spec.suppress_mask else None
-        if sampling is not None:
-            return drawn_predictions(
-                hidden,
-                self.weights.lm_head,
-                packed.predict_target,
-                sampling,
-                probe_tokens,
-                likely=likely,
-                mask_token_id=self.spec.mask_token_id,
-                backend=self.backend,
-            )
-        if likely:
-            top_token, confidence, *likely_ones = bbk.lm_head_likely(
-                hidden, self.weights.lm_head, suppress_token=suppress_token, backend=self.backend
-            )
-            return bbk.Predictions(packed.predict_target, top_token, confidence, None, *likely_ones)
-        top_token, confidence, probe_probability = bbk.lm_head_confidence(
-            hidden,
-            self.weights.lm_head,
-            probe_tokens=probe_tokens,
-            suppress_token=suppress_token,
-            backend=self.backend,
+        target, operators = packed.predict_target, self.share.head
+        head = functools.partial(
+            head_predictions, operators, self.spec, self.weights.lm_head, likely, self.backend
         )
-        return bbk.Predictions(packed.predict_target, top_token, confidence, probe_probability)
+        return head_in_pieces(head, fixed_tokens, hidden, target, probe_tokens, sampling)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
         """One full forward without a cache, in a turn of the device.
@@ -170,12 +159,12 @@ class Model:
             raise ValueError(
                 f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {_range(ids)}"
             )
-        with devices.turn(self.device):
+        with devices.turn(self.device), self.share.forward("logits"):
             return self._logits(ids, block_size)
 
     def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
         hidden = self.hidden_states(ids, block_size=block_size)
-        return F.linear(hidden, self.weights.lm_head).view(*ids.shape, -1)
+        return self.share.logits(hidden, self.weights.lm_head).view(*ids.shape, -1)
 
     def hidden_states(
         self, ids: Tensor, wanted: Tensor | None = None, *, block_size: int | None = None
@@ -221,6 +210,7 @@ class Model:
             ends.repeat(rows).to(self.device, torch.int32),
             wanted=wanted,
             backend=self.backend,
+            all_reduce=self.share.all_reduce,
         )
 
     def log_likelihood(
@@ -312,6 +302,7 @@ def load_model(
     revision: str | None = None,
     mask_token_id: int | None = None,
     adapter: str | os.PathLike | None = None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -328,6 +319,8 @@ def load_model(
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
         adapter: folder of a LoRA of PEFT, merged into the weights while they are read
             (`blockbatch.models.lora`).
+        tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
+            of them makes the same calls in the same order; see docs/tensor_parallel.md.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
@@ -335,28 +328,9 @@ def load_model(
         MemoryError: the weights do not fit into the GPU's free memory; before any is read.
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
-    if device.type == "cpu":
-        device = torch.device("cpu")
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-        dtype = _DTYPES[dtype]
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    device = group.device_of_rank(tensor_parallel, device)
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     if backend not in (None, "reference", "triton", "cuda"):
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
     if cache_bytes is not None:
@@ -370,24 +344,25 @@ def load_model(
     spec = read_spec(config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    _check_room(spec, device, dtype, str(name_or_path))
-    what = f"the weights of {name_or_path}"
-    with devices.current(device), devices.memory_errors(device, what):
-        weights = load_weights(folder, spec, device, dtype, merged)
-        model = Model(
-            spec, weights, tokenizer, backend=backend, cache_bytes=cache_bytes, name=str(name_or_path)
-        )
+    with devices.current(device):
+        share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
+    what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
+    with devices.current(device), share.loading(what), devices.memory_errors(device, what):
+        _check_room(spec, device, dtype, str(name_or_path), share)
+        weights = load_weights(folder, spec, device, dtype, merged, share.shard)
+        options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
+        model = Model(spec, weights, tokenizer, backend=backend, **options)
         model.adapter = None if adapter is None else str(adapter)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
     return model
 
 
-def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str) -> None:
+def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str, share: Share) -> None:
     """Raises MemoryError if the weights do not fit into what a GPU has free."""
     if device.type != "cuda":
         return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype), devices.free_bytes(device)
+    needed, free = weight_bytes(spec, dtype, share.vocabulary), devices.free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "

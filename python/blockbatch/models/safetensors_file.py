@@ -109,29 +109,45 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensor(
-    entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor, *, add: bool = False
+    entry: TensorEntry,
+    written: torch.Tensor,
+    staging: torch.Tensor,
+    first_row: int = 0,
+    first_column: int = 0,
+    *,
+    add: bool = False,
 ) -> None:
-    """Read the first `written.numel()` elements of a tensor.
+    """Read the first `written.numel()` elements of a tensor, or a part of its rows and columns.
 
     Args:
         entry: a tensor of a float dtype in `FLOAT_DTYPES`.
         written: contiguous, any device and float dtype; receives the elements in row-major order, converted.
-        staging: [at least one element's bytes] uint8 on the CPU, overwritten; the only host memory used.
+        staging: [at least one element's bytes, and one row's of `written`] uint8 on the CPU, overwritten; the
+            only host memory used.
+        first_row, first_column: where the part begins whose size is `written`'s. No byte of the file beside
+            it is read.
         add: whether the elements are added to what `written` holds.
 
     Raises:
         CheckpointError: the file ends too early, or a value is not finite in `written`'s dtype.
     """
     dtype, item = FLOAT_DTYPES[entry.dtype], ITEM_SIZES[entry.dtype]
+    row_bytes = math.prod(entry.shape[1:]) * item
+    begin = entry.begin + first_row * row_bytes + first_column * item
     flat = written.view(-1)
-    step = staging.numel() // item
-    with open(entry.path, "rb") as file:
-        file.seek(entry.begin)
-        for start in range(0, flat.numel(), step):
+    # Bytes that lie together: all of it, or a piece of each row.
+    run = flat.numel() * item
+    if len(entry.shape) > 1 and written.shape[1:] != entry.shape[1:]:
+        run = written.shape[-1] * item
+    step = staging.numel() // run * (run // item) if run <= staging.numel() else staging.numel() // item
+    with open(entry.path, "rb", buffering=0) as file:
+        for start in range(0, flat.numel(), max(1, step)):
             count = min(step, flat.numel() - start)
             chunk = staging[: count * item]
-            if file.readinto(chunk.numpy()) != count * item:
-                raise CheckpointError(f"{entry.path}: truncated while reading tensor {entry.name!r}")
+            for place in range(0, count * item, run):
+                row, within = divmod(start * item + place, run)
+                file.seek(begin + row * row_bytes + within)
+                _read_exactly(file, chunk[place : place + run].numpy(), entry)
             part = flat[start : start + count]
             values = chunk.view(dtype)
             part.add_(values.to(part.device)) if add else part.copy_(values)
@@ -142,6 +158,16 @@ def read_tensor(
                     f"{entry.path}: tensor {entry.name!r} ({entry.dtype}): expected finite values "
                     f"in {target}, got NaN or infinity (corrupted, or out of that dtype's range)"
                 )
+
+
+def _read_exactly(file: Any, written: Any, entry: TensorEntry) -> None:
+    """Fills `written`, a flat array of bytes; one call may give less than is there."""
+    filled = 0
+    while filled < len(written):
+        count = file.readinto(written[filled:])
+        if not count:
+            raise CheckpointError(f"{entry.path}: truncated while reading tensor {entry.name!r}")
+        filled += count
 
 
 def _entry_fields(path: Path, name: str, fields: Any) -> tuple[str, tuple[int, ...], int, int]:

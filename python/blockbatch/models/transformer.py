@@ -16,6 +16,8 @@ from blockbatch_kernels import tuning
 
 # Predictions whose logits exist at the same time, at most, and vocabulary of a reduced piece of them.
 _HEAD_ROWS, _PIECE_TOKENS, _PARTIAL_BYTES = 512, 4096, 16
+# A pack for which attention is that of long ones.
+_MANY_TOKENS = 1 << 20
 # Ids, positions, slots, rows and targets of a packed token.
 _INDEX_BYTES = 128
 
@@ -71,7 +73,9 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    fixed_tokens: int | None = None,
     backend: str | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -83,12 +87,22 @@ def forward(
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
         distinct_rows: see `blockbatch_kernels.attention_plan`.
+        fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
+            is cut and computed in one way, so that a token's bits do not depend on the others; None: in
+            whatever way is the fastest.
+        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
+            `weights` then are; its result is used before the next call. None: nobody shares them.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     cos, sin = rope
+    by_piece = functools.partial(in_pieces, size=fixed_tokens)
     plan = None  # the reference has no use for one
+    attention_backend = backend
+    if fixed_tokens is not None:  # the one for long packs computes all of them
+        sizes = dict(head_dim=spec.head_dim, element_size=kv.element_size(), num_tokens=_MANY_TOKENS)
+        attention_backend = bbk.backend_of("varlen_attention", kv.device, backend, **sizes)
     if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
         plan = bbk.attention_plan(
             page_table,
@@ -99,10 +113,17 @@ def forward(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
+            fixed_cut=fixed_tokens is not None,
             backend=backend,
         )
     # Nothing writes the weights once they are loaded.
-    linear = functools.partial(bbk.linear, static_weight=True, backend=backend)
+    linear = by_piece(functools.partial(bbk.linear, static_weight=True, backend=backend))
+    gated = by_piece(functools.partial(bbk.linear_swiglu, static_weight=True, backend=backend))
+    rotated = by_piece(
+        functools.partial(
+            bbk.linear_rope_kv_write, num_heads=spec.num_heads, static_weight=True, backend=backend
+        )
+    )
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
     for index, layer in enumerate(weights.layers):
@@ -111,15 +132,7 @@ def forward(
         if spec.qk_norm:
             q = _normed_heads(spec, layer, normed, where, linear, backend)
         else:
-            q = bbk.linear_rope_kv_write(
-                normed,
-                layer.qkv_weight,
-                layer.qkv_bias,
-                *where,
-                num_heads=spec.num_heads,
-                static_weight=True,
-                backend=backend,
-            )
+            q = rotated(normed, layer.qkv_weight, layer.qkv_bias, *where)
         attended = bbk.varlen_attention(
             q,
             k_cache,
@@ -128,20 +141,45 @@ def forward(
             packed.cu_seqlens_q,
             seqlens_k,
             plan=plan,
-            backend=backend,
+            backend=attention_backend,
         )
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = linear(attended.flatten(1), layer.out_weight)
+        if all_reduce is not None:
+            projected = all_reduce(projected)
         normed = bbk.rms_norm(
             projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
         )
-        activated = bbk.linear_swiglu(normed, layer.gate_up_weight, static_weight=True, backend=backend)
+        activated = gated(normed, layer.gate_up_weight)
         down = linear(activated, layer.down_weight)
+        if all_reduce is not None:
+            down = all_reduce(down)
         next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
         normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
     return normed
+
+
+def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
+    """An operator on tokens as calls of `size` tokens each; None: as it is.
+
+    Integers among the arguments (positions, slots) belong to the tokens; all else is the same for all.
+    """
+    if size is None:
+        return operator
+
+    def run(x: Tensor, *arguments: Tensor | None) -> Tensor:
+        results = []
+        for first in range(0, len(x), size):
+            piece = slice(first, first + size)
+            own = (
+                value if value is None or value.is_floating_point() else value[piece] for value in arguments
+            )
+            results.append(operator(x[piece], *own))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    return run
 
 
 def _normed_heads(

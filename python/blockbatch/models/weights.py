@@ -33,7 +33,7 @@ class TransformerWeights:
     embedding: torch.Tensor  # [embedding_size, d]
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [d]
-    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of the first rows of `embedding`
+    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of rows of `embedding`
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Destination:
         layer: index of the layer, or None for a tensor of the whole model.
         field: attribute of `LayerWeights` or `TransformerWeights`.
         start, stop: the rows of that attribute which the tensor fills.
-        shape: the tensor's shape in the checkpoint; rows beyond `stop - start` are padding and are not read.
+        shape: the tensor's shape in the checkpoint; what lies beyond the rows and columns of the attribute is
+            not read: padding, or the part of another rank.
+        first_row, first_column: of the tensor, where the part that is read begins.
     """
 
     layer: int | None
@@ -52,6 +54,8 @@ class Destination:
     start: int
     stop: int
     shape: tuple[int, ...]
+    first_row: int = 0
+    first_column: int = 0
 
     def rows(self, weights: TransformerWeights) -> torch.Tensor:
         """The view of `weights` to be filled; contiguous."""
@@ -100,8 +104,13 @@ def model_destinations(spec: ModelSpec) -> dict[str, Destination]:
     return roles
 
 
-def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> TransformerWeights:
+def allocate(
+    spec: ModelSpec, device: torch.device | str, dtype: torch.dtype, vocabulary: range | None = None
+) -> TransformerWeights:
     """Uninitialised weights for `spec`.
+
+    Args:
+        vocabulary: token ids of the LM head; None: all of them.
 
     Raises:
         ValueError: `dtype` is not float32, bfloat16 or float16.
@@ -130,13 +139,14 @@ def allocate(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) ->
         for _ in range(spec.num_layers)
     ]
     embedding = empty(spec.embedding_size, d)
-    lm_head = embedding[: spec.vocab_size] if spec.tie_embeddings else empty(spec.vocab_size, d)
+    tokens = range(spec.vocab_size) if vocabulary is None else vocabulary
+    lm_head = embedding[tokens.start : tokens.stop] if spec.tie_embeddings else empty(len(tokens), d)
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, vocabulary: range | None = None) -> int:
     """Bytes of the weights that `allocate` makes."""
-    weights = allocate(spec, "meta", dtype)
+    weights = allocate(spec, "meta", dtype, vocabulary)
     tensors = [
         weights.embedding,
         weights.final_norm,

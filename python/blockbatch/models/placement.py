@@ -1,0 +1,47 @@
+"""Where a model goes, and in which dtype, as callers name them."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that is named; None: the current GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError, RuntimeError: it is none that a model can be on.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device: expected a usable GPU for 'cuda', got none (torch sees no CUDA device)")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device: expected cuda:0{f' to cuda:{last}' if last else ''}, got {str(device)!r}")
+    if device.type == "cpu":
+        device = torch.device("cpu")
+    return device
+
+
+def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that is named; None: float32 on the CPU, bfloat16 elsewhere.
+
+    Raises:
+        ValueError: it is none that a model can have.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+        dtype = _DTYPES[dtype]
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    return dtype

@@ -1,0 +1,140 @@
+"""The LM head whose vocabulary is dealt out: each rank reduces its own logits, and all merge the same parts.
+
+Of a prediction a rank gives the highest logit of its tokens, the lowest token that has it, the sum of
+exp(logit - highest) and what is asked beside: a few numbers instead of logits. The parts are merged in the
+order of the ranks, which is the order of the tokens: a tie goes to the lowest id, as on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import blockbatch_kernels as bbk
+from blockbatch.parallel.group import RankGroup
+from blockbatch.parallel.shards import Shard
+from blockbatch_kernels.shapes import LEAST_LIKELY
+from blockbatch_kernels.tuning import LM_HEAD_LOGITS_BYTES
+
+# Predictions whose logits exist at the same time, at most.
+_HEAD_ROWS = 512
+_NONE = float("-inf")
+
+
+class ShardedHead:
+    """Stands for the operators of the same names; `weight` is this rank's part, [its tokens, dim].
+
+    Token ids are those of the whole vocabulary. Results are the same bits on every rank.
+    """
+
+    def __init__(self, group: RankGroup, shard: Shard) -> None:
+        self._group, self._tokens, self._vocab_size = group, shard.vocabulary, shard.spec.vocab_size
+
+    def lm_head_confidence(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        probe_tokens: Tensor | None = None,
+        suppress_token: int | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `blockbatch_kernels.lm_head_confidence`."""
+        parts = hidden.new_empty(hidden.shape[0], 4, dtype=torch.float32)
+        for rows, logits in self._logits(hidden, weight, backend):
+            self._suppress(logits, suppress_token)
+            highest, total, token = self._reduced(logits)
+            probe = torch.full_like(highest, _NONE)
+            if probe_tokens is not None:
+                probe = self._probed(logits, probe_tokens[rows])
+            parts[rows] = torch.stack((highest, total, token, probe), 1)
+        highest, total, token, probe = self._group.all_gather(parts).unbind(-1)  # each [ranks, predictions]
+        top, top_token, whole = _merged(highest, total, token)
+        probability = None
+        if probe_tokens is not None:
+            probability = (probe.amax(0) - top).exp() / whole
+        return top_token.int(), 1.0 / whole, probability
+
+    def lm_head_likely(
+        self, hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None, backend: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `blockbatch_kernels.lm_head_likely`."""
+        places, count = bbk.NUM_LIKELY, hidden.shape[0]
+        parts = hidden.new_empty(count, 5 + 2 * places, dtype=torch.float32)
+        for rows, logits in self._logits(hidden, weight, backend):
+            every, every_total, _ = self._reduced(logits)
+            likely = every.new_full((logits.shape[0], 2 * places), _NONE)
+            remaining = logits.clone()
+            for place in range(min(places, logits.shape[1])):
+                token = remaining.argmax(-1, keepdim=True)
+                likely[:, place] = remaining.gather(1, token).squeeze(1)
+                likely[:, places + place] = token.squeeze(1) + self._tokens.start
+                remaining.scatter_(1, token, _NONE)
+            self._suppress(logits, suppress_token)
+            highest, total, token = self._reduced(logits)
+            parts[rows] = torch.cat((torch.stack((highest, total, token, every, every_total), 1), likely), 1)
+        gathered = self._group.all_gather(parts)  # [ranks, predictions, 5 + 2 * places]
+        _, top_token, whole = _merged(*gathered[..., :3].unbind(-1))
+        every_top, _, every_whole = _merged(gathered[..., 3], gathered[..., 4], gathered[..., 2])
+        # Ranks in order and places in order: on a tie the lowest id stands first, and a stable sort keeps it.
+        logits = gathered[..., 5 : 5 + places].transpose(0, 1).flatten(1)
+        tokens = gathered[..., 5 + places :].transpose(0, 1).flatten(1)
+        order = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :places]
+        probability = (logits.gather(1, order) - every_top.unsqueeze(1)).exp() / every_whole.unsqueeze(1)
+        is_likely = probability > LEAST_LIKELY
+        likely_token = torch.where(is_likely, tokens.gather(1, order), -1.0).int()
+        return top_token.int(), 1.0 / whole, likely_token, torch.where(is_likely, probability, 0.0)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[n, vocab_size] in hidden's dtype: those of all ranks."""
+        part = F.linear(hidden, weight)
+        longest = -(-self._vocab_size // self._group.size)
+        padded = F.pad(part, (0, longest - part.shape[1])).float()
+        sizes = [
+            self._vocab_size * (rank + 1) // self._group.size - self._vocab_size * rank // self._group.size
+            for rank in range(self._group.size)
+        ]
+        gathered = self._group.all_gather(padded)
+        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(hidden.dtype)
+
+    def _logits(self, hidden: Tensor, weight: Tensor, backend: str | None) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows and their logits, within the memory that the operators take for theirs."""
+        row_bytes = max(1, len(self._tokens)) * (2 * hidden.element_size() + 4)
+        count = max(1, min(_HEAD_ROWS, LM_HEAD_LOGITS_BYTES // row_bytes))
+        for start in range(0, hidden.shape[0], count):
+            rows = slice(start, start + count)
+            yield rows, bbk.linear(hidden[rows], weight, static_weight=True, backend=backend)
+
+    def _suppress(self, logits: Tensor, token: int | None) -> None:
+        if token is not None and token in self._tokens:
+            logits[:, token - self._tokens.start] = _NONE
+
+    def _reduced(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Highest logit, sum of exp(logit - highest), and token of each row, fp32."""
+        token = logits.argmax(-1, keepdim=True)
+        highest = logits.gather(1, token).float()
+        # One pass over the logits: the highest one's probability among them is 1 / the sum.
+        total = logits.softmax(-1, dtype=torch.float32).gather(1, token).reciprocal_()
+        # Of nothing but minus infinity: a part without weight, not one without a value.
+        total.masked_fill_(highest == _NONE, 0.0)
+        return highest.squeeze(1), total.squeeze(1), token.squeeze(1).float() + self._tokens.start
+
+    def _probed(self, logits: Tensor, probe_tokens: Tensor) -> Tensor:
+        """Logits of the probes that are among this rank's tokens; minus infinity for others."""
+        place = probe_tokens.long() - self._tokens.start
+        inside = (place >= 0) & (place < len(self._tokens))
+        found = logits.gather(1, place.clamp(0, len(self._tokens) - 1).unsqueeze(1)).squeeze(1).float()
+        return found.masked_fill(~inside, _NONE)
+
+
+def _merged(highest: Tensor, total: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Highest logit, its token and the whole sum of exp(logit - highest), from each rank's, [ranks, n].
+
+    A NaN is above everything and makes the sum NaN; so does a row of nothing but minus infinity.
+    """
+    top, rank = highest.max(0)  # of equal ones the first
+    whole = (total * (highest - top).exp()).sum(0)
+    return top, token.gather(0, rank.unsqueeze(0)).squeeze(0), whole

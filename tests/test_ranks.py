@@ -1,0 +1,191 @@
+"""Models that several processes hold together, over gloo: what they decode is what one process decodes."""
+
+import math
+
+import pytest
+import torch
+
+import blockbatch
+import blockbatch_kernels as bbk
+import rank_cases
+import test_conformance
+import test_dream_conformance
+from blockbatch.parallel.head import ShardedHead
+from lora_files import targets_of, write_adapter, write_model
+from plain_models import write_dream
+from rank_processes import RankProcesses
+from test_conformance import DATA
+from test_dream_oracle import DATA as DREAM_DATA
+
+# The processes are started once.
+pytestmark = pytest.mark.xdist_group("ranks")
+
+PROMPT = "Divide with remainder until zero: 51 and 16."
+OTHER = "Reverse: 3 1 4 1 5"
+SHORT = {"gen_length": 32, "block_sizes": (4, 8, 16), "refresh_interval": 8}
+BASELINE = {"gen_length": 32, "block_size": 16}
+TINY = [
+    (PROMPT, {"method": "blockbatch", **SHORT}),
+    (PROMPT, {"method": "blockbatch", **SHORT, "eos_exit": "window"}),  # asks the LM head for a token
+    (PROMPT, {"method": "blockbatch", **SHORT, "query_span": "open", "refresh_scope": "generation"}),
+    ([PROMPT, OTHER, "Sort: 5 2 9"], {"method": "blockbatch", **SHORT}),
+    (PROMPT, {"method": "blockbatch", **SHORT, "stop": ("=15",)}),
+    (PROMPT, {"method": "vanilla", "steps": 8, **BASELINE}),
+    (PROMPT, {"method": "prefix_cache", **BASELINE}),
+    (PROMPT, {"method": "dual_cache", **BASELINE, "drafts": (1, 2)}),
+    (PROMPT, {"method": "local_leap", **BASELINE}),
+]
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = RankProcesses(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three():
+    ranks = RankProcesses(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = RankProcesses(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return blockbatch.load_model("tiny", device="cpu")
+
+
+def test_every_method_is_among_the_cases():
+    assert {options["method"] for _, options in TINY} == set(blockbatch.METHODS)
+
+
+def test_two_ranks_decode_what_one_process_decodes(two, tiny):
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(tiny, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in TINY
+    ]
+    assert two.same(rank_cases.decode_all, "tiny", TINY) == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_three_ranks_decode_what_one_process_decodes(three, tmp_path, tied):
+    """A vocabulary that three does not divide, with bias and fewer heads of keys than of queries."""
+    sizes = dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, intermediate_size=48)
+    write_dream(tmp_path, **sizes, tie_word_embeddings=tied, sharpness=3.0)
+    options = {"method": "blockbatch", **SHORT, "eos_exit": "window"}
+    model = blockbatch.load_model(tmp_path, device="cpu")
+    expected = blockbatch.generate(model, [5, 1, 2], blockbatch.DecodeConfig(**options))
+    found = three.same(rank_cases.decode, str(tmp_path), [5, 1, 2], options)
+    assert found == rank_cases.outcomes(expected)
+
+
+def test_two_ranks_stream_what_one_process_streams(two, tiny):
+    options = TINY[0][1]
+    expected = list(blockbatch.stream(tiny, PROMPT, blockbatch.DecodeConfig(**options)))
+    assert two.same(rank_cases.stream, "tiny", PROMPT, options) == expected
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_an_adapter_in_parts(two, tmp_path, family):
+    base = write_model(tmp_path / "base", family)
+    write_adapter(tmp_path / "adapter", base, targets_of(family))
+    ids, (folder, adapter) = [[5, 1, 2, 30]], (str(base), str(tmp_path / "adapter"))
+    first, second = two.values(rank_cases.logits_with_adapter, folder, adapter, ids)
+    assert torch.equal(first, second)
+    expected = blockbatch.load_model(base, device="cpu", adapter=adapter).logits(ids)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, blockbatch.load_model(base, device="cpu").logits(ids), atol=0.1)
+
+
+def test_gaps_are_filled_as_by_one_process(two, tiny):
+    text = "Divide with remainder until zero: 51 and 16.\n3*16={3}, 51-48={2}\n"
+    expected = blockbatch.fill(tiny, text, blockbatch.DecodeConfig(method="blockbatch"))
+    assert two.same(rank_cases.fill, "tiny", text) == expected.tokens
+
+
+def test_every_operator_of_the_lm_head_has_its_counterpart():
+    """An operator that is given a part of the vocabulary alone would be wrong without an error."""
+    operators = {name for name in bbk.__all__ if name.startswith("lm_head")}
+    refused = {"lm_head_sample"}
+    assert operators - refused == {name for name in vars(ShardedHead) if name.startswith("lm_head")}
+
+
+def test_drawn_tokens_are_refused(two):
+    for options in ({"temperature": 0.5}, {"bad_token_ids": (3,)}):
+        for answer in two.run(rank_cases.decode, "tiny", PROMPT, {"gen_length": 32, **options}):
+            assert answer.type == "ValueError"
+            assert answer.text.startswith("model: expected one that a single process holds, since tokens are")
+
+
+def test_published_decodes_of_llada(two):
+    records = range(0, len(test_conformance.RECORDS), 3)
+    two.values(rank_cases.check_records, "test_conformance", "test_record", "RECORDS", str(DATA), records)
+
+
+def test_decodes_of_cheaper_forwards(two):
+    records = range(0, len(test_conformance.OPEN_RECORDS), 6)
+    two.values(
+        rank_cases.check_records,
+        "test_conformance",
+        "test_record_of_cheaper_forwards",
+        "OPEN_RECORDS",
+        str(DATA),
+        records,
+    )
+
+
+@pytest.mark.parametrize("ranks, step", [("two", 5), ("four", 20)])
+def test_published_decodes_of_dream(ranks, step, request):
+    """Four ranks share two heads of keys and values."""
+    records = range(0, len(test_dream_conformance.RECORDS), step)
+    request.getfixturevalue(ranks).values(
+        rank_cases.check_records,
+        "test_dream_conformance",
+        "test_record",
+        "RECORDS",
+        str(DREAM_DATA),
+        records,
+    )
+
+
+def test_published_decodes_of_llada_by_four_ranks(four):
+    records = range(0, len(test_conformance.RECORDS), 24)
+    four.values(rank_cases.check_records, "test_conformance", "test_record", "RECORDS", str(DATA), records)
+
+
+def test_logits_and_likelihoods(two, tiny):
+    ids = [[5, 7, 900, 3, 1415, 1415], [8, 8, 1, 1415, 2, 1000]]
+    first, second = two.values(rank_cases.logits, "tiny", ids)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, tiny.logits(ids), rtol=1e-4, atol=1e-4)
+    found = two.same(rank_cases.log_likelihood, "tiny", PROMPT, " 3*16=48")
+    expected = tiny.log_likelihood(PROMPT, " 3*16=48", samples=8)
+    assert math.isclose(found.value, expected.value, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_added_in_the_order_of_the_ranks(four, dtype):
+    answers = four.values(rank_cases.sums, dtype)
+    total = answers[0][0]
+    for part, _ in answers[1:]:
+        total = total + part
+    assert all(torch.equal(found, total) for _, found in answers)
+
+
+@pytest.mark.parametrize("folder", [DATA, "tiny"])
+def test_each_rank_reads_its_part_alone(two, four, folder):
+    path = str(blockbatch.models.model.BUILT_IN.get(folder, folder))
+    for ranks in (two, four) if folder == DATA else (two,):
+        for read, part in ranks.values(rank_cases.bytes_read, path):
+            headers = 200_000  # and an index
+            assert part <= read <= part + headers
+    whole = sum(file.stat().st_size for file in blockbatch.models.model.Path(path).glob("*.safetensors"))
+    assert folder == DATA or part < 0.55 * whole

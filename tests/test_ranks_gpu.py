@@ -1,0 +1,90 @@
+"""Models that two GPUs hold together: the sums' bits, whole decodes, and the end of a rank."""
+
+import pytest
+import torch
+
+import blockbatch
+import rank_cases
+from rank_processes import RankProcesses
+from test_conformance import DATA
+from test_dream_oracle import DATA as DREAM_DATA
+from test_ranks import SHORT, TINY
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+WAIT = 240
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    processes = RankProcesses(2, "cuda")
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "nccl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_have_the_same_bits_everywhere(ranks, transport, dtype):
+    """Small, large and larger than the buffer; as they are, and captured."""
+    if (transport, dtype) == ("symmetric", torch.float16):
+        pytest.skip("float16 takes NCCL")
+    counts = (8, 3 * 4096, 128 * 4096, 1280 * 4096, 33 << 19)
+    ranks.same(rank_cases.sums_on_gpus, transport, dtype, counts, timeout=WAIT)
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "nccl"])
+def test_numbers_are_collected_from_every_rank(ranks, transport):
+    ranks.values(rank_cases.collect_on_gpus, transport, timeout=WAIT)
+
+
+def test_two_gpus_decode_what_one_process_decodes(ranks):
+    """In fp32, through captured steps."""
+    model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(model, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in TINY
+    ]
+    assert ranks.same(rank_cases.decode_all, "tiny", TINY, timeout=WAIT) == expected
+    assert ranks.same(rank_cases.transport_of, "tiny") == "symmetric"
+
+
+def test_rows_in_two_lanes_are_those_of_one(ranks):
+    for prompt, options in TINY[:4]:
+        _, entered = ranks.same(rank_cases.decode_by_lanes, "tiny", prompt, options, timeout=WAIT)
+        assert entered or not isinstance(prompt, list)
+
+
+def test_half_precision_decodes_alike_on_all_ranks(ranks):
+    for dtype in ("bfloat16", "float16"):
+        canvas, _, nfe, *_ = ranks.same(rank_cases.decode, "tiny", *TINY[0], dtype, timeout=WAIT)
+        assert len(canvas) == SHORT["gen_length"] and sum(nfe) > 3
+
+
+@pytest.mark.parametrize(
+    "module, folder, step", [("test_conformance", DATA, 6), ("test_dream_conformance", DREAM_DATA, 6)]
+)
+def test_published_decodes(ranks, module, folder, step):
+    records = range(0, 53, step)
+    ranks.values(
+        rank_cases.check_records, module, "test_record", "RECORDS", str(folder), records, timeout=WAIT
+    )
+
+
+def test_a_rank_that_dies_ends_the_others():
+    processes = RankProcesses(2, "cuda")
+    try:
+        options = {"method": "blockbatch", "gen_length": 64, "block_sizes": (4, 8)}
+        first, second = processes.run(
+            rank_cases.break_off, str(DATA), 3, [5, 1, 2], options, "dies", timeout=WAIT
+        )
+        assert second.type == "Ended"
+        if first.type == "Ended":  # it waited on its GPU
+            processes.processes[0].join(WAIT)
+            assert processes.processes[0].exitcode == 70
+        else:
+            assert (first.type, first.text) == ("RankError", "rank 1 ended")
+    finally:
+        processes.close()

@@ -1,0 +1,124 @@
+"""The LM head of several ranks against the operator over the whole vocabulary, parts gathered by hand."""
+
+import math
+
+import pytest
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch.parallel.head import ShardedHead
+
+
+class Gather:
+    """Stands for a group: collects parts in a first round and hands all of them out in a second."""
+
+    def __init__(self, size):
+        self.size, self.parts = size, []
+
+    def all_gather(self, x):
+        if len(self.parts) < self.size:
+            self.parts.append(x.clone())
+            return x.expand(self.size, *x.shape)
+        return torch.stack(self.parts)
+
+
+class Part:
+    """Stands for a `Shard`, as far as the head asks."""
+
+    def __init__(self, rank, size, vocab_size):
+        self.vocabulary = range(vocab_size * rank // size, vocab_size * (rank + 1) // size)
+        self.spec = self
+        self.vocab_size = vocab_size
+
+
+def by_ranks(operator, hidden, weight, size, **options):
+    """What every rank has in the end."""
+    group, found = Gather(size), []
+    shards = [Part(rank, size, len(weight)) for rank in range(size)]
+    for _ in range(2):
+        found = [
+            getattr(ShardedHead(group, shard), operator)(
+                hidden, weight[shard.vocabulary.start : shard.vocabulary.stop], **options
+            )
+            for shard in shards
+        ]
+    return found
+
+
+def random_case(seed, *, ties):
+    """Hidden states and weights of small integers, whose products are exact; with ties, many logits equal."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-2, 3, (9, 8), generator=random).float()
+    weight = torch.randint(-2, 3, (37, 8), generator=random).float()
+    if ties:
+        weight = weight[torch.randint(0, 4, (37,), generator=random)]
+    probes = torch.randint(0, 37, (9,), generator=random, dtype=torch.int32)
+    return hidden, weight, probes
+
+
+def assert_same(found, expected):
+    for ours, right in zip(found, expected, strict=True):
+        if right is None or ours is None:
+            assert ours is right
+        elif right.is_floating_point():
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-7, equal_nan=True)
+        else:
+            assert ours.dtype == right.dtype and torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("suppress", [None, 0, 36])
+def test_confidence(size, ties, suppress):
+    for seed in range(12):
+        hidden, weight, probes = random_case(seed, ties=ties)
+        for probe_tokens in (None, probes):
+            options = dict(probe_tokens=probe_tokens, suppress_token=suppress)
+            expected = bbk.lm_head_confidence(hidden, weight, **options)
+            for found in by_ranks("lm_head_confidence", hidden, weight, size, **options):
+                assert_same(found, expected)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("suppress", [None, 5])
+def test_likely(size, ties, suppress):
+    seen = set()
+    for seed in range(12):
+        hidden, weight, _ = random_case(seed, ties=ties)
+        if ties:
+            # Few tokens that count, equal ones in the parts of different ranks.
+            weight[3:36] = -hidden[0] * 4
+            hidden = hidden[:1].repeat(3, 1)
+            weight[[1, 2, 36]] = hidden[0]
+        expected = bbk.lm_head_likely(hidden, weight, suppress_token=suppress)
+        seen |= set((expected[2] >= 0).sum(1).tolist())
+        for found in by_ranks("lm_head_likely", hidden, weight, size, suppress_token=suppress):
+            assert_same(found, expected)
+    assert len(seen) > 1 or 3 in seen
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 20, 36, slice(None), slice(0, 13)])
+def test_numbers_without_a_softmax(size, value, place):
+    hidden, weight, probes = random_case(3, ties=False)
+    hidden[:, 0] = 1.0
+    weight[:, 0] = 0.0
+    weight[place, 0] = value
+    expected = bbk.lm_head_confidence(hidden, weight, probe_tokens=probes)
+    for top_token, confidence, probability in by_ranks(
+        "lm_head_confidence", hidden, weight, size, probe_tokens=probes
+    ):
+        assert torch.equal(confidence.isfinite(), expected[1].isfinite())
+        assert_same((confidence, probability), expected[1:])
+        finite = confidence.isfinite()
+        assert torch.equal(top_token[finite], expected[0][finite])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_logits(size):
+    hidden, weight, _ = random_case(4, ties=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        for found in by_ranks("logits", hidden.to(dtype), weight.to(dtype), size):
+            assert found.dtype == dtype and torch.equal(found, (hidden @ weight.T).to(dtype))
