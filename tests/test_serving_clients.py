@@ -7,7 +7,7 @@ import pytest
 import blockbatch
 import picture_traces
 from blockbatch.decoding.engine import Engine
-from serving_fakes import HTTP, serving
+from serving_fakes import HTTP, serving, until
 
 openai = pytest.importorskip("openai")
 
@@ -174,9 +174,8 @@ def test_a_client_that_leaves_frees_its_pages(model):
                 next(iter(chunks))
                 assert server.service.bridge.engine.stats().cache_usage > 0
         wanted = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 1.0'
-        for _ in range(1000):
-            if wanted in HTTP.get(server.url + "/metrics").text and not server.engine.stats().running:
-                break
+        until(lambda: wanted in HTTP.get(server.url + "/metrics").text)
+        until(lambda: not server.engine.stats().running)
         stats = server.engine.stats()
         assert (stats.running, stats.cancelled, stats.cache_usage) == (0, 1, 0.0)
 

@@ -15,6 +15,9 @@ from blockbatch.serving.bridge import Bridge
 from blockbatch.serving.errors import ApiError, engine_failed, timed_out
 from blockbatch.serving.reading import Job
 
+# Seconds that a reader has for what comes when the time of a request is over.
+_LAST_WORDS = 0.5
+
 
 class Host(Protocol):
     """What an exchange needs of the server."""
@@ -53,8 +56,10 @@ class Exchange:
         self._host, self._jobs, self._bridge, self._timeout = host, list(jobs), host.bridge, timeout
         self.request_id, self._event = request_id, asyncio.Event()
         self._started = time.monotonic()
-        self._deadline = None if timeout is None else self._started + timeout
-        self._gone = False
+        self._gone = self._late = False
+        self._sender: asyncio.Task | None = None
+        over = asyncio.get_running_loop().call_later
+        self._timer = None if timeout is None else over(timeout, self._time_is_over)
         model = host.model
         self.texts = [
             Answer(model.tokenizer, job.limit, job.stop, eos_token_ids(model, job.config)) for job in jobs
@@ -76,6 +81,8 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._watch.cancel()
         self._bridge.leave(self._event, self._requests)
         if self._begun:  # not one that was turned away
@@ -96,13 +103,15 @@ class Exchange:
             ApiError: 500 when the engine or a request failed, 504 when the time is over.
             ClientGone: the client has closed the connection.
         """
-        await self.within_time(self._event.wait())
+        await self._event.wait()
         self._event.clear()
         if self._gone:
             self.outcome = "abort"
             raise ClientGone
         if self._bridge.refusal is not None:
             raise self._bridge.refusal
+        if self._late:
+            raise timed_out(self._timeout)
         pieces = []
         for index, (request, text) in enumerate(zip(self._requests, self.texts, strict=True)):
             if text.finish_reason is None and (piece := self._read(request, text)):
@@ -118,19 +127,33 @@ class Exchange:
         while not self.done:
             await self.wait()
 
-    async def within_time(self, awaited: Any, least: float = 0.0) -> None:
-        """Waits for something until the request's time is over, and at least so many seconds.
+    async def sent(self, sending: Any) -> None:
+        """Waits until something is sent; a reader who takes none of it in the request's time has gone.
 
         Raises:
-            ApiError: 504.
+            ClientGone.
         """
-        if self._deadline is None:
-            await awaited
-            return
+        # A timer for each wait would cost more than most of them take.
+        self._sender = None if self._late else asyncio.current_task()
         try:
-            await asyncio.wait_for(awaited, max(least, self._deadline - time.monotonic()))
-        except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
-            raise timed_out(self._timeout) from None
+            await (asyncio.wait_for(sending, _LAST_WORDS) if self._late else sending)
+        except (asyncio.TimeoutError, OSError):
+            self.outcome = "abort"
+            raise ClientGone from None
+        except asyncio.CancelledError:
+            self.outcome = "abort"
+            if self._sender is not None and self._late:
+                getattr(self._sender, "uncancel", int)()  # since Python 3.11
+                raise ClientGone from None
+            raise
+        finally:
+            self._sender = None
+
+    def _time_is_over(self) -> None:
+        self._late = True
+        self._event.set()
+        if self._sender is not None:
+            self._sender.cancel()
 
     def usage(self) -> Usage:
         """Of all jobs, as far as they came."""

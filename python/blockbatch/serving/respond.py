@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -18,8 +17,6 @@ from blockbatch.serving.reading import Job
 from blockbatch.serving.service import Service
 
 DONE = b"data: [DONE]\n\n"
-# Seconds that a reader has for what comes when the time of a request is over.
-_LAST_WORDS = 0.5
 # What nobody reads: the client has gone.
 _GONE = 499
 
@@ -97,8 +94,8 @@ class EventStream(Response):
             self._exchange.close()
 
     async def _run(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, start)
+        sent = self._exchange.sent
+        await sent(send({"type": "http.response.start", "status": 200, "headers": self.raw_headers}))
         chunks = self._begin()
         try:
             while True:
@@ -112,7 +109,7 @@ class EventStream(Response):
             await self._send_chunks(send, last, DONE)
         except ApiError as error:
             await self._send_chunks(send, [error.body()])
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        await sent(send({"type": "http.response.body", "body": b"", "more_body": False}))
 
     def _begin(self) -> list[dict[str, Any]]:
         return [chunk for index in range(len(self._said)) if (chunk := self._shape.begin(index)) is not None]
@@ -128,15 +125,4 @@ class EventStream(Response):
 
     async def _send_chunks(self, send: Send, chunks: Iterable[dict[str, Any]], end: bytes = b"") -> None:
         body = b"".join(map(server_event, chunks)) + end
-        await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        """Sends, while there is time; a reader who takes none of it in that time has gone."""
-        try:
-            await self._exchange.within_time(send(message), least=_LAST_WORDS)
-        except (ApiError, OSError):
-            self._exchange.outcome = "abort"
-            raise ClientGone from None
-        except asyncio.CancelledError:
-            self._exchange.outcome = "abort"
-            raise
+        await self._exchange.sent(send({"type": "http.response.body", "body": body, "more_body": True}))
