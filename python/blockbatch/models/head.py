@@ -27,7 +27,8 @@ def head_predictions(
     """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`.
 
     Args:
-        operators: has `lm_head_confidence` and `lm_head_likely`: `blockbatch_kernels`, or what ranks share.
+        operators: has `lm_head_confidence` and `lm_head_likely`: `blockbatch_kernels`, or what merges the
+            parts of several ranks.
     """
     suppress_token = spec.mask_token_id if spec.suppress_mask else None
     if sampling is not None:

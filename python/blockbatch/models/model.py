@@ -126,9 +126,10 @@ class Model:
             all_reduce=self.share.all_reduce,
         )
         hidden = hidden if few else hidden[packed.predict_index]
-        target = packed.predict_target
-        whole = self.share.head, self.spec, self.weights.lm_head, likely, self.backend
-        head = functools.partial(head_predictions, *whole)
+        target, operators = packed.predict_target, self.share.head
+        head = functools.partial(
+            head_predictions, operators, self.spec, self.weights.lm_head, likely, self.backend
+        )
         return head_in_pieces(head, fixed_tokens, hidden, target, probe_tokens, sampling)
 
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]], *, block_size: int | None = None) -> Tensor:
