@@ -1,4 +1,4 @@
-"""What `blockbatch compare` and `generate` say around their results: plan, verdict, why an answer is empty."""
+"""What `blockbatch compare` and `generate` say around their results: plan, verdict, why one is empty."""
 
 import subprocess
 import sys
