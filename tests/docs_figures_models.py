@@ -95,14 +95,15 @@ _PHASES = "{:.1f} + {:.1f} + {:.1f}"
 _OF = " | {:.1f}% [{:.1f}, {:.1f}] |"
 BLOCK_MODELS = [
     (
-        "60 of the problems" + _RULE + _PHASES + " | {:.1f} | {:.0f}% [{:.0f}, {:.0f}] |", _DECODES, rule("static"),
+        "60 of the problems" + _RULE + _PHASES + " | {:.1f} | {:.0f}% [{:.0f}, {:.0f}] |",
+        _DECODES, rule("static"),
     ),
     ("threshold 0.9" + _RULE + _PHASES + " | {:.2f} |", _DECODES, rule("published")),
     ("next forward (ours)" + _RULE + "{:.0f} + {:.1f} + {:.0f} | {:.2f}" + _OF, _DECODES, rule("joined")),
     ("4 to 32 (ours)" + _RULE + "{:.0f} + {:.1f} + {:.0f} | {:.2f}" + _OF, _DECODES, rule("blockbatch")),
     (
-        "BlockBatch solves {} problems that the published rule does not, and fails {} that it solves (McNemar, "
-        "p = {:.2f}; {:+.1f} points [{:.1f}, {:+.1f}])",
+        "BlockBatch solves {} problems that the published rule does not, and fails {} that it solves "
+        "(McNemar, p = {:.2f}; {:+.1f} points [{:.1f}, {:+.1f}])",
         _DECODES,
         lambda report: [
             *(against(report)[key] for key in ("only_this_right", "only_the_other_right")),
