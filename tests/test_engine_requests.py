@@ -73,9 +73,9 @@ def test_a_waiting_request_can_be_cancelled(model):
 def test_many_short_requests_leave_all_pages_free(model):
     rng, engine = random.Random(0), new_engine(model, max_requests=16, max_queue=500)
     configs = [
-        blockbatch.DecodeConfig(gen_length=8, block_sizes=(2, 4, 8)),
-        blockbatch.DecodeConfig(gen_length=4, block_sizes=(4,), threshold=0.5),
-        blockbatch.DecodeConfig(method="dual_cache", gen_length=8, drafts=(1, 2)),
+        blockbatch.DecodeConfig(gen_length=4, block_sizes=(2, 4), threshold=0.3),
+        blockbatch.DecodeConfig(gen_length=4, block_sizes=(4,), threshold=0.3),
+        blockbatch.DecodeConfig(method="dual_cache", gen_length=4, threshold=0.3, drafts=(1,)),
     ]
     requests = []
     for _ in range(500):

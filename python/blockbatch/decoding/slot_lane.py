@@ -33,6 +33,8 @@ _MOST_LAYOUTS = 4
 # Tokens of every product of an engine whose bits do not depend on the batch: as many as cost little more
 # than the reading of the weights.
 FIXED_TOKENS = 256
+# Of what is free, the cache's part; the rest is for decodes beside the engine.
+_CACHE_SHARE = 0.9
 # Branches that the cache is made for.
 _USUAL_BRANCHES = 6
 
@@ -350,7 +352,8 @@ class SlotLane:
             # Of whole rows, of windows as they are and as they are captured, and what the state takes.
             most = max(self._budget, MAX_GRAPH_TOKENS)
             work = 4 * transformer.activation_bytes(spec, model.dtype, most)
-            limit = devices.free_bytes(self._device) - pool_bytes(self._device) - work
+            free = devices.free_bytes(self._device) - pool_bytes(self._device) - work
+            limit = int(free * _CACHE_SHARE)
         most = self._max_requests * _USUAL_BRANCHES * kv_cache.pages_per_row(spec.max_length)
         return max(0, min(limit // each, most))
 

@@ -164,7 +164,8 @@ def forward(
 def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
     """An operator on tokens as calls of `size` tokens each; None: as it is.
 
-    Integers among the arguments (positions, slots) belong to the tokens; all else is the same for all.
+    Lists of integers among the arguments (positions, slots) belong to the tokens; all else is the same for
+    all.
     """
     if size is None:
         return operator
@@ -173,13 +174,15 @@ def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[...
         results = []
         for first in range(0, len(x), size):
             piece = slice(first, first + size)
-            own = (
-                value if value is None or value.is_floating_point() else value[piece] for value in arguments
-            )
+            own = (value[piece] if _is_of_tokens(value) else value for value in arguments)
             results.append(operator(x[piece], *own))
         return results[0] if len(results) == 1 else torch.cat(results)
 
     return run
+
+
+def _is_of_tokens(value: Tensor | None) -> bool:
+    return value is not None and value.dim() == 1 and not value.is_floating_point()
 
 
 def _normed_heads(
