@@ -33,7 +33,7 @@ from clock_record import FOLDER, HEAD_SCALE, PROBLEMS, SEED, SPLIT, TRACED, Deco
 from clock_replay import Section, turn_points
 from clock_report import PHASES, answers, clocks, print_table, queries, targets
 from clock_settings import DUAL, GEN_LENGTH, Row, chosen
-from random_models import DTYPES, random_model
+from random_models import DTYPES, quantized, random_model
 from timing import RESULTS, clean, device_of, parser, rounded, write_report
 from traces import Followed
 
@@ -52,6 +52,9 @@ def follow(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     sections, reached, begun = [], [], time.perf_counter()
     for name in options.shapes:
         model = random_model(name, device, DTYPES[options.dtype], backend=options.backend)
+        if options.quantization is not None:
+            model = quantized(model)
+            clean(device)
         lengths = SECTIONS.get(name, {1024: 1})
         for prompt_length in options.prompt_lengths or lengths:
             problems = options.problems or (1 if options.quick else lengths.get(prompt_length, TRACED))
@@ -193,7 +196,10 @@ def read_options() -> argparse.Namespace:
     )
     arguments.add_argument("--estimate", action="store_true")
     arguments.add_argument("--calibrate", type=float, nargs="*", metavar="SCALE")
+    arguments.add_argument("--quantization", choices=("fp8",), help="of the layers, on a GPU (with --out)")
     options = arguments.parse_args()
+    if options.quantization is not None and options.out is None:
+        arguments.error("--quantization: expected --out too, beside the file of the dtype alone")
     if options.shapes is None:
         options.shapes = list(SECTIONS) if options.device == "cuda" else [BUILT_IN]
     if options.out is None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import torch
 
+import blockbatch_kernels as bbk
 from blockbatch.models import Model
+from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import TransformerWeights, allocate
 
@@ -144,6 +146,21 @@ def random_model(
     weights.lm_head.normal_(std=0.02, generator=generator)
     weights.lm_head[[spec.mask_token_id, *spec.eos_token_ids]] = 0.0
     return Model(spec, weights, None, backend=backend, name=name)
+
+
+def quantized(model: Model) -> Model:
+    """The same model with the weights of its layers in e4m3."""
+
+    def in_e4m3(weight: torch.Tensor) -> QuantizedWeight:
+        return QuantizedWeight(*bbk.quantize_rows(weight, backend="reference"))
+
+    names = ("qkv_weight", "out_weight", "gate_up_weight", "down_weight")
+    layers = [
+        replace(layer, **{name: in_e4m3(getattr(layer, name)) for name in names})
+        for layer in model.weights.layers
+    ]
+    weights = replace(model.weights, layers=layers)
+    return Model(model.spec, weights, None, backend=model.backend, name=model.name)
 
 
 def with_backend(model: Model, backend: str | None) -> Model:

@@ -35,16 +35,20 @@ copy_pages = traceable(ops.copy_pages)
 decode_policy = traceable(ops.decode_policy)
 initial_plan = traceable(ops.initial_plan)
 linear = traceable(ops.linear)
+linear_fp8 = traceable(ops.linear_fp8)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
 linear_swiglu = traceable(ops.linear_swiglu)
 lm_head_confidence = traceable(ops.lm_head_confidence)
 lm_head_likely = traceable(ops.lm_head_likely)
 lm_head_sample = traceable(ops.lm_head_sample)
 pack_windows = traceable(ops.pack_windows)
+quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
+rms_norm_fp8 = traceable(ops.rms_norm_fp8)
 rope_kv_write = traceable(ops.rope_kv_write)
 share_pages = traceable(ops.share_pages)
 swiglu = traceable(ops.swiglu)
+swiglu_fp8 = traceable(ops.swiglu_fp8)
 varlen_attention = traceable(ops.varlen_attention)
 
 __version__ = "0.1.0"
@@ -72,6 +76,7 @@ __all__ = [
     "decode_policy",
     "initial_plan",
     "linear",
+    "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
@@ -79,9 +84,12 @@ __all__ = [
     "lm_head_sample",
     "map_entries",
     "pack_windows",
+    "quantize_rows",
     "rms_norm",
+    "rms_norm_fp8",
     "rope_kv_write",
     "share_pages",
     "swiglu",
+    "swiglu_fp8",
     "varlen_attention",
 ]

@@ -22,6 +22,7 @@ _KINDS = {
     bool: ("bool", "True or False"),
     int: ("int", "an int"),
     float: ("(float, int)", "a number"),
+    torch.dtype: ("torch_dtype", "a torch dtype"),
     str: ("str", "a text"),
 }
 
@@ -83,6 +84,7 @@ class _Writer:
         self.operator = operator
         self.lines: list[str] = []
         self.scope: dict[str, Any] = {helper.__name__: helper for helper in _HELPERS}
+        self.scope["torch_dtype"] = torch.dtype
         self.owners: dict[str, str] = {}  # symbol -> the argument that gives it its size
         self.has_device = False
 

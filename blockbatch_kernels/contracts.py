@@ -57,10 +57,10 @@ class SettingsArg:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number, whose name also stands for a size in shapes.
+    """A number, whose name also stands for a size in shapes, or a dtype.
 
     Attributes:
-        kind: int, float, bool or str.
+        kind: int, float, bool, str or torch.dtype.
         default: None makes it optional.
         least: the smallest value.
         symbolic: may be a size that is a symbol while PyTorch traces.
@@ -86,7 +86,7 @@ class Result:
 
     Attributes:
         shape: in words, of symbols that arguments give sizes.
-        dtype: its dtype, or the name of the argument whose dtype it has.
+        dtype: its dtype, or the name of the argument whose dtype it has or that says it.
         given: it is None unless this argument is given.
     """
 

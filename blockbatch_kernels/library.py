@@ -212,7 +212,8 @@ def _fake(row: Operator, sizes_of: Sizes, values: dict[str, Any], backend: str |
     tensors = []
     for result in row.results:
         if isinstance(result, Result):
-            dtype = values[result.dtype].dtype if isinstance(result.dtype, str) else result.dtype
+            dtype = values[result.dtype] if isinstance(result.dtype, str) else result.dtype
+            dtype = dtype if isinstance(dtype, torch.dtype) else dtype.dtype
             missing = result.given is not None and values[result.given] is None
             tensors.append(empty("0" if missing else result.shape, dtype))
         else:

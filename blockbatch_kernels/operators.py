@@ -12,7 +12,7 @@ import torch
 from blockbatch_kernels import tuning
 from blockbatch_kernels.contracts import Operator, RecordArg, Result, Scalar, SettingsArg, TensorArg
 from blockbatch_kernels.policy_params import PolicyParams
-from blockbatch_kernels.shapes import NUM_LIKELY
+from blockbatch_kernels.shapes import E4M3, NUM_LIKELY
 from blockbatch_kernels.structs import (
     AttentionPlan,
     BranchState,
@@ -29,6 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT = (torch.float32,)
 INT = (torch.int32,)
 LONG = (torch.int64,)
+FP8 = (E4M3,)
 
 
 def _attention_plan_symbols(
@@ -110,6 +111,39 @@ _TABLE = (
             Scalar("static_weight", bool, False),
         ),
         (Result("tokens intermediate", "x"),),
+    ),
+    Operator(
+        "quantize_rows",
+        (TensorArg("x", "tokens dim", FLOATS),),
+        (Result("tokens dim", E4M3), Result("tokens", torch.float32)),
+    ),
+    Operator(
+        "rms_norm_fp8",
+        (
+            TensorArg("x", "tokens dim", FLOATS),
+            TensorArg("weight", "dim", "x"),
+            Scalar("eps", float),
+            TensorArg("residual", "tokens dim", "x", optional=True, written=True, pinned=True),
+        ),
+        (Result("tokens dim", E4M3), Result("tokens", torch.float32)),
+    ),
+    Operator(
+        "swiglu_fp8",
+        (TensorArg("gate_up", "tokens 2*intermediate", FLOATS),),
+        (Result("tokens intermediate", E4M3), Result("tokens", torch.float32)),
+    ),
+    Operator(
+        "linear_fp8",
+        (
+            TensorArg("x", "tokens in_features", FP8),
+            TensorArg("x_scale", "tokens", FLOAT),
+            TensorArg("weight", "out_features in_features", FP8),
+            TensorArg("weight_scale", "out_features", FLOAT),
+            TensorArg("bias", "out_features", FLOATS, optional=True),
+            Scalar("out_dtype", torch.dtype),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens out_features", "out_dtype"),),
     ),
     Operator(
         "rope_kv_write",

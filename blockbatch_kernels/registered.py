@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blockbatch_kernels import shapes
 from blockbatch_kernels.contracts import REQUIRED, Argument, RecordArg, Scalar, SettingsArg, TensorArg
 from blockbatch_kernels.structs import BranchState
+
+# Words of the schema for kinds of numbers that Python calls by another name.
+_SCHEMA_KINDS = {torch.dtype: "ScalarType"}
 
 
 class Registered(ABC):
@@ -59,7 +63,7 @@ class _Tensor(Registered):
 
 class _Number(Registered):
     def __init__(self, argument: Scalar):
-        kind = "SymInt" if argument.symbolic else argument.kind.__name__
+        kind = "SymInt" if argument.symbolic else _SCHEMA_KINDS.get(argument.kind, argument.kind.__name__)
         optional = "?" if argument.default is None else ""
         default = f'"{argument.default}"' if argument.kind is str else argument.default
         default = "" if argument.default is REQUIRED else f"={default}"

@@ -23,6 +23,9 @@ from torch import Tensor
 UNIT_KEYS = 128
 UNIT_INTEGERS = 22
 STRETCH_INTEGERS = 4
+# Elements of quantised tensors, and the largest of them. A row's largest magnitude counts as at least
+# LEAST_AMAX, so that a row of zeros has a scale, too.
+E4M3, E4M3_MAX, LEAST_AMAX = torch.float8_e4m3fn, 448.0, 1e-30
 # Tokens above this probability are likely; of what adds up to 1 at most so many can be.
 LEAST_LIKELY, NUM_LIKELY = 0.2, 4
 # What `lm_head_sample` may say of a prediction.

@@ -166,13 +166,22 @@ def _longer(x, index):
     return x.new_zeros(shape)
 
 
+_EXPECTED = {
+    bool: "True or False",
+    int: "an int",
+    float: "a number",
+    str: "a text",
+    torch.dtype: "a torch dtype",
+}
+
+
 def _of_scalars(row):
     for argument in row.arguments:
         if not isinstance(argument, Scalar):
             continue
         name, expected = (
             argument.name,
-            {bool: "True or False", int: "an int", float: "a number", str: "a text"}[argument.kind],
+            _EXPECTED[argument.kind],
         )
         wrong = b"many" if argument.kind is str else "many"
         got = (f"{name}: expected {expected}, got {wrong!r}",)
@@ -198,6 +207,18 @@ def _of_records(row):
             message = f"{argument.name}: expected a tuple of {names}, got "
             yield argument.name, "type", lambda x: list(x), TypeError, (message,)
             yield argument.name, "part missing", lambda x: x[:1], TypeError, (message,)
+
+
+def assert_close(one, other, dtype, path):
+    """Equal up to the rounding of `dtype`; e4m3 up to a step of its own, for roundings before it."""
+    assert one.dtype == other.dtype, path
+    if one.dtype == torch.float8_e4m3fn:
+        torch.testing.assert_close(one.float(), other.float(), rtol=2**-3, atol=2**-9, equal_nan=True)
+    elif one.is_floating_point():
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=4 * tolerance)
+    else:
+        assert torch.equal(one, other), path
 
 
 def complete_arguments(operator):

@@ -159,6 +159,7 @@ def rounding(report):
     return [min(branches), max(branches), kept[0]["problems"], min(others), max(others)]
 
 
+_graph = block_forward("graph_ms", forward="denoise", branches=1)
 _STEP, _BLOCK, _CPU = ["step_latency.json"], ["block_steps.json"], ["clock_cpu.json"]
 PERFORMANCE = [
     *[(f"{text}{_ROW}", ["clock.json"], clock(setting)) for text, setting in _CLOCK],
@@ -249,7 +250,8 @@ PERFORMANCE = [
     *[
         (f"| {text} | {{:.{places}f}} | {{:.{places}f}} |", _BLOCK, values)
         for text, places, values in (
-            ("denoise, one branch, 32 tokens", 2, block_forward(forward="denoise", branches=1)),
+            ("denoise, one branch, 32 tokens, as a CUDA graph", 2, _graph),
+            ("the same with the host's work", 2, block_forward(forward="denoise", branches=1)),
             ("its products and K/V", 2, block_floor),
             ("denoise, two branches, 64 tokens", 2, block_forward(forward="denoise", branches=2)),
             ("denoise, four branches, 128 tokens", 2, block_forward(forward="denoise", branches=4)),

@@ -63,6 +63,33 @@ def linear_rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
     )
 
 
+def e4m3(shape, device):
+    """Small whole numbers: their sums are exact."""
+    return whole_numbers(shape, device, torch.float32).to(torch.float8_e4m3fn)
+
+
+def quantized(operator, device, dtype):
+    if operator == "linear_fp8":
+        scales = (torch.rand(size).add(0.5).to(device) for size in (5, 32))
+        return dict(
+            x=e4m3((5, 64), device),
+            x_scale=next(scales),
+            weight=e4m3((32, 64), device),
+            weight_scale=next(scales),
+            bias=whole_numbers((32,), device, dtype),
+            out_dtype=dtype,
+        )
+    # Norms of 1, halves of SwiGLU that are exact, and a largest magnitude of 448 * 2^n.
+    if operator == "rms_norm_fp8":
+        signs = torch.randint(0, 2, (2, 5, 64)) * 2.0 - 1
+        x, residual = (signs * torch.tensor([3.0, 1.0]).view(2, 1, 1)).to(device, dtype)
+        weight = torch.randint(1, 15, (64,)).to(device, dtype)
+        return dict(x=x, weight=weight, residual=residual, eps=1e-5)
+    if operator == "swiglu_fp8":
+        return dict(gate_up=torch.randn(5, 64).to(device, dtype))
+    return dict(x=torch.randn(5, 64).to(device, dtype))
+
+
 def policy(device):
     """Two requests of two branches at their first forward."""
     state = bbk.BranchState.create(
@@ -106,6 +133,8 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     if operator in ("linear", "linear_swiglu"):
         x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
         return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
+    if operator in ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8"):
+        return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "linear_rope_kv_write":

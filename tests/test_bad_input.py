@@ -17,7 +17,7 @@ from blockbatch_kernels.cuda import extension as loader
 from blockbatch_kernels.operators import OPERATORS
 from blockbatch_kernels.ops import dispatch
 from blockbatch_kernels.shapes import UNIT_INTEGERS
-from contract_cases import tensors_of, with_change
+from contract_cases import assert_close, tensors_of, with_change
 from operator_arguments import PARAMS, arguments_of, attention, linear_rope, rope
 
 BACKENDS = (None, "reference", "cuda", "triton")
@@ -264,12 +264,8 @@ def assert_right_or_refused(operator, arguments, backend, path, dtype, expected)
     except ValueError as error:
         assert names_what_was_expected(error, path), error
         return
-    tolerance = 4 * torch.finfo(dtype).eps
     for one, other in zip(got, expected, strict=True):
-        if one.is_floating_point():
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=4 * tolerance)
-        else:
-            assert torch.equal(one, other)
+        assert_close(one, other, dtype, path)
 
 
 @pytest.mark.gpu

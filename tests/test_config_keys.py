@@ -152,7 +152,7 @@ def test_the_base_changes_the_logits(tmp_path):
         ("qk_layernorm", True), ("norm_type", "layernorm"), ("norm_eps", 1e-3), ("mlp_bias", True),
         ("use_bias", True), ("hidden_activation", "gelu"), ("num_experts", 64), ("n_routed_experts", 8),
         ("moe_intermediate_size", 1024), ("num_nextn_predict_layers", 1), ("num_loops", 2),
-        ("quantization_config", {"quant_method": "fp8"}), ("quantization", {"bits": 4, "group_size": 64}),
+        ("quantization_config", {"quant_method": "awq"}), ("quantization", {"bits": 4, "group_size": 64}),
         ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
         ("load_in_8bit", True), ("vision_config", {"hidden_size": 64}), ("mm_vision_tower", "siglip"),
         ("image_token_id", 7), ("codebook_size", 8192), ("new_vocab_size", 134656),

@@ -16,6 +16,7 @@ from standalone_dual_cache import Transformer
 ROOT = Path(__file__).parents[1]
 OPERATORS, LOOP = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "operators.md").read_text(), re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#\s]+)")
 DATA = Path(__file__).parent / "data" / "conformance"
 SIZES = dict(page_size=16, num_heads=4, num_kv_heads=2, head_dim=64, mask_token_id=MASK)
 
@@ -40,6 +41,10 @@ def test_every_operator_is_shown():
     [
         ("rms_norm", ["normed", "residual"]),
         ("swiglu", ["activated"]),
+        ("quantize_rows", ["values", "scale"]),
+        ("rms_norm_fp8", ["values", "scale", "residual"]),
+        ("swiglu_fp8", ["values", "scale"]),
+        ("linear_fp8", ["product"]),
         ("rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
@@ -96,7 +101,23 @@ def test_the_loop_decodes_as_the_engine_does():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    assert links
-    for link in links:
+    for link in LINK.findall(page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_every_page_is_in_the_index():
+    index = set(LINK.findall((ROOT / "docs" / "README.md").read_text()))
+    assert len(index) > 10
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and page.name not in index] == []
+
+
+def test_anchors_of_links_are_headings():
+    found = 0
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text()):
+            target = (page.parent / link) if link else page
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, (page.name, link, anchor)
+            found += 1
+    assert found > 3

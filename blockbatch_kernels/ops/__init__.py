@@ -21,6 +21,7 @@ from blockbatch_kernels.ops.layer import (
     rope_kv_write,
     swiglu,
 )
+from blockbatch_kernels.ops.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
 from blockbatch_kernels.ops.sampling import lm_head_sample
 from blockbatch_kernels.ops.step import (
     copy_pages,
@@ -38,15 +39,19 @@ __all__ = [
     "decode_policy",
     "initial_plan",
     "linear",
+    "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",
     "pack_windows",
+    "quantize_rows",
     "rms_norm",
+    "rms_norm_fp8",
     "rope_kv_write",
     "share_pages",
     "swiglu",
+    "swiglu_fp8",
     "varlen_attention",
 ]

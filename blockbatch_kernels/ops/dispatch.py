@@ -11,6 +11,7 @@ from blockbatch_kernels import cuda, reference, triton, tuning
 
 MODULES = {"reference": reference, "triton": triton, "cuda": cuda}
 BACKENDS = tuple(MODULES)
+COMPILED = ("triton", "cuda")
 
 
 def module_for(

@@ -9,6 +9,7 @@ from blockbatch_kernels.reference.pack import pack_windows
 from blockbatch_kernels.reference.pages import copy_pages, share_pages
 from blockbatch_kernels.reference.plan import initial_plan
 from blockbatch_kernels.reference.policy import decode_policy
+from blockbatch_kernels.reference.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
 from blockbatch_kernels.reference.sampling import lm_head_sample
 
 __all__ = [
@@ -17,15 +18,19 @@ __all__ = [
     "decode_policy",
     "initial_plan",
     "linear",
+    "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",
     "pack_windows",
+    "quantize_rows",
     "rms_norm",
+    "rms_norm_fp8",
     "rope_kv_write",
     "share_pages",
     "swiglu",
+    "swiglu_fp8",
     "varlen_attention",
 ]

@@ -26,24 +26,30 @@ from blockbatch_kernels.tuning.gemm import (
     lm_head_tile,
     name_of,
 )
+from blockbatch_kernels.tuning.gemm_fp8 import FP8_PIECE, LINEAR_FP8_TILES, fp8_candidates, linear_fp8_tile
 from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearTile
 from blockbatch_kernels.tuning.triton import (
     TRITON_ATTENTION_PROGRAMS,
     TRITON_COMBINE,
     TRITON_ELEMENTWISE,
+    TRITON_FP8_TOKENS,
     TRITON_LM_HEAD,
     TRITON_ROPE,
     TritonAttention,
     TritonBlock,
     TritonCombine,
+    TritonLinearFp8,
     TritonLmHead,
     triton_attention,
+    triton_linear_fp8,
     triton_row_warps,
 )
 
 __all__ = [
+    "FP8_PIECE",
     "GATED_TILES",
     "H100",
+    "LINEAR_FP8_TILES",
     "LINEAR_TILES",
     "LM_HEAD_LOGITS_BYTES",
     "LM_HEAD_TILES",
@@ -56,6 +62,7 @@ __all__ = [
     "TRITON_ATTENTION_PROGRAMS",
     "TRITON_COMBINE",
     "TRITON_ELEMENTWISE",
+    "TRITON_FP8_TOKENS",
     "TRITON_LM_HEAD",
     "TRITON_ROPE",
     "UNIT_INTEGERS",
@@ -67,10 +74,13 @@ __all__ = [
     "TritonAttention",
     "TritonBlock",
     "TritonCombine",
+    "TritonLinearFp8",
     "TritonLmHead",
     "attention_shape",
     "candidates",
     "device_kind",
+    "fp8_candidates",
+    "linear_fp8_tile",
     "linear_parts",
     "linear_rule",
     "lm_head_tile",
@@ -79,5 +89,6 @@ __all__ = [
     "plans_units",
     "preference",
     "triton_attention",
+    "triton_linear_fp8",
     "triton_row_warps",
 ]

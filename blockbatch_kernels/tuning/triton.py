@@ -33,6 +33,20 @@ class TritonCombine(NamedTuple):
     num_warps: int
 
 
+class TritonLinearFp8(NamedTuple):
+    """How the Triton product in e4m3 is cut."""
+
+    block_rows: int  # of the weight
+    block_tokens: int
+    block_k: int  # columns that the tensor cores add up before their sums are added in fp32
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self) -> int:
+        """Shared memory of a program: weights and activations of each stage."""
+        return self.num_stages * (self.block_rows + self.block_tokens) * self.block_k
+
+
 class TritonLmHead(NamedTuple):
     """How the Triton LM head reduces logits."""
 
@@ -54,6 +68,25 @@ TRITON_COMBINE = TritonCombine(block_pieces=2, block=2048, num_warps=4)
 def triton_row_warps(block: int) -> int:
     """Warps of a program that reduces a row of `block` elements: 16 elements a thread, at most 16 warps."""
     return min(16, max(1, block // 512))
+
+
+# Tokens beyond which the library's product in e4m3 is asked.
+TRITON_FP8_TOKENS = 256
+# Tiles for at most so many tokens: up to 128 all of them in one, so that a weight is read once.
+_LINEAR_FP8 = {
+    16: TritonLinearFp8(64, 16, 128, num_warps=4, num_stages=8),
+    32: TritonLinearFp8(64, 32, 128, num_warps=4, num_stages=8),
+    64: TritonLinearFp8(64, 64, 128, num_warps=4, num_stages=6),
+    128: TritonLinearFp8(128, 128, 128, num_warps=8, num_stages=5),
+}
+
+
+def triton_linear_fp8(num_tokens: int, shared_bytes: int) -> TritonLinearFp8:
+    """For that many tokens; a program takes at most `shared_bytes` of shared memory."""
+    tile = next((tile for tokens, tile in _LINEAR_FP8.items() if num_tokens <= tokens), _LINEAR_FP8[128])
+    while tile.shared_bytes() > shared_bytes and tile.num_stages > 2:
+        tile = tile._replace(num_stages=tile.num_stages - 1)
+    return tile
 
 
 # Attention programs a processor, of which two run at a time: the later ones go where a place becomes free.

@@ -1,6 +1,7 @@
 #include "bind/bindings.h"
 #include "layer/activation.h"
 #include "layer/norm.h"
+#include "layer/quantize.h"
 #include "layer/rope.h"
 
 namespace py = pybind11;
@@ -35,6 +36,43 @@ void call_swiglu(Call& call, const TensorView& gate_up, const TensorView& out) {
   params.gate_up_row_stride = gate_up.row_stride();
   params.out_row_stride = out.row_stride();
   swiglu(params, call.launch_on_gpu());
+}
+
+// What all three quantising operators have in common.
+QuantizeParams quantize_params(const TensorView& x, const TensorView& out, const TensorView& scale) {
+  QuantizeParams params{};
+  params.x = x.data<const void>();
+  params.out = out.contiguous().data<uint8_t>();
+  params.scale = scale.contiguous().data<float>();
+  params.num_tokens = out.size(0);
+  params.dim = out.size(1);
+  params.x_row_stride = x.row_stride();
+  return params;
+}
+
+void call_quantize_rows(Call& call, const TensorView& x, const TensorView& out, const TensorView& scale,
+                        bool programmatic) {
+  QuantizeParams params = quantize_params(x, out, scale);
+  params.dtype = float_dtype({&x});
+  quantize("quantize_rows", QuantizeSource::kRows, params, programmatic, call.launch_on_gpu());
+}
+
+void call_rms_norm_fp8(Call& call, const TensorView& x, const TensorView& weight, const TensorView& residual,
+                       const TensorView& out, const TensorView& scale, float eps, bool programmatic) {
+  QuantizeParams params = quantize_params(x, out, scale);
+  params.dtype = float_dtype({&x, &weight, &residual});
+  params.weight = weight.contiguous().data<const void>();
+  params.residual = residual.data_or_null<void>();
+  params.residual_row_stride = residual.is_none() ? 0 : residual.row_stride();
+  params.eps = eps;
+  quantize("rms_norm_fp8", QuantizeSource::kNorm, params, programmatic, call.launch_on_gpu());
+}
+
+void call_swiglu_fp8(Call& call, const TensorView& gate_up, const TensorView& out, const TensorView& scale,
+                     bool programmatic) {
+  QuantizeParams params = quantize_params(gate_up, out, scale);
+  params.dtype = float_dtype({&gate_up});
+  quantize("swiglu_fp8", QuantizeSource::kSwiglu, params, programmatic, call.launch_on_gpu());
 }
 
 HeadsView heads_view(const TensorView& heads) {
@@ -86,6 +124,10 @@ void read_rope(const TensorView& q, const TensorView& k_cache, const TensorView&
 
 void bind_layer(py::module_& module) {
   define<&call_rms_norm>(module, "rms_norm", {"x", "weight", "residual", "out", "eps", "programmatic"});
+  define<&call_quantize_rows>(module, "quantize_rows", {"x", "out", "scale", "programmatic"});
+  define<&call_rms_norm_fp8>(module, "rms_norm_fp8",
+                             {"x", "weight", "residual", "out", "scale", "eps", "programmatic"});
+  define<&call_swiglu_fp8>(module, "swiglu_fp8", {"gate_up", "out", "scale", "programmatic"});
   define<&call_swiglu>(module, "swiglu", {"gate_up", "out"});
   define<&call_rope_kv_write>(module, "rope_kv_write",
                               {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin",

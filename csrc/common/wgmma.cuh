@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -130,6 +131,7 @@ struct Wgmma;
 
 BBK_WGMMA(__nv_bfloat16, "bf16", 16, BBK_WGMMA_TRANSPOSES)
 BBK_WGMMA(__half, "f16", 16, BBK_WGMMA_TRANSPOSES)
+BBK_WGMMA(__nv_fp8_e4m3, "e4m3", 32, BBK_WGMMA_FIXED)
 
 #undef BBK_SUMS_8
 #undef BBK_SUMS_32

@@ -43,6 +43,29 @@ struct GemmTile {
 void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bool programmatic,
           const Launch& launch);
 
+// out = x weight^T * x_scale * weight_scale (+ bias) of elements in e4m3. Sums of a stretch of K by the
+// tensor cores, sums of stretches in fp32, rounded once.
+struct GemmFp8Params {
+  const uint8_t* x;           // [num_tokens, in_features]
+  const float* x_scale;       // [num_tokens]
+  const uint8_t* weight;      // [out_features, in_features]
+  const float* weight_scale;  // [out_features]
+  const void* bias;           // [out_features] or null
+  void* out;                  // [num_tokens, out_features], written
+  int64_t num_tokens;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t x_row_stride;
+  int64_t weight_row_stride;
+  int64_t out_row_stride;
+  DType dtype;  // of bias and out: fp16 or bf16
+};
+
+// What `gemm` needs, with in_features and row strides in multiples of 16; linear_fp8.cu lists the tiles. A
+// `static_weight` has static scales.
+void gemm_fp8(const GemmFp8Params& params, const GemmTile& tile, bool static_weight, bool programmatic,
+              const Launch& launch);
+
 // The product whose rows are the heads of q, then of k and of v, with `rope` behind it: q goes to rope.q, k
 // and v into the caches, and `out`, rope.k and rope.v are not used. Beyond what `gemm` needs: heads of a
 // multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin.

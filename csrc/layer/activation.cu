@@ -4,6 +4,7 @@
 #include "common/elements.cuh"
 #include "common/launch.cuh"
 #include "layer/activation.h"
+#include "layer/rows.cuh"
 
 namespace bbk {
 namespace {
@@ -12,23 +13,6 @@ constexpr char kOp[] = "swiglu";
 constexpr int kThreads = 256;
 constexpr int kVecs = 2;  // of gate and of up that a thread has in flight
 constexpr int64_t kMaxGridY = 65535;
-
-// For gate -> -inf the quotient goes to -0 without overflow in between.
-template <typename T>
-__device__ __forceinline__ float silu_mul(float gate, float up) {
-  // The approximate instructions err far below the rounding to 16 bits; exact ones would take longer than the
-  // memory traffic. They flush: the results for gates below -87 are -0.
-  constexpr float kLog2e = 1.4426950408889634f;
-  float exponential, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(exponential) : "f"(-kLog2e * gate));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + exponential));
-  return gate * inverse * up;
-}
-
-template <>
-__device__ __forceinline__ float silu_mul<float>(float gate, float up) {
-  return gate / (1.0f + expf(-gate)) * up;
-}
 
 // Rows of whole, aligned vectors. blockIdx.x is the token; blockIdx.y and the threads walk along its row,
 // kVecs vectors of gate and of up at a time, all asked for before the first is used.

@@ -3,6 +3,7 @@
 #include "common/elements.cuh"
 #include "common/launch.cuh"
 #include "layer/norm.h"
+#include "layer/rows.cuh"
 
 namespace bbk {
 namespace {
@@ -12,29 +13,6 @@ constexpr int kThreads = 256;  // for 4096 elements of 16 bits 10% faster than 5
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVecs = 8;  // a thread: 512 x 8 x 16 bytes hold 16384 fp32 elements
 constexpr int kAnyThreads = 256;
-
-// The sum over the block, the same bits in every thread. blockDim.x is a multiple of 32.
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float warp_sums[32];
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) warp_sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = lane < blockDim.x / 32 ? warp_sums[lane] : 0.0f;
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
-  return value;
-}
-
-__device__ __forceinline__ float inverse_rms(float sum_of_squares, const RmsNormParams& params) {
-  return __frsqrt_rn(sum_of_squares / static_cast<float>(params.dim) + params.eps);
-}
-
-template <typename T>
-__device__ __forceinline__ T rounded_sum(T a, T b) {
-  return from_float<T>(to_float(a) + to_float(b));
-}
 
 // Rows of whole, aligned vectors, at most kVecs a thread.
 template <typename T, int kVecs>
@@ -89,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams par
       }
     }
   }
-  const float scale = inverse_rms(block_sum(sum), params);
+  const float scale = inverse_rms(block_sum(sum), params.dim, params.eps);
 
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -125,7 +103,7 @@ __global__ void __launch_bounds__(kAnyThreads) rms_norm_any_kernel(RmsNormParams
     if (residual != nullptr) residual[i] = element = rounded_sum(element, residual[i]);
     sum += to_float(element) * to_float(element);
   }
-  const float scale = inverse_rms(block_sum(sum), params);
+  const float scale = inverse_rms(block_sum(sum), params.dim, params.eps);
   for (int64_t i = threadIdx.x; i < params.dim; i += kAnyThreads) {
     out[i] = scaled(to_float(residual != nullptr ? residual[i] : x[i]), scale, weight[i]);
   }

@@ -89,11 +89,12 @@ def needs(
     if config.policy == "dream_published":
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
+    kinds = dict(compiled=compiled, quantized=model.quantization is not None)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
     whole = min(rows * length, share_of(model).num_lanes * max(length, ROW_TOKENS[device.type]))
     step = most_tokens(method, num_requests, prompt, gen_length)
     regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
-    work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), compiled=compiled)
+    work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), **kinds)
     rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads
@@ -102,15 +103,16 @@ def needs(
         rest += _GPU_WORKSPACES
         if StepGraphs.possible(model):
             captured = min(packed_capacity(min(step, MAX_GRAPH_TOKENS)), step)
-            rest += _GRAPH_SHARE * transformer.activation_bytes(spec, dtype, captured, compiled=compiled)
+            rest += _GRAPH_SHARE * transformer.activation_bytes(spec, dtype, captured, **kinds)
     return Needs(cache, work, rest)
 
 
 def _block_needs(model: Model, config: DecodeConfig, num_requests: int, longest: int, least: bool) -> Needs:
     method = method_for(model, config)
-    compiled, on_gpu = _compiled(model), model.device.type == "cuda"
+    on_gpu = model.device.type == "cuda"
+    kinds = dict(compiled=_compiled(model), quantized=model.quantization is not None)
     tokens = block_memory.work_tokens(model, method, num_requests, longest)
-    work = transformer.activation_bytes(model.spec, model.dtype, tokens, compiled=compiled)
+    work = transformer.activation_bytes(model.spec, model.dtype, tokens, **kinds)
     cache = block_memory.cache_bytes(model, method, num_requests, longest, least=least)
     return Needs(cache, work, _GPU_WORKSPACES + work if on_gpu else 0)
 

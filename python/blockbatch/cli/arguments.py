@@ -35,6 +35,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
     )
+    group.add_argument(
+        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+    )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
 
 
@@ -99,6 +102,7 @@ def load(options: argparse.Namespace) -> Model:
         device=options.device,
         dtype=options.dtype,
         backend=options.backend,
+        quantization=options.quantization,
         adapter=options.adapter,
         tensor_parallel=ranks.process()[1],
     )

@@ -214,7 +214,7 @@ def _report(model: Model, problems: list[Problem], rows: list[Row], gen_length: 
         "model": model.name,
         **({"adapter": model.adapter} if model.adapter else {}),
         **describe(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.numbers,
         "gen_length": gen_length,
         "rows": [
             {

@@ -35,13 +35,12 @@ def heading(model: Model, problems: Sequence[Problem], rows: Sequence[Row], long
     """
     families = Counter(problem.task for problem in problems)
     parts = ", ".join(f"{count} {family}" for family, count in families.items())
-    dtype = str(model.dtype).removeprefix("torch.")
     name = f"{model.name} with {model.adapter}" if model.adapter else model.name
     decodes = len(problems) * len(rows)
     seconds = _estimate(model, rows, longest)
     told = "" if seconds is None else f": about {duration(seconds * len(problems))}"
     return (
-        f"{escape(name)} on {model.device} in {dtype}, {len(problems)} problems ({parts})\n"
+        f"{escape(name)} on {model.device} in {model.numbers}, {len(problems)} problems ({parts})\n"
         f"every problem by {len(rows)} methods and settings, {decodes} decodes{told}"
     )
 

@@ -54,7 +54,10 @@ class BlockLane:
         if cache_tokens is None:
             limit = model.cache_bytes
             if limit is None:
-                work = transformer.activation_bytes(model.spec, model.dtype, self._budget)
+                quantized = model.quantization is not None
+                work = transformer.activation_bytes(
+                    model.spec, model.dtype, self._budget, quantized=quantized
+                )
                 free = devices.free_bytes(model.device) - pool_bytes(model.device)
                 limit = max(0, free - work) // GROWTH
             self.num_pages = limit // page_bytes(model)

@@ -62,7 +62,7 @@ class BlockBatchLM(LM):
         escape_until: texts are not cut at a task's stop sequences, which do not end decoding either; a later
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
-        device, dtype, backend, revision, adapter: as `load_model`.
+        device, dtype, backend, revision, quantization, adapter: as `load_model`.
         plugin: Python file or module that registers methods of one's own; it is run.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
@@ -87,6 +87,7 @@ class BlockBatchLM(LM):
         dtype: str | None = None,
         backend: str | None = None,
         revision: str | None = None,
+        quantization: str | None = None,
         adapter: str | None = None,
         plugin: str | None = None,
         stop_early: bool | None = None,
@@ -114,7 +115,13 @@ class BlockBatchLM(LM):
         # What does not depend on a request is refused before the model is loaded.
         config = self._config(Wishes((), DEFAULT_GEN_LENGTH))
         self.model = load_model(
-            pretrained, device=device, dtype=dtype, backend=backend, revision=revision, adapter=adapter
+            pretrained,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            revision=revision,
+            quantization=quantization,
+            adapter=adapter,
         )
         # The end is that of the model's family where the policy is.
         fills_canvas = preset is not None and config.for_model(self.model.spec).eos_exit == "none"
@@ -255,7 +262,7 @@ class BlockBatchLM(LM):
         nfe = {phase: count / max(self._requests, 1) for phase, count in self._forwards.items()}
         return {
             "model_device": str(self.model.device),
-            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "model_dtype": self.model.numbers,
             "decoding": {
                 **{name: getattr(config, name) for name in names},
                 **sampling_settings(config),

@@ -145,7 +145,7 @@ def describe_run(model: Model) -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         **({"adapter": model.adapter} if model.adapter else {}),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.numbers,
         "backend": model.backend,
         **describe(model.device),
     }

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, lora, sdar, tied_head
+from blockbatch.models import dream, fast_dllm_v2, foreign_tensors, llada, lora, sdar, stored_fp8, tied_head
 from blockbatch.models.adapters import ADAPTER_CONFIG, refuse_adapter
 from blockbatch.models.config_keys import checked
 from blockbatch.models.folders import hint
 from blockbatch.models.json_file import read_json, read_optional_json
+from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.relatives import check_model
 from blockbatch.models.safetensors_file import (
     FLOAT_DTYPES,
@@ -135,6 +136,9 @@ def load_weights(
     dtype: torch.dtype,
     adapter: lora.Adapter | None = None,
     shard: Shard | None = None,
+    *,
+    quantization: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> TransformerWeights:
     """Read the weights of a folder onto `device`, converted to `dtype`.
 
@@ -148,37 +152,46 @@ def load_weights(
         shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
             it is tied to, all is compared.
         adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
+        quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read.
+            Not with a shard.
+        config: of a folder whose weights may be stored quantised (`stored_fp8` says how); then with a
+            `quantization`. None: they may not.
 
     Raises:
         CheckpointError: no safetensors files; a missing, superfluous or wrongly shaped tensor; a dtype that
             is not F32, F16 or BF16; a truncated or corrupted file; an index at odds with its shards; values
             that are not finite in `dtype`; an LM head that differs from the embedding it is tied to; an
             adapter that does not fit.
-        ValueError: `dtype` is not float32, bfloat16 or float16.
+        ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
     """
     folder = Path(folder)
     tensor_map = TENSOR_MAPS[spec.family]
     whole = spec if shard is None else shard.spec
     places = tensor_map(whole)
     entries = _read_headers(folder)
-    foreign_tensors.check_storage(folder, entries, places)
+    is_stored = config is not None and stored_fp8.stored_fp8(config)
+    scales = stored_fp8.take_scales(entries, places, config) if is_stored else {}
+    foreign_tensors.check_storage(folder, entries, places.keys() - scales.keys())
     tied = tied_head.resolve(places, entries, whole, tensor_map)
-    _check_tensors(folder, entries, places)
+    _check_tensors(folder, entries, places, scales)
     updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
     lora.check_values(updates.values())
-    weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary)
+    weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary, quantization)
     if shard is not None:
         places = {name: shard.cut(place) for name, place in places.items()}
-    # Four bytes an element hold any stored dtype.
+    # Four bytes an element hold any stored dtype; some weights are read by whole rows.
     largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    staging = torch.empty(min(STAGING_BYTES, largest), dtype=torch.uint8, device="cpu")
+    longest = 4 * max(place.shape[-1] for place in places.values())
+    staging = torch.empty(max(longest, min(STAGING_BYTES, largest)), dtype=torch.uint8, device="cpu")
     for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        place = places[entry.name]
-        rows, part = place.rows(weights), (place.first_row, place.first_column)
-        if entry.name in updates:
-            updates[entry.name].read_merged(entry, rows, staging, *part)
+        place, update = places[entry.name], updates.get(entry.name)
+        written, part = place.rows(weights), (place.first_row, place.first_column)
+        if isinstance(written, QuantizedWeight):
+            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update)
+        elif update is not None:
+            update.read_merged(entry, written, staging, *part)
         else:
-            read_tensor(entry, rows, staging, *part)
+            read_tensor(entry, written, staging, *part)
     if tied is not None:
         tied_head.compare(*tied, spec.vocab_size, staging)
     return weights
@@ -312,7 +325,12 @@ def _read_headers(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[str, Destination]) -> None:
+def _check_tensors(
+    folder: Path,
+    entries: dict[str, TensorEntry],
+    places: dict[str, Destination],
+    scales: Mapping[str, stored_fp8.StoredScale],
+) -> None:
     missing = places.keys() - entries.keys()
     if missing:
         raise CheckpointError(f"{folder}: missing tensors that config.json asks for: {_listed(missing)}")
@@ -328,7 +346,7 @@ def _check_tensors(folder: Path, entries: dict[str, TensorEntry], places: dict[s
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r}: expected shape {list(place.shape)}, got {list(entry.shape)}"
             )
-        if entry.dtype not in FLOAT_DTYPES:
+        if entry.dtype not in FLOAT_DTYPES and name not in scales:
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, got {entry.dtype}"
             )

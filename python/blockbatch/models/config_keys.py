@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockbatch.models import stored_fp8
 from blockbatch.models.rope_keys import fold_rope
 from blockbatch.models.spec import CheckpointError
 from blockbatch.models.token_keys import check_token_keys
@@ -247,6 +248,8 @@ def checked(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
             _check_layer_types(value)
         elif key.startswith("quantization") and _switched_off(value):
             continue
+        elif key in stored_fp8.CONFIG_KEYS and isinstance(value, dict) and value:
+            stored_fp8.check_config(key, value)
         elif key in _NEUTRAL:
             if key == "sliding_window" and folded.get("use_sliding_window") is False:
                 continue

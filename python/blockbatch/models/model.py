@@ -24,9 +24,11 @@ from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
 from blockbatch.models.placement import device_of, dtype_of
+from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
+from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights, weight_bytes
+from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
 from blockbatch.parallel import WHOLE, RankShare, Share, group
 from blockbatch.values import as_int
 
@@ -46,6 +48,7 @@ class Model:
         tokenizer: None for a folder without one; prompts are then token ids.
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
+        quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         adapter: folder of the LoRA that the weights hold; None: of none.
@@ -67,11 +70,18 @@ class Model:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
         self.cache_bytes, self.name, self.share = cache_bytes, name, share
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.quantization = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
         self.pool, self.block_forward = None, None
         self.adapter: str | None = None
         self._rope = transformer.rope_table(spec, self.device)
+
+    @property
+    def numbers(self) -> str:
+        """What the model computes with, in words: "bfloat16", "bfloat16, layers in fp8"."""
+        quantized = "" if self.quantization is None else f", layers in {self.quantization}"
+        return str(self.dtype).removeprefix("torch.") + quantized
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
         return KVCache(
@@ -302,6 +312,7 @@ def load_model(
     revision: str | None = None,
     mask_token_id: int | None = None,
     adapter: str | os.PathLike | None = None,
+    quantization: str | None = None,
     tensor_parallel: int = 1,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
@@ -319,6 +330,9 @@ def load_model(
         mask_token_id: SDAR and Fast-dLLM v2: id of MASK, where neither config.json nor a tokenizer says it.
         adapter: folder of a LoRA of PEFT, merged into the weights while they are read
             (`blockbatch.models.lora`).
+        quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
+            they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
+            as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
         tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
             of them makes the same calls in the same order; see docs/tensor_parallel.md.
 
@@ -338,33 +352,27 @@ def load_model(
         if cache_bytes is None or cache_bytes <= 0:
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
+    check_quantization(quantization)
     merged = None if adapter is None else read_adapter(adapter)
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
+    if quantization is None and stored_fp8(config):
+        quantization = "fp8"
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
+    if quantization is not None and tensor_parallel != 1:
+        raise ValueError(f"quantization: expected None with tensor_parallel, got {quantization!r}")
     with devices.current(device):
         share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
     what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
     with devices.current(device), share.loading(what), devices.memory_errors(device, what):
-        _check_room(spec, device, dtype, str(name_or_path), share)
-        weights = load_weights(folder, spec, device, dtype, merged, share.shard)
+        check_room(spec, device, dtype, quantization, str(name_or_path), share.vocabulary)
+        stored = dict(quantization=quantization, config=config)
+        weights = load_weights(folder, spec, device, dtype, merged, share.shard, **stored)
         options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
         model = Model(spec, weights, tokenizer, backend=backend, **options)
         model.adapter = None if adapter is None else str(adapter)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
     return model
-
-
-def _check_room(spec: ModelSpec, device: torch.device, dtype: torch.dtype, name: str, share: Share) -> None:
-    """Raises MemoryError if the weights do not fit into what a GPU has free."""
-    if device.type != "cuda":
-        return  # a system may well swap
-    needed, free = weight_bytes(spec, dtype, share.vocabulary), devices.free_bytes(device)
-    if needed > free:
-        raise MemoryError(
-            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
-            f"{str(dtype).removeprefix('torch.')}, got {free:,}"
-        )

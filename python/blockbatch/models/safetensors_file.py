@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,42 @@ def read_tensor(
         CheckpointError: the file ends too early, or a value is not finite in `written`'s dtype.
     """
     dtype, item = FLOAT_DTYPES[entry.dtype], ITEM_SIZES[entry.dtype]
+    for part, chunk in _chunks(entry, written, staging, item, first_row, first_column):
+        values = chunk.view(dtype)
+        part.add_(values.to(part.device)) if add else part.copy_(values)
+        # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
+        if not torch.stack(torch.aminmax(part)).isfinite().all():
+            target = str(written.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name!r} ({entry.dtype}): expected finite values "
+                f"in {target}, got NaN or infinity (corrupted, or out of that dtype's range)"
+            )
+
+
+def read_bytes(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor) -> None:
+    """Read the first `written.numel()` bytes of a tensor as they are.
+
+    Args:
+        entry: a tensor of elements of one byte.
+        written: contiguous uint8, any device.
+        staging: see `read_tensor`.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
+    for part, chunk in _chunks(entry, written, staging, 1):
+        part.copy_(chunk)
+
+
+def _chunks(
+    entry: TensorEntry,
+    written: torch.Tensor,
+    staging: torch.Tensor,
+    item: int,
+    first_row: int = 0,
+    first_column: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of `written`, flat, with the bytes of the file that belong there, `item` for an element."""
     row_bytes = math.prod(entry.shape[1:]) * item
     begin = entry.begin + first_row * row_bytes + first_column * item
     flat = written.view(-1)
@@ -148,16 +185,7 @@ def read_tensor(
                 row, within = divmod(start * item + place, run)
                 file.seek(begin + row * row_bytes + within)
                 _read_exactly(file, chunk[place : place + run].numpy(), entry)
-            part = flat[start : start + count]
-            values = chunk.view(dtype)
-            part.add_(values.to(part.device)) if add else part.copy_(values)
-            # The extremes carry NaN and infinity along and need no temporary of the chunk's size.
-            if not torch.stack(torch.aminmax(part)).isfinite().all():
-                target = str(written.dtype).removeprefix("torch.")
-                raise CheckpointError(
-                    f"{entry.path}: tensor {entry.name!r} ({entry.dtype}): expected finite values "
-                    f"in {target}, got NaN or infinity (corrupted, or out of that dtype's range)"
-                )
+            yield flat[start : start + count], chunk
 
 
 def _read_exactly(file: Any, written: Any, entry: TensorEntry) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.models.products import Products, Rows, products_of
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
@@ -31,13 +31,21 @@ def rope_table(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, compiled: bool = False) -> int:
+def activation_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    num_tokens: int,
+    *,
+    compiled: bool = False,
+    quantized: bool = False,
+) -> int:
     """Bytes that `forward` and the LM head need at most for their intermediate tensors, beside weights and
     cache.
 
     Args:
         num_tokens: packed tokens; at most as many predictions.
         compiled: whether compiled operators run, which compute in fp32 without tensors of it.
+        quantized: whether the weights are in 8 bits.
     """
     size, d, inner = dtype.itemsize, spec.hidden_size, spec.intermediate_size
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -50,6 +58,12 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, co
     attention = (kept + 2 * d + 2 * query_size + 2 * kv_size + inner) * size
     attention += upcast * (query_size + kv_size)
     token = max(mlp, attention) + _INDEX_BYTES
+    copies = 0
+    if quantized:
+        token += inner + query_size  # rows in 8 bits beside those that they are made of
+        if not compiled:  # fp32 copies of activations and of a part of the weight
+            token += 4 * (inner + 3 * 2 * inner)
+            copies = 2 * 4 * min(2 * inner * d, tuning.FP8_PIECE)
     pieces = -(-spec.vocab_size // _PIECE_TOKENS)
     token += d * size + _PARTIAL_BYTES * pieces  # of a prediction: its hidden state, and its reduced logits
     # Logits of some hundred predictions (the reference still has those of the chunk before), and attention's
@@ -59,7 +73,7 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, *, co
     else:
         head = 2 * min(num_tokens, _HEAD_ROWS // 2) * spec.vocab_size * (size + (4 if size == 4 else 8))
     partials = tuning.MAX_PARTIALS * (query_size + spec.num_heads) * 4
-    return num_tokens * token + max(head, partials)
+    return num_tokens * token + max(head, partials) + copies
 
 
 def forward(
@@ -97,7 +111,6 @@ def forward(
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     cos, sin = rope
-    by_piece = functools.partial(in_pieces, size=fixed_tokens)
     plan = None  # the reference has no use for one
     attention_backend = backend
     if fixed_tokens is not None:  # the one for long packs computes all of them
@@ -116,23 +129,16 @@ def forward(
             fixed_cut=fixed_tokens is not None,
             backend=backend,
         )
-    # Nothing writes the weights once they are loaded.
-    linear = by_piece(functools.partial(bbk.linear, static_weight=True, backend=backend))
-    gated = by_piece(functools.partial(bbk.linear_swiglu, static_weight=True, backend=backend))
-    rotated = by_piece(
-        functools.partial(
-            bbk.linear_rope_kv_write, num_heads=spec.num_heads, static_weight=True, backend=backend
-        )
-    )
+    products = products_of(spec, weights, backend, fixed_tokens)
     residual = F.embedding(packed.input_ids, weights.embedding)
-    normed = bbk.rms_norm(residual, weights.layers[0].input_norm, eps=spec.rms_norm_eps, backend=backend)
+    normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
         where = (packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache)
         if spec.qk_norm:
-            q = _normed_heads(spec, layer, normed, where, linear, backend)
+            q = _normed_heads(spec, layer, normed, where, products, backend)
         else:
-            q = rotated(normed, layer.qkv_weight, layer.qkv_bias, *where)
+            q = products.rotated(normed, layer, where)
         attended = bbk.varlen_attention(
             q,
             k_cache,
@@ -146,55 +152,28 @@ def forward(
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
-        projected = linear(attended.flatten(1), layer.out_weight)
+        projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
         if all_reduce is not None:
             projected = all_reduce(projected)
-        normed = bbk.rms_norm(
-            projected, layer.post_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend
-        )
-        activated = gated(normed, layer.gate_up_weight)
-        down = linear(activated, layer.down_weight)
+        normed = products.norm(projected, layer.post_norm, residual)
+        down = products.linear(products.activated(normed, layer), layer.down_weight)
         if all_reduce is not None:
             down = all_reduce(down)
-        next_norm = weights.final_norm if last else weights.layers[index + 1].input_norm
-        normed = bbk.rms_norm(down, next_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
-    return normed
-
-
-def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
-    """An operator on tokens as calls of `size` tokens each; None: as it is.
-
-    Lists of integers among the arguments (positions, slots) belong to the tokens; all else is the same for
-    all.
-    """
-    if size is None:
-        return operator
-
-    def run(x: Tensor, *arguments: Tensor | None) -> Tensor:
-        results = []
-        for first in range(0, len(x), size):
-            piece = slice(first, first + size)
-            own = (value[piece] if _is_of_tokens(value) else value for value in arguments)
-            results.append(operator(x[piece], *own))
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-    return run
-
-
-def _is_of_tokens(value: Tensor | None) -> bool:
-    return value is not None and value.dim() == 1 and not value.is_floating_point()
+        if not last:
+            normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
+    return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
 
 
 def _normed_heads(
     spec: ModelSpec,
     layer: LayerWeights,
-    x: Tensor,
+    x: Rows,
     where: tuple[Tensor, ...],
-    linear: Callable[..., Tensor],
+    products: Products,
     backend: str | None,
 ) -> Tensor:
     """`linear_rope_kv_write` with an RMSNorm over each head of q and k in front of the rotation (Qwen3)."""
-    heads = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
+    heads = products.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
     q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
     norms = dict(q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=spec.rms_norm_eps)
     bbk.rope_kv_write(q, k, v, *where, **norms, backend=backend)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from blockbatch import devices
+from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,22 +15,25 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class LayerWeights:
-    """One layer: Hq and Hkv heads of D, hidden size d, intermediate size I. Products are x @ weight.T."""
+    """One layer: Hq and Hkv heads of D, hidden size d, intermediate size I. Products are x @ weight.T.
+
+    The four weights of products are quantised or tensors, all alike.
+    """
 
     input_norm: torch.Tensor  # [d]
-    qkv_weight: torch.Tensor  # [(Hq + 2 Hkv) D, d]: query rows, then key, then value
+    qkv_weight: torch.Tensor | QuantizedWeight  # [(Hq + 2 Hkv) D, d]: query rows, then key, then value
     qkv_bias: torch.Tensor | None  # [(Hq + 2 Hkv) D]
-    out_weight: torch.Tensor  # [d, Hq D]
+    out_weight: torch.Tensor | QuantizedWeight  # [d, Hq D]
     post_norm: torch.Tensor  # [d]
-    gate_up_weight: torch.Tensor  # [2 I, d]: gate rows first
-    down_weight: torch.Tensor  # [d, I]
+    gate_up_weight: torch.Tensor | QuantizedWeight  # [2 I, d]: gate rows first
+    down_weight: torch.Tensor | QuantizedWeight  # [d, I]
     q_norm: torch.Tensor | None = None  # [D], of every head of q
     k_norm: torch.Tensor | None = None  # [D]
 
 
 @dataclass
 class TransformerWeights:
-    """All weights, on one device and in one dtype."""
+    """All weights, on one device and, but for quantised ones, in one dtype."""
 
     embedding: torch.Tensor  # [embedding_size, d]
     layers: list[LayerWeights]
@@ -57,7 +62,7 @@ class Destination:
     first_row: int = 0
     first_column: int = 0
 
-    def rows(self, weights: TransformerWeights) -> torch.Tensor:
+    def rows(self, weights: TransformerWeights) -> torch.Tensor | QuantizedWeight:
         """The view of `weights` to be filled; contiguous."""
         owner = weights if self.layer is None else weights.layers[self.layer]
         return getattr(owner, self.field)[self.start : self.stop]
@@ -105,16 +110,22 @@ def model_destinations(spec: ModelSpec) -> dict[str, Destination]:
 
 
 def allocate(
-    spec: ModelSpec, device: torch.device | str, dtype: torch.dtype, vocabulary: range | None = None
+    spec: ModelSpec,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vocabulary: range | None = None,
+    quantization: str | None = None,
 ) -> TransformerWeights:
     """Uninitialised weights for `spec`.
 
     Args:
         vocabulary: token ids of the LM head; None: all of them.
+        quantization: None, or "fp8": the weights of the layers' products are in e4m3.
 
     Raises:
-        ValueError: `dtype` is not float32, bfloat16 or float16.
+        ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
     """
+    check_quantization(quantization)
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"dtype must be one of {names}, got {dtype}")
@@ -122,17 +133,20 @@ def allocate(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    def weight(rows: int, columns: int) -> torch.Tensor | QuantizedWeight:
+        return empty(rows, columns) if quantization is None else QuantizedWeight.empty(rows, columns, device)
+
     d, inner, q = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
     qkv = q + 2 * spec.num_kv_heads * spec.head_dim
     layers = [
         LayerWeights(
             input_norm=empty(d),
-            qkv_weight=empty(qkv, d),
+            qkv_weight=weight(qkv, d),
             qkv_bias=empty(qkv) if spec.qkv_bias else None,
-            out_weight=empty(d, q),
+            out_weight=weight(d, q),
             post_norm=empty(d),
-            gate_up_weight=empty(2 * inner, d),
-            down_weight=empty(d, inner),
+            gate_up_weight=weight(2 * inner, d),
+            down_weight=weight(d, inner),
             q_norm=empty(spec.head_dim) if spec.qk_norm else None,
             k_norm=empty(spec.head_dim) if spec.qk_norm else None,
         )
@@ -144,9 +158,20 @@ def allocate(
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, vocabulary: range | None = None) -> int:
+def check_quantization(quantization: str | None) -> None:
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        names = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"quantization: expected None or one of {names}, got {quantization!r}")
+
+
+def weight_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    vocabulary: range | None = None,
+    quantization: str | None = None,
+) -> int:
     """Bytes of the weights that `allocate` makes."""
-    weights = allocate(spec, "meta", dtype, vocabulary)
+    weights = allocate(spec, "meta", dtype, vocabulary, quantization)
     tensors = [
         weights.embedding,
         weights.final_norm,
@@ -155,3 +180,22 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, vocabulary: range | None =
     if not spec.tie_embeddings:
         tensors.append(weights.lm_head)
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def check_room(
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    name: str,
+    vocabulary: range | None = None,
+) -> None:
+    """Raises MemoryError if the weights do not fit into what a GPU has free."""
+    if device.type != "cuda":
+        return  # a system may well swap
+    needed, free = weight_bytes(spec, dtype, vocabulary, quantization), devices.free_bytes(device)
+    if needed > free:
+        raise MemoryError(
+            f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "
+            f"{quantization or str(dtype).removeprefix('torch.')}, got {free:,}"
+        )

@@ -20,9 +20,9 @@ def trace_header(
     """What pictures need besides the records of a decode, and where the records come from.
 
     Returns:
-        the header of a trace file: model, adapter (only where it has one), method, settings, gen_length,
-        block_sizes (of the branches, in their order), winner_block_size, prompt (text; None without a
-        tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
+        the header of a trace file: model, adapter and quantization (only where it has one), method, settings,
+        gen_length, block_sizes (of the branches, in their order), winner_block_size, prompt (text; None
+        without a tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
         pieces (the text of every token id that occurs, the ids as decimal strings; empty without a
         tokenizer), nfe, adopted, seconds, stop_reason, given (of a fill, whose prompt ends at the first gap:
         the canvas before the first forward, MASK in the gaps; else None).
@@ -50,9 +50,11 @@ def trace_header(
         canvas += [model.spec.mask_token_id] * (max(*sizes, *ends, 1) - len(canvas))
     ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
     ids.update(token for change in changes for token in change["tokens"])
+    quantization = getattr(model, "quantization", None)
     return {
         "model": model.name,
         **({"adapter": model.adapter} if getattr(model, "adapter", None) else {}),
+        **({} if quantization is None else {"quantization": quantization}),
         "method": config.method,
         "settings": decode_settings(config),
         "gen_length": len(canvas),

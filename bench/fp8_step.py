@@ -1,0 +1,243 @@
+"""Products in e4m3 and block steps with layers in e4m3, beside bf16, in the shape of LLaDA-8B on a GPU.
+
+    python bench/fp8_step.py [--shapes llada-8b] [--tokens 32 128 252 1280] [--quick]
+
+Everything is verified before it is timed: products against the reference operator, steps by verify.py. All
+layers' products of a kind run in one CUDA graph, so that every weight comes from memory. Columns of a
+product, in ms for all layers:
+
+    ours          the default of `bbk.linear_fp8`
+    triton        its Triton version
+    library       `torch._scaled_mm` with a scale for each row
+    library_fast  the same with the tensor cores' own sums (use_fast_accum), which keep fewer bits
+    one_scale     `torch._scaled_mm` with one scale for each tensor (not what a model computes: a yardstick)
+    bf16          `bbk.linear` on weights in bf16
+    TxR ...       the extension's kernel on each tile that takes the tokens
+
+A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from unittest import mock
+
+import step_latency
+import torch
+from random_models import DTYPES, quantized, random_model
+from timing import as_graph, clean, device_of, event_ms, in_turns, parser, rounded, target, write_report
+from torch import Tensor
+from verify import Wrong, check_step, relative_error
+
+import blockbatch_kernels as bbk
+from blockbatch.models import Model
+from blockbatch.models.quantized_weights import QuantizedWeight
+from blockbatch_kernels import cuda, tuning
+from blockbatch_kernels.cuda import extension, gemm_fp8
+
+FIELDS = ("qkv_weight", "out_weight", "gate_up_weight", "down_weight")
+TOKENS = (32, 128, 252, 1280)
+LENGTH = 1280
+# A sum rounded to bf16, and what tensor cores leave out of one.
+MOST_ERROR = 5e-3
+# What is to be reached: ms of a step of so many tokens, and of a whole row.
+LIMITS = {128: 3.9, 252: 5.0}
+ROW_LIMIT = 18.0
+
+Product = Callable[[Tensor, Tensor, QuantizedWeight, Tensor], Tensor]
+
+
+def by_backend(backend: str | None) -> Product:
+    options = dict(out_dtype=torch.bfloat16, static_weight=True, backend=backend)
+    return lambda x, scale, weight, _: bbk.linear_fp8(x, scale, weight.values, weight.scale, **options)
+
+
+def by_library(x: Tensor, scale: Tensor, weight: QuantizedWeight, _: Tensor) -> Tensor:
+    scales = scale[:, None], weight.scale[None, :]
+    return torch._scaled_mm(x, weight.values.t(), *scales, out_dtype=torch.bfloat16)
+
+
+def by_library_added_fast(x: Tensor, scale: Tensor, weight: QuantizedWeight, _: Tensor) -> Tensor:
+    scales = scale[:, None], weight.scale[None, :]
+    options = dict(out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(x, weight.values.t(), *scales, **options)
+
+
+def by_library_with_one_scale(x: Tensor, _: Tensor, weight: QuantizedWeight, one: Tensor) -> Tensor:
+    return torch._scaled_mm(x, weight.values.t(), one, one, out_dtype=torch.bfloat16)
+
+
+def in_bf16(x: Tensor, _: None, weight: Tensor, __: Tensor) -> Tensor:
+    return bbk.linear(x, weight, static_weight=True)
+
+
+def for_all(product: Product, rows: tuple, weights: list, one: Tensor) -> Callable[[], list[Tensor]]:
+    return lambda: [product(*rows, weight, one) for weight in weights]
+
+
+def on_tile(tile: tuning.LinearTile) -> Product:
+    product = by_backend("cuda")
+
+    def run(*arguments) -> Tensor:
+        with mock.patch.object(gemm_fp8, "tile_of", lambda *_: tile):
+            return product(*arguments)
+
+    return run
+
+
+def tile_name(tile: tuning.LinearTile) -> str:
+    more = "".join(
+        f" {name} {value}" for name in ("split_k", "multicast") if (value := getattr(tile, name)) > 1
+    )
+    return f"{tile.tokens}x{tile.rows}{more}"
+
+
+def ways(tokens: int, weight: QuantizedWeight, device: torch.device) -> dict[str, Product]:
+    found: dict[str, Product] = {"ours": by_backend(None)}
+    if device.type != "cuda":
+        return found
+    found |= {"triton": by_backend("triton"), "library": by_library}
+    found |= {"library_fast": by_library_added_fast, "one_scale": by_library_with_one_scale}
+    if cuda.is_available(device) and extension.code_for(device.index) == "sm90a":
+        tiles = tuning.fp8_candidates(tokens, *weight.shape)
+        found |= {tile_name(tile): on_tile(tile) for tile in tiles}
+    return found
+
+
+def measure_products(model: Model, plain: Model, tokens: int, repeats: int) -> list[dict]:
+    """A line for each of the four weights."""
+    lines, device = [], model.device
+    one = torch.ones((), device=device)
+    for field in FIELDS:
+        weights = [getattr(layer, field) for layer in model.weights.layers]
+        exact = [getattr(layer, field) for layer in plain.weights.layers]
+        rows, columns = weights[0].shape
+        activations = torch.randn(tokens, columns, device=device).to(model.dtype)
+        x, scale = bbk.quantize_rows(activations)
+        first = (x, scale, weights[0].values, weights[0].scale)
+        want = bbk.linear_fp8(*first, out_dtype=torch.float32, backend="reference")
+        line = {"product": field, "tokens": tokens, "out_features": rows, "in_features": columns}
+        runs, failed = {}, {}
+        for name, product in ways(tokens, weights[0], device).items():
+            try:
+                error = relative_error(product(x, scale, weights[0], one), want)
+                if name not in ("one_scale", "library_fast") and not error <= MOST_ERROR:
+                    raise Wrong(f"{field} by {name}, {tokens} tokens: error {error:.2e}")
+                if name == "library_fast":
+                    line["library_fast_error"] = error
+                runs[name] = as_graph(for_all(product, (x, scale), weights, one), device)
+            except (RuntimeError, ValueError, Wrong) as caught:
+                if name == "ours":
+                    raise
+                failed[name] = str(caught)[:300]
+        runs["bf16"] = as_graph(for_all(in_bf16, (activations, None), exact, one), device)
+        taken = in_turns([(run, None) for run in runs.values()], device, repeats)
+        line["ms"] = {name: ms for name, (ms, _) in zip(runs, taken, strict=True)}
+        line["gb_per_s"] = sum(weight.nbytes for weight in weights) / line["ms"]["ours"] / 1e6
+        if failed:
+            line["failed"] = failed
+        lines.append(rounded(line))
+        print(lines[-1], flush=True)
+        del runs
+        clean(device)
+    return lines
+
+
+def measure_rows(model: Model, tokens: int, repeats: int) -> dict:
+    """ms of what quantises, for all layers, beside what it replaces."""
+    spec, layers = model.spec, model.spec.num_layers
+
+    def make(columns: int) -> Tensor:
+        return torch.randn(tokens, columns, device=model.device).to(model.dtype)
+
+    x, residual, gate_up = make(spec.hidden_size), make(spec.hidden_size), make(2 * spec.intermediate_size)
+    weight = torch.ones_like(x[0])
+    options = dict(eps=spec.rms_norm_eps, residual=residual)
+    calls = {
+        "rms_norm": lambda backend: bbk.rms_norm(x, weight, **options, backend=backend),
+        "rms_norm_fp8": lambda backend: bbk.rms_norm_fp8(x, weight, **options, backend=backend),
+        "quantize_rows": lambda backend: bbk.quantize_rows(x, backend=backend),
+        "swiglu": lambda backend: bbk.swiglu(gate_up, backend=backend),
+        "swiglu_fp8": lambda backend: bbk.swiglu_fp8(gate_up, backend=backend),
+    }
+    runs = {}
+    for name, call in calls.items():
+        for backend in ("cuda", "triton") if model.device.type == "cuda" else ("reference",):
+            run = as_graph(
+                lambda call=call, backend=backend: [call(backend) for _ in range(layers)], model.device
+            )
+            runs[f"{name} {backend}"] = run
+    taken = in_turns([(run, None) for run in runs.values()], model.device, repeats)
+    found = {"tokens": tokens, "ms": {name: ms for name, (ms, _) in zip(runs, taken, strict=True)}}
+    print(rounded(found), flush=True)
+    return rounded(found)
+
+
+def measure_step(models: dict[str, Model], tokens: int, length: int, repeats: int) -> list[dict]:
+    """The same step in bf16 and with layers in e4m3, in turns."""
+    lines = []
+    several = len(step_latency.BLOCK_SIZES[tokens]) > 1
+    for pages in ("shared", "separate") if several else ("separate",):
+        cases, checks = {}, {}
+        for kind, model in models.items():
+            cases[kind] = step_latency.make_case(model, tokens, length, pages)
+            checks[kind] = check_step(cases[kind])
+        taken = in_turns([(case.run, case.restore) for case in cases.values()], model.device, repeats)
+        line = {"tokens": tokens, "length": length, "pages": pages, "checks": checks}
+        line |= {f"{kind}_ms": ms for kind, (ms, _) in zip(cases, taken, strict=True)}
+        lines.append(rounded(line))
+        shown = ", ".join(f"{kind} {lines[-1][f'{kind}_ms']:.3f} ms" for kind in cases)
+        print(f"step of {tokens} tokens, {pages} pages: {shown}", flush=True)
+        del cases
+        clean(model.device)
+    return lines
+
+
+def measure_row(models: dict[str, Model], length: int, repeats: int) -> dict:
+    """A forward of one whole row without a cache, launch by launch."""
+    line = {"length": length}
+    for kind, model in models.items():
+        ids = torch.arange(length, device=model.device)[None] % 1000
+        hidden = model.hidden_states(ids)
+        theirs = Model(model.spec, model.weights, None, backend="reference").hidden_states(ids)
+        line[f"{kind}_difference_from_reference"] = relative_error(hidden, theirs)
+        run = functools.partial(model.hidden_states, ids)
+        line[f"{kind}_ms"] = event_ms(run, model.device, repeats)
+    print(rounded(line), flush=True)
+    return rounded(line)
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments: argparse.ArgumentParser = parser(__doc__, "fp8_step", ["llada-8b"])
+    arguments.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    arguments.add_argument("--length", type=int, default=LENGTH)
+    arguments.add_argument("--repeats", type=int, default=9)
+    options = arguments.parse_args()
+    device, repeats = device_of(options), 3 if options.quick else options.repeats
+    report = []
+    for shape in options.shapes:
+        plain = random_model(shape, device, DTYPES[options.dtype], backend=options.backend)
+        models = {"bf16": plain, "fp8": quantized(plain)}
+        found = {"model": shape, "products": [], "rows": [], "steps": []}
+        for tokens in options.tokens:
+            found["products"] += measure_products(models["fp8"], plain, tokens, repeats)
+            found["rows"].append(measure_rows(models["fp8"], tokens, repeats))
+            if tokens in step_latency.BLOCK_SIZES and tokens <= 512:
+                found["steps"] += measure_step(models, tokens, options.length, repeats)
+        found["row"] = measure_row(models, options.length, repeats)
+        report.append(found)
+    targets = []
+    for line in report[0]["steps"] if options.shapes[0] == "llada-8b" else ():
+        if line["tokens"] in LIMITS and (line["pages"] == "shared" or line["tokens"] == 128):
+            limit = LIMITS[line["tokens"]]
+            targets.append(target(f"step of {line['tokens']} tokens, ms", line["fp8_ms"], limit))
+    if options.shapes[0] == "llada-8b" and options.length == LENGTH:
+        targets.append(target("a whole row of 1280, ms", report[0]["row"]["fp8_ms"], ROW_LIMIT))
+    write_report(options, device, targets=targets, shapes=report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+// out = x w^T in e4m3 for few tokens: the kernel. Its tiles, its pipeline and what it writes are those of
+// kernel.cuh: two neighbouring elements of 8 bits count as one of 16 wherever bytes are moved.
+#pragma once
+
+#include "gemm/kernel.cuh"
+
+namespace bbk {
+
+struct GemmFp8Args : GemmArgs {
+  const float* x_scale;       // [num_tokens]
+  const float* weight_scale;  // [out_features]
+};
+
+// Blocks of K whose products the tensor cores add up before the sum is added in fp32: they keep fewer bits.
+constexpr int kBlocksOfAStretch = 2;
+
+// Multiplies the sums with the scales of their rows and tokens.
+template <class S>
+__device__ __forceinline__ void apply_scales(float (&sums)[S::kTokens / 2], const float* token_scales,
+                                             const GemmFp8Args& args, int first_row, int group) {
+  const int thread = threadIdx.x % 128;
+  const int row = first_row + group * 64 + thread / 32 * 16 + thread % 32 / 4;
+  const float low = row < args.out_features ? args.weight_scale[row] : 0.0f;
+  const float high = row + 8 < args.out_features ? args.weight_scale[row + 8] : 0.0f;
+#pragma unroll
+  for (int j = 0; j < S::kTokens / 8; ++j) {
+    const float2 scale = *reinterpret_cast<const float2*>(token_scales + 8 * j + thread % 4 * 2);
+    sums[4 * j] *= scale.x * low, sums[4 * j + 1] *= scale.y * low;
+    sums[4 * j + 2] *= scale.x * high, sums[4 * j + 3] *= scale.y * high;
+  }
+}
+
+// Grid and clusters as of gemm_kernel; behind its shared memory lie the scales of the tile's tokens.
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
+                    const GemmFp8Args args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared[];
+  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens <= 232448);
+  float* token_scales = reinterpret_cast<float*>(shared + S::kSharedBytes);
+  const uint32_t stages = shared_address(shared);
+  const uint32_t full = stages + S::kPipelineBytes;
+  const uint32_t empty = full + 8 * S::kStages;
+  const int warpgroup = threadIdx.x / 128;
+  const int split = S::kSplitK > 1 ? blockIdx.y : 0;
+  const int share = S::kMulticast > 1 ? blockIdx.z : 0;
+  const int first_row = blockIdx.x * S::kRows;
+  const int k_begin = split * args.num_k_blocks / S::kSplitK;
+  const int count = (split + 1) * args.num_k_blocks / S::kSplitK - k_begin;
+
+  if (threadIdx.x == 0) {
+    prefetch_map(&x_map);
+    prefetch_map(&weight_map);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, S::kMulticast * S::kGroups * 4);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if constexpr (S::kSplitK * S::kMulticast > 1) cluster_barrier();
+  allow_successors();
+
+  if (warpgroup == S::kGroups) {
+    give_registers<S::kProducerRegisters>();
+    if (threadIdx.x == S::kGroups * 128) {
+      const uint64_t read_once = evict_first_policy();
+      const uint64_t keep = evict_last_policy();
+      const auto fetch_weight = [&](int i) {
+        const int stage = i % S::kStages;
+        const uint32_t barrier = full + 8 * stage;
+        barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * kSwizzledRowBytes);
+        const uint32_t target = stages + stage * S::kStageBytes;
+        const int k = (k_begin + i) * S::kBlockK;
+        if constexpr (S::kMulticast > 1) {
+          // A part of the tile into all CTAs of the cluster.
+          constexpr int kRowsEach = S::kRows / S::kMulticast;
+          copy_box_multicast(target + share * kRowsEach * kSwizzledRowBytes, &weight_map,
+                             {k, first_row + share * kRowsEach}, barrier, (1 << S::kMulticast) - 1,
+                             read_once);
+        } else {
+          copy_box(target, &weight_map, {k, first_row}, barrier, read_once);
+        }
+      };
+      const auto fetch_x = [&](int i) {
+        const int stage = i % S::kStages;
+        copy_box(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map,
+                 {(k_begin + i) * S::kBlockK, share * args.box_tokens}, full + 8 * stage, keep);
+      };
+      // A weight that nobody writes comes while the kernel before still runs.
+      if (!args.static_weight) wait_for_predecessors();
+      const int ahead = count < S::kStages ? count : S::kStages;
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) fetch_weight(i);
+      wait_for_predecessors();
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) fetch_x(i);
+#pragma unroll 1
+      for (int i = S::kStages; i < count; ++i) {
+        barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
+        fetch_weight(i);
+        fetch_x(i);
+      }
+      if constexpr (S::kMulticast > 1) {
+        // The other CTA arrives at these barriers for the last time: they must still be there.
+        for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
+          barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (S::kSplitK > 1) {
+      cluster_barrier();
+      cluster_barrier_with_writes();
+    }
+  } else {
+    take_registers<S::kConsumerRegisters>();
+    wait_for_predecessors();  // the activations are waited for in any case
+    for (int i = threadIdx.x; i < S::kTokens; i += S::kGroups * 128) {
+      const int token = share * args.box_tokens + i;
+      token_scales[i] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
+    }
+    named_barrier(1, S::kGroups * 128);
+    using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
+    const int lane = threadIdx.x % 32;
+    const auto release = [&](int i) {
+      const uint32_t barrier = empty + 8 * (i % S::kStages);
+      if constexpr (S::kMulticast > 1) {
+        if (lane < S::kMulticast) barrier_arrive_remote(remote_address(barrier, lane));
+      } else {
+        if (lane == 0) barrier_arrive(barrier);
+      }
+    };
+    float sums[S::kTokens / 2] = {};
+    float stretch[S::kTokens / 2];
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
+      const int end = min(begin + kBlocksOfAStretch, count);
+#pragma unroll 1
+      for (int i = begin; i < end; ++i) {
+        const int stage = i % S::kStages;
+        barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+        const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
+        const uint64_t a = matrix_descriptor(weight);
+        const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
+          // Descriptors count in 16 bytes: 32 elements of K are 2.
+          Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
+        }
+        wgmma_commit();
+        // Products of the block before are done: its stage may be filled again.
+        wgmma_wait<1>();
+        if (i > begin) release(i - 1);
+      }
+      wgmma_wait<0>();
+      keep_in_registers(stretch);
+      release(end - 1);
+#pragma unroll
+      for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
+    }
+    apply_scales<S>(sums, token_scales, args, first_row, warpgroup);
+    unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
+    if constexpr (S::kSplitK > 1) {
+      __syncwarp();
+      cluster_barrier();  // nobody reads a pipeline any more
+      send_parts<S>(sums, stages, split, warpgroup);
+      cluster_barrier_with_writes();
+      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
+    } else {
+      named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
+      write_out<S, 0>(sums, staging, args, first_row, warpgroup);
+    }
+  }
+#endif
+}
+
+}  // namespace bbk

@@ -1,0 +1,125 @@
+"""What a layer computes with its weights, by their kind: 16 and 32 bits, or e4m3.
+
+Between a norm and a product, and between activation and product, lie rows that only the product reads. With
+weights in e4m3 these rows are quantised where they are computed: a pair of values and scales takes the place
+of a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import blockbatch_kernels as bbk
+from blockbatch.models.quantized_weights import QuantizedWeight
+from blockbatch.models.spec import ModelSpec
+from blockbatch.models.weights import LayerWeights, TransformerWeights
+from blockbatch_kernels.shapes import split_heads
+
+# Values and scales of rows, see `bbk.quantize_rows`; where weights are not quantised, a tensor.
+Rows = Any
+
+
+def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
+    """An operator on tokens as calls of `size` tokens each; None: as it is.
+
+    Lists of integers among the arguments (positions, slots) belong to the tokens; all else is the same for
+    all.
+    """
+    if size is None:
+        return operator
+
+    def run(x: Tensor, *arguments: Tensor | None) -> Tensor:
+        results = []
+        for first in range(0, len(x), size):
+            piece = slice(first, first + size)
+            own = (value[piece] if _is_of_tokens(value) else value for value in arguments)
+            results.append(operator(x[piece], *own))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    return run
+
+
+def _is_of_tokens(value: Tensor | None) -> bool:
+    return value is not None and value.dim() == 1 and not value.is_floating_point()
+
+
+class Products:
+    """Weights in the model's dtype.
+
+    Args:
+        fixed_tokens: products are made of so many tokens at a time; None: of all.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, backend: str | None, fixed_tokens: int | None = None
+    ) -> None:
+        self.spec, self.dtype, self.backend, self.fixed_tokens = spec, dtype, backend, fixed_tokens
+        # Nothing writes the weights once they are loaded.
+        options = dict(static_weight=True, backend=backend)
+        self._linear = in_pieces(functools.partial(bbk.linear, **options), fixed_tokens)
+        self._gated = in_pieces(functools.partial(bbk.linear_swiglu, **options), fixed_tokens)
+        rotated = functools.partial(bbk.linear_rope_kv_write, num_heads=spec.num_heads, **options)
+        self._rotated = in_pieces(rotated, fixed_tokens)
+
+    def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Rows:
+        """The norm in front of a product; `residual` *written*."""
+        eps = self.spec.rms_norm_eps
+        return bbk.rms_norm(x, weight, eps=eps, residual=residual, backend=self.backend)
+
+    def rows(self, x: Tensor) -> Rows:
+        """`x` as a product takes it."""
+        return x
+
+    def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return self._linear(x, weight, bias)
+
+    def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
+        """q, with k and v on their way into the cache; `where` is what `bbk.rope_kv_write` takes behind v."""
+        return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where)
+
+    def activated(self, x: Rows, layer: LayerWeights) -> Rows:
+        """silu(gate) * up."""
+        return self._gated(x, layer.gate_up_weight)
+
+
+class Fp8Products(Products):
+    """Weights in e4m3, activations quantised by token."""
+
+    def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Rows:
+        eps = self.spec.rms_norm_eps
+        return bbk.rms_norm_fp8(x, weight, eps=eps, residual=residual, backend=self.backend)
+
+    def rows(self, x: Tensor) -> Rows:
+        return bbk.quantize_rows(x, backend=self.backend)
+
+    def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
+        values, scale = x
+        size = max(1, len(values)) if self.fixed_tokens is None else self.fixed_tokens
+        options = dict(out_dtype=self.dtype, static_weight=True, backend=self.backend)
+        results = []
+        for first in range(0, max(1, len(values)), size):
+            own = (part[first : first + size] for part in (values, scale))
+            results.append(bbk.linear_fp8(*own, weight.values, weight.scale, bias, **options))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
+        product = self.linear(x, layer.qkv_weight, layer.qkv_bias)
+        q, k, v = split_heads(product, self.spec.num_heads, where[-1])
+        bbk.rope_kv_write(q, k, v, *where, backend=self.backend)
+        return q
+
+    def activated(self, x: Rows, layer: LayerWeights) -> Rows:
+        return bbk.swiglu_fp8(self.linear(x, layer.gate_up_weight), backend=self.backend)
+
+
+def products_of(
+    spec: ModelSpec, weights: TransformerWeights, backend: str | None, fixed_tokens: int | None = None
+) -> Products:
+    """Those for the kind of these weights."""
+    kind = Fp8Products if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else Products
+    return kind(spec, weights.embedding.dtype, backend, fixed_tokens)

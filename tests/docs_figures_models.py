@@ -1,0 +1,185 @@
+"""The figures of docs/block_models.md and docs/dream.md; docs_figures.py says what a row is."""
+
+from docs_values import lines, named
+
+_DECODES, _STEPS, _DREAM = ["block_decodes.json"], ["block_steps.json"], ["dream_rules.json"]
+_PREFILL = {"forward": "prefill", "block_size": 32}
+_MODELS = ("sdar-8b", "fast-dllm-v2-7b")
+
+
+def percent(value):
+    return 100 * value
+
+
+def rule(name):
+    """Right answers with their interval, forwards by phase and in all; of the published rule's."""
+
+    def values(report):
+        row = named(report["problems"]["lines"], "rule", name)
+        found = [percent(value) for value in (row["accuracy"], *row["accuracy_95"])]
+        found += [row["nfe"][phase] for phase in ("prefill", "denoise", "store", "total")]
+        if "against_published" in row:
+            nfe = row["against_published"]["nfe"]
+            found += [percent(value) for value in (nfe["ratio"], *nfe["ratio_95"])]
+        return found
+
+    return values
+
+
+def against(report, key="against_published"):
+    return named(report["problems"]["lines"], "rule", "blockbatch")[key]
+
+
+def saved_branches(report):
+    way = named(report["problems"]["steps"], "way", "several_branches")["of_the_way_before"]
+    low, high = way["ratio_95"]
+    return [percent(1 - way["ratio"]), percent(1 - high), percent(1 - low)]
+
+
+def fewer_than_joined(report):
+    nfe = against(report, "against_joined")["nfe"]
+    low, high = nfe["ratio_95"]
+    return [percent(1 - nfe["ratio"]), percent(1 - high), percent(1 - low)]
+
+
+def way(name):
+    def values(report):
+        row = named(report["problems"]["steps"], "way", name)
+        return [row["nfe"], percent(row["saved_of_published"])]
+
+    return values
+
+
+def long_text(name):
+    def values(report):
+        row = named(report["texts"]["lines"], "rule", name)
+        found = [row["right"], row["nfe"]["total"]]
+        if name != "published":
+            nfe = row["against_published"]["nfe"]
+            found += [percent(value) for value in (nfe["ratio"], *nfe["ratio_95"])]
+        return found
+
+    return values
+
+
+def places(name):
+    return lambda report: [
+        " ".join(map(str, named(report["texts"]["lines"], "rule", name)["right_by_place"]))
+    ]
+
+
+def long_against(report):
+    row = named(report["texts"]["lines"], "rule", "blockbatch")["against_published"]
+    return [row["only_this_right"], row["only_the_other_right"], row["mcnemar_p"]]
+
+
+def forward(key, **wanted):
+    return lambda report: [lines(report, model=model, **wanted)[key] for model in _MODELS]
+
+
+def floors(report):
+    found = [lines(report, model=model, forward="denoise", branches=1) for model in _MODELS]
+    return [line[key] for line in found for key in ("products_ms", "kv_ms")]
+
+
+def found_prompts(report):
+    return [
+        lines(report, model=model, forward="found", share=share)["ours_ms"]
+        for model in _MODELS
+        for share in (0.5, 0.75)
+    ]
+
+
+_RULE = " | {:.1f} [{:.1f}, {:.1f}] | "
+_PHASES = "{:.1f} + {:.1f} + {:.1f}"
+_OF = " | {:.1f}% [{:.1f}, {:.1f}] |"
+BLOCK_MODELS = [
+    (
+        "60 of the problems" + _RULE + _PHASES + " | {:.1f} | {:.0f}% [{:.0f}, {:.0f}] |",
+        _DECODES, rule("static"),
+    ),
+    ("threshold 0.9" + _RULE + _PHASES + " | {:.2f} |", _DECODES, rule("published")),
+    ("next forward (ours)" + _RULE + "{:.0f} + {:.1f} + {:.0f} | {:.2f}" + _OF, _DECODES, rule("joined")),
+    ("4 to 32 (ours)" + _RULE + "{:.0f} + {:.1f} + {:.0f} | {:.2f}" + _OF, _DECODES, rule("blockbatch")),
+    (
+        "BlockBatch solves {} problems that the published rule does not, and fails {} that it solves "
+        "(McNemar, p = {:.2f}; {:+.1f} points [{:.1f}, {:+.1f}])",
+        _DECODES,
+        lambda report: [
+            *(against(report)[key] for key in ("only_this_right", "only_the_other_right")),
+            *(against(report)[key] for key in ("mcnemar_p", "points")),
+            *against(report)["points_95"],
+        ],
+    ),
+    ("it needs {:.1f}% fewer forwards [{:.1f}, {:.1f}]", _DECODES, fewer_than_joined),
+    *[
+        (f"| {text} | {{:.2f}} | {{:.1f}}% |", _DECODES, way(name))
+        for text, name in (
+            ("stores joined with the next forward", "stores_joined"),
+            ("last store left out: nobody reads that block's K/V", "last_store_left_out"),
+            ("BlockBatch with one branch of 32: ends with the text, not with its block", "one_branch"),
+            ("BlockBatch with branches of 4, 8, 16 and 32", "several_branches"),
+        )
+    ],
+    ("the branches alone save {:.1f}% [{:.1f}, {:.1f}]", _DECODES, saved_branches),
+    (
+        "takes {:.3f} s by the published rule, {:.3f} with joined stores, {:.3f} with one branch and {:.3f}",
+        _DECODES,
+        lambda report: [
+            named(report["seconds"]["lines"], "rule", name)["seconds"]
+            for name in ("published", "joined", "one_branch", "blockbatch")
+        ],
+    ),
+    (
+        "{} texts, prompt and answers {} to {} tokens long",
+        _DECODES,
+        lambda report: [
+            report["texts"]["texts"], *(report["texts"]["tokens_a_text"][key] for key in ("least", "most"))
+        ],
+    ),
+    ("| published rule | {} | {:.1f} |", _DECODES, long_text("published")),
+    ("| stores joined (ours) | {} | {:.1f}" + _OF, _DECODES, long_text("joined")),
+    ("| BlockBatch (ours) | {} | {:.1f}" + _OF, _DECODES, long_text("blockbatch")),
+    ("{}", _DECODES, places("published")),
+    ("{}", _DECODES, places("blockbatch")),
+    ("{} answers only BlockBatch has right, {} only the published rule: p = {:.2f}", _DECODES, long_against),
+    ("as a CUDA graph | {:.2f} | {:.2f} |", _STEPS, forward("graph_ms", forward="denoise", branches=1)),
+    ("its products + K/V | {:.2f} + {:.2f} | {:.2f} + {:.2f} |", _STEPS, floors),
+    ("(128 tokens) | {:.2f} | {:.2f} |", _STEPS, forward("graph_ms", forward="denoise", branches=4)),
+    ("first denoise | {:.2f} | {:.2f} |", _STEPS, forward("graph_ms", forward="fused")),
+    ("prompt of 4096 tokens | {:.1f} | {:.1f} |", _STEPS, forward("ours_ms", **_PREFILL)),
+    ("| its products | {:.1f} | {:.1f} |", _STEPS, forward("products_ms", **_PREFILL)),
+    ("in the prefix cache | {:.1f}, {:.1f} | {:.1f}, {:.1f} |", _STEPS, found_prompts),
+]  # fmt: skip
+
+
+def dream(label, end="prefix"):
+    def values(report):
+        line = lines(report, label=label, eos_exit=end)
+        return [line["forwards"], line["right"]]
+
+    return values
+
+
+DREAM = [
+    *[
+        (f"| {text} | {end} | {{:.2f}} | {{}} |", _DREAM, dream(label, end))
+        for text, label in (("LLaDA's", "llada_published"), ("Dream's", "dream_published"))
+        for end in ("prefix", "none")
+    ],
+    *[
+        (f"{text} | {{:.2f}} | {{}} |", _DREAM, dream(label))
+        for text, label in (
+            ("one token, the first MASK", "full_forwards_commit_by_threshold"),
+            ("empties it", "full_forwards_leave_the_map"),
+            ("with its last such probability", "map_keeps_the_latest_forward"),
+            ("the destination's own window", "merge_into_the_sources_windows"),
+            ("all tokens held", "leader_by_own_commits"),
+            ("the first MASK has moved far enough", "refresh_by_finished_blocks"),
+            ("takes the leader's", "sync_leaves_the_counter"),
+            ("takes the leader's map", "sync_leaves_the_map"),
+            ("the first branch is complete", "all_branches_must_be_done"),
+            ("the surest that is not an EOS", "forced_commit_takes_an_eos"),
+        )
+    ],
+]
