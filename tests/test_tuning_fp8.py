@@ -27,7 +27,7 @@ def test_a_tile_has_room_and_takes_the_sizes():
         tokens, out, inner = rng.randint(0, 400), 8 * rng.randint(0, 4000), 16 * rng.randint(0, 1000)
         tile = tuning.linear_fp8_tile(tokens, out, inner)
         if tile is None:
-            assert tokens < 1 or tokens > 256 or out < 1024 or inner < 16
+            assert tokens < 1 or tokens > 256 or out < 1024 or inner < 16 or (tokens > 128 and out > 8192)
             continue
         assert tokens <= tile.tokens and tile in tuning.LINEAR_FP8_TILES
         assert inner > 128 * (tile.split_k - 1)
@@ -44,6 +44,12 @@ def test_few_rows_are_shared_by_two_processors():
     """LLaDA-8B's output product has 64 tiles of 64 rows, half of an H100."""
     assert tuning.linear_fp8_tile(64, 4096, 4096).split_k == 2
     assert tuning.linear_fp8_tile(64, 24576, 4096).split_k == 1
+
+
+def test_two_waves_of_pairs_go_to_the_library():
+    assert tuning.linear_fp8_tile(252, 12288, 4096).multicast == 2
+    assert tuning.linear_fp8_tile(252, 24576, 4096) is None
+    assert tuning.linear_fp8_tile(128, 24576, 4096).multicast == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100, 256, 5000])
