@@ -64,9 +64,10 @@ def logits(name, ids):
     return model_of(name).logits(ids)
 
 
-def logits_with_adapter(name, adapter, ids):
+def logits_of(name, ids, **options):
+    """Those of a model that is loaded with these options."""
     size = place()[1]
-    return blockbatch.load_model(name, device="cpu", adapter=adapter, tensor_parallel=size).logits(ids)
+    return blockbatch.load_model(name, device="cpu", tensor_parallel=size, **options).logits(ids)
 
 
 def fill(name, text):

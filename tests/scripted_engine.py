@@ -16,7 +16,7 @@ class EngineScripted:
     def __init__(self, scripted, page_size=16):
         self.scripted, self.page_size = scripted, page_size
         self.device, self.backend, self.dtype = torch.device("cpu"), None, torch.float32
-        self.tokenizer, self.cache_bytes = None, None
+        self.tokenizer, self.cache_bytes, self.quantization = None, None, None
         self.eos_token_ids = tuple(sorted(scripted.eos_token_ids))
         self.spec = SimpleNamespace(
             family="dream" if scripted.prediction_offset else "llada",

@@ -6,7 +6,7 @@ import torch
 import blockbatch
 import blockbatch_kernels as bbk
 from blockbatch.decoding.engine import Engine
-from blockbatch.models.transformer import in_pieces
+from blockbatch.models.products import in_pieces
 from blockbatch_kernels import tuning
 from engine_mixes import outcome, random_mix
 from plain_models import write_llada

@@ -17,7 +17,6 @@ from blockbatch.models import checkpoint, weights
 from blockbatch.models.products import products_of
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import CheckpointError
-from blockbatch.parallel import group
 from blockbatch.tracing import trace_header
 from blockbatch_kernels import library
 from live_memory import LiveMemory
@@ -345,10 +344,3 @@ def test_products_in_pieces_are_those_of_the_pieces(tmp_path):
         part = whole.linear(whole.rows(x[first : first + 4]), layer.gate_up_weight)
         assert torch.equal(got[first : first + 4], part)
     assert pieces.linear(pieces.rows(x[:0]), layer.gate_up_weight).shape == (0, 96)
-
-
-def test_a_share_of_a_quantised_model_is_refused(tmp_path, monkeypatch):
-    plain_models.write_llada(tmp_path)
-    monkeypatch.setattr(group, "device_of_rank", lambda ranks, device: "cpu")
-    with pytest.raises(ValueError, match="quantization: expected None with tensor_parallel, got 'fp8'"):
-        load(tmp_path, quantization="fp8", tensor_parallel=2)

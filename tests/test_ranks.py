@@ -97,12 +97,24 @@ def test_two_ranks_stream_what_one_process_streams(two, tiny):
 def test_an_adapter_in_parts(two, tmp_path, family):
     base = write_model(tmp_path / "base", family)
     write_adapter(tmp_path / "adapter", base, targets_of(family))
-    ids, (folder, adapter) = [[5, 1, 2, 30]], (str(base), str(tmp_path / "adapter"))
-    first, second = two.values(rank_cases.logits_with_adapter, folder, adapter, ids)
+    ids, adapter = [[5, 1, 2, 30]], str(tmp_path / "adapter")
+    first, second = two.values(rank_cases.logits_of, str(base), ids, adapter=adapter)
     assert torch.equal(first, second)
     expected = blockbatch.load_model(base, device="cpu", adapter=adapter).logits(ids)
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, blockbatch.load_model(base, device="cpu").logits(ids), atol=0.1)
+
+
+def test_weights_in_e4m3(two, tiny):
+    """Each rank quantises its part of a row by a scale of its own: as far from fp32 as one process."""
+    ids = torch.randint(0, 1414, (8, 40), generator=torch.Generator().manual_seed(0))
+    ids[:, 20:] = 1415  # MASK
+    first, second = two.values(rank_cases.logits_of, "tiny", ids, quantization="fp8")
+    assert torch.equal(first, second)
+    exact = tiny.logits(ids)
+    whole = blockbatch.load_model("tiny", device="cpu", quantization="fp8").logits(ids)
+    error, usual = ((logits - exact).norm() / exact.norm() for logits in (first, whole))
+    assert 0 < usual and error < 1.25 * usual
 
 
 def test_gaps_are_filled_as_by_one_process(two, tiny):

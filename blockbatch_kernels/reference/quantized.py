@@ -12,8 +12,10 @@ from blockbatch_kernels.shapes import E4M3, E4M3_MAX, LEAST_AMAX
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     exact = x.float()
     amax = exact.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX)
+    # A tensor: with a number torch multiplies by a reciprocal, which rounds twice.
+    largest = torch.full_like(amax, E4M3_MAX)
     # One division a row: what is multiplied by its result is at most a rounding above the largest of e4m3.
-    return (exact * (E4M3_MAX / amax)).to(E4M3), (amax / E4M3_MAX).squeeze(-1)
+    return (exact * (largest / amax)).to(E4M3), (amax / largest).squeeze(-1)
 
 
 def rms_norm_fp8(

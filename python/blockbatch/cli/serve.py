@@ -40,6 +40,9 @@ def add_parser(commands: Any) -> None:
     add_own(group)
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument("--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere), float16")
+    group.add_argument(
+        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+    )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call it (MODEL)")
     group.add_argument(

@@ -210,6 +210,7 @@ class BlockForward:
         if self._generation != self.pool.generation:
             # The pool's memory is another.
             self._graphs.clear()
+            self._graph_pool = None  # gone with the last graph
             self._generation = self.pool.generation
         graph = self._graphs.get(shape)
         if graph is not None:

@@ -311,8 +311,8 @@ class Engine:
         if seat in self._running:
             self._running.remove(seat)
             self._lane.leave(seat)
-            ran = time.monotonic() - request.started
-            self._admission.release(seat, ran if status == "finished" else None)
+            ran = time.monotonic() - request.started if status == "finished" else None
+            self._admission.release(seat, ran)
         else:
             self._admission.remove(seat)
         request.status, request.error, request.finished = status, error, time.monotonic()

@@ -118,7 +118,6 @@ class SlotForward:
         self.device, self._backend = model.device, model.backend
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
-        self._pool = None
         self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
@@ -138,6 +137,7 @@ class SlotForward:
     def forget_graphs(self) -> None:
         """What captured steps refer to has moved."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._pool = None  # gone with the last graph
 
     def grow(self, sizes: Sizes) -> Tensor:
         """Makes room; gives the new number of each old row, for the page table."""
@@ -218,7 +218,8 @@ class SlotForward:
         units = tuning.plans_units(
             *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
         )
-        key = capacity, units, tuple(number for number, _ in self.groups)
+        # With the settings: a group's number is given again, and a graph has its settings inside.
+        key = capacity, units, tuple(self.groups)
         if key in self._graphs:
             self._graphs[key].replay()
             return

@@ -187,7 +187,7 @@ def load_weights(
         place, update = places[entry.name], updates.get(entry.name)
         written, part = place.rows(weights), (place.first_row, place.first_column)
         if isinstance(written, QuantizedWeight):
-            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update)
+            stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update, *part)
         elif update is not None:
             update.read_merged(entry, written, staging, *part)
         else:

@@ -361,8 +361,6 @@ def load_model(
         quantization = "fp8"
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
-    if quantization is not None and tensor_parallel != 1:
-        raise ValueError(f"quantization: expected None with tensor_parallel, got {quantization!r}")
     with devices.current(device):
         share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
     what, spec = f"the weights of {name_or_path}", share.local_spec(spec)

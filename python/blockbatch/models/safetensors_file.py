@@ -145,18 +145,24 @@ def read_tensor(
             )
 
 
-def read_bytes(entry: TensorEntry, written: torch.Tensor, staging: torch.Tensor) -> None:
-    """Read the first `written.numel()` bytes of a tensor as they are.
+def read_bytes(
+    entry: TensorEntry,
+    written: torch.Tensor,
+    staging: torch.Tensor,
+    first_row: int = 0,
+    first_column: int = 0,
+) -> None:
+    """Read the first `written.numel()` bytes of a tensor as they are, or a part of its rows and columns.
 
     Args:
         entry: a tensor of elements of one byte.
         written: contiguous uint8, any device.
-        staging: see `read_tensor`.
+        staging, first_row, first_column: see `read_tensor`.
 
     Raises:
         CheckpointError: the file ends too early.
     """
-    for part, chunk in _chunks(entry, written, staging, 1):
+    for part, chunk in _chunks(entry, written, staging, 1, first_row, first_column):
         part.copy_(chunk)
 
 

@@ -10,7 +10,7 @@ quantised by token here, so that stored scales of activations are not read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -177,14 +177,17 @@ def read_quantized(
     staging: torch.Tensor,
     scale: StoredScale | None,
     update: Update | None = None,
+    first_row: int = 0,
+    first_column: int = 0,
 ) -> None:
-    """Read a weight into rows of e4m3, some rows at a time.
+    """Read a weight, or a part of its rows and columns, into rows of e4m3, some rows at a time.
 
     Args:
         entry: a tensor [out, in] of a float dtype, or in e4m3 with `scale`.
         written: [out, in]; receives the rows.
         staging: see `read_tensor`; at least a row.
         update: of an adapter, added to the whole weight in fp32 before it is quantised.
+        first_row, first_column: where the part begins whose size is `written`'s.
 
     Raises:
         CheckpointError: the file ends too early, or a value or scale is not finite; an adapter of a weight
@@ -199,29 +202,30 @@ def read_quantized(
                 f"{entry.dtype}"
             )
         merged = torch.empty(rows, columns, dtype=torch.float32, device=written.values.device)
-        update.read_merged(entry, merged, staging)
+        update.read_merged(entry, merged, staging, first_row, first_column)
         _quantize(merged, written)
         return
     if scale is not None:
         factors = torch.empty(scale.entry.shape, dtype=torch.float32, device=written.scale.device)
         read_tensor(scale.entry, factors, staging)
         if scale.block is None:
-            written.scale.copy_(factors.reshape(-1))
-            read_bytes(entry, written.values.view(torch.uint8), staging)
+            factors = factors.reshape(-1)
+            written.scale.copy_(factors if len(factors) == 1 else factors[first_row : first_row + rows])
+            read_bytes(entry, written.values.view(torch.uint8), staging, first_row, first_column)
             _check_finite(entry, written.values)
             return
     step = max(1, staging.numel() // (columns * item))
     for start in range(0, rows, step):
         part = written[start : start + step]
-        chunk = replace(entry, begin=entry.begin + start * columns * item)
+        at = first_row + start, first_column
         if scale is None:
             exact = torch.empty(part.shape, dtype=FLOAT_DTYPES[entry.dtype], device=part.values.device)
-            read_tensor(chunk, exact, staging)
+            read_tensor(entry, exact, staging, *at)
         else:
             stored = torch.empty_like(part.values)
-            read_bytes(chunk, stored.view(torch.uint8), staging)
+            read_bytes(entry, stored.view(torch.uint8), staging, *at)
             _check_finite(entry, stored)
-            exact = stored.float() * _spread(factors, scale.block, start, part.shape)
+            exact = stored.float() * _spread(factors, scale.block, *at, part.shape)
         _quantize(exact, part)
 
 
@@ -233,12 +237,12 @@ def _quantize(exact: torch.Tensor, written: QuantizedWeight) -> None:
 
 
 def _spread(
-    factors: torch.Tensor, block: tuple[int, int], first_row: int, shape: tuple[int, ...]
+    factors: torch.Tensor, block: tuple[int, int], first_row: int, first_column: int, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """The scale of each element of some rows, from those of blocks."""
     device = factors.device
     row = (torch.arange(shape[0], device=device) + first_row) // block[0]
-    column = torch.arange(shape[1], device=device) // block[1]
+    column = (torch.arange(shape[1], device=device) + first_column) // block[1]
     return factors[row][:, column]
 
 

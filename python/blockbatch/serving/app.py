@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from blockbatch.serving.respond import Json, respond
 from blockbatch.serving.service import Service
 
 # Parts of a message's place that name a member of a union rather than a field.
-_UNION_PARTS = ("list[", "str", "int", "function-", "constrained-", "nullable", "BlockBatchOptions")
+_UNION_PART = re.compile(r"str|int|nullable|BlockBatchOptions|[a-z]+\[.*\]|(function|constrained)-.*")
 
 
 def create_app(service: Service, version: str) -> FastAPI:
@@ -163,6 +164,6 @@ def _place(parts: Sequence[str | int]) -> str:
     for part in parts[1:]:
         if isinstance(part, int):
             name += f"[{part}]" if name else ""
-        elif not part.startswith(_UNION_PARTS):
+        elif not _UNION_PART.fullmatch(part):
             name += f".{part}" if name else part
     return name[:200]
