@@ -1,4 +1,4 @@
-"""The figures of docs/block_models.md and docs/dream.md; docs_figures.py says what a row is."""
+"""The figures of docs/block_models.md, dream.md and quantization.md; docs_figures.py says what a row is."""
 
 from docs_values import lines, named
 
@@ -182,4 +182,45 @@ DREAM = [
             ("the surest that is not an EOS", "forced_commit_takes_an_eos"),
         )
     ],
+]
+
+
+def fp8_step(tokens, pages):
+    def values(report):
+        (step,) = (
+            row for row in report["shapes"][0]["steps"] if (row["tokens"], row["pages"]) == (tokens, pages)
+        )
+        return [step["bf16_ms"], step["fp8_ms"]]
+
+    return values
+
+
+def fp8_products(tokens, *ways):
+    """Of all layers, ms."""
+
+    def values(report):
+        products = [row["ms"] for row in report["shapes"][0]["products"] if row["tokens"] == tokens]
+        return [sum(times[way] for times in products) for way in ways]
+
+    return values
+
+
+_FP8 = ["fp8_step.json"]
+QUANTIZATION = [
+    ("| step of 32 tokens | {:.2f} | {:.2f} |", _FP8, fp8_step(32, "separate")),
+    ("| step of 128 tokens | {:.2f} | {:.2f} |", _FP8, fp8_step(128, "separate")),
+    ("| step of 252 tokens, prompt pages shared | {:.2f} | {:.2f} |", _FP8, fp8_step(252, "shared")),
+    ("| step of 252 tokens, every row its own pages | {:.2f} | {:.2f} |", _FP8, fp8_step(252, "separate")),
+    (
+        "| a whole row of 1280 tokens | {:.1f} | {:.1f} |",
+        _FP8,
+        lambda report: [report["shapes"][0]["row"][name] for name in ("bf16_ms", "fp8_ms")],
+    ),
+    (
+        "The four products of all layers with 128 tokens take {:.2f} ms in bf16, {:.2f} by the matrix "
+        "library's kernels for e4m3 with a scale for each row, {:.2f} by ours, and {:.2f} by the library "
+        "with one scale",
+        _FP8,
+        fp8_products(128, "bf16", "library", "ours", "one_scale"),
+    ),
 ]
