@@ -123,7 +123,7 @@ def test_ops(tmp_path):
     lines = report["models"]["small-dream"]
     assert {line["op"] for line in lines} == {
         "rms_norm", "swiglu", "rope_kv_write", "linear_rope_kv_write", "varlen_attention", "attention_plan",
-        "lm_head_confidence", "pack_windows", "decode_policy", "share_pages", "copy_pages",
+        "lm_head_confidence", "lm_head_sample", "pack_windows", "decode_policy", "share_pages", "copy_pages",
     }  # fmt: skip
     for line in lines:
         assert {"torch", "reference"} <= set(line["versions"])

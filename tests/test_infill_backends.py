@@ -1,7 +1,6 @@
 """Fills on every backend: the compiled policy on the host, Triton's in its interpreter, all on a GPU."""
 
 import random
-import re
 import runpy
 from pathlib import Path
 
@@ -85,13 +84,6 @@ def test_the_built_in_model_on_a_gpu(backend, options):
         for got in (found, together[1:4]):
             assert [one.canvas for one in got] == [one.canvas for one in expected]
             assert [one.nfe for one in got] == [one.nfe for one in expected]
-
-
-def test_the_page_prints_what_it_says(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "infilling.md").read_text()
-    (code, printed) = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", page, re.DOTALL).groups()
-    exec(code, {})
-    assert capsys.readouterr().out == printed
 
 
 def test_the_example(capsys):

@@ -113,7 +113,7 @@ def test_model_args():
         (
             None,
             {"treshold": 0.9},
-            "model_args: expected pretrained, preset, decode_preset or one of method, .* got 'treshold'",
+            "model_args: expected pretrained, preset, decode_preset or one of temperature, .* got 'treshold'",
         ),
         (None, {"trace": True}, "model_args: .* got 'trace'"),
         (None, {"block_sizes": "4-8"}, "block_sizes: expected integers such as 4:8:16, got '4-8'"),

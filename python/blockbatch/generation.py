@@ -230,12 +230,13 @@ def _session(
     model: Model,
     prompts: list[list[int]],
     config: DecodeConfig,
-    numbers: Sequence[int],
+    numbers: Sequence[int] | None = None,
     regions: Sequence[list[int]] | None = None,
 ) -> Session | BlockSession:
     method = method_for(model, config)
     sampling = None
     if method.sampling is not None:
+        numbers = range(len(prompts)) if numbers is None else numbers
         sampling = [sampling_for(model, config, number) for number in numbers]
     stops = None
     if config.stop:
