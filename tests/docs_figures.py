@@ -5,7 +5,7 @@ function that takes their contents and gives the values of the fields. `WITHOUT_
 numbers that are no results, such as versions, for pages on which every other number stands in such a text.
 """
 
-from docs_figures_models import BLOCK_MODELS, DREAM, QUANTIZATION
+from docs_figures_models import BLOCK_MODELS, DREAM, QUANTIZATION, SERVING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
 from docs_values import DREAM_PARAMETERS, LLADA_PARAMETERS, clock, memory, named
 
@@ -179,6 +179,7 @@ FIGURES = {
     "docs/block_models.md": BLOCK_MODELS,
     "docs/dream.md": DREAM,
     "docs/quantization.md": QUANTIZATION,
+    "docs/serving.md": SERVING,
 }
 WITHOUT_FILE = {
     "README.md": [

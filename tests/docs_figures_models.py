@@ -1,4 +1,4 @@
-"""The figures of docs/block_models.md, dream.md and quantization.md; docs_figures.py says what a row is."""
+"""The figures of docs/block_models.md, dream.md, quantization.md and serving.md, as docs_figures.py says."""
 
 from docs_values import lines, named
 
@@ -223,4 +223,31 @@ QUANTIZATION = [
         _FP8,
         fp8_products(128, "bf16", "library", "ours", "one_scale"),
     ),
+]
+
+
+def served(by, streams):
+    def values(report):
+        return [
+            next(
+                line["tokens_per_s"]
+                for line in report["lines"]
+                if (line["setting"], line["by"], line["at_a_time"]) == (setting, by, streams)
+            )
+            for setting in ("dual_cache", "blockbatch, branches by load")
+        ]
+
+    return values
+
+
+SERVING = [
+    (f"| {label} | {{:.0f}} | {{:.0f}} |", ["serve_cpu.json"], served(by, streams))
+    for label, by, streams in (
+        ("one by one", "one by one", 1),
+        ("batches of 8", "batches of 8", 8),
+        ("batches of 24", "batches of 24", 24),
+        ("server, 1 stream", "server", 1),
+        ("server, 8 streams", "server", 8),
+        ("server, 24 streams", "server", 24),
+    )
 ]
