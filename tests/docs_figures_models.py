@@ -226,6 +226,34 @@ QUANTIZATION = [
 ]
 
 
+def fp8_accuracy(method):
+    def values(report):
+        row = named(report["decodes"], "method", method)
+        return [
+            *(row[name] for name in ("right_bf16", "right_fp8", "points")),
+            *row["points_95"],
+            *(row[name] for name in ("nfe_ratio", "equal_canvases")),
+        ]
+
+    return values
+
+
+QUANTIZATION += [
+    (
+        f"| {method} | {{}} | {{}} | {{:.2f}} [{{:.2f}}, {{:.2f}}] | {{:.3f}} | {{}} |",
+        ["fp8_accuracy.json"],
+        fp8_accuracy(method),
+    )
+    for method in ("blockbatch", "prefix_cache", "dual_cache", "local_leap")
+] + [
+    (
+        "behind all eight layers differ from fp32 by {:.1f}% in bf16 and {:.1f}% with e4m3",
+        ["fp8_accuracy.json"],
+        lambda report: [percent(report["layers"][-1][name]) for name in ("error_bf16", "error_fp8")],
+    )
+]
+
+
 def served(by, streams):
     def values(report):
         return [
