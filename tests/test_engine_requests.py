@@ -211,6 +211,21 @@ def test_an_error_of_the_forward_fails_what_ran_and_the_engine_goes_on(model, mo
     assert pages_in_use(engine) == 0
 
 
+def test_an_error_while_a_request_joins_fails_all_that_join(model, monkeypatch):
+    """Those behind it among them, which have not begun."""
+    engine = new_engine(model, max_requests=3)
+    requests = [engine.submit([number], CONFIG) for number in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._lane, "join", lambda seat: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert [request.status for request in requests] == ["failed"] * 3 + ["queued"]
+    assert all(isinstance(request.error, ZeroDivisionError) for request in requests[:3])
+    engine.run_until_idle()
+    assert outcome(requests[3].result) == outcome(blockbatch.generate(model, [3], CONFIG))
+    assert pages_in_use(engine) == 0
+
+
 def test_an_error_of_the_callback_fails_its_request(model):
     def broken(request):
         if request.final:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -141,7 +142,7 @@ def phases(nfe: Any) -> dict[str, int]:
     return {phase: int(count) for phase, count in counts.items() if phase != "total"}
 
 
-class Shape:
+class Shape(ABC):
     """The JSON of one answer; `ChatShape` and `CompletionShape` say how a text stands in it.
 
     Args:
@@ -184,11 +185,13 @@ class Shape:
     def _choice(self, index: int, reason: str | None, **content: Any) -> dict[str, Any]:
         return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
+    @abstractmethod
     def _full(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The fields of a choice that hold a whole text."""
 
+    @abstractmethod
     def _delta(self, text: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """The fields of a choice that hold the next piece of a text; None: of its last chunk."""
 
 
 class ChatShape(Shape):
