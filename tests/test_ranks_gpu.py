@@ -40,6 +40,14 @@ def test_numbers_are_collected_from_every_rank(ranks, transport):
     ranks.values(rank_cases.collect_on_gpus, transport, timeout=WAIT)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_sums_have_the_bits_of_two_steps_everywhere(ranks, dtype, quantized):
+    """One row, steps, a whole row, and more rows than an inbox holds."""
+    sizes = ((1, 4096), (32, 3584), (128, 4096), (252, 4096), (1280, 4096), (5000, 4096))
+    ranks.same(rank_cases.norms_on_gpus, dtype, quantized, sizes, timeout=WAIT)
+
+
 def test_two_gpus_decode_what_one_process_decodes(ranks):
     """In fp32, through captured steps."""
     model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
@@ -52,6 +60,7 @@ def test_two_gpus_decode_what_one_process_decodes(ranks):
 
 
 def test_rows_in_two_lanes_are_those_of_one(ranks):
+    """The first rows of three prompts are more than go at once, and so go into both lanes."""
     for prompt, options in TINY[:4]:
         _, entered = ranks.same(rank_cases.decode_by_lanes, "tiny", prompt, options, timeout=WAIT)
         assert entered or not isinstance(prompt, list)

@@ -133,7 +133,7 @@ class Model:
             distinct_rows=cache.distinct_rows,
             fixed_tokens=fixed_tokens,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
         )
         hidden = hidden if few else hidden[packed.predict_index]
         target, operators = packed.predict_target, self.share.head
@@ -220,7 +220,7 @@ class Model:
             ends.repeat(rows).to(self.device, torch.int32),
             wanted=wanted,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
         )
 
     def log_likelihood(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def forward(
     distinct_rows: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    all_reduce_norm: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -104,8 +105,8 @@ def forward(
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
-        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
-            `weights` then are; its result is used before the next call. None: nobody shares them.
+        all_reduce_norm: see `RankGroup.all_reduce_norm`: adds up the partial products of the ranks that share
+            the layers, whose part `spec` and `weights` then are. None: nobody shares them.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
@@ -129,7 +130,7 @@ def forward(
             fixed_cut=fixed_tokens is not None,
             backend=backend,
         )
-    products = products_of(spec, weights, backend, fixed_tokens)
+    products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
@@ -153,15 +154,11 @@ def forward(
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
-        if all_reduce is not None:
-            projected = all_reduce(projected)
-        normed = products.norm(projected, layer.post_norm, residual)
+        normed = products.norm_of_sum(projected, layer.post_norm, residual)
         down = products.linear(products.activated(normed, layer), layer.down_weight)
-        if all_reduce is not None:
-            down = all_reduce(down)
         if not last:
-            normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
-    return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
+            normed = products.norm_of_sum(down, weights.layers[index + 1].input_norm, residual)
+    return products.final_norm(down, weights.final_norm, residual)
 
 
 def _normed_heads(
