@@ -13,8 +13,8 @@ state, bit for bit. Then, in turns on all GPUs at the same time, medians by even
     products_ms     the matrix products of a rank alone, by cuBLAS, in a CUDA graph
     all_reduce_us   of one all-reduce of [tokens, hidden_size] among many in a graph, by each way there is:
                     "one_shot" and "two_shot" of symmetric memory (with the copy into it), NCCL
-    sum_and_norm_us an all-reduce and the norm behind it: "two_steps", and "as_called" by the layers (one kernel,
-                    where there is one)
+    sum_and_norm_us an all-reduce and the norm behind it: "two_steps", and "as_called" by the layers (in one
+                    kernel, where there is one)
     head_us         the LM head of as many predictions, parts merged, and on one GPU the whole
 """
 
