@@ -27,17 +27,19 @@ def place():
 
 
 @functools.cache
-def model_of(name, dtype="float32"):
-    return blockbatch.load_model(name, device=rank_processes.DEVICE, dtype=dtype, tensor_parallel=place()[1])
+def model_of(name, dtype="float32", **options):
+    options = dict(device=rank_processes.DEVICE, dtype=dtype, tensor_parallel=place()[1], **options)
+    return blockbatch.load_model(name, **options)
 
 
 def load(name, **options):
     blockbatch.load_model(name, **{"device": "cpu", "tensor_parallel": place()[1], **options})
 
 
-def decode(name, prompt, options, dtype="float32"):
+def decode(name, prompt, options, dtype="float32", **more):
     """What a decode ends with; of several prompts each."""
-    return outcomes(blockbatch.generate(model_of(name, dtype), prompt, blockbatch.DecodeConfig(**options)))
+    config = blockbatch.DecodeConfig(**options)
+    return outcomes(blockbatch.generate(model_of(name, dtype, **more), prompt, config))
 
 
 def outcomes(results):
@@ -84,11 +86,11 @@ def log_likelihood(name, prompt, answer):
     return model_of(name).log_likelihood(prompt, answer, samples=8)
 
 
-def check_records(module, test, records, folder, indices):
+def check_records(module, test, records, folder, indices, **options):
     """A test module's own test of its records, on the model of the ranks."""
     module = importlib.import_module(module)
     for index in indices:
-        getattr(module, test)(model_of(folder), getattr(module, records)[index])
+        getattr(module, test)(model_of(folder, **options), getattr(module, records)[index])
 
 
 def bytes_read(folder):

@@ -5,10 +5,12 @@ import torch
 
 import blockbatch
 import rank_cases
+import whole_row_cases
 from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
 from test_ranks import SHORT, TINY
+from test_whole_rows import CASES, PROMPTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +66,32 @@ def test_rows_in_two_lanes_are_those_of_one(ranks):
     for prompt, options in TINY[:4]:
         _, entered = ranks.same(rank_cases.decode_by_lanes, "tiny", prompt, options, timeout=WAIT)
         assert entered or not isinstance(prompt, list)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 40])
+def test_two_gpus_decode_by_dealt_rows_what_one_process_decodes(ranks, row_tokens):
+    model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(model, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in CASES
+    ]
+    options = dict(row_tokens=row_tokens, timeout=WAIT)
+    found = ranks.same(whole_row_cases.decode_all, "tiny", CASES, **options)
+    assert [outcome for outcome, _ in found] == expected
+    assert {phase for phase, _ in found[1][1]} == {0, 2}
+
+
+def test_keys_and_values_of_dealt_rows(ranks):
+    for dealt, in_parts in ranks.values(whole_row_cases.first_forward, "tiny", PROMPTS[:4], CASES[0][1]):
+        for one, other in zip(dealt, in_parts, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_parts_reach_whom_they_are_for(ranks):
+    """Some megabytes, and more than the buffer has room for."""
+    for pages, sends in ((3, 9), (600, 3)):
+        shape = (pages, 16, 16, 128)
+        assert ranks.same(whole_row_cases.exchanged, shape, sends, timeout=WAIT) == [True] * sends
 
 
 def test_half_precision_decodes_alike_on_all_ranks(ranks):

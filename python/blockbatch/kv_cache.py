@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,12 @@ def cache_bytes(
     """Bytes of a cache in which every row may come to own all its pages."""
     positions = num_rows * pages_per_row(canvas_length, page_size) * page_size
     return 2 * num_layers * positions * num_kv_heads * head_dim * dtype.itemsize
+
+
+def layer_bytes(spec: Any, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens of so many rows in one layer."""
+    positions = tokens + rows * PAGE_SIZE
+    return 2 * positions * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
 class KVCache:

@@ -95,6 +95,10 @@ def needs(
     step = most_tokens(method, num_requests, prompt, gen_length)
     regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
     work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), **kinds)
+    if (all_weights := share_of(model).whole) is not None:
+        tokens = min(rows * length, max(length, ROW_TOKENS[device.type]))
+        layer = kv_cache.layer_bytes(all_weights.spec, dtype, rows, tokens)
+        work = max(work, transformer.activation_bytes(all_weights.spec, dtype, tokens, **kinds) + layer)
     rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads

@@ -6,6 +6,8 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
+from blockbatch.decoding.dealt_rows import predict_dealt
+from blockbatch.decoding.packing import pack, plan_of, predict
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan
 
@@ -38,9 +40,12 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
         max_tokens: rows are computed several at a time within this many tokens, a longer row alone.
     """
     batch.cache.prepare(batch.plan)
-    parts = []
-    with share_of(model).lanes() as lane:
-        for number, rows in enumerate(_chunks(plan.query_lengths, max_tokens)):
+    share = share_of(model)
+    parts, lengths = [], plan.query_lengths
+    if share.whole is not None:
+        parts, lengths = predict_dealt(share, batch, plan, max_tokens)
+    with share.lanes() as lane:
+        for number, rows in enumerate(_chunks(lengths, max_tokens)):
             with lane(number):
                 parts.append(_predict_rows(model, batch, plan, rows))
     batch.cache.share(batch.plan.source_row)
@@ -51,11 +56,8 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
 def _predict_rows(model, batch: Batch, plan: HostPlan, rows: slice) -> bbk.Predictions:
     """The forward of some of the planned rows."""
     predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
-    query_end = torch.zeros_like(batch.plan.query_end)
-    query_end[rows] = batch.plan.query_end[rows]
-    chunk = batch.plan._replace(query_end=query_end)
     batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
-    return _predict(model, batch, chunk, sum(plan.query_lengths[rows]), predict_capacity)
+    return _predict(model, batch, plan_of(batch, rows), sum(plan.query_lengths[rows]), predict_capacity)
 
 
 def replan(batch: Batch) -> None:
@@ -91,27 +93,8 @@ def _predict(
     *,
     scattered: bool = False,
 ) -> bbk.Predictions:
-    params = batch.method.params
-    packed = bbk.pack_windows(
-        batch.state,
-        plan,
-        batch.cache.page_table,
-        page_size=batch.cache.page_size,
-        capacity=capacity,
-        predict_capacity=predict_capacity,
-        prediction_offset=params.prediction_offset,
-        scattered=scattered,
-        backend=batch.backend,
-    )
-    probe_tokens = None
-    if params.eos_exit == "window":
-        probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-    options = {}
-    if batch.sampling is not None:
-        options["sampling"] = batch.sampling.draw(batch.state, packed.predict_target)
-    if params.policy == "dream_published":
-        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True, **options)
-    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens, **options)
+    packed = pack(batch, plan, capacity, predict_capacity, scattered=scattered)
+    return predict(model, batch, packed, batch.cache)
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:

@@ -91,6 +91,7 @@ def forward(
     fixed_tokens: int | None = None,
     backend: str | None = None,
     all_reduce_norm: Callable[..., Any] | None = None,
+    after_attention: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -107,6 +108,8 @@ def forward(
             whatever way is the fastest.
         all_reduce_norm: see `RankGroup.all_reduce_norm`: adds up the partial products of the ranks that share
             the layers, whose part `spec` and `weights` then are. None: nobody shares them.
+        after_attention: called with the number of each layer once all that reads its keys and values is on
+            its way.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
@@ -150,6 +153,8 @@ def forward(
             plan=plan,
             backend=attention_backend,
         )
+        if after_attention is not None:
+            after_attention(index)
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.parallel import digest
+from blockbatch.parallel.exchange import HostExchange, NcclExchange, SymmetricExchange
 from blockbatch.parallel.transport import HostTransport, NcclTransport, SymmetricTransport
 from blockbatch.parallel.watch import RankError, Watch
 from blockbatch.values import as_int
@@ -116,6 +117,14 @@ class RankGroup:
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape] fp32: the x of every rank, fp32 and of one shape."""
         return self._transport.all_gather(x)
+
+    def exchange_parts(self) -> HostExchange | NcclExchange | SymmetricExchange:
+        """A way for keys and values between ranks; made on all of them at the same time."""
+        if self.transport == "gloo":
+            return HostExchange(self._host, self.rank)
+        if self.transport == "symmetric":
+            return SymmetricExchange(self._control, self.device)
+        return NcclExchange(dist.new_group(backend="nccl", timeout=_PATIENCE))
 
     def another_transport(self) -> SymmetricTransport:
         """Symmetric memory for sums beside those of the group; made on all ranks at the same time."""

@@ -32,6 +32,8 @@ class Share:
         vocabulary: token ids of the LM head here; None: all of them.
         all_reduce_norm: see `transformer.forward`.
         head: has the operators `lm_head_confidence` and `lm_head_likely`.
+        whole: the `Model` of all weights that this process holds beside its part; None: there is none, and
+            all of them compute every row.
     """
 
     size: int = 1
@@ -39,6 +41,7 @@ class Share:
     vocabulary: range | None = None
     all_reduce_norm: Callable[..., Any] | None = None
     head: Any = bbk
+    whole: Any = None
 
     def local_spec(self, spec: Any) -> Any:
         """The shape of what this process computes."""
@@ -111,6 +114,17 @@ class RankShare(Share):
         self.all_reduce_norm = self.group.all_reduce_norm
         self.head = ShardedHead(self.group, self.shard)
         self.group.agree("the start of loading (model and dtype)", digest.of_text(f"{spec} {dtype}"))
+        self.exchange: Any = None
+
+    def hold_whole(self, model: Any) -> None:
+        """From now on rows are dealt out whole; every process calls it at the same time.
+
+        Args:
+            model: of all weights, as one process holds it.
+        """
+        if self.exchange is None:
+            self.exchange = self.group.exchange_parts()
+        self.whole = model
 
     def local_spec(self, spec: Any) -> Any:
         return self.shard.local_spec
