@@ -1,8 +1,9 @@
 // Rows quantised to e4m3 where they are computed: a block has a whole row in registers, so that its largest
 // magnitude is known before the row is stored.
+#include <cuda_fp8.h>
+
 #include "common/elements.cuh"
 #include "common/launch.cuh"
-#include "layer/e4m3.cuh"
 #include "layer/quantize.h"
 #include "layer/rows.cuh"
 
@@ -15,6 +16,28 @@ constexpr int kThreads = kSource == QuantizeSource::kSwiglu ? 512 : 256;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVecs = 8;
 constexpr int kAnyThreads = 256;
+constexpr float kLargest = 448.0f;
+constexpr float kLeast = 1e-30f;
+
+// As integers, magnitudes are ordered in the same way, with NaN above all.
+template <typename T>
+__device__ __forceinline__ int magnitude(T value) {
+  return __float_as_int(fabsf(to_float(value)));
+}
+
+// From the largest magnitude of a thread's elements: what the row is multiplied with; writes its scale.
+__device__ __forceinline__ float multiplier(int most, const QuantizeParams& params, int64_t token) {
+  most = block_max(most);
+  const float amax = __int_as_float(max(most, __float_as_int(kLeast)));
+  if (threadIdx.x == 0) params.scale[token] = __fdiv_rn(amax, kLargest);
+  return __fdiv_rn(kLargest, amax);
+}
+
+// Without a contraction of what made `value` with this product: it was rounded before.
+__device__ __forceinline__ uint32_t pack_pair_e4m3(float first, float second, float by) {
+  const float2 pair = make_float2(__fmul_rn(first, by), __fmul_rn(second, by));
+  return __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+}
 
 // Rows of whole, aligned vectors, at most kVecs a thread.
 template <typename T, int kVecs, QuantizeSource kSource>
@@ -101,13 +124,24 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams pa
       for (int j = 0; j < kSize; ++j) most = max(most, magnitude(row[i].values[j]));
     }
   }
-  const float by = multiplier(most, &params.scale[token]);
+  const float by = multiplier(most, params, token);
   auto* out = params.out + token * params.dim;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int index = threadIdx.x + i * blockDim.x;
     if (index < num_vecs) {
-      store_e4m3(row[i], by, out, index);
+      uint32_t words[kSize / 4];
+#pragma unroll
+      for (int j = 0; j < kSize; j += 4) {
+        const T* four = &row[i].values[j];
+        words[j / 4] = pack_pair_e4m3(to_float(four[0]), to_float(four[1]), by) |
+                       pack_pair_e4m3(to_float(four[2]), to_float(four[3]), by) << 16;
+      }
+      if constexpr (kSize == 8) {
+        reinterpret_cast<uint2*>(out)[index] = make_uint2(words[0], words[1]);
+      } else {
+        reinterpret_cast<uint32_t*>(out)[index] = words[0];
+      }
     }
   }
 }
@@ -143,7 +177,7 @@ __global__ void __launch_bounds__(kAnyThreads) quantize_any_kernel(QuantizeParam
   };
   int most = 0;
   for (int64_t i = threadIdx.x; i < params.dim; i += kAnyThreads) most = max(most, magnitude(element(i)));
-  const float by = multiplier(most, &params.scale[token]);
+  const float by = multiplier(most, params, token);
   for (int64_t i = threadIdx.x; i < params.dim; i += kAnyThreads) {
     params.out[token * params.dim + i] =
         static_cast<uint8_t>(pack_pair_e4m3(to_float(element(i)), 0.0f, by) & 0xff);
