@@ -98,8 +98,7 @@ def run(world, rank, parts, weight, residual, quantized):
 
 
 def load_kernels(ranks, dim):
-    """A kernel is loaded at its first launch, which may wait for the device: for ranks that wait for each other
-    on one device, for ever."""
+    """A first launch loads a kernel and may wait for the device, and so for ranks there, for ever."""
     world = World(ranks, dim * 2)
     for quantized in (False, True):
         world.memory[0].zero_()
