@@ -5,11 +5,23 @@
 #include "common/launch.cuh"
 #include "gemm/rotated.cuh"
 #include "gemm/shape.cuh"
+#include "layer/rows.cuh"
 
 namespace bbk {
 
 __device__ __forceinline__ float gated(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+// What a thread's two rows become with an activation.
+template <class S>
+__device__ __forceinline__ float gated(float gate, float up) {
+  using T = typename S::T;
+  if constexpr (S::kRoundedGates) {
+    return silu_mul<T>(to_float(from_float<T>(gate)), to_float(from_float<T>(up)));
+  } else {
+    return gated(gate, up);
+  }
 }
 
 // Rounds the sums of a part of the tokens and writes them to `out`, through shared memory so that a token's
@@ -40,8 +52,8 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
       const int column = warp * 8;
       const uint32_t address =
           shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
-      store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
-                                    pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
+      store_two_matrices_transposed(address, pack_pair<T>(gated<S>(d[0], d[2]), gated<S>(d[1], d[3])),
+                                    pack_pair<T>(gated<S>(d[4], d[6]), gated<S>(d[5], d[7])));
     } else {
       const int column = warp * 16 + 8 * (matrix % 2);
       const uint32_t address =

@@ -13,7 +13,8 @@ namespace bbk {
 // What becomes of the sums. kLinear: the product itself. kSwiglu: the rows of the tile are gates and ups in
 // turns of 8, a thread's two rows a gate and its up. kRopeKvWrite: they are the first and the second half of
 // heads of q, k and v in turns of 8, a thread's two rows two places that rotate into each other.
-enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite };
+// kRoundedSwiglu: as kSwiglu, of gates and ups that are rounded first.
+enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite, kRoundedSwiglu };
 
 struct GemmArgs {
   void* out;         // [num_tokens, out_features]
@@ -44,10 +45,12 @@ struct GemmShape {
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
   static constexpr int kXMulticast = kXMulticast_;
+  static constexpr int kShareX = kXMulticast;
   static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
   // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
   static constexpr int kSources = kMulticast + kXMulticast - 1;
-  static constexpr bool kGated = kUse == GemmUse::kSwiglu;
+  static constexpr bool kRoundedGates = kUse == GemmUse::kRoundedSwiglu;
+  static constexpr bool kGated = kUse == GemmUse::kSwiglu || kRoundedGates;
   static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite;
   using Args = std::conditional_t<kRotated, RotatedGemmArgs, GemmArgs>;
 
@@ -81,7 +84,7 @@ struct GemmShape {
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
   static_assert(kCluster <= 8, "CTAs of a cluster, on every GPU of the architecture");
-  static_assert(kMulticast == 1 || !kGated, "the map of gates and ups is made for whole tiles");
+  static_assert(kMulticast == 1 || kUse != GemmUse::kSwiglu, "its map of gates and ups has whole tiles");
   static_assert(kProducer || kSources == 1, "a consumer that waited for others would hold up its own");
   static_assert(kSplitK == 1 || !kRotated, "heads are written by the CTA that has their whole sums");
 

@@ -137,7 +137,16 @@ class Fp8Products(Products):
         return q
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
-        return bbk.swiglu_fp8(self.linear(x, layer.gate_up_weight), backend=self.backend)
+        values, scale = x
+        size = max(1, len(values)) if self.fixed_tokens is None else self.fixed_tokens
+        weight, options = layer.gate_up_weight, dict(out_dtype=self.dtype, static_weight=True)
+        results = []
+        for first in range(0, max(1, len(values)), size):
+            own = (part[first : first + size] for part in (values, scale))
+            results.append(
+                bbk.linear_swiglu_fp8(*own, weight.values, weight.scale, **options, backend=self.backend)
+            )
+        return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
 
 
 def products_of(
