@@ -282,7 +282,7 @@ class SlotForward:
     ) -> bbk.Predictions:
         slots, model = self.slots, self._model
         capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
-        view = self.pages.view(self.rows, distinct_rows)
+        view = self.pages.view(self.rows, distinct_rows, slots.sizes.num_branches)
         packed = bbk.pack_windows(
             slots.state,
             plan,
