@@ -12,7 +12,8 @@ from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, pa
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.sampling import BatchSampling, SamplingKind
-from blockbatch.decoding.slot_pages import SlotPages
+from blockbatch.decoding.slot_packs import joined, side_by_side
+from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import PolicyParams, tuning
@@ -166,7 +167,7 @@ class SlotForward:
         return number
 
     def run(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
-        """One forward, or two where open queries and whole rows meet; returns while the device works.
+        """One forward; returns while the device works.
 
         Args:
             tokens: of the planned block step.
@@ -242,22 +243,27 @@ class SlotForward:
             self._give_up_pages(whole.starting)
         full, most = self.plans.full, len(whole.rows) * self.slots.state.gen_length
         full_end = torch.where(now, full.query_end, full.query_start)
-        if self.layout.is_open:
-            block = self._windows(tokens, predictions, distinct_rows)
+        distinct = distinct_rows + len(whole.rows)
+        if self.layout.is_open and tokens:
+            block, alone = self.plans.block, self.plans.whole(now)
+            self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
             self.pages.make_private(self.rows, full.query_start, full_end)
-            own = self._predict(
-                self.plans.whole(now), whole.tokens, min(most, whole.tokens), len(whole.rows), scattered=False
+            capacity = self._whole_pieces(tokens + whole.tokens) - tokens
+            wanted = self._whole_pieces(predictions + min(most, whole.tokens)) - predictions
+            packs = (
+                self._pack(block, tokens, predictions, scattered=True),
+                self._pack(alone, capacity, wanted, scattered=False),
             )
+            seqlens_k = self.slots.seqlens_k
+            found = self._forward(*side_by_side(*packs, self._view(distinct), seqlens_k))
         else:
-            plan = self.plans.mixed(now)
+            plan = self.plans.whole(now) if self.layout.is_open else self.plans.mixed(now)
             self.pages.make_private(self.rows, plan.query_start, plan.query_end)
             together = tokens + whole.tokens
             most = min(together, most + predictions)
-            block = own = self._predict(
-                plan, together, most, distinct_rows + len(whole.rows), scattered=False
-            )
-        self._parts.append(self.plans.of_rows(now, own))
-        self._follow_block(block)
+            found = self._predict(plan, together, most, distinct, scattered=False)
+        self._parts.append(self.plans.of_rows(now, found))
+        self._follow_block(found)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
         self.plans.next(self.groups)
@@ -280,29 +286,39 @@ class SlotForward:
         *,
         scattered: bool,
     ) -> bbk.Predictions:
-        slots, model = self.slots, self._model
         capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
-        view = self.pages.view(self.rows, distinct_rows, slots.sizes.num_branches)
-        packed = bbk.pack_windows(
-            slots.state,
+        packed = self._pack(plan, capacity, predict_capacity, scattered=scattered)
+        return self._forward(packed, self._view(distinct_rows), self.slots.seqlens_k)
+
+    def _view(self, distinct_rows: int) -> PagesView:
+        return self.pages.view(self.rows, distinct_rows, self.slots.sizes.num_branches)
+
+    def _pack(
+        self, plan: bbk.StepPlan, capacity: int, predict_capacity: int, *, scattered: bool
+    ) -> bbk.PackedQueries:
+        return bbk.pack_windows(
+            self.slots.state,
             plan,
-            view.page_table,
-            page_size=view.page_size,
+            self.pages.page_table[self.rows],
+            page_size=self.pages.page_size,
             capacity=capacity,
             predict_capacity=predict_capacity,
-            prediction_offset=model.spec.prediction_offset,
+            prediction_offset=self._model.spec.prediction_offset,
             scattered=scattered,
             backend=self._backend,
         )
+
+    def _forward(self, packed: bbk.PackedQueries, view: PagesView, seqlens_k: Tensor) -> bbk.Predictions:
+        slots, model = self.slots, self._model
         options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
+            return model.predict(packed, view, seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+        return model.predict(packed, view, seqlens_k, probe_tokens, **options)
 
     def _whole_pieces(self, tokens: int) -> int:
         """Room for so many tokens in pieces of `fixed_tokens`."""
@@ -318,7 +334,7 @@ class SlotForward:
     def _follow_full(self, ending: dict[int, list[int]]) -> None:
         """Goes on with requests whose init or refresh is complete."""
         plans, slots = self.plans, self.slots
-        predictions = _concatenate(self._parts)
+        predictions = joined(self._parts)
         everyone = [slot for ended in ending.values() for slot in ended]
         rows = slots.by_row(self._mask(everyone, slots.sizes.requests))
         self.pages.share(self.rows, torch.where(rows, plans.full.source_row, -1))
@@ -356,19 +372,3 @@ class SlotForward:
         mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
         mask[members] = True
         return mask.to(self.device, non_blocking=True)
-
-
-def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
-    if len(parts) == 1:
-        return parts[0]
-    columns = []
-    for tensors in zip(*parts, strict=True):
-        given = [tensor for tensor in tensors if tensor is not None]
-        # Whoever needs probabilities of probes was there when they were asked for.
-        filled = [
-            given[0].new_zeros(len(part.target)) if tensor is None else tensor
-            for part, tensor in zip(parts, tensors, strict=True)
-            if given
-        ]
-        columns.append(torch.cat(filled) if given else None)
-    return bbk.Predictions(*columns)
