@@ -32,7 +32,7 @@ from random_models import DTYPES
 from serve_settings import RULES, SETTINGS, config_of
 from timing import write_report
 
-from blockbatch.decoding.engine import Engine
+from blockbatch.decoding.engine import Engine, EngineClosedError
 
 RESULTS = Path(__file__).parent / "results"
 MOST_QUEUED = 4096
@@ -62,7 +62,7 @@ class Load:
             self.engine.submit(self._prompts[number], self._config, on_update=self._note)
 
     def _note(self, request: Any) -> None:
-        if request.ended:
+        if request.ended and not isinstance(request.error, EngineClosedError):
             if request.error is not None:
                 raise SystemExit(f"engine: {request.error!r}")
             self.ended.append(request)

@@ -11,6 +11,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda, reference, tuning
+from blockbatch_kernels.ops import dispatch
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
 
 REQUESTS, BRANCHES, COLUMNS, PAGE = 64, 6, 34, 16
@@ -134,18 +135,16 @@ def test_triton_copies():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("seed", range(3))
-def test_gpu_plans(seed):
-    from blockbatch_kernels import triton
-
-    for planner in (cuda.attention_plan, triton.attention_plan):
-        plans(seed, "cuda", planner)
-        plans(seed, "cuda", planner, requests=300, branches=1)
+def test_gpu_plans(backend, seed):
+    planner = dispatch.MODULES[backend].attention_plan
+    plans(seed, "cuda", planner)
+    plans(seed, "cuda", planner, requests=300, branches=1)
 
 
 @pytest.mark.gpu
-def test_gpu_copies():
-    from blockbatch_kernels import triton
-
-    for copy_pages in (cuda.copy_pages, triton.copy_pages):
-        assert min(copies(seed, "cuda", copy_pages) for seed in range(4)) > 100
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_copies(backend):
+    copy_pages = dispatch.MODULES[backend].copy_pages
+    assert min(copies(seed, "cuda", copy_pages) for seed in range(4)) > 100
