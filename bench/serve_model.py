@@ -47,10 +47,15 @@ class ScriptedPredictions:
         return getattr(self._model, name)
 
     def predict(
-        self, packed: bbk.PackedQueries, cache: Any, seqlens_k: Tensor, probe_tokens: Tensor | None = None
+        self,
+        packed: bbk.PackedQueries,
+        cache: Any,
+        seqlens_k: Tensor,
+        probe_tokens: Tensor | None = None,
+        **options: Any,
     ) -> bbk.Predictions:
         """See `Model.predict`."""
-        found = self._model.predict(packed, cache, seqlens_k, probe_tokens)
+        found = self._model.predict(packed, cache, seqlens_k, probe_tokens, **options)
         rows = packed.cu_seqlens_q.shape[0] - 1
         row = packed.row_index.long()
         held = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)

@@ -195,6 +195,7 @@ _TABLE = (
             Scalar("num_kv_heads", int),
             Scalar("distinct_rows", int, None, least=0, symbolic=True),
             Scalar("fixed_cut", bool, False),
+            Scalar("num_branches", int, None, least=1),
         ),
         (AttentionPlan,),
         symbols=_attention_plan_symbols,

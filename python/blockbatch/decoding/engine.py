@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding.admission import Admission, branches_under_load, fewer_sizes
+from blockbatch.decoding.admission import Admission, branches_under_load, drafts_under_load, fewer_sizes
 from blockbatch.decoding.block_lane import BlockLane
 from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.decoding.lane import Lane, Seat, rules_of
@@ -54,8 +54,8 @@ class Engine:
         model: from `load_model`.
         max_requests: that run at a time.
         max_queue: that wait beside them.
-        branches: "fixed": as each request's config says; "load": a new request gets fewer, the more run or
-            wait, fixed for its life.
+        branches: "fixed": as each request's config says; "load": a new request gets fewer, and no drafts, the
+            more run or wait, fixed for its life.
         max_tokens_per_step: tokens that a forward holds beyond which whole rows wait for the next one; None:
             as measured.
         deterministic: whether a request's bits do not depend on what runs beside it, at some cost.
@@ -248,15 +248,18 @@ class Engine:
     def _with_branches(self, config: DecodeConfig, asked: int | None):
         """The config with as many branches as a request gets, its method, and their number."""
         method = method_for(self.model, config)
-        drafts = len(rules_of(method).drafts)
-        sizes = method.block_sizes[: len(method.block_sizes) - drafts]
+        drafts, load = rules_of(method).drafts, len(self._seats) + 1
+        sizes = method.block_sizes[: len(method.block_sizes) - len(drafts)]
         most = max(len(sizes), 1)
         if asked is not None:
             count = as_int(asked)
             if count is None or not 1 <= count <= most:
                 raise ValueError(f"branches: expected a number from 1 to {most}, got {asked!r}")
         elif self.branches == "load":
-            count = branches_under_load(sizes or (1,), len(self._seats) + 1)
+            count = branches_under_load(sizes or (1,), load)
+            if drafts and not drafts_under_load(sizes[0], drafts, load):
+                config = replace(config, drafts=None)
+                method = method_for(self.model, config)
         else:
             count = most
         if count < most:

@@ -14,7 +14,8 @@ from blockbatch.decoding.method import Method
 from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
 from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.sampling import BatchSampling, SamplingKind
-from blockbatch.decoding.slot_pages import SlotPages
+from blockbatch.decoding.slot_packs import joined, side_by_side
+from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import PolicyParams, tuning
@@ -171,7 +172,7 @@ class SlotForward:
         return number
 
     def run(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
-        """One forward, or two where open queries and whole rows meet; returns while the device works.
+        """One forward; returns while the device works.
 
         Args:
             tokens: of the planned block step.
@@ -243,21 +244,47 @@ class SlotForward:
         now = self._mask(whole.rows, self.slots.num_rows)
         if whole.starting:
             self._give_up_pages(whole.starting)
-        if self.layout.is_open or tokens == 0:
-            block = self._windows(tokens, predictions, distinct_rows)
-            own = self._whole_rows(now, whole)
+        if tokens == 0:
+            block, own = self.plans.no_predictions(), self._whole_rows(now, whole)
         else:
-            plan = self.plans.mixed(now)
-            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
-            most = len(whole.rows) * self.slots.state.gen_length + predictions
-            together, count = tokens + whole.tokens, distinct_rows + len(whole.rows)
-            block = own = self._predict(plan, together, min(together, most), count, scattered=False)
+            together = self._together if self.layout.is_open else self._mixed
+            block = own = together(tokens, predictions, now, whole, distinct_rows + len(whole.rows))
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
         self.plans.next(self.groups)
         self.refresh_host()
+
+    def _mixed(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """Windows of some requests and the rows that `now` [R] marks in one plan."""
+        plan = self.plans.mixed(now)
+        self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+        together = tokens + whole.tokens
+        most = min(together, len(whole.rows) * self.slots.state.gen_length + predictions)
+        return self._predict(plan, together, most, distinct_rows, scattered=False)
+
+    def _together(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """The same with open queries, whose positions are no range: packed apart, computed as one."""
+        block, alone = self.plans.block, self.plans.whole(now)
+        self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
+        self.pages.make_private(self.rows, alone.query_start, alone.query_end)
+        most = min(len(whole.rows) * self.slots.state.gen_length, whole.tokens)
+        packs = (
+            self._pack(block, tokens, predictions, scattered=True),
+            self._pack(
+                alone,
+                self._whole_pieces(tokens + whole.tokens) - tokens,
+                self._whole_pieces(predictions + most) - predictions,
+                scattered=False,
+            ),
+        )
+        view = self._view(distinct_rows)
+        return self._forward(*side_by_side(*packs, view, self.slots.seqlens_k))
 
     def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
         """The forward of whole rows alone, which `now` [R] marks."""
@@ -294,29 +321,39 @@ class SlotForward:
         *,
         scattered: bool,
     ) -> bbk.Predictions:
-        slots, model = self.slots, self._model
         capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
-        view = self.pages.view(self.rows, distinct_rows)
-        packed = bbk.pack_windows(
-            slots.state,
+        packed = self._pack(plan, capacity, predict_capacity, scattered=scattered)
+        return self._forward(packed, self._view(distinct_rows), self.slots.seqlens_k)
+
+    def _view(self, distinct_rows: int) -> PagesView:
+        return self.pages.view(self.rows, distinct_rows, self.slots.sizes.num_branches)
+
+    def _pack(
+        self, plan: bbk.StepPlan, capacity: int, predict_capacity: int, *, scattered: bool
+    ) -> bbk.PackedQueries:
+        return bbk.pack_windows(
+            self.slots.state,
             plan,
-            view.page_table,
-            page_size=view.page_size,
+            self.pages.page_table[self.rows],
+            page_size=self.pages.page_size,
             capacity=capacity,
             predict_capacity=predict_capacity,
-            prediction_offset=model.spec.prediction_offset,
+            prediction_offset=self._model.spec.prediction_offset,
             scattered=scattered,
             backend=self._backend,
         )
+
+    def _forward(self, packed: bbk.PackedQueries, view: PagesView, seqlens_k: Tensor) -> bbk.Predictions:
+        slots, model = self.slots, self._model
         options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
+            return model.predict(packed, view, seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+        return model.predict(packed, view, seqlens_k, probe_tokens, **options)
 
     def _whole_pieces(self, tokens: int) -> int:
         """Room for so many tokens in pieces of `fixed_tokens`."""
@@ -332,7 +369,7 @@ class SlotForward:
     def _follow_full(self, ending: dict[int, list[int]]) -> None:
         """Goes on with requests whose init or refresh is complete."""
         plans, slots = self.plans, self.slots
-        predictions = _concatenate(self._parts)
+        predictions = joined(self._parts)
         everyone = [slot for ended in ending.values() for slot in ended]
         rows = slots.by_row(self._mask(everyone, slots.sizes.requests))
         self.pages.share(self.rows, torch.where(rows, plans.full.source_row, -1))
@@ -370,19 +407,3 @@ class SlotForward:
         mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
         mask[members] = True
         return mask.to(self.device, non_blocking=True)
-
-
-def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
-    if len(parts) == 1:
-        return parts[0]
-    columns = []
-    for tensors in zip(*parts, strict=True):
-        given = [tensor for tensor in tensors if tensor is not None]
-        # Whoever needs probabilities of probes was there when they were asked for.
-        filled = [
-            given[0].new_zeros(len(part.target)) if tensor is None else tensor
-            for part, tensor in zip(parts, tensors, strict=True)
-            if given
-        ]
-        columns.append(torch.cat(filled) if given else None)
-    return bbk.Predictions(*columns)

@@ -133,6 +133,7 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            num_branches=cache.num_branches,
             fixed_tokens=fixed_tokens,
             backend=self.backend,
             all_reduce_norm=self.share.all_reduce_norm,

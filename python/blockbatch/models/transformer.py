@@ -88,6 +88,7 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    num_branches: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
     all_reduce_norm: Callable[..., Any] | None = None,
@@ -102,7 +103,7 @@ def forward(
         seqlens_k: [rows] int32.
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
-        distinct_rows: see `blockbatch_kernels.attention_plan`.
+        distinct_rows, num_branches: see `blockbatch_kernels.attention_plan`.
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
@@ -131,6 +132,7 @@ def forward(
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
             fixed_cut=fixed_tokens is not None,
+            num_branches=num_branches,
             backend=backend,
         )
     products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
