@@ -73,9 +73,7 @@ def test_every_message_says_what_to_change_or_is_on_the_page():
 
 
 def test_a_message_that_is_not_told_is_found():
-    source = (
-        'if x:\n    raise ValueError(f"{x}: this is no good at all")\nraise ValueError(f"{x} must be 1")'
-    )
+    source = 'if x:\n    raise ValueError(f"{x}: this is no good at all")\nraise ValueError(f"{x} must be 1")'
     found = list(messages(source))
     assert sorted(line for line, _ in found) == [2, 3]
     assert [is_told(message, ["expected a trace as …"]) for _, message in found] == [True, False]

@@ -1,0 +1,37 @@
+"""Figures of sampling.md and custom_rules.md, see `docs_figures.py`."""
+
+from docs_values import named
+
+_CPU = ["sampling_cpu.json"]
+_TEMPERATURES = ("0.3", "0.7", "1.0", "1.5")
+
+
+def sampled(label):
+    """Right answers at temperature 0, then right answers and different texts at each other one."""
+
+    def values(report):
+        found = named(report["lines"], "label", label)["temperatures"]
+        assert found["0"]["equal_to_greedy"] is True
+        others = [found[temperature] for temperature in _TEMPERATURES]
+        shown = [(100 * one["right"], one["different_texts"]) for one in others]
+        return [100 * found["0"]["right"], *(value for pair in shown for value in pair)]
+
+    return values
+
+
+_ROW = " | {:.0f}" + " | {:.0f} ({:.1f})" * 4 + " |"
+_LABELS = {
+    "blockbatch": "blockbatch",
+    "dual cache": "dual cache",
+    "dual cache, threshold 0.5": "dual cache, threshold 0.5",
+    "dual cache, threshold 0.5, top_p 0.9": "dual cache, threshold 0.5, top_p 0.9",
+    "block diffusion, block-causal model": "block diffusion",
+}
+SAMPLING = [
+    *((f"| {shown}{_ROW}", _CPU, sampled(label)) for shown, label in _LABELS.items()),
+    (
+        "{} problems and {} seeds",
+        _CPU,
+        lambda report: [report["problems"], report["command"].split("--samples ")[1]],
+    ),
+]
