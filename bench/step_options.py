@@ -1,8 +1,8 @@
 r"""What drawing tokens and a commit rule of one's own add to a block step.
 
     python bench/step_options.py [--shapes llada-8b] [--tokens 32 128 252]
-    python bench/step_options.py --device cpu --dtype float32 --shapes tiny --tokens 32 64 --length 256 \
-        --repeats 100 --out bench/results/step_options_cpu.json
+    python bench/step_options.py --device cpu --dtype float32 --shapes tiny --tokens 32 --length 256 \
+        --repeats 60 --out bench/results/step_options_cpu.json
 
 The same step with tokens of the highest logits ("greedy"), drawn in several ways, and with rules of
 `blockbatch.commit_rule` in the place of the threshold rule. In turns, so that all meet the same clocks:

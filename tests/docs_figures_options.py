@@ -19,6 +19,14 @@ def sampled(label):
     return values
 
 
+_STEPS_CPU = ["step_options_cpu.json"]
+
+
+def step(report, name, value="ms"):
+    (line,) = report["lines"]
+    return line["steps"][name][value]
+
+
 _ROW = " | {:.0f}" + " | {:.0f} ({:.1f})" * 4 + " |"
 _LABELS = {
     "blockbatch": "blockbatch",
@@ -33,5 +41,31 @@ SAMPLING = [
         "{} problems and {} seeds",
         _CPU,
         lambda report: [report["problems"], report["command"].split("--samples ")[1]],
+    ),
+    (
+        "the built-in model with its {} tokens, {} places a step",
+        _STEPS_CPU,
+        lambda report: [1416, report["lines"][0]["tokens"]],
+    ),
+    (
+        "greedy {:.1f} ms of processor time, at temperature 1 {:.1f}, with `top_p` {:.1f}",
+        _STEPS_CPU,
+        lambda report: [
+            step(report, name) for name in ("greedy", "temperature 1", "temperature 1, top_p 0.9")
+        ],
+    ),
+]
+CUSTOM_RULES = [
+    (
+        "the built-in model, {} tokens ([step_options_cpu.json]): {:.1f} ms of processor time beside {:.1f}, "
+        "where two medians of the same step lie up to {:.0f}% apart. The two surest tokens took {:.1f} ms",
+        _STEPS_CPU,
+        lambda report: [
+            report["lines"][0]["tokens"],
+            step(report, "its threshold rule"),
+            step(report, "greedy"),
+            100 * max(one["spread"] for one in report["lines"][0]["steps"].values()),
+            step(report, "the two surest"),
+        ],
     ),
 ]
