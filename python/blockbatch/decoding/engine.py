@@ -112,6 +112,7 @@ class Engine:
         stop: Sequence[str] | str = (),
         on_update: Callable[[Request], None] | None = None,
         branches: int | None = None,
+        confidences: bool = False,
     ) -> Request:
         """Hands in a request and returns at once.
 
@@ -122,6 +123,8 @@ class Engine:
             on_update: called on the engine's thread after a forward in which `request.final` grew or
                 `request.status` changed. Its errors fail the request.
             branches: how many of the config's block sizes to decode with; None: as the engine's rule says.
+            confidences: whether `request.confidences` and `result.confidences` are wanted. The config's
+                confidence must be "probability".
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
@@ -140,6 +143,10 @@ class Engine:
             config = replace(config, stop=(*config.stop, *texts))
         check_prompt(self.model, ids, config, "prompt")
         check_stop(self.model, config)
+        if confidences and config.confidence != "probability":
+            raise ValueError(
+                f"confidence: expected 'probability' where confidences are wanted, got {config.confidence!r}"
+            )
         with self._changed:
             if self._closed:
                 raise EngineClosedError("engine: expected an open one, got one that was closed")
@@ -147,6 +154,7 @@ class Engine:
             if isinstance(method, Method) and method.rule:  # later its error would be that of all
                 try_rule(method.rule, method.params, method.block_sizes, config.gen_length)
             request = Request(self._number + 1, ids, config, number, on_update)
+            request.confidences = [] if confidences else None
             seat = Seat(request, method, self._lane.pages_of(method, config, len(ids)))
             if config.stop:
                 ends = eos_token_ids(self.model, config)
@@ -271,6 +279,8 @@ class Engine:
         """Takes over what a forward gave; returns whether that is news for the caller."""
         request = seat.request
         request.nfe = seat.nfe
+        if request.confidences is not None:  # before the tokens: other threads read both
+            request.confidences += seat.confidences[len(request.confidences) :]
         grown = self._grow(seat, seat.prefix)
         if seat.error is not None:
             self._end(seat, "failed", seat.error)
@@ -298,6 +308,11 @@ class Engine:
         seconds = time.monotonic() - request.started
         request.result = result_of(self.model, outcome, ends, stop, seconds)
         request.nfe = outcome.nfe
+        if request.confidences is not None:
+            rest = self._lane.confidences(seat, outcome.winner)[len(request.confidences) :]
+            request.confidences += rest
+            own = request.confidences[: len(request.result.tokens)]
+            request.result = replace(request.result, confidences=own)
         self._commits += sum(branch.committed for branch in outcome.branches)
         canvas = outcome.canvas
         mask = self.model.spec.mask_token_id

@@ -28,6 +28,7 @@ class Seat:
         pages: that it may come to need, reserved while it runs.
         reader: looks for its stop texts; None: it has none.
         prefix: all of its ids that are final, an EOS and what stands behind it among them.
+        confidences: of these, where the request asks for them.
         nfe: forwards so far.
         done: the rules ended it.
         error: what ended it instead.
@@ -39,6 +40,7 @@ class Seat:
     pages: int
     reader: PrefixReader | None = None
     prefix: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     nfe: NFE | BlockNFE = NFE(0, 0, 0)
     done: bool = False
     error: BaseException | None = None
@@ -47,6 +49,10 @@ class Seat:
     @property
     def config(self) -> DecodeConfig:
         return self.request.config
+
+    @property
+    def wants_confidences(self) -> bool:
+        return self.request.confidences is not None
 
 
 @dataclass
@@ -82,6 +88,9 @@ class Lane(Protocol):
 
     def end(self, seat: Seat) -> RequestOutcome:
         """How a request ended by the rules, or as it stands."""
+
+    def confidences(self, seat: Seat, branch: int) -> list[float]:
+        """What a branch was sure of at its commits, for a request that asked; waits for the device."""
 
     def leave(self, seat: Seat) -> None:
         """Frees all that a request holds."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.confidences import Confidences
 from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
 from blockbatch.decoding.graphs import StepGraphs, packed_capacity
 from blockbatch.decoding.method import Method
@@ -112,6 +113,7 @@ class SlotForward:
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
         sampling: how the tokens of each request are drawn; None: they are not.
+        confidences: what commits were sure of, kept while `recording`; None: nobody asked so far.
     """
 
     def __init__(
@@ -122,6 +124,8 @@ class SlotForward:
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
         self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
+        self.confidences: Confidences | None = None
+        self.recording = False
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
@@ -168,6 +172,8 @@ class SlotForward:
                 self.plans.rule.memory[name][number] = values
         if drawn is not None:
             self.sampling.take_over(drawn)
+        if self.confidences is not None:
+            self.confidences = self.confidences.moved(self.slots.state, number)
         self.plans.next(self.groups)
         return number
 
@@ -199,9 +205,18 @@ class SlotForward:
             at += requests * width
         return HostView(*parts, *lines, values[at:])
 
+    def record(self, wanted: bool) -> None:
+        """Whether the confidences of commits are kept from now on."""
+        self.recording = wanted
+        if wanted and self.confidences is None:
+            drafts = self.layout.params is not None and bool(self.layout.params.drafts)
+            self.confidences = Confidences(self.slots.state, self.slots.mask_token_id, drafts)
+
     def refresh_host(self) -> None:
         """Starts the copy that `read` reads."""
         self._host.copy_(self._host_part(), non_blocking=True)
+        if self.recording:
+            self.confidences.refresh_host()
 
     def _host_part(self) -> Tensor:
         block, full, slots = self.plans.block, self.plans.full, self.slots
@@ -225,7 +240,7 @@ class SlotForward:
             *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
         )
         # With the settings: a group's number is given again, and a graph has its settings inside.
-        key = capacity, units, tuple(self.groups)
+        key = capacity, units, tuple(self.groups), self.recording
         if key in self._graphs:
             self._graphs[key].replay()
             return
@@ -362,9 +377,19 @@ class SlotForward:
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans
-        sources = plans.policy(plans.blocking, predictions, plans.block, PHASE_BLOCK, self.groups)
-        self.pages.share(self.rows, sources)
+        sources = self._policy(plans.blocking, predictions, plans.block, PHASE_BLOCK)
         self._sync_source.copy_(sources)
+
+    def _policy(
+        self, members: Tensor, predictions: bbk.Predictions, plan: bbk.StepPlan, phase: int
+    ) -> Tensor:
+        """Goes on with requests; gives the rows of syncs, whose pages are shared."""
+        masked = self.confidences.before() if self.recording else None
+        sources = self.plans.policy(members, predictions, plan, phase, self.groups)
+        if masked is not None:
+            self.confidences.after(masked, sources)
+        self.pages.share(self.rows, sources)
+        return sources
 
     def _follow_full(self, ending: dict[int, list[int]]) -> None:
         """Goes on with requests whose init or refresh is complete."""
@@ -377,8 +402,7 @@ class SlotForward:
             if not ending.get(phase):
                 continue
             members = self._mask(ending[phase], slots.sizes.requests)
-            sources = plans.policy(members, predictions, plans.full, phase, self.groups)
-            self.pages.share(self.rows, sources)
+            sources = self._policy(members, predictions, plans.full, phase)
             self._sync_source.copy_(torch.where(sources < 0, self._sync_source, sources))
             if phase == PHASE_INIT:
                 slots.begun.logical_or_(members)

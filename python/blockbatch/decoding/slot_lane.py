@@ -212,6 +212,8 @@ class SlotLane:
             finished, stalled, non_finite, final, *nfe = status
             seat.prefix = view.tokens[place.slot][:final]
             seat.nfe = NFE(*nfe)
+            if seat.wants_confidences:
+                seat.confidences = forward.confidences.first_row(place.slot, final)
             if non_finite:
                 seat.error = NonFiniteLogitsError(
                     "prompt", 0, bbk.PHASES[last], nfe[last], sum(nfe), self._model.dtype
@@ -252,6 +254,12 @@ class SlotLane:
             return place.forward.slots.outcome(place.slot, seat.method, seat.config.gen_length)
 
     @torch.inference_mode()
+    def confidences(self, seat: Seat, branch: int) -> list[float]:
+        place = seat.place
+        row = place.forward.slots.rows_of(place.slot).start + branch
+        return place.forward.confidences.values[row, : seat.config.gen_length].tolist()
+
+    @torch.inference_mode()
     def leave(self, seat: Seat) -> None:
         if seat not in self._seats:
             return
@@ -285,6 +293,7 @@ class SlotLane:
     def _set_groups(self, forward: SlotForward) -> None:
         present = {seat.place.group: seat.method.params for seat in self._of(forward)}
         forward.groups = sorted(present.items())
+        forward.record(any(seat.wants_confidences for seat in self._of(forward)))
 
     def _group_of(self, forward: SlotForward, params: PolicyParams) -> int:
         """The number of these settings: that of requests that have them, or one that is free."""
