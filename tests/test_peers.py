@@ -97,12 +97,25 @@ def run(world, rank, parts, weight, residual, quantized):
     return (*rows, residual) if quantized else (rows, residual)
 
 
+def load_kernels(ranks, dim):
+    """A first launch loads a kernel and may wait for the device, and so for ranks there, for ever."""
+    world = World(ranks, dim * 2)
+    for quantized in (False, True):
+        world.memory[0].zero_()
+        part, weight, residual = (
+            draw(*shape, dtype=torch.bfloat16) for shape in ((1, dim), (dim,), (1, dim))
+        )
+        run(world, 0, [part], weight, residual.clone(), quantized)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_at_the_same_time(ranks, captured):
     """Each in a stream, many calls of changing sizes without a pause: nobody reads a call's neighbours."""
     dim, sizes, rounds = 4096, (1, 128, 3, 40, 128, 700, 2), 3
+    load_kernels(ranks, dim)
     cases = []
     for call, tokens in enumerate(sizes):
         parts = [draw(tokens, dim, dtype=torch.bfloat16, seed=10 * call + rank) for rank in range(ranks)]

@@ -53,7 +53,7 @@ def first_forward(name, prompts, options, dtype="float32"):
 def exchanged(shape, sends, name="tiny"):
     """Whether this rank received what was meant for it, by parts whose numbers say who sent them whereto."""
     (rank, size), device = place(), model_of(name, whole_rows=True).device
-    exchange, found = model_of(name, whole_rows=True).share.exchange, []
+    exchange, found, kept = model_of(name, whole_rows=True).share.exchange, [], []
     for number in range(sends):
         pages = shape[0] + number
         parts = [
@@ -67,6 +67,7 @@ def exchanged(shape, sends, name="tiny"):
                 target[sender, :, piece].copy_(part)
 
         exchange.send(parts, receive)
+        kept.append(parts)
         found.append(target)
     exchange.finish()
     return [

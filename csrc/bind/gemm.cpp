@@ -142,6 +142,21 @@ void call_lm_head_finish(Call& call, const TensorView& partials, const TensorVie
   lm_head_finish(params, call.launch_on_gpu());
 }
 
+void call_lm_head_parts(Call& call, const TensorView& partials, const TensorView& probe_tokens,
+                        const TensorView& parts, int64_t first_token, int64_t piece_tokens,
+                        int64_t vocab_size) {
+  LmHeadFinishParams params{};
+  params.partials = partials_of(partials);
+  params.probe_tokens = probe_tokens.contiguous().data_or_null<const int32_t>();
+  params.parts = parts.contiguous().data<float>();
+  params.first_token = first_token;
+  params.num_rows = partials.size(0);
+  params.num_pieces = partials.size(1);
+  params.piece_tokens = piece_tokens;
+  params.vocab_size = vocab_size;
+  lm_head_finish(params, call.launch_on_gpu());
+}
+
 // [rows, pieces, 12] floats
 LmHeadLikelyPartial* likely_partials_of(const TensorView& partials) {
   static_assert(sizeof(LmHeadLikelyPartial) == 12 * sizeof(float));
@@ -200,6 +215,9 @@ void bind_gemm(py::module_& module) {
   define<&call_lm_head_likely_finish>(
       module, "lm_head_likely_finish",
       {"partials", "top_token", "confidence", "likely_token", "likely_probability"});
+  define<&call_lm_head_parts>(
+      module, "lm_head_parts",
+      {"partials", "probe_tokens", "parts", "first_token", "piece_tokens", "vocab_size"});
   define<&call_lm_head_finish>(module, "lm_head_finish",
                                {"partials", "probe_tokens", "top_token", "confidence", "probe_probability",
                                 "piece_tokens", "vocab_size"});

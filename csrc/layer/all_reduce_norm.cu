@@ -17,6 +17,8 @@
 // grids of the other lanes. A successor in the stream may take its place on the processors while this kernel
 // waits (it loads its first weights meanwhile), unless another lane is at work: then it could take the room
 // of that lane's kernel, for which another rank may be waiting.
+#include <type_traits>
+
 #include "common/launch.cuh"
 #include "layer/all_reduce_norm.h"
 #include "layer/e4m3.cuh"
@@ -47,9 +49,79 @@ __device__ __forceinline__ void store_words(char* place, const uint4& words) {
                : "memory");
 }
 
+// The elements of a word: kept in words, they take as few registers as they have bytes.
 template <typename T>
-__device__ __forceinline__ Vec<T> as_elements(const uint4& words) {
-  return *reinterpret_cast<const Vec<T>*>(&words);
+struct Elements {
+  static constexpr int kCount = 4 / sizeof(T);
+  float values[kCount];
+
+  __device__ __forceinline__ explicit Elements(uint32_t word) {
+    if constexpr (kCount == 1) {
+      values[0] = __uint_as_float(word);
+    } else {
+      const T* pair = reinterpret_cast<const T*>(&word);
+      values[0] = to_float(pair[0]);
+      values[1] = to_float(pair[1]);
+    }
+  }
+
+  // Rounded to T.
+  __device__ __forceinline__ uint32_t word() const {
+    if constexpr (kCount == 1) return __float_as_uint(values[0]);
+    if constexpr (kCount == 2) return pack_pair<T>(values[0], values[1]);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t rounded_sum_of(uint32_t a, uint32_t b) {
+  Elements<T> sum(a);
+  const Elements<T> other(b);
+#pragma unroll
+  for (int i = 0; i < Elements<T>::kCount; ++i) sum.values[i] += other.values[i];
+  return sum.word();
+}
+
+template <typename T>
+__device__ __forceinline__ float squares_of(uint32_t word, float sum) {
+  const Elements<T> x(word);
+#pragma unroll
+  for (int i = 0; i < Elements<T>::kCount; ++i) sum += x.values[i] * x.values[i];
+  return sum;
+}
+
+// As `scaled` has it: rounded before it meets the weight, and behind it.
+template <typename T>
+__device__ __forceinline__ uint32_t scaled_word(uint32_t word, float scale, uint32_t weight) {
+  Elements<T> x(word);
+#pragma unroll
+  for (int i = 0; i < Elements<T>::kCount; ++i) x.values[i] *= scale;
+  Elements<T> rounded(x.word());
+  const Elements<T> factors(weight);
+#pragma unroll
+  for (int i = 0; i < Elements<T>::kCount; ++i) rounded.values[i] *= factors.values[i];
+  return rounded.word();
+}
+
+// The largest magnitude, as an integer.
+template <typename T>
+__device__ __forceinline__ int magnitude_of(const uint4& words) {
+  int most = 0;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    most = max(most, magnitude(reinterpret_cast<const Vec<T>&>(words).values[i]));
+  }
+  return most;
+}
+
+// f(a, b) for each of the four words.
+template <typename F>
+__device__ __forceinline__ uint4 each_word(const uint4& a, const uint4& b, F&& f) {
+  return make_uint4(f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w));
+}
+
+// A hint, which reads nothing: it may come before what wrote there is done.
+__device__ __forceinline__ void prefetch_to_l2(const void* place) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
 }
 
 // Of a NaN with the sign another NaN.
@@ -74,30 +146,36 @@ __device__ __forceinline__ char* place_of(const AllReduceNormParams& params, int
 template <typename T, int kVecs, int kAtOnce, bool kQuantized>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     all_reduce_norm_kernel(const __grid_constant__ AllReduceNormParams params) {
-  constexpr int kSize = Vec<T>::kSize;
   constexpr int kTogether = kVecs < 2 ? kVecs : 2;
   if (params.lets_next_wait) allow_successors();
+  const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
+  const auto* weight = static_cast<const uint4*>(params.weight);
+  // A step's weights push those of its norms out of the L2 cache.
+  for (int index = threadIdx.x; index < num_vecs; index += blockDim.x) prefetch_to_l2(weight + index);
   wait_for_predecessors();
   const int ranks = params.inboxes.count, rank = params.rank;
-  const int num_vecs = static_cast<int>(params.dim / kSize);
   const int64_t row_bytes = params.dim * static_cast<int64_t>(sizeof(T));
   const int turn = __ldcg(params.turn);
-  const auto part_of = [&](int64_t token) {
-    return reinterpret_cast<const Vec<T>*>(static_cast<const T*>(params.x) + token * params.x_row_stride);
+  const auto row_of = [](auto* rows, int64_t token, int64_t stride) {
+    using Bytes =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(rows)>>, const char, char>;
+    using Words = std::conditional_t<std::is_const_v<Bytes>, const uint4, uint4>;
+    return reinterpret_cast<Words*>(static_cast<Bytes*>(rows) +
+                                    token * stride * static_cast<int64_t>(sizeof(T)));
   };
 
   for (int64_t token = blockIdx.x; token < params.num_tokens; token += gridDim.x) {
-    const Vec<T>* x = part_of(token);
+    const uint4* x = row_of(params.x, token, params.x_row_stride);
     uint4 mine[kVecs];
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int index = threadIdx.x + i * blockDim.x;
-      if (index < num_vecs) mine[i] = *reinterpret_cast<const uint4*>(x + index);
+      if (index < num_vecs) mine[i] = x[index];
     }
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      uint4& words = mine[i];
-      words = make_uint4(sendable(words.x), sendable(words.y), sendable(words.z), sendable(words.w));
+      const uint4 words = mine[i];
+      mine[i] = make_uint4(sendable(words.x), sendable(words.y), sendable(words.z), sendable(words.w));
     }
     for (int step = 1; step < ranks; ++step) {  // each rank begins with another one
       const int receiver = rank + step < ranks ? rank + step : rank + step - ranks;
@@ -110,16 +188,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
   }
 
-  const auto* weight = static_cast<const Vec<T>*>(params.weight);
   for (int64_t token = blockIdx.x; token < params.num_tokens; token += gridDim.x) {
-    const Vec<T>* x = part_of(token);
-    auto* residual =
-        reinterpret_cast<Vec<T>*>(static_cast<T*>(params.residual) + token * params.residual_row_stride);
-    Vec<T> row[kVecs];
+    const uint4* x = row_of(params.x, token, params.x_row_stride);
+    uint4* residual = row_of(params.residual, token, params.residual_row_stride);
+    uint4 row[kVecs];
     float sum = 0.0f;
 #pragma unroll
     for (int begin = 0; begin < kVecs; begin += kTogether) {
-      Vec<T> mine[kTogether], added[kTogether];
+      uint4 mine[kTogether], added[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int index = threadIdx.x + (begin + i) * blockDim.x;
@@ -163,15 +239,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           for (int i = 0; i < kTogether; ++i) {
             const int index = threadIdx.x + (begin + i) * blockDim.x;
             if (index >= num_vecs) continue;
-            const Vec<T> part = is_mine ? mine[i] : as_elements<T>(parts[p][i]);
+            const uint4 part = is_mine ? mine[i] : parts[p][i];
             if (!is_mine) {
               store_words(place + 16 * index, make_uint4(kNotThere, kNotThere, kNotThere, kNotThere));
             }
-#pragma unroll
-            for (int j = 0; j < kSize; ++j) {
-              T& total = row[begin + i].values[j];
-              total = sender == 0 ? part.values[j] : rounded_sum(total, part.values[j]);
-            }
+            uint4& total = row[begin + i];
+            total = sender == 0 ? part : each_word(total, part, rounded_sum_of<T>);
           }
         }
       }
@@ -179,44 +252,49 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       for (int i = 0; i < kTogether; ++i) {
         const int index = threadIdx.x + (begin + i) * blockDim.x;
         if (index >= num_vecs) continue;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          T& total = row[begin + i].values[j];
-          total = rounded_sum(total, added[i].values[j]);
-          sum += to_float(total) * to_float(total);
-        }
-        residual[index] = row[begin + i];
+        const uint4 total = row[begin + i] = each_word(row[begin + i], added[i], rounded_sum_of<T>);
+        residual[index] = total;
+        sum = squares_of<T>(total.w,
+                            squares_of<T>(total.z, squares_of<T>(total.y, squares_of<T>(total.x, sum))));
       }
     }
     // A thread that has come here at its last row has met every peer's block of that row: no other thread
     // waits for what does not come.
     if (!params.lets_next_wait && token + gridDim.x >= params.num_tokens) allow_successors();
 
+    // Asked for ahead of the reduction, where registers allow.
+    constexpr bool kWeightsAhead = kVecs <= 2;
+    uint4 weights[kWeightsAhead ? kVecs : 1];
+    if constexpr (kWeightsAhead) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        const int index = threadIdx.x + i * blockDim.x;
+        if (index < num_vecs) weights[i] = weight[index];
+      }
+    }
     const float inverse = inverse_rms(block_sum(sum), params.dim, params.eps);
     int most = 0;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int index = threadIdx.x + i * blockDim.x;
       if (index >= num_vecs) continue;
-      const Vec<T> factors = weight[index];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        T& value = row[i].values[j];
-        value = scaled(to_float(value), inverse, factors.values[j]);
-        if (kQuantized) most = max(most, magnitude(value));
-      }
-      if constexpr (!kQuantized) {
-        reinterpret_cast<Vec<T>*>(static_cast<T*>(params.out) + token * params.out_row_stride)[index] =
-            row[i];
+      const uint4 factors = kWeightsAhead ? weights[i] : weight[index];
+      row[i] = each_word(row[i], factors, [inverse](uint32_t word, uint32_t factor) {
+        return scaled_word<T>(word, inverse, factor);
+      });
+      if constexpr (kQuantized) {
+        most = max(most, magnitude_of<T>(row[i]));
+      } else {
+        row_of(params.out, token, params.out_row_stride)[index] = row[i];
       }
     }
     if constexpr (kQuantized) {
       const float by = multiplier(most, &params.scale[token]);
+      auto* out = static_cast<uint8_t*>(params.out) + token * params.dim;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         const int index = threadIdx.x + i * blockDim.x;
-        if (index < num_vecs)
-          store_e4m3(row[i], by, static_cast<uint8_t*>(params.out) + token * params.dim, index);
+        if (index < num_vecs) store_e4m3(*reinterpret_cast<const Vec<T>*>(&row[i]), by, out, index);
       }
     }
     __syncthreads();  // the next row's reductions take the same memory

@@ -103,7 +103,8 @@ def needs(
     if (all_weights := share_of(model).whole) is not None:
         tokens = min(rows * length, max(length, ROW_TOKENS[device.type]))
         layer = kv_cache.layer_bytes(all_weights.spec, dtype, rows, tokens)
-        work = max(work, transformer.activation_bytes(all_weights.spec, dtype, tokens, **kinds) + layer)
+        dealt = transformer.activation_bytes(all_weights.spec, dtype, tokens, **kinds) + 2 * layer
+        work = max(work, dealt)
     rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads

@@ -34,8 +34,29 @@ class _Dealt(NamedTuple):
     packed: bbk.PackedQueries
 
 
+class _Layers:
+    """Stands for the keys and values of all layers, which take turns on the same memory.
+
+    Two at a time: those of one layer are on their way to other ranks while the next one's are computed.
+
+    Args:
+        shape: of a layer's.
+    """
+
+    def __init__(self, num_layers: int, shape: tuple[int, ...], like: Tensor) -> None:
+        # Zeros: what lies behind the end of a row meets weights of zero.
+        self._turns = torch.zeros(2, *shape, dtype=like.dtype, device=like.device)
+        self.shape, self.device = (num_layers, *shape), like.device
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self._turns[layer % 2]
+
+    def element_size(self) -> int:
+        return self._turns.element_size()
+
+
 class _LayerCache:
-    """Keys and values of all heads of a rank's rows in one layer, which gives way to the next one's.
+    """Stands for a `KVCache` of a rank's rows with all heads.
 
     Args:
         num_pages: of the rank with the most.
@@ -44,10 +65,8 @@ class _LayerCache:
     def __init__(self, model, batch: Batch, own: _Dealt, num_pages: int) -> None:
         spec, cache = model.spec, batch.cache
         self.page_size, self.distinct_rows = cache.page_size, len(own.rows)
-        shape = (1, 2, num_pages, self.page_size, spec.num_kv_heads, spec.head_dim)
-        # Zeros: what lies behind the end of a row meets weights of zero.
-        self.layer = torch.zeros(shape, dtype=cache.kv.dtype, device=cache.kv.device)
-        self.kv = self.layer.expand(spec.num_layers, -1, -1, -1, -1, -1)
+        shape = (2, num_pages, self.page_size, spec.num_kv_heads, spec.head_dim)
+        self.kv = _Layers(spec.num_layers, shape, cache.kv)
         table = [[-1] * cache.page_table.shape[1] for _ in range(cache.page_table.shape[0])]
         starts, first = [0] * len(table), 0
         for row, count in zip(own.rows, own.pages, strict=True):
@@ -124,7 +143,8 @@ def _round(share: Share, batch: Batch, plan: HostPlan, each: list[list[int]]) ->
                 if len(pages):
                     written.index_copy_(1, pages, as_words(part.flatten(2)[:, : len(pages)]))
 
-        share.exchange.send([cache.layer[0, ..., own.start : own.stop, :] for own in heads], receive)
+        parts = [cache.kv[layer][..., own.start : own.stop, :] for own in heads]
+        share.exchange.send(parts, receive)
 
     found = predict(share.whole, batch, cache.packed, cache, send)
     share.exchange.finish()

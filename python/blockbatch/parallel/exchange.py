@@ -29,7 +29,8 @@ class HostExchange:
         """Gives part r to rank r, and calls `receive` with what all gave this one.
 
         Args:
-            parts: [2, pages, ...] each, of the same shape on all ranks.
+            parts: [2, pages, ...] each, of the same shape on all ranks; what the current stream does behind
+                the next `send`, or behind `finish`, may overwrite them.
         """
         everything = self._transport.all_gather(torch.stack(list(parts)))
         receive(list(everything[:, self._rank]), slice(0, parts[0].shape[1]))
@@ -56,10 +57,10 @@ class NcclExchange:
 
 
 class SymmetricExchange:
-    """torch's symmetric memory: a rank writes into the others' buffers, and reads its own on the side.
+    """torch's symmetric memory, on a side stream: a rank writes into the others' buffers and reads its own.
 
-    A buffer has two turns. A rank writes a turn again once all have met behind the send in between. Each
-    comes there on its side stream, behind its reading of that turn.
+    A buffer has two turns. A rank writes a turn again once all have met behind the send in between, to which
+    each comes behind its reading of that turn.
 
     Args:
         group: any group of the ranks; it only carries the addresses.
@@ -77,35 +78,37 @@ class SymmetricExchange:
         self._buffers = [
             self._handle.get_buffer(rank, (_BUFFER_BYTES,), torch.uint8) for rank in range(self._size)
         ]
-        self._side, self._met, self._turn = torch.cuda.Stream(device), torch.cuda.Event(), 0
+        self._side, self._sent, self._turn = torch.cuda.Stream(device), torch.cuda.Event(), 0
 
     def send(self, parts: Sequence[Tensor], receive: Receive) -> None:
-        """See `HostExchange.send`; `receive` runs on a side stream, and is done behind `finish`."""
+        """See `HostExchange.send`; `receive` is for the side stream, and done behind `finish`."""
         pages = parts[0].shape[1]
         most = self._part_bytes // (parts[0].nbytes // pages)
         if most < 1:
             raise ValueError(f"parts: expected pages of at most {self._part_bytes} bytes, got more")
-        for first in range(0, pages, most):
-            piece = slice(first, min(first + most, pages))
-            self._send([part[:, piece] for part in parts], lambda found, piece=piece: receive(found, piece))
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._sent)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            for first in range(0, pages, most):
+                piece = slice(first, min(first + most, pages))
+                self._send([part[:, piece] for part in parts])
+                like = parts[0][:, piece]
+                receive([self._place(self._rank, sender, like) for sender in range(self._size)], piece)
+                self._turn = (self._turn + 1) % _TURNS
 
     def finish(self) -> None:
         """What was received is there for the current stream."""
         torch.cuda.current_stream(self._device).wait_stream(self._side)
 
-    def _send(self, parts: Sequence[Tensor], receive: Callable[[list[Tensor]], None]) -> None:
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._met)
+    def _send(self, parts: Sequence[Tensor]) -> None:
+        """Writes into the buffers, and waits until all have."""
         for step in range(self._size):  # each rank begins with itself
             receiver = (self._rank + step) % self._size
             words = as_words(parts[receiver])
             self._place(receiver, self._rank, words).copy_(words)
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            self._handle.barrier(0)
-            self._met.record()
-            receive([self._place(self._rank, sender, parts[0]) for sender in range(self._size)])
-        self._turn = (self._turn + 1) % _TURNS
+        self._sent.record(self._side)
+        self._handle.barrier(0)
 
     def _place(self, receiver: int, sender: int, like: Tensor) -> Tensor:
         """Where `sender` writes for `receiver` in this turn, as a tensor of the same shape and dtype."""
