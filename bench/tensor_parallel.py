@@ -35,7 +35,7 @@ from torch import Tensor
 from verify import Hidden, Wrong, check_hidden, check_predictions, hidden_states
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.graphs import capture
+from blockbatch.decoding.graph_pool import capture
 from blockbatch.models import Model, transformer
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec

@@ -43,15 +43,13 @@ __device__ __forceinline__ void apply_scales(float (&sums)[S::kTokens / 2], cons
 // neighbour's index, `z` of those that share the weight.
 template <class S>
 struct Sharing {
-  static constexpr bool kAny = S::kShareX * S::kMulticast > 1;
-  static constexpr int kPeers = S::kShareX + S::kMulticast - 1;  // that write into a CTA, itself included
   int x, split, z;
 
   __device__ __forceinline__ int rank(int at_x, int at_z) const {
-    return at_x + S::kShareX * (split + S::kSplitK * at_z);
+    return static_cast<int>(cluster_rank<S>(at_x, split, at_z));
   }
   __device__ __forceinline__ uint16_t mask_of_x() const {
-    return static_cast<uint16_t>(((1 << S::kShareX) - 1) << rank(0, z));
+    return static_cast<uint16_t>(((1 << S::kXMulticast) - 1) << rank(0, z));
   }
   __device__ __forceinline__ uint16_t mask_of_weight() const {
     int mask = 0;
@@ -59,10 +57,10 @@ struct Sharing {
     for (int at = 0; at < S::kMulticast; ++at) mask |= 1 << rank(x, at);
     return static_cast<uint16_t>(mask);
   }
-  // The rank of peer `number` < kPeers.
+  // The rank of source `number` < kSources.
   __device__ __forceinline__ int peer(int number) const {
-    if (number < S::kShareX) return rank(number, z);
-    const int at = number - S::kShareX;
+    if (number < S::kXMulticast) return rank(number, z);
+    const int at = number - S::kXMulticast;
     return rank(x, at < z ? at : at + 1);
   }
 };
@@ -90,8 +88,8 @@ template <class S>
 __device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, int k, int first_token,
                                        int tokens, uint32_t barrier, const Sharing<S>& sharing,
                                        uint64_t policy) {
-  if constexpr (S::kShareX > 1) {
-    const int begin = sharing.x * (tokens / S::kShareX);
+  if constexpr (S::kXMulticast > 1) {
+    const int begin = sharing.x * (tokens / S::kXMulticast);
     copy_box_multicast(target + begin * kSwizzledRowBytes, map, {k, first_token + begin}, barrier,
                        sharing.mask_of_x(), policy);
   } else {
@@ -103,14 +101,14 @@ __device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, 
 template <class S>
 __device__ __forceinline__ void release_stage(uint32_t barrier, const Sharing<S>& sharing) {
   const int lane = threadIdx.x % 32;
-  if constexpr (Sharing<S>::kAny) {
-    if (lane < Sharing<S>::kPeers) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
+  if constexpr (S::kSources > 1) {
+    if (lane < S::kSources) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
   } else {
     if (lane == 0) barrier_arrive(barrier);
   }
 }
 
-// Grid: (tiles of kRows, a multiple of kShareX, kSplitK, kMulticast); clusters of (kShareX, kSplitK,
+// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
 // kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -124,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const Sharing<S> sharing = {S::kShareX > 1 ? static_cast<int>(blockIdx.x) % S::kShareX : 0,
+  const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int split = sharing.split;
@@ -138,12 +136,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, Sharing<S>::kPeers * S::kGroups * 4);
+      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (S::kSplitK > 1 || Sharing<S>::kAny) cluster_barrier();
+  if constexpr (S::kCluster > 1) cluster_barrier();
   allow_successors();
 
   if (warpgroup == S::kGroups) {
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         fetch_weight(i);
         fetch_x(i);
       }
-      if constexpr (Sharing<S>::kAny) {
+      if constexpr (S::kSources > 1) {
         // Other CTAs arrive at these barriers for the last time: they must still be there.
         for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
           barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);

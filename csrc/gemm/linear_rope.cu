@@ -20,7 +20,7 @@ template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, Use&& use) {
 #define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST)                                         \
   if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&  \
-      tile.multicast == MULTICAST) {                                                         \
+      tile.multicast == MULTICAST && tile.x_multicast == 1) {                                \
     return use(GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRopeKvWrite>()); \
   }
   BBK_ROTATED_SHAPES(BBK_SHAPE)

@@ -15,7 +15,7 @@ from blockbatch.decoding.block_pool import GROWTH, page_bytes, scratch_pages, sh
 from blockbatch.decoding.block_session import BlockSession
 from blockbatch.decoding.block_text import Forward
 from blockbatch.decoding.choice import sampling_for
-from blockbatch.decoding.graphs import pool_bytes
+from blockbatch.decoding.graph_pool import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer

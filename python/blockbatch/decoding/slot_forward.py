@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
+from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
+from blockbatch.decoding.graphs import StepGraphs, packed_capacity
 from blockbatch.decoding.method import Method
+from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
 from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.sampling import BatchSampling, SamplingKind
 from blockbatch.decoding.slot_pages import SlotPages
@@ -127,7 +129,9 @@ class SlotForward:
         rule = None
         if self.layout.rule is not None:
             rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
-        self._can_capture = StepGraphs.possible(self._model) and (rule is None or rule.can_capture)
+        self._possible = StepGraphs.possible(self._model)
+        self._can_capture = self._possible and (rule is None or rule.can_capture)
+        self._chosen_rows = torch.zeros(slots.num_rows, dtype=torch.bool, device=self.device)
         self.plans = SlotPlans(slots, rule, self._backend)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
@@ -137,7 +141,8 @@ class SlotForward:
     def forget_graphs(self) -> None:
         """What captured steps refer to has moved."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._pool = None  # gone with the last graph
+        self._pool = GraphPool(self.device)
+        self._row_graphs = new_row_graphs(self._model, self._pool) if self._possible else None
 
     def grow(self, sizes: Sizes) -> Tensor:
         """Makes room; gives the new number of each old row, for the page table."""
@@ -232,36 +237,45 @@ class SlotForward:
         def step() -> None:
             self._run_windows(capacity, capacity, distinct_rows)
 
-        graph, _, _ = capture(step, self.device, self._pool)
-        self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph
+        self._graphs[key], _ = self._pool.capture(step)
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)
         if whole.starting:
             self._give_up_pages(whole.starting)
-        full, most = self.plans.full, len(whole.rows) * self.slots.state.gen_length
-        full_end = torch.where(now, full.query_end, full.query_start)
-        if self.layout.is_open:
+        if self.layout.is_open or tokens == 0:
             block = self._windows(tokens, predictions, distinct_rows)
-            self.pages.make_private(self.rows, full.query_start, full_end)
-            own = self._predict(
-                self.plans.whole(now), whole.tokens, min(most, whole.tokens), len(whole.rows), scattered=False
-            )
+            own = self._whole_rows(now, whole)
         else:
             plan = self.plans.mixed(now)
             self.pages.make_private(self.rows, plan.query_start, plan.query_end)
-            together = tokens + whole.tokens
-            most = min(together, most + predictions)
-            block = own = self._predict(
-                plan, together, most, distinct_rows + len(whole.rows), scattered=False
-            )
+            most = len(whole.rows) * self.slots.state.gen_length + predictions
+            together, count = tokens + whole.tokens, distinct_rows + len(whole.rows)
+            block = own = self._predict(plan, together, min(together, most), count, scattered=False)
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
         self.plans.next(self.groups)
         self.refresh_host()
+
+    def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
+        """The forward of whole rows alone, which `now` [R] marks."""
+        count = len(whole.rows)
+        most = count * self.slots.state.gen_length
+        sizes = RowSizes(whole.tokens, min(most, whole.tokens), count, captured=False)
+        if self._row_graphs is not None:
+            sizes = row_sizes(whole.tokens, most, count, most)
+        if sizes.captured:
+            now = self._chosen_rows.copy_(now)
+
+        def compute() -> bbk.Predictions:
+            plan = self.plans.whole(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            return self._predict(plan, sizes.tokens, sizes.predictions, count, scattered=False)
+
+        # With the settings: those of some ask for probabilities of EOS.
+        return self._row_graphs.run((sizes, tuple(self.groups)), compute) if sizes.captured else compute()
 
     def _windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> bbk.Predictions:
         if capacity == 0:

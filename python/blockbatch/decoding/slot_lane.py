@@ -12,7 +12,7 @@ from blockbatch.branches import NFE, RequestOutcome
 from blockbatch.config import DecodeConfig
 from blockbatch.decoding.admission import rows_within
 from blockbatch.decoding.choice import sampling_for
-from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, pool_bytes
+from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
