@@ -20,6 +20,8 @@ _FEW_SHARING = (
     *(Fp8Tile(tokens, 64, split_k=2, x_multicast=2) for tokens in (64, 128)),
     Fp8Tile(128, 128, split_k=2, x_multicast=2),
     *(Fp8Tile(256, rows, multicast=2, x_multicast=2) for rows in (64, 128, 192)),
+    Fp8Tile(128, 128, split_k=4),
+    *(Fp8Tile(256, 128, split_k=2, multicast=2, x_multicast=count) for count in (1, 2)),
 )
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (

@@ -103,12 +103,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == S::kGroups) {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kGroups * 128) {
+      // Tiles that share a weight read it at about the same time.
+      const uint64_t read_once = evict_first_policy();
       const uint64_t keep = evict_last_policy();
       const auto fetch_weight = [&](int stage, int i, int row) {
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kStageBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, i * S::kBlockK, row, barrier, sharing,
-                       keep);
+                       read_once);
       };
       const auto fetch_x = [&](int stage, int i, int token) {
         copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, i * S::kBlockK, token,
