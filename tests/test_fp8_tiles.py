@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("sm90")]
 
 HALVES = (torch.bfloat16, torch.float16)
 WAVES = [tile for tile in tuning.LINEAR_FP8_TILES if tile.waves]
+SHARING = [tile for tile in tuning.LINEAR_FP8_TILES if tile.waves or tile.x_multicast > 1]
 
 
 def names(value):
@@ -78,7 +79,7 @@ def test_several_tiles_each(tile, on_tile, poisoned):
         check_activated(torch.bfloat16, tokens, out // 2 // 8 * 8, inner)
 
 
-@pytest.mark.parametrize("tile", (*WAVES, *(t for t in tuning.LINEAR_FP8_TILES if t.share_x > 1)), ids=names)
+@pytest.mark.parametrize("tile", SHARING, ids=names)
 def test_the_same_bits_every_time(tile, on_tile):
     """A race of a tile with its neighbours would show."""
     on_tile(tile)

@@ -21,15 +21,15 @@ def shapes_in(source):
 def few(source):
     """Tiles for few tokens."""
     return [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, share_x)
-        for tokens, groups, _, split_k, multicast, share_x in shapes_in(source)
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, x_multicast)
+        for tokens, groups, _, split_k, multicast, x_multicast in shapes_in(source)
     ]
 
 
 def test_the_table_is_what_is_compiled():
     waves = [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, share_x, True)
-        for tokens, groups, _, multicast, share_x in shapes_in("linear_fp8_waves.cu")
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, True)
+        for tokens, groups, _, multicast, x_multicast in shapes_in("linear_fp8_waves.cu")
     ]
     plain, gated = [few(source) + waves for source in ("linear_fp8.cu", "linear_swiglu_fp8.cu")]
     for compiled, table in ((plain, tuning.LINEAR_FP8_TILES), (gated, tuning.GATED_FP8_TILES)):
@@ -40,14 +40,14 @@ def test_the_table_is_what_is_compiled():
 
 
 def test_a_row_of_the_table_is_looked_up(monkeypatch):
-    choices = ((128, "128x192 share_x 2"), (256, "apart"), (1280, "160x128 share_x 2 waves"))
+    choices = ((128, "128x192 x_multicast 2"), (256, "apart"), (1280, "160x128 x_multicast 2 waves"))
     row = tuning.Fp8Row("fp8_tiles.json: m/p", 4096, 1024, True, choices)
     monkeypatch.setattr(rows_fp8, "PRODUCTS", {tuning.H100: (row,)})
     for cached in (gemm_fp8.linear_fp8_tile, gemm_fp8._row_of):
         cached.cache_clear()
     found = [tuning.linear_fp8_tile(tokens, 4096, 1024, gated=True) for tokens in (1, 128, 129, 257, 5000)]
-    waves = tuning.Fp8Tile(160, 128, share_x=2, waves=True)
-    assert found == [tuning.Fp8Tile(128, 192, share_x=2)] * 2 + [None] + [waves] * 2
+    waves = tuning.Fp8Tile(160, 128, x_multicast=2, waves=True)
+    assert found == [tuning.Fp8Tile(128, 192, x_multicast=2)] * 2 + [None] + [waves] * 2
     assert tuning.linear_fp8_tile(0, 4096, 1024, gated=True) is None
     assert tuning.linear_fp8_tile(64, 4096, 1024) == tuning.fp8_rule(64, 4096, 1024)
     for cached in (gemm_fp8.linear_fp8_tile, gemm_fp8._row_of):

@@ -15,31 +15,33 @@ _FEW = (
     Fp8Tile(128, 128, split_k=2),
     *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
-_FEW_SHARING_X = (
-    *(Fp8Tile(tokens, rows, share_x=2) for tokens in (64, 128) for rows in (64, 128, 192)),
-    *(Fp8Tile(tokens, 64, split_k=2, share_x=2) for tokens in (64, 128)),
-    Fp8Tile(128, 128, split_k=2, share_x=2),
-    *(Fp8Tile(256, rows, multicast=2, share_x=2) for rows in (64, 128, 192)),
+_FEW_SHARING = (
+    *(Fp8Tile(tokens, rows, x_multicast=2) for tokens in (64, 128) for rows in (64, 128, 192)),
+    *(Fp8Tile(tokens, 64, split_k=2, x_multicast=2) for tokens in (64, 128)),
+    Fp8Tile(128, 128, split_k=2, x_multicast=2),
+    *(Fp8Tile(256, rows, multicast=2, x_multicast=2) for rows in (64, 128, 192)),
+    Fp8Tile(128, 128, split_k=4),
+    *(Fp8Tile(256, 128, split_k=2, multicast=2, x_multicast=count) for count in (1, 2)),
 )
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (
     *(
-        Fp8Tile(tokens * multicast, rows, multicast=multicast, share_x=3 - multicast, waves=True)
+        Fp8Tile(tokens * multicast, rows, multicast=multicast, x_multicast=3 - multicast, waves=True)
         for tokens, rows in ((128, 128), (128, 192), (160, 128), (192, 128))
         for multicast in (1, 2)
     ),
-    Fp8Tile(256, 192, multicast=2, share_x=2, waves=True),
-    Fp8Tile(320, 128, multicast=2, share_x=2, waves=True),
+    Fp8Tile(256, 192, multicast=2, x_multicast=2, waves=True),
+    Fp8Tile(320, 128, multicast=2, x_multicast=2, waves=True),
 )
-LINEAR_FP8_TILES = (*_FEW, *_FEW_SHARING_X, *_WAVES)
+LINEAR_FP8_TILES = (*_FEW, *_FEW_SHARING, *_WAVES)
 # With the activation in the same kernel: csrc/gemm/linear_swiglu_fp8.cu.
 GATED_FP8_TILES = (
     *(Fp8Tile(tokens, 192) for tokens in (16, 32, 64, 128)),
-    Fp8Tile(64, 192, share_x=2),
-    Fp8Tile(128, 128, share_x=2),
-    Fp8Tile(128, 192, share_x=2),
+    Fp8Tile(64, 192, x_multicast=2),
+    Fp8Tile(128, 128, x_multicast=2),
+    Fp8Tile(128, 192, x_multicast=2),
     Fp8Tile(256, 192, multicast=2),
-    Fp8Tile(256, 192, multicast=2, share_x=2),
+    Fp8Tile(256, 192, multicast=2, x_multicast=2),
     *_WAVES,
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
@@ -53,7 +55,7 @@ _MIN_WAVES_TOKENS = 129
 
 def fp8_tile_name(tile: Fp8Tile) -> str:
     """Tokens x rows, and what is shared, such as "256x192 multicast 2 waves"."""
-    counts = {name: getattr(tile, name) for name in ("split_k", "multicast", "share_x")}
+    counts = {name: getattr(tile, name) for name in ("split_k", "multicast", "x_multicast")}
     shared = "".join(f" {name} {count}" for name, count in counts.items() if count > 1)
     return f"{tile.tokens}x{tile.rows}{shared}{' waves' if tile.waves else ''}"
 

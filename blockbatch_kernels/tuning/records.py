@@ -38,7 +38,7 @@ class Fp8Tile(NamedTuple):
     rows: int  # of the weight in a tile
     split_k: int = 1  # processors that share the sum of a tile
     multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
-    share_x: int = 1  # processors that share one read of the tokens, each for rows of its own
+    x_multicast: int = 1  # processors that share one read of the tokens, each for rows of its own
     waves: bool = False  # processors go from tile to tile, over any number of tokens
 
 

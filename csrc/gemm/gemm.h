@@ -66,13 +66,13 @@ struct GemmFp8Params {
 
 // How the product is cut, by the names of blockbatch_kernels.tuning.Fp8Tile; linear_fp8.cu,
 // linear_swiglu_fp8.cu and linear_fp8_waves.cu list what is compiled.
-#define BBK_GEMM_FP8_TILE(X)                                                                    \
-  X(int, tokens)    /* room for tokens in a tile; with waves: in a tile of `multicast` CTAs */  \
-  X(int, rows)      /* of the weight in a tile of a CTA */                                      \
-  X(int, split_k)   /* CTAs that share the sum of a tile, each over a stretch of K */           \
-  X(int, multicast) /* CTAs that share one read of the weight, each for a part of the tokens */ \
-  X(int, share_x)   /* CTAs that share one read of x, each with rows of its own */              \
-  X(bool, waves)    /* as many CTAs as fit go from tile to tile, over any number of tokens */
+#define BBK_GEMM_FP8_TILE(X)                                                                      \
+  X(int, tokens)      /* room for tokens in a tile; with waves: in a tile of `multicast` CTAs */  \
+  X(int, rows)        /* of the weight in a tile of a CTA */                                      \
+  X(int, split_k)     /* CTAs that share the sum of a tile, each over a stretch of K */           \
+  X(int, multicast)   /* CTAs that share one read of the weight, each for a part of the tokens */ \
+  X(int, x_multicast) /* CTAs that share one read of x, each with rows of its own */              \
+  X(bool, waves)      /* as many CTAs as fit go from tile to tile, over any number of tokens */
 
 struct GemmFp8Tile {
   BBK_GEMM_FP8_TILE(BBK_MEMBER)

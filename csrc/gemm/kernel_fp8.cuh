@@ -43,15 +43,13 @@ __device__ __forceinline__ void apply_scales(float (&sums)[S::kTokens / 2], cons
 // neighbour's index, `z` of those that share the weight.
 template <class S>
 struct Sharing {
-  static constexpr bool kAny = S::kShareX * S::kMulticast > 1;
-  static constexpr int kPeers = S::kShareX + S::kMulticast - 1;  // that write into a CTA, itself included
   int x, split, z;
 
   __device__ __forceinline__ int rank(int at_x, int at_z) const {
-    return at_x + S::kShareX * (split + S::kSplitK * at_z);
+    return static_cast<int>(cluster_rank<S>(at_x, split, at_z));
   }
   __device__ __forceinline__ uint16_t mask_of_x() const {
-    return static_cast<uint16_t>(((1 << S::kShareX) - 1) << rank(0, z));
+    return static_cast<uint16_t>(((1 << S::kXMulticast) - 1) << rank(0, z));
   }
   __device__ __forceinline__ uint16_t mask_of_weight() const {
     int mask = 0;
@@ -59,10 +57,10 @@ struct Sharing {
     for (int at = 0; at < S::kMulticast; ++at) mask |= 1 << rank(x, at);
     return static_cast<uint16_t>(mask);
   }
-  // The rank of peer `number` < kPeers.
+  // The rank of source `number` < kSources.
   __device__ __forceinline__ int peer(int number) const {
-    if (number < S::kShareX) return rank(number, z);
-    const int at = number - S::kShareX;
+    if (number < S::kXMulticast) return rank(number, z);
+    const int at = number - S::kXMulticast;
     return rank(x, at < z ? at : at + 1);
   }
 };
@@ -90,8 +88,8 @@ template <class S>
 __device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, int k, int first_token,
                                        int tokens, uint32_t barrier, const Sharing<S>& sharing,
                                        uint64_t policy) {
-  if constexpr (S::kShareX > 1) {
-    const int begin = sharing.x * (tokens / S::kShareX);
+  if constexpr (S::kXMulticast > 1) {
+    const int begin = sharing.x * (tokens / S::kXMulticast);
     copy_box_multicast(target + begin * kSwizzledRowBytes, map, {k, first_token + begin}, barrier,
                        sharing.mask_of_x(), policy);
   } else {
@@ -103,14 +101,14 @@ __device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, 
 template <class S>
 __device__ __forceinline__ void release_stage(uint32_t barrier, const Sharing<S>& sharing) {
   const int lane = threadIdx.x % 32;
-  if constexpr (Sharing<S>::kAny) {
-    if (lane < Sharing<S>::kPeers) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
+  if constexpr (S::kSources > 1) {
+    if (lane < S::kSources) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
   } else {
     if (lane == 0) barrier_arrive(barrier);
   }
 }
 
-// Grid: (tiles of kRows, a multiple of kShareX, kSplitK, kMulticast); clusters of (kShareX, kSplitK,
+// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
 // kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -124,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const Sharing<S> sharing = {S::kShareX > 1 ? static_cast<int>(blockIdx.x) % S::kShareX : 0,
+  const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int split = sharing.split;
@@ -138,12 +136,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, Sharing<S>::kPeers * S::kGroups * 4);
+      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (S::kSplitK > 1 || Sharing<S>::kAny) cluster_barrier();
+  if constexpr (S::kCluster > 1) cluster_barrier();
   allow_successors();
 
   if (warpgroup == S::kGroups) {
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         fetch_weight(i);
         fetch_x(i);
       }
-      if constexpr (Sharing<S>::kAny) {
+      if constexpr (S::kSources > 1) {
         // Other CTAs arrive at these barriers for the last time: they must still be there.
         for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
           barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
@@ -200,33 +198,79 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
     const auto release = [&](int i) { release_stage<S>(empty + 8 * (i % S::kStages), sharing); };
     float sums[S::kTokens / 2] = {};
-    float stretch[S::kTokens / 2];
-#pragma unroll 1
-    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-      const int end = min(begin + kBlocksOfAStretch, count);
-#pragma unroll 1
-      for (int i = begin; i < end; ++i) {
-        const int stage = i % S::kStages;
-        barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
-        const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
-        const uint64_t a = matrix_descriptor(weight);
-        const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
-        wgmma_fence();
+    // Starts the products of block i; `fresh`: they replace the stretch.
+    const auto start = [&](float (&stretch)[S::kTokens / 2], int i, bool fresh) {
+      const int stage = i % S::kStages;
+      barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
+      const uint64_t a = matrix_descriptor(weight);
+      const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+      wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-          // Descriptors count in 16 bytes: 32 elements of K are 2.
-          Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
-        }
-        wgmma_commit();
-        // Products of the block before are done: its stage may be filled again.
-        wgmma_wait<1>();
-        if (i > begin) release(i - 1);
+      for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
+        // Descriptors count in 16 bytes: 32 elements of K are 2.
+        Product::run(stretch, a + 2 * k, b + 2 * k, !fresh || k > 0);
       }
-      wgmma_wait<0>();
-      keep_in_registers(stretch);
-      release(end - 1);
+    };
+    const auto add = [&](const float (&stretch)[S::kTokens / 2]) {
 #pragma unroll
       for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
+    };
+    const auto end_of = [&](int begin) { return min(begin + kBlocksOfAStretch, count); };
+    if constexpr (S::kGroups == 1) {
+      // Nobody else keeps the tensor cores busy: while one stretch is added they compute another.
+      float even[S::kTokens / 2], odd[S::kTokens / 2];
+      const auto start_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
+#pragma unroll 1
+        for (int i = begin; i < end_of(begin); ++i) start(stretch, i, i == begin);
+        wgmma_fence();  // behind a loop the assembler would put one here itself
+        wgmma_commit();
+      };
+      const auto add_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
+        keep_in_registers(stretch);
+        // Its stages may be filled again.
+        for (int i = begin; i < end_of(begin); ++i) release(i);
+        add(stretch);
+      };
+      start_stretch(even, 0);
+#pragma unroll 1
+      for (int begin = 0;; begin += 2 * kBlocksOfAStretch) {
+        const int next = begin + kBlocksOfAStretch, after = next + kBlocksOfAStretch;
+        if (next >= count) {
+          wgmma_wait<0>();
+          add_stretch(even, begin);
+          break;
+        }
+        start_stretch(odd, next);
+        wgmma_wait<1>();
+        add_stretch(even, begin);
+        if (after >= count) {
+          wgmma_wait<0>();
+          add_stretch(odd, next);
+          break;
+        }
+        start_stretch(even, after);
+        wgmma_wait<1>();
+        add_stretch(odd, next);
+      }
+    } else {
+      float stretch[S::kTokens / 2];
+#pragma unroll 1
+      for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
+        const int end = end_of(begin);
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) {
+          start(stretch, i, i == begin);
+          wgmma_commit();
+          // Products of the block before are done: its stage may be filled again.
+          wgmma_wait<1>();
+          if (i > begin) release(i - 1);
+        }
+        wgmma_wait<0>();
+        keep_in_registers(stretch);
+        release(end - 1);
+        add(stretch);
+      }
     }
     apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;

@@ -62,7 +62,7 @@ __device__ __forceinline__ void fill_box(const float (&sums)[S::kTokens / 2], ui
   }
 }
 
-// Grid: (kShareX CTAs of each cluster, 1, kMulticast); clusters of (kShareX, 1, kMulticast).
+// Grid: (kXMulticast CTAs of each cluster, 1, kMulticast); clusters of (kXMulticast, 1, kMulticast).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_waves_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + L::kBarriers;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const Sharing<S> sharing = {S::kShareX > 1 ? static_cast<int>(blockIdx.x) % S::kShareX : 0, 0,
+  const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0, 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
-  const int first_tile = blockIdx.x / S::kShareX;
-  const int num_clusters = gridDim.x / S::kShareX;
+  const int first_tile = blockIdx.x / S::kXMulticast;
+  const int num_clusters = gridDim.x / S::kXMulticast;
   const auto row_of = [&](int tile) {
-    return (tile / args.token_groups * S::kShareX + sharing.x) * S::kRows;
+    return (tile / args.token_groups * S::kXMulticast + sharing.x) * S::kRows;
   };
   const auto token_of = [&](int tile) {
     return (tile % args.token_groups * S::kMulticast + sharing.z) * S::kTokens;
@@ -92,23 +92,25 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     prefetch_map(&out_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, Sharing<S>::kPeers * S::kGroups * 4);
+      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (Sharing<S>::kAny) cluster_barrier();
+  if constexpr (S::kSources > 1) cluster_barrier();
   allow_successors();
 
   if (warpgroup == S::kGroups) {
     give_registers<S::kProducerRegisters>();
     if (threadIdx.x == S::kGroups * 128) {
+      // Tiles that share a weight read it at about the same time.
+      const uint64_t read_once = evict_first_policy();
       const uint64_t keep = evict_last_policy();
       const auto fetch_weight = [&](int stage, int i, int row) {
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kStageBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, i * S::kBlockK, row, barrier, sharing,
-                       keep);
+                       read_once);
       };
       const auto fetch_x = [&](int stage, int i, int token) {
         copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, i * S::kBlockK, token,
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
         begin = 0;
       }
-      if constexpr (Sharing<S>::kAny) {
+      if constexpr (S::kSources > 1) {
         // Other CTAs arrive at these barriers for the last time: they must still be there.
 #pragma unroll 1
         for (int i = 0; i < S::kStages; ++i) {

@@ -11,15 +11,15 @@ constexpr char kLinearFp8[] = "linear_fp8";
 [[noreturn]] inline void refuse_fp8_tile(const GemmFp8Tile& tile, const char* kind) {
   refuse(kLinearFp8, "tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
                          std::to_string(tile.rows) + ", split_k " + std::to_string(tile.split_k) +
-                         ", multicast " + std::to_string(tile.multicast) + ", share_x " +
-                         std::to_string(tile.share_x) + kind);
+                         ", multicast " + std::to_string(tile.multicast) + ", x_multicast " +
+                         std::to_string(tile.x_multicast) + kind);
 }
 
 // Two elements count as one of 16 bits. Of `box_tokens` of x a CTA fetches a part for those that share x.
 template <class S>
 CUtensorMap fp8_x_map(const GemmFp8Params& p, int box_tokens) {
   return tensor_map<2>(kLinearFp8, "x", p.x, DType::kBFloat16, {p.in_features / 2, p.num_tokens},
-                       {p.x_row_stride / 2}, {S::kBlockK, box_tokens / S::kShareX},
+                       {p.x_row_stride / 2}, {S::kBlockK, box_tokens / S::kXMulticast},
                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
@@ -60,7 +60,7 @@ GemmFp8Args fp8_args(const GemmFp8Params& p, int box_tokens, bool static_weight)
 template <class S>
 int64_t fp8_row_tiles(const GemmFp8Params& p) {
   const int64_t rows = S::kGated ? 2 * p.out_features : p.out_features;
-  return ceil_div<int64_t>(rows, S::kRows * S::kShareX) * S::kShareX;
+  return ceil_div<int64_t>(rows, S::kRows * S::kXMulticast) * S::kXMulticast;
 }
 
 // For few tokens, on the current device, which is the launch's.
@@ -72,10 +72,10 @@ void launch_gemm_fp8(const GemmFp8Params& p, bool static_weight, bool programmat
                            std::to_string((S::kSplitK - 1) * kSwizzledRowBytes) + " with " +
                            std::to_string(S::kSplitK) + " split_k, got " + std::to_string(p.in_features));
   }
-  const int64_t each = ceil_div<int64_t>(p.num_tokens, S::kMulticast * S::kShareX);
-  const int box_tokens = S::kShareX * copied_rows(each);
+  const int64_t each = ceil_div<int64_t>(p.num_tokens, S::kMulticast * S::kXMulticast);
+  const int box_tokens = S::kXMulticast * copied_rows(each);
   const dim3 grid(static_cast<unsigned>(fp8_row_tiles<S>(p)), S::kSplitK, S::kMulticast);
-  const dim3 cluster(S::kShareX, S::kSplitK, S::kMulticast);
+  const dim3 cluster(S::kXMulticast, S::kSplitK, S::kMulticast);
   constexpr int kSharedBytes = S::kSharedBytes + 4 * S::kTokens;
   launch_kernel<gemm_fp8_kernel<S>>(
       kLinearFp8, launch, {grid, S::kThreads, kSharedBytes, programmatic, cluster},
@@ -88,12 +88,12 @@ void gemm_fp8_gated(const GemmFp8Params& params, const GemmFp8Tile& tile, bool s
 void gemm_fp8_waves(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight,
                     bool programmatic, const Launch& launch);
 
-// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, share_x
-#define BBK_FP8_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, SHARE_X)                           \
-  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == SPLIT_K &&    \
-      tile.multicast == MULTICAST && tile.share_x == SHARE_X) {                                      \
-    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, SHARE_X>>( \
-        params, static_weight, programmatic, launch);                                                \
+// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, x_multicast
+#define BBK_FP8_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST)                           \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == SPLIT_K &&        \
+      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST) {                                  \
+    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, X_MULTICAST>>( \
+        params, static_weight, programmatic, launch);                                                    \
   }
 
 }  // namespace bbk

@@ -38,7 +38,10 @@ namespace {
   V(128, 3, 5, 1, 1, 2)   \
   V(128, 1, 9, 1, 2, 2)   \
   V(128, 2, 6, 1, 2, 2)   \
-  V(128, 3, 5, 1, 2, 2)
+  V(128, 3, 5, 1, 2, 2)   \
+  V(128, 2, 6, 4, 1, 1)   \
+  V(128, 2, 6, 2, 2, 1)   \
+  V(128, 2, 6, 2, 2, 2)
 
 void check(const GemmFp8Params& params, const GemmFp8Tile& tile) {
   constexpr auto kOp = kLinearFp8;

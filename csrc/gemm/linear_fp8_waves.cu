@@ -6,7 +6,7 @@
 namespace bbk {
 namespace {
 
-// tokens of a CTA, warpgroups, pipeline stages, multicast, share_x
+// tokens of a CTA, warpgroups, pipeline stages, multicast, x_multicast
 #define BBK_FP8_WAVES(V) \
   V(128, 2, 6, 1, 2)     \
   V(128, 2, 6, 2, 1)     \
@@ -48,11 +48,11 @@ void launch_waves(const GemmFp8Params& p, bool static_weight, bool programmatic,
   constexpr auto kKernel = gemm_fp8_waves_kernel<S>;
   GemmFp8WavesArgs args{fp8_args<S>(p, S::kTokens, static_weight), 0, 0};
   args.token_groups = static_cast<int>(ceil_div<int64_t>(p.num_tokens, S::kTokens * S::kMulticast));
-  args.num_tiles = static_cast<int>(fp8_row_tiles<S>(p) / S::kShareX * args.token_groups);
+  args.num_tiles = static_cast<int>(fp8_row_tiles<S>(p) / S::kXMulticast * args.token_groups);
   LaunchConfig config = {dim3(), S::kThreads, WavesLayout<S>::kSharedBytes, programmatic,
-                         dim3(S::kShareX, 1, S::kMulticast)};
+                         dim3(S::kXMulticast, 1, S::kMulticast)};
   const int clusters = std::min(args.num_tiles, resident_clusters<kKernel>(launch.device, config));
-  config.grid = dim3(static_cast<unsigned>(clusters * S::kShareX), 1, S::kMulticast);
+  config.grid = dim3(static_cast<unsigned>(clusters * S::kXMulticast), 1, S::kMulticast);
   const CUtensorMap out_map =
       tensor_map<2>(kLinearFp8, "out", p.out, p.dtype, {p.out_features, p.num_tokens}, {p.out_row_stride},
                     {S::kOutColumns, S::kTokens}, CU_TENSOR_MAP_L2_PROMOTION_NONE,
@@ -65,16 +65,15 @@ void launch_waves(const GemmFp8Params& p, bool static_weight, bool programmatic,
 
 void gemm_fp8_waves(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight,
                     bool programmatic, const Launch& launch) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST, SHARE_X)                                               \
-  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&                 \
-      tile.multicast == MULTICAST && tile.share_x == SHARE_X) {                                             \
-    return params.gated                                                                                     \
-               ? launch_waves<                                                                              \
-                     GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRoundedSwiglu, SHARE_X>>( \
-                     params, static_weight, programmatic, launch)                                           \
-               : launch_waves<                                                                              \
-                     GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kLinear, SHARE_X>>(        \
-                     params, static_weight, programmatic, launch);                                          \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                                         \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&               \
+      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST) {                                   \
+    return params.gated                                                                                   \
+               ? launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRoundedSwiglu, \
+                                        X_MULTICAST>>(params, static_weight, programmatic, launch)        \
+               : launch_waves<                                                                            \
+                     GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kLinear, X_MULTICAST>>(  \
+                     params, static_weight, programmatic, launch);                                        \
   }
   dispatch_gemm_dtype(kLinearFp8, params.dtype, [&](auto zero) {
     using T = decltype(zero);
