@@ -47,10 +47,12 @@ quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
 rms_norm_fp8 = traceable(ops.rms_norm_fp8)
 rope_kv_write = traceable(ops.rope_kv_write)
+rope_kv_write_fp8 = traceable(ops.rope_kv_write_fp8)
 share_pages = traceable(ops.share_pages)
 swiglu = traceable(ops.swiglu)
 swiglu_fp8 = traceable(ops.swiglu_fp8)
 varlen_attention = traceable(ops.varlen_attention)
+varlen_attention_fp8 = traceable(ops.varlen_attention_fp8)
 
 __version__ = "0.1.0"
 
@@ -90,8 +92,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
 ]

@@ -72,7 +72,10 @@ _ROPE = (
 )
 
 
-def _caches(dtype: str, **options) -> tuple[TensorArg, TensorArg]:
+_SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
+
+
+def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
     shape = "pages page_size num_kv_heads head_dim"
     return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
 
@@ -171,6 +174,20 @@ _TABLE = (
         ),
     ),
     Operator(
+        "rope_kv_write_fp8",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS, written=True, pinned=True),
+            TensorArg("k", "tokens num_kv_heads head_dim", "q", pinned=True),
+            TensorArg("v", "tokens num_kv_heads head_dim", "q", pinned=True),
+            *_ROPE,
+            *_caches(FP8, written=True, pinned="whole"),
+            *_SCALES,
+            TensorArg("q_norm", "head_dim", "q", optional=True),
+            TensorArg("k_norm", "head_dim", "q", optional=True),
+            Scalar("norm_eps", float, 1e-6),
+        ),
+    ),
+    Operator(
         "linear_rope_kv_write",
         (
             TensorArg("x", "tokens in_features", FLOATS),
@@ -205,6 +222,20 @@ _TABLE = (
         (
             TensorArg("q", "tokens num_heads head_dim", FLOATS),
             *_caches("q"),
+            TensorArg("page_table", "rows pages_per_row", INT),
+            TensorArg("cu_seqlens_q", "rows+1", INT),
+            TensorArg("seqlens_k", "rows", INT),
+            Scalar("softmax_scale", float, None),
+            RecordArg("plan", AttentionPlan, optional=True),
+        ),
+        (Result("tokens num_heads head_dim", "q"),),
+    ),
+    Operator(
+        "varlen_attention_fp8",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS),
+            *_caches(FP8),
+            *_SCALES,
             TensorArg("page_table", "rows pages_per_row", INT),
             TensorArg("cu_seqlens_q", "rows+1", INT),
             TensorArg("seqlens_k", "rows", INT),
@@ -286,7 +317,7 @@ _TABLE = (
             TensorArg(
                 "kv_cache",
                 "layers 2 pages page_size num_kv_heads head_dim",
-                FLOATS,
+                (*FLOATS, E4M3),
                 written=True,
                 pinned=True,
             ),

@@ -45,6 +45,17 @@ def rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
     )
 
 
+def kv_in_e4m3(arguments):
+    """The same with caches in e4m3; scales of another power of two for each head."""
+    kv_heads, device = arguments["k_cache"].shape[2], arguments["k_cache"].device
+    powers = 2.0 ** torch.arange(-4, kv_heads - 4)
+    scales = dict(k_scale=powers.to(device), v_scale=(powers * 2).flip(0).to(device))
+    for name in ("k", "v"):
+        stored = arguments[f"{name}_cache"].float() / scales[f"{name}_scale"][:, None]
+        arguments[f"{name}_cache"] = stored.to(torch.float8_e4m3fn)
+    return {**arguments, **scales}
+
+
 def whole_numbers(shape, device, dtype):
     """Small ones: their sums are exact, in whatever order a matrix library adds them."""
     return torch.randint(-2, 3, shape).to(device, dtype)
@@ -141,13 +152,19 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
+    if operator == "rope_kv_write_fp8":
+        return kv_in_e4m3(rope(device, dtype)) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "linear_rope_kv_write":
         return linear_rope(device, dtype)
-    if operator in ("attention_plan", "varlen_attention"):
+    if operator in ("attention_plan", "varlen_attention", "varlen_attention_fp8"):
         tensors = attention(device, dtype)
         table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
         table |= dict(page_size=16, num_tokens=10, num_heads=4, num_kv_heads=2)
-        return table if operator == "attention_plan" else {**tensors, "plan": bbk.attention_plan(**table)}
+        if operator == "attention_plan":
+            return table
+        if operator == "varlen_attention_fp8":
+            tensors = kv_in_e4m3(tensors)
+        return {**tensors, "plan": bbk.attention_plan(**table)}
     if operator == "lm_head_confidence":
         # Logits so small that their rounding hardly shows in the probabilities.
         probes = torch.arange(7, dtype=torch.int32, device=device)

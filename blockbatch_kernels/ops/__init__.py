@@ -11,6 +11,7 @@ what came.
 
 from blockbatch_kernels.ops.attention import attention_plan, varlen_attention
 from blockbatch_kernels.ops.dispatch import BACKENDS, backend_of
+from blockbatch_kernels.ops.kv_fp8 import rope_kv_write_fp8, varlen_attention_fp8
 from blockbatch_kernels.ops.layer import (
     linear,
     linear_rope_kv_write,
@@ -57,8 +58,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
 from blockbatch_kernels import tuning
@@ -104,8 +108,38 @@ def varlen_attention(
     Returns:
         [tokens, num_heads, head_dim]; padding tokens and rows without keys are zero.
     """
-    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
-    _check_varlen_attention(*tensors, softmax_scale, plan)
+    _check_varlen_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, softmax_scale, plan)
+    module, options = ready(
+        "varlen_attention",
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        cu_seqlens_q,
+        seqlens_k,
+        softmax_scale=softmax_scale,
+        plan=plan,
+        backend=backend,
+    )
+    return module.varlen_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, **options)
+
+
+def ready(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float | None,
+    plan: AttentionPlan | None,
+    backend: str | None,
+    module_for: Callable[..., ModuleType] = dispatch.module_for,
+) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that attends, with the scale and the plan that it takes: for both kinds of caches."""
+    where = (page_table, cu_seqlens_q, seqlens_k)
     head_dim = q.shape[2]
     if k_cache.shape[2] < 1 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(
@@ -115,7 +149,7 @@ def varlen_attention(
         _check_plan(plan, q, k_cache.shape[2])
     if values.ENABLED:
         values.check_attention(
-            *tensors[3:],
+            *where,
             page_size=k_cache.shape[1],
             num_tokens=q.shape[0],
             num_pages=k_cache.shape[0],
@@ -129,9 +163,9 @@ def varlen_attention(
         units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device, num_tokens=q.shape[0])
     else:
         units = plan.units.shape[0] > 0
-    module = dispatch.module_for(
+    module = module_for(
         backend,
-        "varlen_attention",
+        op,
         q,
         excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
         units=int(units),
@@ -151,7 +185,7 @@ def varlen_attention(
             num_kv_heads=k_cache.shape[2],
             backend=backend,
         )
-    return module.varlen_attention(*tensors, softmax_scale=softmax_scale, plan=plan)
+    return module, dict(softmax_scale=softmax_scale, plan=plan)
 
 
 def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:

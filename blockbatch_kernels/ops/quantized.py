@@ -7,8 +7,6 @@ so that a token's result does not depend on the tokens beside it.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ _check_swiglu_fp8 = checker("swiglu_fp8")
 _check_linear_fp8 = checker("linear_fp8")
 _check_linear_swiglu_fp8 = checker("linear_swiglu_fp8")
 
-_CAPABILITY = (8, 9)  # the first with conversions and products of e4m3
+_module_for = dispatch.module_for_e4m3
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -159,19 +157,6 @@ def _check_out_dtype(out_dtype: torch.dtype) -> None:
     if out_dtype not in _OUT_DTYPES:
         expected = " or ".join(str(dtype) for dtype in _OUT_DTYPES)
         raise TypeError(f"out_dtype: expected {expected}, got {out_dtype}")
-
-
-def _module_for(backend: str | None, op: str, example: Tensor) -> ModuleType:
-    """The module that runs `op`: on GPUs that do not know e4m3 the reference, and no other."""
-    if not example.is_cuda or torch.cuda.get_device_capability(example.device) >= _CAPABILITY:
-        return dispatch.module_for(backend, op, example)
-    if backend in dispatch.COMPILED:
-        major, minor = torch.cuda.get_device_capability(example.device)
-        raise RuntimeError(
-            f"backend: {backend} cannot run {op}: e4m3 needs compute capability 8.9 or newer, the GPU has "
-            f"{major}.{minor}"
-        )
-    return dispatch.module_for(backend, op, example, excluded=dispatch.COMPILED)
 
 
 def _check_columns(name: str, columns: int) -> None:

@@ -3,6 +3,7 @@
 from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attention
 from blockbatch_kernels.reference.attention_plan import attention_plan
 from blockbatch_kernels.reference.gemm import linear, linear_rope_kv_write, linear_swiglu
+from blockbatch_kernels.reference.kv_fp8 import rope_kv_write_fp8, varlen_attention_fp8
 from blockbatch_kernels.reference.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
@@ -36,8 +37,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
 ]

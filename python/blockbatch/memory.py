@@ -86,7 +86,7 @@ def needs(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        dtype=dtype,
+        dtype=model.kv_dtype,
     )
     if config.policy == "dream_published":
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8

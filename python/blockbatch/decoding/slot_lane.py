@@ -352,7 +352,7 @@ class SlotLane:
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype=model.dtype,
+            dtype=model.kv_dtype,
         )
         if cache_tokens is not None:
             return kv_cache.pages_per_row(cache_tokens)

@@ -36,7 +36,7 @@ class SlotPages:
         spec = model.spec
         self.page_size, self.device, self.backend = page_size, model.device, model.backend
         shape = (spec.num_layers, 2, num_pages, page_size, spec.num_kv_heads, spec.head_dim)
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=self.device)
+        self.kv = torch.zeros(shape, dtype=model.kv_dtype, device=self.device)
         self.page_table = self._table(0, 0)
         self.pool = self._pool()
 
