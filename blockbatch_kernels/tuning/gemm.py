@@ -20,6 +20,7 @@ UNMEASURED_TILES = (
     LinearTile(256, 128, split_k=4),
     LinearTile(256, 128, split_k=2, multicast=2),
     LinearTile(256, 192, split_k=2, multicast=2),
+    LinearTile(256, 192, multicast=2, x_multicast=2),
 )
 LINEAR_TILES = (
     LinearTile(16, 64),
@@ -42,6 +43,7 @@ ROTATED_TILES = (
     LinearTile(128, 128),
     LinearTile(192, 128),
     LinearTile(256, 192, multicast=2),
+    LinearTile(256, 192, multicast=2, x_multicast=2),
 )
 # With the activation in the same kernel.
 GATED_TILES = (

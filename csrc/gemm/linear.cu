@@ -28,6 +28,7 @@ constexpr char kOp[] = "linear";
   V(128, 1, 9, 1, 2, 2, false) \
   V(128, 2, 6, 2, 2, 1, false) \
   V(128, 3, 5, 1, 2, 1, false) \
+  V(128, 3, 5, 1, 2, 2, false) \
   V(128, 3, 5, 2, 2, 1, false) \
   V(16, 3, 8, 1, 1, 1, true)   \
   V(64, 3, 7, 1, 1, 1, true)   \
