@@ -229,7 +229,8 @@ def rounded(value: Any) -> Any:
 def save(options: argparse.Namespace, device: torch.device, last: bool, **results: Any) -> None:
     """Writes the file, at first without a word, so that a run that is cut off leaves what it has."""
     with contextlib.nullcontext() if last else contextlib.redirect_stdout(io.StringIO()):
-        write_report(options, device, model=options.model, gen_length=options.gen_length, **rounded(results))
+        about = dict(model=options.model, quantization=options.quantization, gen_length=options.gen_length)
+        write_report(options, device, **about, **rounded(results))
 
 
 def arguments(description: str, on_gpu: bool) -> argparse.ArgumentParser:
@@ -240,6 +241,7 @@ def arguments(description: str, on_gpu: bool) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="llada-8b" if on_gpu else "tiny", help="tiny, or a shape")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--quantization", choices=("fp8",), help="of random weights")
     parser.add_argument("--backend", choices=("reference", "triton", "cuda"))
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--clients", nargs="*", type=int, default=[1, 8, 32, 64])

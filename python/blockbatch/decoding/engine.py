@@ -280,6 +280,9 @@ class Engine:
 
     def _grow(self, seat: Seat, prefix: list[int]) -> bool:
         request = seat.request
+        if len(prefix) == seat.seen:
+            return False
+        seat.seen = len(prefix)
         if seat.reader is not None and not seat.done and len(prefix) > len(request.final):
             seat.reader.push(prefix)
         final = before_eos(prefix, rules_of(seat.method).eos_token_ids)

@@ -28,6 +28,7 @@ class Seat:
         pages: that it may come to need, reserved while it runs.
         reader: looks for its stop texts; None: it has none.
         prefix: all of its ids that are final, an EOS and what stands behind it among them.
+        seen: of the prefix, ids that the engine has passed on.
         nfe: forwards so far.
         done: the rules ended it.
         error: what ended it instead.
@@ -39,6 +40,7 @@ class Seat:
     pages: int
     reader: PrefixReader | None = None
     prefix: list[int] = field(default_factory=list)
+    seen: int = 0
     nfe: NFE | BlockNFE = NFE(0, 0, 0)
     done: bool = False
     error: BaseException | None = None

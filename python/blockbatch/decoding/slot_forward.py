@@ -79,7 +79,7 @@ class HostView(NamedTuple):
 
     Attributes:
         status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q] what the first branch holds.
+        tokens: [Q, G] what the first branch holds, a tensor of the host: few of them are looked at.
         usage: entries of the page table that have a page, and pages in use.
     """
 
@@ -92,7 +92,7 @@ class HostView(NamedTuple):
     blocking: list[int]
     refreshing: list[int]
     status: list[list[int]]
-    tokens: list[list[int]]
+    tokens: Tensor
     usage: list[int]
 
 
@@ -183,16 +183,18 @@ class SlotForward:
 
     def read(self) -> HostView:
         """What the last `run` left for the host, which has waited for the device before."""
-        values, rows, requests = self._host.tolist(), self.slots.num_rows, self.slots.sizes.requests
-        parts, at = [], 0
-        for size in (*[rows] * 6, requests, requests):
-            parts.append(values[at : at + size])
-            at += size
-        lines = []
-        for width in (len(STATUS), self.slots.state.gen_length):
-            lines.append([values[at + index * width : at + (index + 1) * width] for index in range(requests)])
-            at += requests * width
-        return HostView(*parts, *lines, values[at:])
+        rows, requests = self.slots.num_rows, self.slots.sizes.requests
+        sizes = [
+            *[rows] * 6,
+            requests,
+            requests,
+            requests * len(STATUS),
+            requests * self.slots.state.gen_length,
+        ]
+        *parts, tokens, usage = self._host.split([*sizes, self._host.numel() - sum(sizes)])
+        *plans, status = (part.tolist() for part in parts)
+        lines = [status[at : at + len(STATUS)] for at in range(0, len(status), len(STATUS))]
+        return HostView(*plans, lines, tokens.view(requests, -1), usage.tolist())
 
     def refresh_host(self) -> None:
         """Starts the copy that `read` reads."""

@@ -210,7 +210,8 @@ class SlotLane:
             place, last = seat.place, seat.place.phase if seat in picked else PHASE_BLOCK
             status = view.status[place.slot]
             finished, stalled, non_finite, final, *nfe = status
-            seat.prefix = view.tokens[place.slot][:final]
+            if final != len(seat.prefix):  # it only grows
+                seat.prefix = view.tokens[place.slot, :final].tolist()
             seat.nfe = NFE(*nfe)
             if non_finite:
                 seat.error = NonFiniteLogitsError(
