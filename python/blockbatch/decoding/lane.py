@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -79,8 +80,12 @@ class Lane(Protocol):
     def join(self, seat: Seat) -> None:
         """Makes a request ready for its first forward."""
 
-    def step(self) -> list[Seat]:
-        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now."""
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now.
+
+        Args:
+            meanwhile: called once, while the device computes where the lane can.
+        """
 
     def end(self, seat: Seat) -> RequestOutcome:
         """How a request ended by the rules, or as it stands."""

@@ -66,12 +66,14 @@ class WholeRows(NamedTuple):
         starting: slots whose full forward begins with them.
         ending: slots whose full forward they complete, by phase.
         tokens: of the rows.
+        inits_left: whether requests are before their init afterwards.
     """
 
     rows: list[int]
     starting: list[int]
     ending: dict[int, list[int]]
     tokens: int
+    inits_left: bool
 
 
 class HostView(NamedTuple):
@@ -177,9 +179,9 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows, whole.inits_left)
         else:
-            self._run_windows(tokens, predictions, distinct_rows)
+            self._run_windows(tokens, predictions, distinct_rows, whole.inits_left)
 
     def read(self) -> HostView:
         """What the last `run` left for the host, which has waited for the device before."""
@@ -207,14 +209,14 @@ class SlotForward:
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
         return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
-    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> None:
+    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
         predictions = self._windows(capacity, predict_capacity, distinct_rows)
         self._follow_block(predictions)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=inits)
         self.refresh_host()
 
-    def _run_captured(self, capacity: int, distinct_rows: int) -> None:
+    def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
         spec, pages = self._model.spec, self.pages
         heads = (spec.num_heads, spec.num_kv_heads)
         columns = pages.page_table.shape[1]
@@ -222,18 +224,18 @@ class SlotForward:
             *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
         )
         # With the settings: a group's number is given again, and a graph has its settings inside.
-        key = capacity, units, tuple(self.groups)
+        key = capacity, units, inits, tuple(self.groups)
         if key in self._graphs:
             self._graphs[key].replay()
             return
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
-        self._run_windows(capacity, capacity, distinct_rows)
+        self._run_windows(capacity, capacity, distinct_rows, inits)
         if len(self._graphs) >= _MOST_GRAPHS:
             self.forget_graphs()
 
         def step() -> None:
-            self._run_windows(capacity, capacity, distinct_rows)
+            self._run_windows(capacity, capacity, distinct_rows, inits)
 
         graph, _, _ = capture(step, self.device, self._pool)
         self._pool = self._pool or graph.pool()
@@ -268,7 +270,7 @@ class SlotForward:
         self._follow_block(found)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=whole.inits_left)
         self.refresh_host()
 
     def _windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> bbk.Predictions:
