@@ -7,8 +7,9 @@
 
 `--budgets` gives a line for each largest size of a step (`Engine(max_tokens_per_step=)`), `--deterministic`
 one with and one without fixed bits. Of every line: tokens a second before the end of the texts, tokens that
-were forwarded for each, and milliseconds of a step and of an answer. On a GPU a step's milliseconds are
-split into those until the host waits, those that it waits and those behind; the first kernels of a step are
+were forwarded for each, milliseconds of a step and of an answer, and those by which whole rows of others
+held up the windows of a step (beyond the median of steps without). On a GPU a step's milliseconds are split
+into those until the host waits, those that it waits and those behind; the first kernels of a step are
 launched in the first, so that the GPU is idle in the last and in a part of the first. `--profile` also adds
 up the time of the kernels in 40 steps and names those that take longest. The file is written after every
 line.
@@ -100,6 +101,12 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
+def whole_forwards(engine: Engine) -> int:
+    """Forwards that held whole rows, so far."""
+    forwards = engine.stats().forwards
+    return forwards["init"] + forwards["refresh"]
+
+
 def measured(
     model: Any,
     prompts: list[list[int]],
@@ -114,14 +121,17 @@ def measured(
     first = Load(engine, prompts[: max(2 * clients, 8)], config, clients)
     while first.step():
         pass
-    before, load, spans, parts = engine.stats(), Load(engine, prompts, config, clients), [], []
+    before, load, parts = engine.stats(), Load(engine, prompts, config, clients), []
+    windows, mixed = [], []  # seconds of steps of windows alone, and of those with whole rows
+    whole = whole_forwards(engine)
     begun, going = time.perf_counter(), True
     with Waits() as waits:
         while going:
             start = time.perf_counter()
             going = load.step()
             end = time.perf_counter()
-            spans.append(end - start)
+            (windows if whole_forwards(engine) == whole else mixed).append(end - start)
+            whole = whole_forwards(engine)
             if waits.begin is not None:
                 launch = waits.begin - start
                 parts.append((launch, waits.seconds, end - start - launch - waits.seconds))
@@ -142,10 +152,12 @@ def measured(
         "forwarded_per_token": forwarded / tokens,
         "forwards": {name: after.forwards[name] - before.forwards[name] for name in after.forwards},
         "branches": statistics.mean(request.branches for request in requests),
-        "step_ms": spread(spans),
+        "step_ms": spread(windows + mixed),
         "whole_ms": spread([request.finished - request.submitted for request in requests]),
         "first_ms": spread([(request.first or request.finished) - request.submitted for request in requests]),
     }
+    if windows and mixed:
+        found["held_up_ms"] = spread([span - statistics.median(windows) for span in mixed])
     if parts:
         names = ("launching", "waiting", "behind")
         found["host_ms_a_step"] = {
@@ -203,10 +215,12 @@ def lines_of(model: Any, prompts: list[list[int]], options: dict[str, Any]) -> I
 
 def tell(line: dict[str, Any], about: str = "") -> None:
     step, answer, host = line["step_ms"], line["whole_ms"], line.get("host_ms_a_step", {})
+    held = line.get("held_up_ms") or dict.fromkeys(("p50", "p99", "longest"), float("nan"))
     print(
         f"{line['setting']:32} {line['at_a_time']:3} {about} {line['tokens_per_s']:8.1f} tokens/s, "
         f"{line['forwarded_per_token']:.1f} forwarded a token, {line['tokens_a_step']:.0f} a step; "
         f"ms of a step {step['p50']:.1f}, {step['p99']:.1f}, {step['longest']:.1f}, "
+        f"held up {held['p50']:.1f}, {held['p99']:.1f}, {held['longest']:.1f}, "
         f"of an answer {answer['p50']:.0f}, {answer['p99']:.0f}; host "
         + ", ".join(f"{name} {value:.2f}" for name, value in host.items()),
         flush=True,
@@ -229,7 +243,8 @@ def rounded(value: Any) -> Any:
 def save(options: argparse.Namespace, device: torch.device, last: bool, **results: Any) -> None:
     """Writes the file, at first without a word, so that a run that is cut off leaves what it has."""
     with contextlib.nullcontext() if last else contextlib.redirect_stdout(io.StringIO()):
-        write_report(options, device, model=options.model, gen_length=options.gen_length, **rounded(results))
+        about = dict(model=options.model, quantization=options.quantization, gen_length=options.gen_length)
+        write_report(options, device, **about, **rounded(results))
 
 
 def arguments(description: str, on_gpu: bool) -> argparse.ArgumentParser:
@@ -240,6 +255,7 @@ def arguments(description: str, on_gpu: bool) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="llada-8b" if on_gpu else "tiny", help="tiny, or a shape")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--quantization", choices=("fp8",), help="of random weights")
     parser.add_argument("--backend", choices=("reference", "triton", "cuda"))
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--clients", nargs="*", type=int, default=[1, 8, 32, 64])

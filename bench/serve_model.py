@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from random_models import DTYPES, SHAPES, random_model, random_prompt
+from random_models import DTYPES, SHAPES, quantized, random_model, random_prompt
 from torch import Tensor
 
 import blockbatch
@@ -95,5 +95,7 @@ def load(options: dict[str, Any]) -> tuple[Any, list[list[int]]]:
     if options["model"] not in SHAPES:
         raise SystemExit(f"--model: expected tiny or one of {', '.join(SHAPES)}, got {options['model']!r}")
     inner = random_model(options["model"], device, DTYPES[options["dtype"]], backend=options["backend"])
+    if options.get("quantization"):
+        inner = quantized(inner)
     prompts = [random_prompt(inner.spec, length, seed) for seed in range(count)]
     return ScriptedPredictions(inner, length, options["gen_length"] * 3 // 4), prompts

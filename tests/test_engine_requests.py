@@ -325,6 +325,16 @@ def test_drafts_end_with_the_load_and_change_no_token(tiny):
         assert (request.nfe == alone.nfe) if same else (request.nfe.total >= alone.nfe.total)
 
 
+def test_something_else_runs_once_a_step(model):
+    engine, calls = new_engine(model, max_requests=1), []
+    first = engine.submit([1, 2], blockbatch.DecodeConfig(gen_length=16))
+    engine.submit([3], blockbatch.DecodeConfig(gen_length=16))
+    steps = 1
+    while engine.step(lambda: calls.append(first.status)):
+        steps += 1
+    assert len(calls) == steps and calls[0] == "running" and calls[-1] == "finished"
+
+
 def test_any_thread_may_submit_and_cancel(model):
     engine = new_engine(model, max_queue=200, cache_tokens=1 << 14)
     done, stop = [], threading.Event()

@@ -92,7 +92,8 @@ def num_tiles_of(
 @triton.jit
 def row_of(token, cu_seqlens_q, num_rows, BLOCK_ROWS: tl.constexpr):
     """The row of each packed token: the last one that begins there or before; -1 behind all of them."""
-    row, step = tl.zeros_like(token), BLOCK_ROWS // 2
+    row = tl.zeros_like(token)
+    step = BLOCK_ROWS // 2
     while step > 0:
         further = row + step
         begin = tl.load(cu_seqlens_q + further, mask=further < num_rows, other=2**31 - 1)

@@ -24,7 +24,8 @@ from blockbatch_kernels.triton.attention_rows import (
 from blockbatch_kernels.triton.launch import on_device_of_first
 from blockbatch_kernels.tuning import AttentionShape
 
-_MOST_COLUMNS = 16
+# Pairs of rows that are compared at a time, at most: they are held in registers.
+_MOST_COLUMNS, _MOST_PAIRS = 16, 2048
 _BLOCK_TOKENS = 256
 
 
@@ -306,11 +307,9 @@ def attention_plan(
     begins, num_branches = empty(max_pieces, num_rows), shape.num_branches or max(1, num_rows)
     most = page_table.shape[1] * page_size
     # Blocks are seldom smaller than these, and every other size would be compiled.
-    rows = dict(
-        num_branches=num_branches,
-        BLOCK_ROWS=max(16, triton.next_power_of_2(num_rows)),
-        BLOCK_COLUMNS=min(_MOST_COLUMNS, triton.next_power_of_2(num_branches)),
-    )
+    block_rows = max(16, triton.next_power_of_2(num_rows))
+    columns = min(_MOST_COLUMNS, max(1, _MOST_PAIRS // block_rows), triton.next_power_of_2(num_branches))
+    rows = dict(num_branches=num_branches, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=columns)
     _segments_kernel[(max_segments,)](
         page_table,
         page_table.stride(),

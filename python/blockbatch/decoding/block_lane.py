@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -83,7 +84,8 @@ class BlockLane:
         self._seats.append(seat)
 
     @torch.inference_mode()
-    def step(self) -> list[Seat]:
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        meanwhile()  # the forwards wait for their results themselves
         device = self._model.device
         with devices.turn(device), devices.memory_errors(device, "the next forward"):
             chosen = self._chosen()

@@ -42,6 +42,10 @@ __all__ = [
 BRANCH_RULES = ("fixed", "load")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Decodes requests of one model together; each gives the tokens and forwards that `generate` gives alone.
 
@@ -173,8 +177,12 @@ class Engine:
                 self._cancelled.append(seat)
                 self._changed.notify_all()
 
-    def step(self) -> bool:
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> bool:
         """One forward: leaves, joins, forward, policy. False when nothing runs or waits.
+
+        Args:
+            meanwhile: called once, on a GPU after the forward was launched and before the host waits for it:
+                the time for what should not delay the next launch, such as waking other threads.
 
         Raises:
             whatever broke the forward; all requests that ran have failed with it then, those that wait go on.
@@ -193,7 +201,7 @@ class Engine:
             for seat in joining:
                 seat.request.status, seat.request.started = "running", time.monotonic()
                 self._lane.join(seat)
-            took_part = self._lane.step() if self._running else []
+            took_part = self._lane.step(meanwhile) if self._running else meanwhile() or []
             with self._changed:
                 updated += [seat.request for seat in took_part if self._note(seat)]
             updated += [seat.request for seat in joining if seat.request not in updated]
@@ -290,6 +298,9 @@ class Engine:
 
     def _grow(self, seat: Seat, prefix: list[int]) -> bool:
         request = seat.request
+        if len(prefix) == seat.seen:
+            return False
+        seat.seen = len(prefix)
         if seat.reader is not None and not seat.done and len(prefix) > len(request.final):
             seat.reader.push(prefix)
         final = before_eos(prefix, rules_of(seat.method).eos_token_ids)

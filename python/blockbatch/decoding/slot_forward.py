@@ -69,12 +69,14 @@ class WholeRows(NamedTuple):
         starting: slots whose full forward begins with them.
         ending: slots whose full forward they complete, by phase.
         tokens: of the rows.
+        inits_left: whether requests are before their init afterwards.
     """
 
     rows: list[int]
     starting: list[int]
     ending: dict[int, list[int]]
     tokens: int
+    inits_left: bool
 
 
 class HostView(NamedTuple):
@@ -82,7 +84,7 @@ class HostView(NamedTuple):
 
     Attributes:
         status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q] what the first branch holds.
+        tokens: [Q, G] what the first branch holds, a tensor of the host: few of them are looked at.
         usage: entries of the page table that have a page, and pages in use.
     """
 
@@ -95,7 +97,7 @@ class HostView(NamedTuple):
     blocking: list[int]
     refreshing: list[int]
     status: list[list[int]]
-    tokens: list[list[int]]
+    tokens: Tensor
     usage: list[int]
 
 
@@ -188,22 +190,24 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows, whole.inits_left)
         else:
-            self._run_windows(tokens, predictions, distinct_rows)
+            self._run_windows(tokens, predictions, distinct_rows, whole.inits_left)
 
     def read(self) -> HostView:
         """What the last `run` left for the host, which has waited for the device before."""
-        values, rows, requests = self._host.tolist(), self.slots.num_rows, self.slots.sizes.requests
-        parts, at = [], 0
-        for size in (*[rows] * 6, requests, requests):
-            parts.append(values[at : at + size])
-            at += size
-        lines = []
-        for width in (len(STATUS), self.slots.state.gen_length):
-            lines.append([values[at + index * width : at + (index + 1) * width] for index in range(requests)])
-            at += requests * width
-        return HostView(*parts, *lines, values[at:])
+        rows, requests = self.slots.num_rows, self.slots.sizes.requests
+        sizes = [
+            *[rows] * 6,
+            requests,
+            requests,
+            requests * len(STATUS),
+            requests * self.slots.state.gen_length,
+        ]
+        *parts, tokens, usage = self._host.split([*sizes, self._host.numel() - sum(sizes)])
+        *plans, status = (part.tolist() for part in parts)
+        lines = [status[at : at + len(STATUS)] for at in range(0, len(status), len(STATUS))]
+        return HostView(*plans, lines, tokens.view(requests, -1), usage.tolist())
 
     def record(self, wanted: bool) -> None:
         """Whether the confidences of commits are kept from now on."""
@@ -225,14 +229,14 @@ class SlotForward:
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
         return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
-    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> None:
+    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
         predictions = self._windows(capacity, predict_capacity, distinct_rows)
         self._follow_block(predictions)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=inits)
         self.refresh_host()
 
-    def _run_captured(self, capacity: int, distinct_rows: int) -> None:
+    def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
         spec, pages = self._model.spec, self.pages
         heads = (spec.num_heads, spec.num_kv_heads)
         columns = pages.page_table.shape[1]
@@ -240,18 +244,18 @@ class SlotForward:
             *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
         )
         # With the settings: a group's number is given again, and a graph has its settings inside.
-        key = capacity, units, tuple(self.groups), self.recording
+        key = capacity, units, inits, tuple(self.groups), self.recording
         if key in self._graphs:
             self._graphs[key].replay()
             return
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
-        self._run_windows(capacity, capacity, distinct_rows)
+        self._run_windows(capacity, capacity, distinct_rows, inits)
         if len(self._graphs) >= _MOST_GRAPHS:
             self.forget_graphs()
 
         def step() -> None:
-            self._run_windows(capacity, capacity, distinct_rows)
+            self._run_windows(capacity, capacity, distinct_rows, inits)
 
         self._graphs[key], _ = self._pool.capture(step)
 
@@ -268,7 +272,7 @@ class SlotForward:
         self._follow_block(block)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=whole.inits_left)
         self.refresh_host()
 
     def _mixed(
