@@ -1,7 +1,8 @@
 """Log-probabilities of an answer's tokens: the log of how sure the model was when it committed each.
 
 That is the model's own probability of the token in the forward that committed it, given the canvas as it was
-then, not given the tokens before it as of a model that writes left to right. Other tokens' logits are not kept.
+then; not given the tokens before it, as of a model that writes left to right. The logits of other tokens are
+not kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blockbatch.models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
+
+
+def logarithm(confidence: float) -> float:
+    """Its natural logarithm, finite also where the probability is none that a float has."""
+    return math.log(max(confidence, sys.float_info.min))
 
 
 class TokenLogprob(NamedTuple):
@@ -65,8 +71,7 @@ class TokenLogprobs:
             if settled is not None and self._length > settled:
                 break
             text = self._tokenizer.decode([tokens[place]], skip_special=False)
-            sure = max(confidences[place], sys.float_info.min)
-            new.append(TokenLogprob(text, math.log(sure), self._offsets[place]))
+            new.append(TokenLogprob(text, logarithm(confidences[place]), self._offsets[place]))
             self.told.append(new[-1])
         return new
 
