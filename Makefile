@@ -57,7 +57,7 @@ test: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadgroup tests
 
 test-serve: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools
+	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools locust
 	-$(ENV_PYTHON) -m pip install -q ai-dynamo-runtime msgspec pyzmq && $(ENV_PYTHON) -m pip install -q --no-deps ai-dynamo
 	BLOCKBATCH_LONG_TESTS=1 $(ENV_PYTHON) -m pytest tests/test_serving_*.py
 

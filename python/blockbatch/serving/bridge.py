@@ -61,6 +61,7 @@ class Bridge:
                 job.config,
                 stop=job.stop,
                 branches=job.branches,
+                **({"confidences": True} if job.logprobs else {}),
                 on_update=lambda request: self._changed.append(event),
             )
         except QueueFullError as error:

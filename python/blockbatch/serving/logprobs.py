@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 from blockbatch.models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
 
 
+def logarithm(confidence: float) -> float:
+    """Its natural logarithm, finite also where the probability is none that a float has."""
+    return math.log(max(confidence, sys.float_info.min))
+
+
 class TokenLogprob(NamedTuple):
     """One token of an answer.
 
@@ -66,8 +71,7 @@ class TokenLogprobs:
             if settled is not None and self._length > settled:
                 break
             text = self._tokenizer.decode([tokens[place]], skip_special=False)
-            sure = max(confidences[place], sys.float_info.min)
-            new.append(TokenLogprob(text, math.log(sure), self._offsets[place]))
+            new.append(TokenLogprob(text, logarithm(confidences[place]), self._offsets[place]))
             self.told.append(new[-1])
         return new
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from blockbatch.decoding.choice import eos_token_ids
 from blockbatch.serving.answers import Answer
 from blockbatch.serving.errors import ApiError, bad_request
+from blockbatch.serving.logprobs import logarithm
 from blockbatch.serving.protocol import CompletionRequest, refuse
 from blockbatch.serving.reading import Job, Reader
 from blockbatch.stops import PrefixReader
@@ -92,6 +93,9 @@ def read(request: Mapping[str, Any], reader: Reader, request_id: str, *, seeded:
         body["max_tokens"] = stop["max_tokens"] + len(sent)
     if stop.get("stop"):
         body["stop"] = stop["stop"]
+    wanted = (request.get("output_options") or {}).get("logprobs")
+    if wanted is not None:
+        body["logprobs"] = wanted
     options = _options(request)
     if options is not None:
         body["blockbatch"] = options
@@ -189,11 +193,10 @@ class TokenStream:
         new, self._told = final[start:], max(self._told, len(final))
         if not new:
             return None
-        return {
-            "token_ids": new,
-            "index": 0,
-            "worker_trace_link": link(len(self._job.prompt), request.branches),
-        }
+        chunk = {"token_ids": new, "index": 0}
+        if self._job.logprobs:
+            chunk["log_probs"] = [logarithm(sure) for sure in request.confidences[start : start + len(new)]]
+        return {**chunk, "worker_trace_link": link(len(self._job.prompt), request.branches)}
 
     def _last(self, request: Any) -> dict[str, Any]:
         self.answer.finish(request.result.canvas)
