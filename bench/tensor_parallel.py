@@ -39,7 +39,7 @@ from verify import Hidden, Wrong, check_hidden, check_predictions, hidden_states
 from whole_rows import by_whole_rows
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.graphs import capture
+from blockbatch.decoding.graph_pool import capture
 from blockbatch.models import Model, transformer
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec

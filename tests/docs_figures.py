@@ -6,6 +6,7 @@ numbers that are no results, such as versions, for pages on which every other nu
 """
 
 from docs_figures_models import BLOCK_MODELS, DREAM, QUANTIZATION, SERVING
+from docs_figures_options import CUSTOM_RULES, SAMPLING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
 from docs_figures_ranks import RANKS
 from docs_values import DREAM_PARAMETERS, LLADA_PARAMETERS, clock, memory, named
@@ -180,6 +181,8 @@ FIGURES = {
     "docs/block_models.md": BLOCK_MODELS,
     "docs/dream.md": DREAM,
     "docs/quantization.md": QUANTIZATION,
+    "docs/sampling.md": SAMPLING,
+    "docs/custom_rules.md": CUSTOM_RULES,
     "docs/tensor_parallel.md": RANKS,
     "docs/serving.md": SERVING,
 }

@@ -113,12 +113,16 @@ CacheView cache_view(const TensorView& cache) {
 }
 
 void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
-                        const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
+                        const TensorView& k_cache, const TensorView& v_cache, const TensorView& k_scale,
+                        const TensorView& v_scale, const TensorView& positions,
                         const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
                         const TensorView& q_norm, const TensorView& k_norm, float norm_eps,
                         bool programmatic) {
   RopeKvWriteParams params{};
-  params.dtype = float_dtype({&q, &k, &v, &k_cache, &v_cache, &q_norm, &k_norm});
+  params.k_scale = k_scale.contiguous().data_or_null<const float>();
+  params.v_scale = v_scale.contiguous().data_or_null<const float>();
+  params.dtype = float_dtype({&q, &k, &v, &q_norm, &k_norm});
+  check_caches(params.k_scale != nullptr, q, {&k_cache, &v_cache});
   read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &params);
   params.k = heads_view(k);
   params.v = heads_view(v);
@@ -162,8 +166,8 @@ void bind_layer(py::module_& module) {
   define<&call_swiglu_fp8>(module, "swiglu_fp8", {"gate_up", "out", "scale", "programmatic"});
   define<&call_swiglu>(module, "swiglu", {"gate_up", "out"});
   define<&call_rope_kv_write>(module, "rope_kv_write",
-                              {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin",
-                               "q_norm", "k_norm", "norm_eps", "programmatic"});
+                              {"q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "positions",
+                               "slot_mapping", "cos", "sin", "q_norm", "k_norm", "norm_eps", "programmatic"});
 }
 
 }  // namespace bbk

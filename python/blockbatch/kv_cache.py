@@ -43,6 +43,7 @@ class KVCache:
 
     Attributes:
         kv: [layers, 2, pages, page_size, num_kv_heads, head_dim].
+        scales: of K and V in e4m3, what `kv` is to be multiplied with; None: it holds the numbers.
         page_table: [rows, pages_per_row] int32, -1 before the first forward.
         distinct_rows: what the host knows of the rows of the next forward, see `bbk.attention_plan`.
     """
@@ -60,8 +61,10 @@ class KVCache:
         device: torch.device,
         page_size: int = PAGE_SIZE,
         backend: str | None = None,
+        scales: Any = None,
     ) -> None:
         self.num_branches, self.page_size, self.backend = num_branches, page_size, backend
+        self.scales = scales
         columns, num_rows = pages_per_row(canvas_length, page_size), num_requests * num_branches
         shape = (num_layers, 2, num_rows * columns, page_size, num_kv_heads, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)

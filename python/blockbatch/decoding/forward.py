@@ -7,7 +7,8 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.dealt_rows import predict_dealt
-from blockbatch.decoding.packing import pack, plan_of, predict
+from blockbatch.decoding.packing import pack, predict
+from blockbatch.decoding.row_graphs import RowGraphs, RowSizes, row_sizes
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan
 
@@ -32,14 +33,18 @@ def block_denoise(model, batch: Batch, capacity: int, predict_capacity: int) -> 
     _apply_policy(batch, predictions)
 
 
-def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
+def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int, graphs: RowGraphs | None = None) -> None:
     """An init or refresh: computes the planned rows whole, and all that follows up to the next plan.
 
     Args:
         plan: the batch's plan on the host.
         max_tokens: rows are computed several at a time within this many tokens, a longer row alone.
+        graphs: of the batch; None: every forward is launched as it is.
     """
-    batch.cache.prepare(batch.plan)
+    if graphs is None:
+        batch.cache.prepare(batch.plan)
+    else:
+        graphs.run("pages", lambda: batch.cache.prepare(batch.plan))
     share = share_of(model)
     parts, lengths = [], plan.query_lengths
     if share.whole is not None:
@@ -47,17 +52,35 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
     with share.lanes() as lane:
         for number, rows in enumerate(_chunks(lengths, max_tokens)):
             with lane(number):
-                parts.append(_predict_rows(model, batch, plan, rows))
+                parts.append(_predict_rows(model, batch, plan, rows, graphs))
     batch.cache.share(batch.plan.source_row)
     batch.note_sources(plan.source_row)
     _apply_policy(batch, _concatenate(parts))
 
 
-def _predict_rows(model, batch: Batch, plan: HostPlan, rows: slice) -> bbk.Predictions:
+def _predict_rows(
+    model, batch: Batch, plan: HostPlan, rows: slice, graphs: RowGraphs | None
+) -> bbk.Predictions:
     """The forward of some of the planned rows."""
-    predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
-    batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
-    return _predict(model, batch, plan_of(batch, rows), sum(plan.query_lengths[rows]), predict_capacity)
+    tokens, count = sum(plan.query_lengths[rows]), sum(length > 0 for length in plan.query_lengths[rows])
+    most = (rows.stop - rows.start) * batch.state.gen_length
+    sizes = RowSizes(tokens, min(plan.predictions, most), count, captured=False)
+    if graphs is not None:
+        sizes = row_sizes(tokens, plan.predictions, count, count * batch.state.gen_length)
+    batch.cache.distinct_rows = count
+    # Lanes run side by side, so that each has a mask of its own.
+    chosen = batch.chosen_rows if sizes.captured else torch.zeros_like(batch.chosen_rows)
+    chosen.zero_()
+    chosen[rows] = True
+
+    def compute() -> bbk.Predictions:
+        query_end = batch.plan.query_end * chosen
+        # Regions begin behind their prompts, those of other rows as well.
+        query_start = torch.minimum(batch.plan.query_start, query_end)
+        chunk = batch.plan._replace(query_start=query_start, query_end=query_end)
+        return _predict(model, batch, chunk, sizes.tokens, sizes.predictions)
+
+    return graphs.run(sizes, compute) if sizes.captured else compute()
 
 
 def replan(batch: Batch) -> None:

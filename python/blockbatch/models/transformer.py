@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
-from blockbatch.models.products import Products, Rows, products_of
+from blockbatch.models.kv_scales import KVScales
+from blockbatch.models.products import Products, Rows, products_of, write_heads
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
@@ -88,10 +89,12 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    num_branches: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
     all_reduce_norm: Callable[..., Any] | None = None,
     after_attention: Callable[[int], None] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -102,7 +105,7 @@ def forward(
         seqlens_k: [rows] int32.
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
-        distinct_rows: see `blockbatch_kernels.attention_plan`.
+        distinct_rows, num_branches: see `blockbatch_kernels.attention_plan`.
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
@@ -110,17 +113,20 @@ def forward(
             the layers, whose part `spec` and `weights` then are. None: nobody shares them.
         after_attention: called with the number of each layer once all that reads its keys and values is on
             its way.
+        kv_scales: of a cache in e4m3; None: it has the dtype of the weights.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     cos, sin = rope
+    attention_name = "varlen_attention" if kv_scales is None else "varlen_attention_fp8"
     plan = None  # the reference has no use for one
     attention_backend = backend
     if fixed_tokens is not None:  # the one for long packs computes all of them
-        sizes = dict(head_dim=spec.head_dim, element_size=kv.element_size(), num_tokens=_MANY_TOKENS)
-        attention_backend = bbk.backend_of("varlen_attention", kv.device, backend, **sizes)
-    if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
+        element_size = weights.embedding.element_size()
+        sizes = dict(head_dim=spec.head_dim, element_size=element_size, num_tokens=_MANY_TOKENS)
+        attention_backend = bbk.backend_of(attention_name, kv.device, backend, **sizes)
+    if bbk.backend_of(attention_name, kv.device, backend, head_dim=spec.head_dim) != "reference":
         plan = bbk.attention_plan(
             page_table,
             packed.cu_seqlens_q,
@@ -131,6 +137,7 @@ def forward(
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
             fixed_cut=fixed_tokens is not None,
+            num_branches=num_branches,
             backend=backend,
         )
     products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
@@ -139,14 +146,17 @@ def forward(
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
         where = (packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache)
+        scales = () if kv_scales is None else (kv_scales.k[index], kv_scales.v[index])
         if spec.qk_norm:
-            q = _normed_heads(spec, layer, normed, where, products, backend)
+            q = _normed_heads(spec, layer, normed, where, scales, products, backend)
         else:
-            q = products.rotated(normed, layer, where)
-        attended = bbk.varlen_attention(
+            q = products.rotated(normed, layer, where, scales)
+        attend = bbk.varlen_attention if kv_scales is None else bbk.varlen_attention_fp8
+        attended = attend(
             q,
             k_cache,
             v_cache,
+            *scales,
             page_table,
             packed.cu_seqlens_q,
             seqlens_k,
@@ -171,6 +181,7 @@ def _normed_heads(
     layer: LayerWeights,
     x: Rows,
     where: tuple[Tensor, ...],
+    scales: tuple[Tensor, ...],
     products: Products,
     backend: str | None,
 ) -> Tensor:
@@ -178,5 +189,5 @@ def _normed_heads(
     heads = products.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
     q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
     norms = dict(q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=spec.rms_norm_eps)
-    bbk.rope_kv_write(q, k, v, *where, **norms, backend=backend)
+    write_heads(q, k, v, where, scales, **norms, backend=backend)
     return q
