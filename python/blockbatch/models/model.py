@@ -23,7 +23,13 @@ from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
-from blockbatch.models.placement import device_of, dtype_of
+from blockbatch.models.placement import (
+    bytes_of_cache,
+    check_backend,
+    check_whole_rows,
+    device_of,
+    dtype_of,
+)
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.row_pack import packed_rows
 from blockbatch.models.spec import ModelSpec
@@ -31,7 +37,6 @@ from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
 from blockbatch.parallel import WHOLE, RankShare, Share, group
-from blockbatch.values import as_int
 
 if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
@@ -365,17 +370,10 @@ def load_model(
     device = group.device_of_rank(tensor_parallel, device)
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if backend not in (None, "reference", "triton", "cuda"):
-        raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
-    if cache_bytes is not None:
-        given, cache_bytes = cache_bytes, as_int(cache_bytes)
-        if cache_bytes is None or cache_bytes <= 0:
-            raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
-
-    if whole_rows and tensor_parallel == 1:
-        raise ValueError("whole_rows: expected False for a model of one process, got True")
-    if whole_rows and kv_dtype is not None:
-        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
+    check_backend(backend)
+    cache_bytes = bytes_of_cache(cache_bytes)
+    if whole_rows:
+        check_whole_rows(tensor_parallel, kv_dtype)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from blockbatch.values import as_int
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,3 +47,24 @@ def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     if dtype not in _DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
     return dtype
+
+
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "reference", "triton", "cuda"):
+        raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
+
+
+def bytes_of_cache(given: int | None) -> int | None:
+    """The most bytes of a K/V cache; None: what the device has free."""
+    found = None if given is None else as_int(given)
+    if given is not None and (found is None or found <= 0):
+        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
+    return found
+
+
+def check_whole_rows(tensor_parallel: int, kv_dtype: str | None) -> None:
+    """Of a model whose processes are to hold all weights each."""
+    if tensor_parallel == 1:
+        raise ValueError("whole_rows: expected False for a model of one process, got True")
+    if kv_dtype is not None:
+        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
