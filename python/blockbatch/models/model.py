@@ -16,20 +16,13 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch import devices
 from blockbatch.kv_cache import KVCache
-from blockbatch.models import likelihood, special_ids, transformer
+from blockbatch.models import likelihood, placement, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.drawn import Draw
 from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
-from blockbatch.models.placement import (
-    bytes_of_cache,
-    check_backend,
-    check_whole_rows,
-    device_of,
-    dtype_of,
-)
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.row_pack import packed_rows
 from blockbatch.models.spec import ModelSpec
@@ -368,12 +361,11 @@ def load_model(
         ValueError, TypeError, RuntimeError: naming the argument, what was expected and what came.
     """
     device = group.device_of_rank(tensor_parallel, device)
-    device = device_of(device)
-    dtype = dtype_of(dtype, device)
-    check_backend(backend)
-    cache_bytes = bytes_of_cache(cache_bytes)
-    if whole_rows:
-        check_whole_rows(tensor_parallel, kv_dtype)
+    device = placement.device_of(device)
+    dtype = placement.dtype_of(dtype, device)
+    placement.check_backend(backend)
+    cache_bytes = placement.bytes_of_cache(cache_bytes)
+    placement.check_whole_rows(whole_rows, tensor_parallel, kv_dtype)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)

@@ -62,8 +62,10 @@ def bytes_of_cache(given: int | None) -> int | None:
     return found
 
 
-def check_whole_rows(tensor_parallel: int, kv_dtype: str | None) -> None:
-    """Of a model whose processes are to hold all weights each."""
+def check_whole_rows(wanted: bool, tensor_parallel: int, kv_dtype: str | None) -> None:
+    """Whether the processes of a model can each hold all weights, if that is wanted."""
+    if not wanted:
+        return
     if tensor_parallel == 1:
         raise ValueError("whole_rows: expected False for a model of one process, got True")
     if kv_dtype is not None:
