@@ -38,6 +38,7 @@ linear = traceable(ops.linear)
 linear_fp8 = traceable(ops.linear_fp8)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
 linear_swiglu = traceable(ops.linear_swiglu)
+linear_swiglu_fp8 = traceable(ops.linear_swiglu_fp8)
 lm_head_confidence = traceable(ops.lm_head_confidence)
 lm_head_likely = traceable(ops.lm_head_likely)
 lm_head_sample = traceable(ops.lm_head_sample)
@@ -81,6 +82,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",

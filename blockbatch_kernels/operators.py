@@ -149,6 +149,18 @@ _TABLE = (
         (Result("tokens out_features", "out_dtype"),),
     ),
     Operator(
+        "linear_swiglu_fp8",
+        (
+            TensorArg("x", "tokens in_features", FP8),
+            TensorArg("x_scale", "tokens", FLOAT),
+            TensorArg("weight", "weight_rows in_features", FP8),
+            TensorArg("weight_scale", "weight_rows", FLOAT),
+            Scalar("out_dtype", torch.dtype),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens weight_rows/2", E4M3), Result("tokens", torch.float32)),
+    ),
+    Operator(
         "rope_kv_write",
         (
             TensorArg("q", "tokens num_heads head_dim", FLOATS, written=True, pinned=True),
@@ -200,6 +212,7 @@ _TABLE = (
             Scalar("num_kv_heads", int),
             Scalar("distinct_rows", int, None, least=0, symbolic=True),
             Scalar("fixed_cut", bool, False),
+            Scalar("num_branches", int, None, least=1),
         ),
         (AttentionPlan,),
         symbols=_attention_plan_symbols,

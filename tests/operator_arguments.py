@@ -90,6 +90,10 @@ def quantized(operator, device, dtype):
             bias=whole_numbers((32,), device, dtype),
             out_dtype=dtype,
         )
+    if operator == "linear_swiglu_fp8":
+        ones = torch.ones(5).to(device), torch.full((32,), 2.0**-5).to(device)
+        x, weight = e4m3((5, 64), device), e4m3((32, 64), device)
+        return dict(x=x, x_scale=ones[0], weight=weight, weight_scale=ones[1], out_dtype=dtype)
     # Norms of 1, halves of SwiGLU that are exact, and a largest magnitude of 448 * 2^n.
     if operator == "rms_norm_fp8":
         signs = torch.randint(0, 2, (2, 5, 64)) * 2.0 - 1
@@ -144,7 +148,7 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     if operator in ("linear", "linear_swiglu"):
         x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
         return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
-    if operator in ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8"):
+    if operator.endswith("_fp8") or operator == "quantize_rows":
         return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)

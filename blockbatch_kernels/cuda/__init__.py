@@ -8,7 +8,7 @@ from blockbatch_kernels.cuda.activation import swiglu
 from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention, varlen_attention_fp8
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
-from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8
+from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8, linear_swiglu_fp8
 from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.cuda.norm import rms_norm
@@ -30,6 +30,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",

@@ -22,7 +22,13 @@ from blockbatch_kernels.ops.layer import (
     rope_kv_write,
     swiglu,
 )
-from blockbatch_kernels.ops.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
+from blockbatch_kernels.ops.quantized import (
+    linear_fp8,
+    linear_swiglu_fp8,
+    quantize_rows,
+    rms_norm_fp8,
+    swiglu_fp8,
+)
 from blockbatch_kernels.ops.sampling import lm_head_sample
 from blockbatch_kernels.ops.step import (
     copy_pages,
@@ -43,6 +49,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",

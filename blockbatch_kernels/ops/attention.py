@@ -28,6 +28,7 @@ def attention_plan(
     num_kv_heads: int,
     distinct_rows: int | None = None,
     fixed_cut: bool = False,
+    num_branches: int | None = None,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
@@ -48,15 +49,19 @@ def attention_plan(
             it, its speed does.
         fixed_cut: no row's keys are cut, whatever else is in the batch. A row's result then has the same bits
             in any batch, where the same backend computes it. Slower for few queries over many keys.
+        num_branches: consecutive rows that may share pages, the rows of a request; only they are compared, so
+            that the plan takes time linear in the rows. Rows of different requests are attended apart even
+            where they do share pages. None: any rows may share.
     """
     tensors = (page_table, cu_seqlens_q, seqlens_k)
-    _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows, fixed_cut)
+    heads = num_heads, num_kv_heads
+    _check_attention_plan(*tensors, page_size, num_tokens, *heads, distinct_rows, fixed_cut, num_branches)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
     if values.ENABLED:
         values.check_attention(*tensors, page_size=page_size, num_tokens=num_tokens)
     module = dispatch.module_for(backend, "attention_plan", page_table)
-    heads, (rows, pages_per_row), device = (num_heads, num_kv_heads), page_table.shape, page_table.device
+    (rows, pages_per_row), device = page_table.shape, page_table.device
     if distinct_rows is None:
         distinct_rows = rows
     shape = tuning.attention_shape(
@@ -72,6 +77,8 @@ def attention_plan(
             *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens
         ),
     )
+    if num_branches is not None:
+        shape = shape._replace(num_branches=num_branches)
     return module.attention_plan(*tensors, page_size=page_size, num_tokens=num_tokens, shape=shape)
 
 

@@ -10,7 +10,13 @@ from blockbatch_kernels.reference.pack import pack_windows
 from blockbatch_kernels.reference.pages import copy_pages, share_pages
 from blockbatch_kernels.reference.plan import initial_plan
 from blockbatch_kernels.reference.policy import decode_policy
-from blockbatch_kernels.reference.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
+from blockbatch_kernels.reference.quantized import (
+    linear_fp8,
+    linear_swiglu_fp8,
+    quantize_rows,
+    rms_norm_fp8,
+    swiglu_fp8,
+)
 from blockbatch_kernels.reference.sampling import lm_head_sample
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",

@@ -24,6 +24,7 @@ _OPERATORS = {
     "linear_fp8": "gemm_fp8",
     "linear_rope_kv_write": "gemm",
     "linear_swiglu": "gemm",
+    "linear_swiglu_fp8": "gemm_fp8",
     "lm_head_confidence": "lm_head",
     "lm_head_likely": "likely",
     "lm_head_sample": "sampling",

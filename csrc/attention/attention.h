@@ -36,6 +36,7 @@ struct AttentionPlanParams {
   int max_units;
   int num_kv_heads;
   int max_slack;
+  int num_branches;  // rows of a request, which alone are compared; 0: all rows
 };
 
 // Number of 32-bit integers that a plan needs as workspace.

@@ -43,6 +43,7 @@ void call_attention_plan(Call& call, const TensorView& page_table, const TensorV
   params.max_units = plan.get<TensorView>(BBK_KEY("units")).int_size(0);
   shape.read(BBK_KEY("num_kv_heads"), &params.num_kv_heads);
   shape.read(BBK_KEY("max_slack"), &params.max_slack);
+  shape.read(BBK_KEY("num_branches"), &params.num_branches);
   const Launch launch = call.launch();
   if (launch.device < 0) {
     attention_plan_on_host(params);

@@ -32,6 +32,12 @@ def cache_bytes(
     return 2 * num_layers * positions * num_kv_heads * head_dim * dtype.itemsize
 
 
+def layer_bytes(spec: Any, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens of so many rows in one layer."""
+    positions = tokens + rows * PAGE_SIZE
+    return 2 * positions * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
 class KVCache:
     """K and V of all rows, allocated once.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +116,7 @@ class Model:
         likely: bool = False,
         sampling: Draw | None = None,
         fixed_tokens: int | None = None,
+        after_attention: Callable[[int], None] | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -126,7 +127,8 @@ class Model:
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
             sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
-            fixed_tokens: see `transformer.forward`; then also a divisor of the number of predictions.
+            fixed_tokens, after_attention: see `transformer.forward`; the first also divides the number of
+                predictions.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
@@ -141,9 +143,11 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            num_branches=cache.num_branches,
             fixed_tokens=fixed_tokens,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
+            after_attention=after_attention,
             kv_scales=self.kv_scales,
         )
         hidden = hidden if few else hidden[packed.predict_index]
@@ -229,7 +233,7 @@ class Model:
             seqlens_k,
             wanted=wanted,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
             kv_scales=self.kv_scales,
         )
 
@@ -325,6 +329,7 @@ def load_model(
     quantization: str | None = None,
     kv_dtype: str | None = None,
     tensor_parallel: int = 1,
+    whole_rows: bool = False,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -348,6 +353,8 @@ def load_model(
             on a few texts; None: it has `dtype` (docs/quantization.md).
         tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
             of them makes the same calls in the same order; see docs/tensor_parallel.md.
+        whole_rows: whether each of these processes holds all weights beside its part, so that rows of an init
+            or refresh are dealt out to them whole.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
@@ -365,6 +372,10 @@ def load_model(
         if cache_bytes is None or cache_bytes <= 0:
             raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
 
+    if whole_rows and tensor_parallel == 1:
+        raise ValueError("whole_rows: expected False for a model of one process, got True")
+    if whole_rows and kv_dtype is not None:
+        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)
@@ -377,16 +388,23 @@ def load_model(
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
     with devices.current(device):
         share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
-    what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
+    what, every, spec = f"the weights of {name_or_path}", spec, share.local_spec(spec)
+    options = dict(backend=backend, cache_bytes=cache_bytes, name=str(name_or_path))
     with devices.current(device), share.loading(what), devices.memory_errors(device, what):
-        check_room(spec, device, dtype, quantization, str(name_or_path), share.vocabulary)
+        wanted = dict(whole=every if whole_rows else None, vocabulary=share.vocabulary)
+        check_room(spec, device, dtype, quantization, str(name_or_path), **wanted)
         stored = dict(quantization=quantization, config=config)
         weights = load_weights(folder, spec, device, dtype, merged, share.shard, **stored)
-        options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
-        model = Model(spec, weights, tokenizer, backend=backend, **options)
+        model = Model(spec, weights, tokenizer, share=share, **options)
         model.adapter = None if adapter is None else str(adapter)
+        if whole_rows:
+            weights = load_weights(folder, every, device, dtype, merged, **stored)
+            whole = Model(every, weights, tokenizer, **options)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
+    if whole_rows:
+        with devices.current(device):
+            share.hold_whole(whole)
     if kv_dtype is not None:
         model.kv_scales = calibrate(model)
     return model

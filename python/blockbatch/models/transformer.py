@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,11 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    num_branches: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    all_reduce_norm: Callable[..., Any] | None = None,
+    after_attention: Callable[[int], None] | None = None,
     kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
@@ -102,12 +105,14 @@ def forward(
         seqlens_k: [rows] int32.
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
-        distinct_rows: see `blockbatch_kernels.attention_plan`.
+        distinct_rows, num_branches: see `blockbatch_kernels.attention_plan`.
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
-        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
-            `weights` then are; its result is used before the next call. None: nobody shares them.
+        all_reduce_norm: see `RankGroup.all_reduce_norm`: adds up the partial products of the ranks that share
+            the layers, whose part `spec` and `weights` then are. None: nobody shares them.
+        after_attention: called with the number of each layer once all that reads its keys and values is on
+            its way.
         kv_scales: of a cache in e4m3; None: it has the dtype of the weights.
 
     Returns:
@@ -132,9 +137,10 @@ def forward(
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
             fixed_cut=fixed_tokens is not None,
+            num_branches=num_branches,
             backend=backend,
         )
-    products = products_of(spec, weights, backend, fixed_tokens)
+    products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
@@ -157,19 +163,17 @@ def forward(
             plan=plan,
             backend=attention_backend,
         )
+        if after_attention is not None:
+            after_attention(index)
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
-        if all_reduce is not None:
-            projected = all_reduce(projected)
-        normed = products.norm(projected, layer.post_norm, residual)
+        normed = products.norm_of_sum(projected, layer.post_norm, residual)
         down = products.linear(products.activated(normed, layer), layer.down_weight)
-        if all_reduce is not None:
-            down = all_reduce(down)
         if not last:
-            normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
-    return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
+            normed = products.norm_of_sum(down, weights.layers[index + 1].input_norm, residual)
+    return products.final_norm(down, weights.final_norm, residual)
 
 
 def _normed_heads(
