@@ -1,4 +1,4 @@
-"""Where a model goes, and in which dtype, as callers name them."""
+"""Where a model goes, in which dtype, and within what memory, as callers name them."""
 
 from __future__ import annotations
 
@@ -54,19 +54,15 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
 
 
-def bytes_of_cache(given: int | None) -> int | None:
-    """The most bytes of a K/V cache; None: what the device has free."""
-    found = None if given is None else as_int(given)
-    if given is not None and (found is None or found <= 0):
-        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
-    return found
+def limit_of(cache_bytes: int | None) -> int | None:
+    """The limit as a plain integer.
 
-
-def check_whole_rows(wanted: bool, tensor_parallel: int, kv_dtype: str | None) -> None:
-    """Whether the processes of a model can each hold all weights, if that is wanted."""
-    if not wanted:
-        return
-    if tensor_parallel == 1:
-        raise ValueError("whole_rows: expected False for a model of one process, got True")
-    if kv_dtype is not None:
-        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
+    Raises:
+        ValueError: not a positive number of bytes.
+    """
+    if cache_bytes is None:
+        return None
+    limit = as_int(cache_bytes)
+    if limit is None or limit <= 0:
+        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
+    return limit
