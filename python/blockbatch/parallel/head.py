@@ -51,7 +51,7 @@ class ShardedHead:
         else:
             options["backend"] = backend
         parts = parts_of(hidden, weight, **options)
-        if parts.is_cuda:
+        if parts.is_cuda and backend in (None, "cuda"):
             found = self._group.merge_head(parts, probes=probe_tokens is not None)
             if found is not None:
                 return found
