@@ -32,10 +32,9 @@ struct RotatedGemmArgs : GemmArgs {
 
 // What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
 // weight. kSplitK: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kMulticast: CTAs
-// of a cluster that share one read of the weight, each with tokens of its own. kXMulticast: CTAs of a cluster
-// that share one read of the tokens, each with rows of the weight of its own.
+// of a cluster that share one read of the weight, each with tokens of its own.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
-          GemmUse kUse, int kXMulticast_ = 1>
+          GemmUse kUse>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
@@ -43,10 +42,6 @@ struct GemmShape {
   static constexpr int kStages = kStages_;
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
-  static constexpr int kXMulticast = kXMulticast_;
-  static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
-  // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
-  static constexpr int kSources = kMulticast + kXMulticast - 1;
   static constexpr bool kGated = kUse == GemmUse::kSwiglu;
   static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite;
   using Args = std::conditional_t<kRotated, RotatedGemmArgs, GemmArgs>;
@@ -80,9 +75,8 @@ struct GemmShape {
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
-  static_assert(kCluster <= 8, "CTAs of a cluster, on every GPU of the architecture");
+  static_assert(kSplitK == 1 || kMulticast == 1, "a cluster has one reason");
   static_assert(kMulticast == 1 || !kGated, "the map of gates and ups is made for whole tiles");
-  static_assert(kProducer || kSources == 1, "a consumer that waited for others would hold up its own");
   static_assert(kSplitK == 1 || !kRotated, "heads are written by the CTA that has their whole sums");
 
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
