@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,94 +9,19 @@ import blockbatch_kernels as bbk
 from blockbatch.decoding.confidences import Confidences
 from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
 from blockbatch.decoding.graphs import StepGraphs, packed_capacity
-from blockbatch.decoding.method import Method
 from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
-from blockbatch.decoding.rule import CommitRule, RuleRun
-from blockbatch.decoding.sampling import BatchSampling, SamplingKind
+from blockbatch.decoding.rule import RuleRun
+from blockbatch.decoding.sampling import BatchSampling
+from blockbatch.decoding.slot_layout import HostView, Layout, WholeRows
 from blockbatch.decoding.slot_packs import joined, side_by_side
 from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
-from blockbatch_kernels import PolicyParams, tuning
+from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
 # Captured steps of one layout that are kept.
 _MOST_GRAPHS = 64
-
-
-class Layout(NamedTuple):
-    """What slots must have in common.
-
-    Attributes:
-        params: settings that all requests share; None: any without drafts by LLaDA's rule.
-        num_branches, gen_length: of every request; None: up to what the slots have.
-        is_open: whether block steps compute open queries.
-        map_entries: see `bbk.BranchState.create`.
-        rule: a commit rule of one's own that all requests share.
-        sampling: what drawing tokens takes, the same for all requests; None: nobody draws.
-    """
-
-    params: PolicyParams | None
-    num_branches: int | None
-    gen_length: int | None
-    is_open: bool
-    map_entries: int = 0
-    rule: CommitRule | None = None
-    sampling: SamplingKind | None = None
-
-
-def layout_of(method: Method, gen_length: int) -> Layout:
-    """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
-    may a rule of one's own."""
-    params, sizes = method.params, method.block_sizes
-    common = dict(is_open=params.query_span == "open", rule=method.rule, sampling=method.sampling)
-    if params.policy == "dream_published":
-        common["map_entries"] = bbk.map_entries(sizes, gen_length)
-    if params.policy == "dream_published" or method.rule is not None:
-        return Layout(params, len(sizes), gen_length, **common)
-    if params.drafts:
-        return Layout(params, len(sizes), None, **common)
-    return Layout(None, None, None, **common)
-
-
-class WholeRows(NamedTuple):
-    """Whole rows of a forward, as the host says.
-
-    Attributes:
-        rows: that are computed now.
-        starting: slots whose full forward begins with them.
-        ending: slots whose full forward they complete, by phase.
-        tokens: of the rows.
-        inits_left: whether requests are before their init afterwards.
-    """
-
-    rows: list[int]
-    starting: list[int]
-    ending: dict[int, list[int]]
-    tokens: int
-    inits_left: bool
-
-
-class HostView(NamedTuple):
-    """What the host reads behind a forward, lists by row or by request.
-
-    Attributes:
-        status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q, G] what the first branch holds, a tensor of the host: few of them are looked at.
-        usage: entries of the page table that have a page, and pages in use.
-    """
-
-    block_start: list[int]
-    block_end: list[int]
-    full_start: list[int]
-    full_end: list[int]
-    full_source: list[int]
-    sync_source: list[int]
-    blocking: list[int]
-    refreshing: list[int]
-    status: list[list[int]]
-    tokens: Tensor
-    usage: list[int]
 
 
 class SlotForward:
@@ -198,7 +121,7 @@ class SlotForward:
         """What the last `run` left for the host, which has waited for the device before."""
         rows, requests = self.slots.num_rows, self.slots.sizes.requests
         sizes = [
-            *[rows] * 6,
+            *[rows] * 8,
             requests,
             requests,
             requests * len(STATUS),
@@ -225,9 +148,11 @@ class SlotForward:
     def _host_part(self) -> Tensor:
         block, full, slots = self.plans.block, self.plans.full, self.slots
         parts = (block.query_start, block.query_end, full.query_start, full.query_end, full.source_row)
+        # Of windows nearly all tokens might predict, of whole rows the generation region: often few do.
+        predicted = (block.predict.sum(1, dtype=torch.int32), full.predict.sum(1, dtype=torch.int32))
         masks = (self.plans.blocking.int(), self.plans.refreshing.int())
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
-        return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
+        return torch.cat((*parts, *predicted, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
     def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
@@ -282,7 +207,7 @@ class SlotForward:
         plan = self.plans.mixed(now)
         self.pages.make_private(self.rows, plan.query_start, plan.query_end)
         together = tokens + whole.tokens
-        most = min(together, len(whole.rows) * self.slots.state.gen_length + predictions)
+        most = min(together, whole.predictions + predictions)
         return self._predict(plan, together, most, distinct_rows, scattered=False)
 
     def _together(
@@ -292,7 +217,7 @@ class SlotForward:
         block, alone = self.plans.block, self.plans.whole(now)
         self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
         self.pages.make_private(self.rows, alone.query_start, alone.query_end)
-        most = min(len(whole.rows) * self.slots.state.gen_length, whole.tokens)
+        most = min(whole.predictions, whole.tokens)
         packs = (
             self._pack(block, tokens, predictions, scattered=True),
             self._pack(
@@ -309,9 +234,9 @@ class SlotForward:
         """The forward of whole rows alone, which `now` [R] marks."""
         count = len(whole.rows)
         most = count * self.slots.state.gen_length
-        sizes = RowSizes(whole.tokens, min(most, whole.tokens), count, captured=False)
+        sizes = RowSizes(whole.tokens, min(whole.predictions, whole.tokens), count, captured=False)
         if self._row_graphs is not None:
-            sizes = row_sizes(whole.tokens, most, count, most)
+            sizes = row_sizes(whole.tokens, whole.predictions, count, most)
         if sizes.captured:
             now = self._chosen_rows.copy_(now)
 
