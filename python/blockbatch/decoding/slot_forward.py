@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,11 @@ from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
-# Captured steps of one layout that are kept.
-_MOST_GRAPHS = 64
+# Captured steps of one layout that are kept, and captured forwards of windows with whole rows.
+_MOST_GRAPHS, _MOST_MIXED_GRAPHS = 64, 32
+# Of the latter, those of more tokens keep the GPU busy for longer than the host needs to launch them. Tokens
+# and predictions are rounded up to few sizes.
+_MOST_MIXED, _TOKEN_STEP, _PREDICTION_STEP = 1280, 64, 128
 
 
 class SlotForward:
@@ -72,7 +77,11 @@ class SlotForward:
         """What captured steps refer to has moved."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = GraphPool(self.device)
-        self._row_graphs = new_row_graphs(self._model, self._pool) if self._possible else None
+        self._row_graphs = self._mixed_graphs = None
+        if self._possible:
+            self._row_graphs = new_row_graphs(self._model, self._pool)
+        if self._can_capture:
+            self._mixed_graphs = new_row_graphs(self._model, self._pool, _MOST_MIXED_GRAPHS)
 
     def grow(self, sizes: Sizes) -> Tensor:
         """Makes room; gives the new number of each old row, for the page table."""
@@ -162,12 +171,7 @@ class SlotForward:
         self.refresh_host()
 
     def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
-        spec, pages = self._model.spec, self.pages
-        heads = (spec.num_heads, spec.num_kv_heads)
-        columns = pages.page_table.shape[1]
-        units = tuning.plans_units(
-            *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
-        )
+        units = self._plans_units(capacity, distinct_rows)
         # With the settings: a group's number is given again, and a graph has its settings inside.
         key = capacity, units, inits, tuple(self.groups), self.recording
         if key in self._graphs:
@@ -183,6 +187,11 @@ class SlotForward:
             self._run_windows(capacity, capacity, distinct_rows, inits)
 
         self._graphs[key], _ = self._pool.capture(step)
+
+    def _plans_units(self, capacity: int, distinct_rows: int) -> bool:
+        spec, pages = self._model.spec, self.pages
+        sizes = spec.num_heads, spec.num_kv_heads, pages.page_size, pages.page_table.shape[1]
+        return tuning.plans_units(*sizes, distinct_rows, self.device, num_tokens=capacity)
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)
@@ -204,31 +213,51 @@ class SlotForward:
         self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
     ) -> bbk.Predictions:
         """Windows of some requests and the rows that `now` [R] marks in one plan."""
-        plan = self.plans.mixed(now)
-        self.pages.make_private(self.rows, plan.query_start, plan.query_end)
         together = tokens + whole.tokens
         most = min(together, whole.predictions + predictions)
-        return self._predict(plan, together, most, distinct_rows, scattered=False)
+        captured = self._mixed_graphs is not None and together <= _MOST_MIXED
+        if captured:
+            now, together = self._chosen_rows.copy_(now), _up(together, _TOKEN_STEP)
+            most = min(_up(most, _PREDICTION_STEP), together)
+
+        def compute() -> bbk.Predictions:
+            plan = self.plans.mixed(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            return self._predict(plan, together, most, distinct_rows, scattered=False)
+
+        return self._by_graph((together, most), distinct_rows, compute) if captured else compute()
 
     def _together(
         self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
     ) -> bbk.Predictions:
         """The same with open queries, whose positions are no range: packed apart, computed as one."""
-        block, alone = self.plans.block, self.plans.whole(now)
-        self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
-        self.pages.make_private(self.rows, alone.query_start, alone.query_end)
-        most = min(whole.predictions, whole.tokens)
-        packs = (
-            self._pack(block, tokens, predictions, scattered=True),
-            self._pack(
-                alone,
-                self._whole_pieces(tokens + whole.tokens) - tokens,
-                self._whole_pieces(predictions + most) - predictions,
-                scattered=False,
-            ),
+        size, most = whole.tokens, min(whole.predictions, whole.tokens)
+        captured = self._mixed_graphs is not None and tokens + size <= _MOST_MIXED
+        if captured:
+            now, tokens, size = self._chosen_rows.copy_(now), _up(tokens, _TOKEN_STEP), _up(size, _TOKEN_STEP)
+            predictions, most = tokens, min(_up(most, _PREDICTION_STEP), size)
+        room = (
+            self._whole_pieces(tokens + size) - tokens,
+            self._whole_pieces(predictions + most) - predictions,
         )
-        view = self._view(distinct_rows)
-        return self._forward(*side_by_side(*packs, view, self.slots.seqlens_k))
+
+        def compute() -> bbk.Predictions:
+            block, alone = self.plans.block, self.plans.whole(now)
+            self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
+            self.pages.make_private(self.rows, alone.query_start, alone.query_end)
+            windows = self._pack(block, tokens, predictions, scattered=True)
+            rows = self._pack(alone, *room, scattered=False)
+            view = self._view(distinct_rows)
+            return self._forward(*side_by_side(windows, rows, view, self.slots.seqlens_k))
+
+        return self._by_graph((tokens, predictions, *room), distinct_rows, compute) if captured else compute()
+
+    def _by_graph(
+        self, sizes: tuple[int, ...], distinct_rows: int, compute: Callable[[], bbk.Predictions]
+    ) -> bbk.Predictions:
+        units = self._plans_units(sizes[0] + (sizes[2] if self.layout.is_open else 0), distinct_rows)
+        # With the settings: those of some ask for probabilities of EOS.
+        return self._mixed_graphs.run((sizes, units, tuple(self.groups)), compute)
 
     def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
         """The forward of whole rows alone, which `now` [R] marks."""
@@ -360,3 +389,8 @@ class SlotForward:
         mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
         mask[members] = True
         return mask.to(self.device, non_blocking=True)
+
+
+def _up(size: int, step: int) -> int:
+    """The next multiple."""
+    return -(-size // step) * step
