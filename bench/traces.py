@@ -312,8 +312,8 @@ class Follower:
         following.state = self.runner.batch.state
 
     def captured(self) -> int:
-        """Steps that were captured so far."""
-        return len(self.runner.graphs._graphs) if self.runner.graphs else 0
+        """Steps and whole rows that were captured so far."""
+        return sum(len(graphs._graphs) for graphs in self.runner[1:] if graphs)
 
     @torch.inference_mode()
     def run(self, trace: Trace) -> Followed:

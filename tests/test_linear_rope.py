@@ -21,7 +21,9 @@ def test_every_rotated_tile_serves_a_published_model():
         for num_tokens in range(1, most + 1):
             (part,) = tuning.linear_rule(num_tokens, rows, in_features, gated=False)
             served.add(part.tile)
-    assert served == set(tuning.ROTATED_TILES) <= set(tuning.LINEAR_TILES)
+    waiting = set(tuning.UNMEASURED_TILES)
+    assert served == set(tuning.ROTATED_TILES) - waiting
+    assert set(tuning.ROTATED_TILES) <= set(tuning.LINEAR_TILES) | waiting
 
 
 @pytest.fixture

@@ -8,6 +8,20 @@ import functools
 from blockbatch_kernels.tuning import rows
 from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearRow, LinearTile, LmHeadRow
 
+# Compiled, and waiting to be measured beside the others: until then no product takes them.
+UNMEASURED_TILES = (
+    LinearTile(192, 64, split_k=2, x_multicast=2),
+    LinearTile(192, 128, split_k=2),
+    LinearTile(192, 128, split_k=3),
+    LinearTile(256, 64, split_k=2),
+    LinearTile(256, 64, split_k=2, x_multicast=2),
+    LinearTile(256, 64, multicast=2, x_multicast=2),
+    LinearTile(256, 128, split_k=3),
+    LinearTile(256, 128, split_k=4),
+    LinearTile(256, 128, split_k=2, multicast=2),
+    LinearTile(256, 192, split_k=2, multicast=2),
+    LinearTile(256, 192, multicast=2, x_multicast=2),
+)
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
@@ -29,6 +43,7 @@ ROTATED_TILES = (
     LinearTile(128, 128),
     LinearTile(192, 128),
     LinearTile(256, 192, multicast=2),
+    LinearTile(256, 192, multicast=2, x_multicast=2),
 )
 # With the activation in the same kernel.
 GATED_TILES = (
@@ -55,20 +70,28 @@ _MIN_SPLIT_IN_FEATURES = 1024
 _MIN_FILL = {1: 0.7, 2: 0.9}
 
 
-def tiles_of(gated: bool) -> tuple[LinearTile, ...]:
-    """The compiled tiles of a product."""
-    return GATED_TILES if gated else LINEAR_TILES
+def tiles_of(gated: bool, *, unmeasured: bool = False) -> tuple[LinearTile, ...]:
+    """The tiles of a product, with those that wait to be measured or without."""
+    if gated:
+        return GATED_TILES
+    return (*LINEAR_TILES, *UNMEASURED_TILES) if unmeasured else LINEAR_TILES
 
 
 def candidates(
-    num_tokens: int, out_features: int, in_features: int, *, gated: bool, device_kind: DeviceKind = H100
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    gated: bool,
+    device_kind: DeviceKind = H100,
+    unmeasured: bool = False,
 ) -> dict[str, tuple[LinearPart, ...]]:
     """Every way to compute a product, by name: "cublas" and the launches of each tile that takes it.
 
     A name says tokens x rows of the tile, and with " + " the tile for what is left of a last wave.
     """
     ways: list[tuple[LinearPart, ...]] = []
-    tiles = tiles_of(gated)
+    tiles = tiles_of(gated, unmeasured=unmeasured)
     takes = 1 <= num_tokens and out_features > 0 and out_features % 8 == 0 and in_features % 8 == 0
     for tile in tiles if takes else ():
         if num_tokens > tile.tokens or (tile.split_k > 1 and in_features < _MIN_SPLIT_IN_FEATURES):
@@ -76,7 +99,7 @@ def candidates(
         ways.append((LinearPart(out_features, tile),))
         half = tile._replace(split_k=2)
         whole = _whole_waves(tile, out_features, gated, device_kind)
-        if tile.split_k * tile.multicast == 1 and half in tiles and 0 < whole < out_features:
+        if tile.processors * tile.x_multicast == 1 and half in tiles and 0 < whole < out_features:
             if in_features >= _MIN_SPLIT_IN_FEATURES:
                 ways.append((LinearPart(whole, tile), LinearPart(out_features - whole, half)))
     return {"cublas": (), **{name_of(parts): parts for parts in ways}}
@@ -89,7 +112,7 @@ def name_of(parts: tuple[LinearPart, ...]) -> str:
 
 def _tile_name(tile: LinearTile) -> str:
     name = f"{tile.tokens}x{tile.rows}"
-    for field in ("split_k", "multicast"):
+    for field in ("split_k", "multicast", "x_multicast"):
         count = getattr(tile, field)
         name += f" {field} {count}" if count > 1 else ""
     return name
@@ -156,7 +179,7 @@ def linear_rule(
 
 def _fill(tile: LinearTile, features: int, device_kind: DeviceKind) -> float:
     """The share of the processors that compute, over all waves: what a last wave leaves idle is lost."""
-    ctas = -(-features // tile.rows) * tile.split_k * tile.multicast
+    ctas = -(-features // tile.rows) * tile.processors
     return ctas / (-(-ctas // device_kind.num_sms) * device_kind.num_sms)
 
 
@@ -186,11 +209,7 @@ def _linear_tile(tokens: int, features: int, in_features: int, device_kind: Devi
     if tokens > 128:
         # Arithmetic counts as well: the largest tile that leaves few processors idle.
         wide = sorted((tile for tile in LINEAR_TILES if tile.tokens == tokens), key=lambda tile: -tile.rows)
-        filled = (
-            tile
-            for tile in wide
-            if _fill(tile, features, device_kind) >= _MIN_FILL[tile.split_k * tile.multicast]
-        )
+        filled = (tile for tile in wide if _fill(tile, features, device_kind) >= _MIN_FILL[tile.processors])
         return next(filled, None) if in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:
         return LinearTile(tokens, 64)
