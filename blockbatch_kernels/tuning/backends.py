@@ -29,6 +29,7 @@ DEFAULTS = (
     BackendRow("rope_kv_write", _CUDA_FIRST, "ops.json: rope_kv_write"),
     BackendRow("linear_rope_kv_write", _CUDA_FIRST, "ops_rotated.json: linear_rope_kv_write"),
     BackendRow("lm_head_confidence", _CUDA_FIRST, "ops.json: lm_head_confidence"),
+    BackendRow("lm_head_sample", ("triton", "cuda"), "ops_lm_head.json: lm_head_sample"),
     BackendRow("pack_windows", _CUDA_FIRST, "ops.json: pack_windows"),
     BackendRow("decode_policy", _CUDA_FIRST, "ops.json: decode_policy"),
     BackendRow("attention_plan", _CUDA_FIRST, "ops.json: attention_plan"),
