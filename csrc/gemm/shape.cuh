@@ -45,7 +45,6 @@ struct GemmShape {
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
   static constexpr int kXMulticast = kXMulticast_;
-  static constexpr int kShareX = kXMulticast;
   static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
   // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
   static constexpr int kSources = kMulticast + kXMulticast - 1;
