@@ -16,32 +16,42 @@ def step(tokens):
 
 
 def refresh(rows):
+    """Of one GPU, of two that compute every row together, and by rows dealt out, ms."""
+
     def values(report):
         line = lines(report, model="llada-8b", kind="refresh", rows=rows)
-        ways = ("ranks_ms", "two_lanes_ms")
-        return [line["one_ms"], min(line[way] for way in ways if way in line)]
+        together = min(line[way] for way in ("ranks_ms", "two_lanes_ms") if way in line)
+        return [line["one_ms"], together, *([line["whole_rows_ms"]] if rows > 1 else [])]
 
     return values
 
 
 def sums(tokens):
-    """Of an all-reduce by each way, us."""
+    """Of an all-reduce by each way, and with the norm, us."""
 
     def values(report):
         (found,) = (line for line in report["lines"] if line["tokens"] == tokens and "all_reduce_us" in line)
-        return [found["all_reduce_us"][way] for way in ("one_shot", "two_shot", "nccl")]
+        ways, both = found["all_reduce_us"], found["sum_and_norm_us"]
+        return [
+            *(ways[way] for way in ("one_shot", "two_shot", "nccl")),
+            both["two_steps"],
+            both["as_called"],
+        ]
 
     return values
 
 
 _TOKENS = (32, 128, 252)
+_ROWS = {2: "two rows", 5: "five rows", 6: "six rows"}
+_SUM = " | {:.1f}" * 5 + " |"
 RANKS = [
     *((f"| step of {tokens} tokens | {{:.2f}} | {{:.2f}} |", _BF16, step(tokens)) for tokens in _TOKENS),
-    *(
-        (f"| step of {tokens} tokens, fp8 | {{:.2f}} | {{:.2f}} |", _FP8, step(tokens))
-        for tokens in (128, 252)
-    ),
+    ("| step of 128 tokens, fp8 | {:.2f} | {:.2f} |", _FP8, step(128)),
+    ("| step of 252 tokens, fp8 | {:.2f} | {:.2f} |", _FP8, step(252)),
     ("| refresh of one row of 1280 | {:.1f} | {:.1f} |", _BF16, refresh(1)),
-    ("| refresh of six rows | {:.1f} | {:.1f} |", _BF16, refresh(6)),
-    *((f"| {tokens} | {{:.1f}} | {{:.1f}} | {{:.1f}} |", _BF16, sums(tokens)) for tokens in (*_TOKENS, 1280)),
+    *(
+        (f"| refresh of {name} of 1280 | {{:.1f}} | {{:.1f}} | {{:.1f}} |", _BF16, refresh(rows))
+        for rows, name in _ROWS.items()
+    ),
+    *((f"| {tokens}{_SUM}", _BF16, sums(tokens)) for tokens in (*_TOKENS, 1280)),
 ]
