@@ -136,13 +136,13 @@ def _round(share: Share, batch: Batch, plan: HostPlan, each: list[list[int]]) ->
     heads = [share.shard.kv_heads(rank) for rank in range(share.size)]
 
     def send(layer: int) -> None:
-        written = as_words(batch.cache.kv[layer].flatten(2))  # [2, pages, numbers of a page]
+        written = as_words(batch.cache.kv[layer])
 
         def receive(parts: list[Tensor], piece: slice) -> None:
             for part, pages in zip(parts, places, strict=True):
                 pages = pages[piece]
                 if len(pages):
-                    written.index_copy_(1, pages, as_words(part.flatten(2)[:, : len(pages)]))
+                    written.index_copy_(1, pages, as_words(part[:, : len(pages)]))
 
         parts = [cache.kv[layer][..., own.start : own.stop, :] for own in heads]
         share.exchange.send(parts, receive)

@@ -78,7 +78,7 @@ class SymmetricExchange:
         self._buffers = [
             self._handle.get_buffer(rank, (_BUFFER_BYTES,), torch.uint8) for rank in range(self._size)
         ]
-        self._side, self._sent, self._turn = torch.cuda.Stream(device), torch.cuda.Event(), 0
+        self._side, self._done, self._turn = torch.cuda.Stream(device), torch.cuda.Event(), 0
 
     def send(self, parts: Sequence[Tensor], receive: Receive) -> None:
         """See `HostExchange.send`; `receive` is for the side stream, and done behind `finish`."""
@@ -87,15 +87,18 @@ class SymmetricExchange:
         if most < 1:
             raise ValueError(f"parts: expected pages of at most {self._part_bytes} bytes, got more")
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._sent)
+        current.wait_event(self._done)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             for first in range(0, pages, most):
                 piece = slice(first, min(first + most, pages))
-                self._send([part[:, piece] for part in parts])
-                like = parts[0][:, piece]
-                receive([self._place(self._rank, sender, like) for sender in range(self._size)], piece)
+                here = [part[:, piece] for part in parts]
+                self._send(here)
+                found = [self._place(self._rank, sender, part) for sender, part in enumerate(here)]
+                found[self._rank] = here[self._rank]
+                receive(found, piece)
                 self._turn = (self._turn + 1) % _TURNS
+            self._done.record(self._side)
 
     def finish(self) -> None:
         """What was received is there for the current stream."""
@@ -103,11 +106,10 @@ class SymmetricExchange:
 
     def _send(self, parts: Sequence[Tensor]) -> None:
         """Writes into the buffers, and waits until all have."""
-        for step in range(self._size):  # each rank begins with itself
+        for step in range(1, self._size):  # each rank begins with another one
             receiver = (self._rank + step) % self._size
             words = as_words(parts[receiver])
             self._place(receiver, self._rank, words).copy_(words)
-        self._sent.record(self._side)
         self._handle.barrier(0)
 
     def _place(self, receiver: int, sender: int, like: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from blockbatch.parallel.lanes import Lanes
 from blockbatch.parallel.ranks import ALONE, Ranks
 from blockbatch.parallel.shards import Shard
 
-# Of whole rows on a GPU. The second one costs the activations of a row, and gains 4% in LLaDA-8B's shape
-# (bench/results/tensor_parallel.json).
+# Of whole rows on a GPU. The second one costs the activations of a row, and gains up to 5% in LLaDA-8B's
+# shape (bench/results/tensor_parallel.json).
 LANES = 2
 
 
