@@ -109,9 +109,8 @@ def main() -> None:
             us = measure(packs, name, device, dtype, 3 if options.quick else options.repeats)
             sizes = {"tokens": inputs.tokens, "keys": keys, "distinct_rows": inputs.distinct_rows}
             models[model].append(rounded({"case": name, **sizes, "us": us}))
-            print(
-                f"{model} {name}: " + ", ".join(f"{way} {taken:.1f}" for way, taken in us.items()), flush=True
-            )
+            times = ", ".join(f"{way} {taken:.1f}" for way, taken in us.items())
+            print(f"{model} {name}: {times}", flush=True)
             del inputs, packs
             clean(device)
     write_report(options, device, models=models)

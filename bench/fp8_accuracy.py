@@ -3,10 +3,11 @@
     python bench/fp8_accuracy.py [--of layers] [--device cpu] [--count 600] [--methods blockbatch ...]
 
 The same problems are decoded by every method with everything in bf16, and with a part in e4m3: `--of layers`
-the layers (`load_model(quantization="fp8")`), `kv` the K/V cache (`kv_dtype="fp8"`), `both`. Reported are right answers of both with a paired test (McNemar), the
-ratio of forwards, and how many canvases are the same; beside it the error of the hidden states behind each
-layer against fp32, of bf16 alone and with e4m3. The gate: at most 1 point fewer right answers and no
-significant difference, and forwards that change by at most 3%.
+the layers (`load_model(quantization="fp8")`), `kv` the K/V cache (`kv_dtype="fp8"`), `both`. Reported are
+right answers of both with a paired test (McNemar), the ratio of forwards, and how many canvases are the same;
+beside it the error of the hidden states behind each layer against fp32, of bf16 alone and with e4m3. The
+gate: at most 1 point fewer right answers and no significant difference, and forwards that change by at most
+3%.
 
 On the CPU the reference operators compute, on a GPU the compiled ones: the same arithmetic with sums in
 another order, which tests/test_quantized.py holds. Errors by layer are always those of the reference.
