@@ -40,7 +40,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt blockbatch_kernels/__init
 help:
 	@echo "make demo         install, then decode sample prompts with the built-in model by every method"
 	@echo "make test         install with the tools of development, then run the tests"
-	@echo "make test-serve   install, then the tests of the server with the long ones, schemathesis and lm_eval"
+	@echo "make test-serve   install, then the tests of the server with the long ones, schemathesis, lm_eval, routers and Dynamo"
 	@echo "make lint         ruff and clang-format, which change nothing"
 	@echo "make bench        install with what the benchmarks need, then run them"
 	@echo "make wheels       a source archive and a wheel without the CUDA extension, in dist/"
@@ -57,7 +57,8 @@ test: $(ENV_DIR)/.blockbatch-dev
 	$(ENV_PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadgroup tests
 
 test-serve: $(ENV_DIR)/.blockbatch-dev
-	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools
+	$(ENV_PYTHON) -m pip install -q schemathesis 'lm_eval[api]>=0.4.13' smg vllm-router uvloop httptools locust
+	-$(ENV_PYTHON) -m pip install -q ai-dynamo-runtime msgspec pyzmq && $(ENV_PYTHON) -m pip install -q --no-deps ai-dynamo
 	BLOCKBATCH_LONG_TESTS=1 $(ENV_PYTHON) -m pytest tests/test_serving_*.py
 
 lint: $(ENV_DIR)/.blockbatch-dev

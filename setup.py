@@ -220,6 +220,7 @@ if __name__ == "__main__":
                 "tiny/block_checkpoint/*",
                 "pictures/replay_page/*",
                 "serving/live_page/*",
+                "serving/plain.jinja",
             ]
         },
         include_package_data=False,

@@ -51,7 +51,7 @@ class ScriptedEngine:
         text = self.answer(request) if callable(self.answer) else self.answer
         return text if isinstance(text, list) else self.model.tokenizer.encode(text)
 
-    def submit(self, prompt, config, *, stop=(), on_update=None, branches=None):
+    def submit(self, prompt, config, *, stop=(), on_update=None, branches=None, confidences=False):
         check_prompt(self.model, prompt, config, "prompt")
         check_stop(self.model, replace(config, stop=tuple(stop)))
         with self._changed:
@@ -59,6 +59,8 @@ class ScriptedEngine:
             if len(self.waiting()) >= self.max_queue + free:
                 raise QueueFullError(self.max_queue, 7.0)
             request = Request(len(self.requests) + 1, prompt, config, branches or 1, on_update)
+            # The n-th token has the probability 1/n.
+            request.confidences = [1 / n for n in range(1, 1000)] if confidences else None
             self.requests.append(request)
             self._changed.notify_all()
         return request
@@ -74,7 +76,8 @@ class ScriptedEngine:
             self._cancels.append(request)
             self._changed.notify_all()
 
-    def step(self):
+    def step(self, meanwhile=lambda: None):
+        meanwhile()
         if self.script is not None:
             self.script(self)
         time.sleep(self.delay)

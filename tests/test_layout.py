@@ -75,13 +75,16 @@ def test_the_path_of_a_request_goes_one_way():
         assert imported & set(order) == set(order[place + 1 :]), room
 
 
-def test_only_its_command_knows_the_server():
+def test_only_its_commands_know_the_server():
     users = {
         name
         for name, targets in edges("blockbatch").items()
         if any(room_of(target) == "serving" for target in targets)
     }
-    assert {name for name in users if room_of(name) != "serving"} == {"blockbatch.cli.serve"}
+    assert {name for name in users if room_of(name) != "serving"} == {
+        "blockbatch.cli.dynamo",
+        "blockbatch.cli.serve",
+    }
 
 
 def test_sources_of_the_extension_include_what_they_may():

@@ -126,7 +126,8 @@ REFUSED = [
     ({"functions": [{}]}, "functions"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 1}, "top_logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"guided_json": {}}, "guided_json"),
@@ -182,7 +183,7 @@ def test_what_asks_for_nothing_is_taken(server):
     }  # fmt: skip
     assert post(server, CHAT, ask(**harmless)).status_code == 200
     assert post(server, TEXT, {"prompt": "a", "echo": False, "best_of": 1, "suffix": ""}).status_code == 200
-    for more in ({"echo": True}, {"best_of": 2}, {"suffix": "x"}, {"logprobs": 1}):
+    for more in ({"echo": True}, {"best_of": 2}, {"suffix": "x"}, {"logprobs": 2}):
         (name,) = more
         assert post(server, TEXT, {"prompt": "a", **more}).json()["error"]["param"] == name
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -9,6 +9,7 @@ from blockbatch_kernels.tuning.records import BackendRow
 _POLICY_LIMITS = {"cuda": {"num_branches": 32, "num_eos_tokens": 32}}
 _LIMITS: dict[str, dict[str, dict[str, int]]] = {
     "varlen_attention": {"cuda": {"head_dim": MAX_HEAD_DIM}, "triton": {"head_dim": MAX_HEAD_DIM}},
+    "varlen_attention_fp8": {"cuda": {"head_dim": MAX_HEAD_DIM}, "triton": {"head_dim": MAX_HEAD_DIM}},
     "initial_plan": _POLICY_LIMITS,
     "decode_policy": _POLICY_LIMITS,
     "copy_pages": {"cuda": {"num_branches": 32}},
@@ -40,7 +41,7 @@ _ORDER = {row.op: row.order for row in DEFAULTS}
 def preference(op: str, **sizes: int) -> tuple[str, ...]:
     """The compiled backends that take `op` in these sizes, fastest first. A size not given is no obstacle."""
     order = _ORDER.get(op, _CUDA_FIRST)
-    if op == "varlen_attention" and not cuda_attention_is_faster(**sizes):
+    if op in ("varlen_attention", "varlen_attention_fp8") and not cuda_attention_is_faster(**sizes):
         order = ("triton", "cuda")
     limits = _LIMITS.get(op, {})
     return tuple(

@@ -86,7 +86,7 @@ def needs(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        dtype=dtype,
+        dtype=model.kv_dtype,
     )
     if config.policy == "dream_published":
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
@@ -100,6 +100,11 @@ def needs(
     if device.type == "cuda":
         whole = max(whole, row_capacity(chunk))
     work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), **kinds)
+    if (all_weights := share_of(model).whole) is not None:
+        tokens = min(rows * length, max(length, ROW_TOKENS[device.type]))
+        layer = kv_cache.layer_bytes(all_weights.spec, dtype, rows, tokens)
+        dealt = transformer.activation_bytes(all_weights.spec, dtype, tokens, **kinds) + 2 * layer
+        work = max(work, dealt)
     rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads

@@ -27,6 +27,8 @@ class Result:
         seconds: from the start of the batch to the end of this request.
         trace: one record for each forward (see `blockbatch.tracing`); None unless the config asks for it.
         prefix_tokens: of a block-causal model: tokens of the prompt whose K/V the prefix cache had.
+        confidences: of `tokens`: how sure the model was of each in the forward that committed it; None where
+            they were not asked for (see `Engine.submit`).
     """
 
     text: str | None
@@ -39,6 +41,7 @@ class Result:
     seconds: float
     trace: list[dict[str, Any]] | None
     prefix_tokens: int = 0
+    confidences: list[float] | None = None
 
     @property
     def adopted(self) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from blockbatch.cli import ablate, compare, evaluate, fill, generate, pictures, serve
+from blockbatch.cli import ablate, compare, dynamo, evaluate, fill, generate, pictures, serve
 from blockbatch.cli.help import Parser, examples, leaves
 from blockbatch.cli.version import version
 
 # In the order of the help.
-COMMANDS = (generate, fill, compare, evaluate, ablate, pictures, serve)
+COMMANDS = (generate, fill, compare, evaluate, ablate, pictures, serve, dynamo)
 
 
 class _Version(argparse.Action):

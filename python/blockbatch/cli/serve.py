@@ -31,6 +31,38 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.set_defaults(run=run)
+    add_model(parser)
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    http.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (8000)")
+    http.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("BLOCKBATCH_API_KEY"),
+        help="what clients must bring as bearer token (BLOCKBATCH_API_KEY of the environment; none)",
+    )
+    http.add_argument(
+        "--request-timeout", type=seconds, default=600.0, metavar="SECONDS", help="of a request (600)"
+    )
+    http.add_argument(
+        "--drain-seconds",
+        type=seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for running requests after SIGTERM (30)",
+    )
+    http.add_argument(
+        "--max-body-bytes", type=_positive, default=4 << 20, metavar="N", help="of a request (4194304)"
+    )
+    http.add_argument("--no-page", action="store_true", help="no page at /")
+    http.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    http.add_argument("--log-prompts", action="store_true", help="the log holds prompts and answers")
+    add_engine(parser)
+    add_decoding(parser)
+
+
+def add_model(parser: Any) -> None:
+    """Adds the options that say which model is loaded, and how."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -43,6 +75,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
     )
+    group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call it (MODEL)")
     group.add_argument(
@@ -52,31 +85,10 @@ def add_parser(commands: Any) -> None:
         help="of the model's family, or plain: texts with blank lines between them; auto (default): the "
         "former where the tokenizer has its tokens",
     )
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    http.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (8000)")
-    http.add_argument(
-        "--api-key",
-        metavar="KEY",
-        default=os.environ.get("BLOCKBATCH_API_KEY"),
-        help="what clients must bring as bearer token (BLOCKBATCH_API_KEY of the environment; none)",
-    )
-    http.add_argument(
-        "--request-timeout", type=_seconds, default=600.0, metavar="SECONDS", help="of a request (600)"
-    )
-    http.add_argument(
-        "--drain-seconds",
-        type=_seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="for running requests after SIGTERM (30)",
-    )
-    http.add_argument(
-        "--max-body-bytes", type=_positive, default=4 << 20, metavar="N", help="of a request (4194304)"
-    )
-    http.add_argument("--no-page", action="store_true", help="no page at /")
-    http.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    http.add_argument("--log-prompts", action="store_true", help="the log holds prompts and answers")
+
+
+def add_engine(parser: Any) -> None:
+    """Adds the options of the engine."""
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--max-requests", type=_positive, default=32, metavar="N", help="that run at a time (32)"
@@ -100,7 +112,6 @@ def add_parser(commands: Any) -> None:
         "--max-tokens-per-step", type=_positive, metavar="N", help="of a forward (as measured)"
     )
     engine.add_argument("--cache-tokens", type=_positive, metavar="N", help="of the K/V cache (what fits)")
-    add_decoding(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,24 +140,9 @@ def run(options: argparse.Namespace) -> None:
         page=not options.no_page,
     )
 
-    def load() -> tuple[Any, Any]:
-        from blockbatch.decoding.engine import Engine
-
-        model = load_named(options)
-        engine = Engine(
-            model,
-            max_requests=options.max_requests,
-            max_queue=options.max_queue,
-            branches=options.branches,
-            max_tokens_per_step=options.max_tokens_per_step,
-            deterministic=options.deterministic,
-            cache_tokens=options.cache_tokens,
-        )
-        return model, engine
-
     status = serve(
         settings,
-        load,
+        lambda: model_and_engine(options),
         host=options.host,
         port=options.port,
         version=version(),
@@ -156,7 +152,24 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
-def _seconds(text: str) -> float:
+def model_and_engine(options: argparse.Namespace) -> tuple[Any, Any]:
+    """What the options name, loaded."""
+    from blockbatch.decoding.engine import Engine
+
+    model = load_named(options)
+    engine = Engine(
+        model,
+        max_requests=options.max_requests,
+        max_queue=options.max_queue,
+        branches=options.branches,
+        max_tokens_per_step=options.max_tokens_per_step,
+        deterministic=options.deterministic,
+        cache_tokens=options.cache_tokens,
+    )
+    return model, engine
+
+
+def seconds(text: str) -> float:
     """a positive number of seconds"""
     value = float(text)
     if not 0 < value < float("inf"):

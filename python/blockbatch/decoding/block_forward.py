@@ -78,6 +78,7 @@ class _Pages(NamedTuple):
     kv: Tensor
     page_table: Tensor
     distinct_rows: int
+    num_branches: int | None = None  # texts of different requests may share pages
 
 
 class _Graph(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +16,7 @@ from blockbatch.decoding.block_pool import GROWTH, page_bytes, scratch_pages, sh
 from blockbatch.decoding.block_session import BlockSession
 from blockbatch.decoding.block_text import Forward
 from blockbatch.decoding.choice import sampling_for
+from blockbatch.decoding.confidences import TextConfidences
 from blockbatch.decoding.graph_pool import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
@@ -66,6 +68,7 @@ class BlockLane:
         pool.most_pages = max(self.num_pages, len(pool))
         self.counts = Counts(dict.fromkeys(("prefill", "denoise", "store"), 0))
         self._seats: list[Seat] = []
+        self._kept: dict[Seat, TextConfidences] = {}
 
     def pages_of(self, method: BlockMethod, config: DecodeConfig, prompt: int) -> int:
         positions = self._model.spec.max_length if method.grow else method.positions(prompt)
@@ -81,7 +84,8 @@ class BlockLane:
         self._seats.append(seat)
 
     @torch.inference_mode()
-    def step(self) -> list[Seat]:
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        meanwhile()  # the forwards wait for their results themselves
         device = self._model.device
         with devices.turn(device), devices.memory_errors(device, "the next forward"):
             chosen = self._chosen()
@@ -129,8 +133,12 @@ class BlockLane:
         except RuntimeError as error:  # of this request alone: a model that predicts NaN, or MASK
             seat.error = error.with_traceback(None)
             return
-        for text in session.texts:
-            text.commits.clear()
+        text = session.texts[0]
+        if seat.wants_confidences:
+            kept = self._kept.setdefault(seat, TextConfidences())
+            kept.note(text)
+            seat.confidences = kept.of(0, text.prompt_length, text.settled)
+        text.commits.clear()
         seat.prefix = session.final_prefixes()[0]
         seat.done = session.asked(0) is None
         seat.nfe = session.outcome(0).nfe
@@ -147,7 +155,14 @@ class BlockLane:
         seat.place.end(0)
         return seat.place.outcome(0)
 
+    def confidences(self, seat: Seat, branch: int) -> list[float]:
+        text = seat.place.texts[0]
+        if seat not in self._kept:  # it ended before a forward
+            return []
+        return self._kept[seat].of(branch, text.prompt_length, text.settled)
+
     def leave(self, seat: Seat) -> None:
+        self._kept.pop(seat, None)
         if seat.place is not None:
             seat.place.end(0)
         if seat in self._seats:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding.admission import Admission, branches_under_load, fewer_sizes
+from blockbatch.decoding.admission import Admission, branches_under_load, drafts_under_load, fewer_sizes
 from blockbatch.decoding.block_lane import BlockLane
 from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.decoding.lane import Lane, Seat, rules_of
@@ -42,6 +42,10 @@ __all__ = [
 BRANCH_RULES = ("fixed", "load")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Decodes requests of one model together; each gives the tokens and forwards that `generate` gives alone.
 
@@ -54,8 +58,8 @@ class Engine:
         model: from `load_model`.
         max_requests: that run at a time.
         max_queue: that wait beside them.
-        branches: "fixed": as each request's config says; "load": a new request gets fewer, the more run or
-            wait, fixed for its life.
+        branches: "fixed": as each request's config says; "load": a new request gets fewer, and no drafts, the
+            more run or wait, fixed for its life.
         max_tokens_per_step: tokens that a forward holds beyond which whole rows wait for the next one; None:
             as measured.
         deterministic: whether a request's bits do not depend on what runs beside it, at some cost.
@@ -112,6 +116,7 @@ class Engine:
         stop: Sequence[str] | str = (),
         on_update: Callable[[Request], None] | None = None,
         branches: int | None = None,
+        confidences: bool = False,
     ) -> Request:
         """Hands in a request and returns at once.
 
@@ -122,6 +127,8 @@ class Engine:
             on_update: called on the engine's thread after a forward in which `request.final` grew or
                 `request.status` changed. Its errors fail the request.
             branches: how many of the config's block sizes to decode with; None: as the engine's rule says.
+            confidences: whether `request.confidences` and `result.confidences` are wanted. The config's
+                confidence must be "probability".
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
@@ -140,6 +147,10 @@ class Engine:
             config = replace(config, stop=(*config.stop, *texts))
         check_prompt(self.model, ids, config, "prompt")
         check_stop(self.model, config)
+        if confidences and config.confidence != "probability":
+            raise ValueError(
+                f"confidence: expected 'probability' where confidences are wanted, got {config.confidence!r}"
+            )
         with self._changed:
             if self._closed:
                 raise EngineClosedError("engine: expected an open one, got one that was closed")
@@ -147,6 +158,7 @@ class Engine:
             if isinstance(method, Method) and method.rule:  # later its error would be that of all
                 try_rule(method.rule, method.params, method.block_sizes, config.gen_length)
             request = Request(self._number + 1, ids, config, number, on_update)
+            request.confidences = [] if confidences else None
             seat = Seat(request, method, self._lane.pages_of(method, config, len(ids)))
             if config.stop:
                 ends = eos_token_ids(self.model, config)
@@ -165,8 +177,12 @@ class Engine:
                 self._cancelled.append(seat)
                 self._changed.notify_all()
 
-    def step(self) -> bool:
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> bool:
         """One forward: leaves, joins, forward, policy. False when nothing runs or waits.
+
+        Args:
+            meanwhile: called once, on a GPU after the forward was launched and before the host waits for it:
+                the time for what should not delay the next launch, such as waking other threads.
 
         Raises:
             whatever broke the forward; all requests that ran have failed with it then, those that wait go on.
@@ -185,7 +201,7 @@ class Engine:
             for seat in joining:
                 seat.request.status, seat.request.started = "running", time.monotonic()
                 self._lane.join(seat)
-            took_part = self._lane.step() if self._running else []
+            took_part = self._lane.step(meanwhile) if self._running else meanwhile() or []
             with self._changed:
                 updated += [seat.request for seat in took_part if self._note(seat)]
             updated += [seat.request for seat in joining if seat.request not in updated]
@@ -248,15 +264,18 @@ class Engine:
     def _with_branches(self, config: DecodeConfig, asked: int | None):
         """The config with as many branches as a request gets, its method, and their number."""
         method = method_for(self.model, config)
-        drafts = len(rules_of(method).drafts)
-        sizes = method.block_sizes[: len(method.block_sizes) - drafts]
+        drafts, load = rules_of(method).drafts, len(self._seats) + 1
+        sizes = method.block_sizes[: len(method.block_sizes) - len(drafts)]
         most = max(len(sizes), 1)
         if asked is not None:
             count = as_int(asked)
             if count is None or not 1 <= count <= most:
                 raise ValueError(f"branches: expected a number from 1 to {most}, got {asked!r}")
         elif self.branches == "load":
-            count = branches_under_load(sizes or (1,), len(self._seats) + 1)
+            count = branches_under_load(sizes or (1,), load)
+            if drafts and not drafts_under_load(sizes[0], drafts, load):
+                config = replace(config, drafts=None)
+                method = method_for(self.model, config)
         else:
             count = most
         if count < most:
@@ -268,6 +287,8 @@ class Engine:
         """Takes over what a forward gave; returns whether that is news for the caller."""
         request = seat.request
         request.nfe = seat.nfe
+        if request.confidences is not None:  # before the tokens: other threads read both
+            request.confidences += seat.confidences[len(request.confidences) :]
         grown = self._grow(seat, seat.prefix)
         if seat.error is not None:
             self._end(seat, "failed", seat.error)
@@ -277,6 +298,9 @@ class Engine:
 
     def _grow(self, seat: Seat, prefix: list[int]) -> bool:
         request = seat.request
+        if len(prefix) == seat.seen:
+            return False
+        seat.seen = len(prefix)
         if seat.reader is not None and not seat.done and len(prefix) > len(request.final):
             seat.reader.push(prefix)
         final = before_eos(prefix, rules_of(seat.method).eos_token_ids)
@@ -295,6 +319,11 @@ class Engine:
         seconds = time.monotonic() - request.started
         request.result = result_of(self.model, outcome, ends, stop, seconds)
         request.nfe = outcome.nfe
+        if request.confidences is not None:
+            rest = self._lane.confidences(seat, outcome.winner)[len(request.confidences) :]
+            request.confidences += rest
+            own = request.confidences[: len(request.result.tokens)]
+            request.result = replace(request.result, confidences=own)
         self._commits += sum(branch.committed for branch in outcome.branches)
         canvas = outcome.canvas
         mask = self.model.spec.mask_token_id

@@ -6,6 +6,8 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
+from blockbatch.decoding.dealt_rows import predict_dealt
+from blockbatch.decoding.packing import pack, predict
 from blockbatch.decoding.row_graphs import RowGraphs, RowSizes, row_sizes
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan
@@ -43,9 +45,12 @@ def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int, graphs: Row
         batch.cache.prepare(batch.plan)
     else:
         graphs.run("pages", lambda: batch.cache.prepare(batch.plan))
-    parts = []
-    with share_of(model).lanes() as lane:
-        for number, rows in enumerate(_chunks(plan.query_lengths, max_tokens)):
+    share = share_of(model)
+    parts, lengths = [], plan.query_lengths
+    if share.whole is not None:
+        parts, lengths = predict_dealt(share, batch, plan, max_tokens)
+    with share.lanes() as lane:
+        for number, rows in enumerate(_chunks(lengths, max_tokens)):
             with lane(number):
                 parts.append(_predict_rows(model, batch, plan, rows, graphs))
     batch.cache.share(batch.plan.source_row)
@@ -69,7 +74,10 @@ def _predict_rows(
     chosen[rows] = True
 
     def compute() -> bbk.Predictions:
-        chunk = batch.plan._replace(query_end=batch.plan.query_end * chosen)
+        query_end = batch.plan.query_end * chosen
+        # Regions begin behind their prompts, those of other rows as well.
+        query_start = torch.minimum(batch.plan.query_start, query_end)
+        chunk = batch.plan._replace(query_start=query_start, query_end=query_end)
         return _predict(model, batch, chunk, sizes.tokens, sizes.predictions)
 
     return graphs.run(sizes, compute) if sizes.captured else compute()
@@ -108,27 +116,8 @@ def _predict(
     *,
     scattered: bool = False,
 ) -> bbk.Predictions:
-    params = batch.method.params
-    packed = bbk.pack_windows(
-        batch.state,
-        plan,
-        batch.cache.page_table,
-        page_size=batch.cache.page_size,
-        capacity=capacity,
-        predict_capacity=predict_capacity,
-        prediction_offset=params.prediction_offset,
-        scattered=scattered,
-        backend=batch.backend,
-    )
-    probe_tokens = None
-    if params.eos_exit == "window":
-        probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-    options = {}
-    if batch.sampling is not None:
-        options["sampling"] = batch.sampling.draw(batch.state, packed.predict_target)
-    if params.policy == "dream_published":
-        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True, **options)
-    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens, **options)
+    packed = pack(batch, plan, capacity, predict_capacity, scattered=scattered)
+    return predict(model, batch, packed, batch.cache)
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ class Seat:
         pages: that it may come to need, reserved while it runs.
         reader: looks for its stop texts; None: it has none.
         prefix: all of its ids that are final, an EOS and what stands behind it among them.
+        confidences: of these, where the request asks for them.
+        seen: of the prefix, ids that the engine has passed on.
         nfe: forwards so far.
         done: the rules ended it.
         error: what ended it instead.
@@ -39,6 +42,8 @@ class Seat:
     pages: int
     reader: PrefixReader | None = None
     prefix: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    seen: int = 0
     nfe: NFE | BlockNFE = NFE(0, 0, 0)
     done: bool = False
     error: BaseException | None = None
@@ -47,6 +52,10 @@ class Seat:
     @property
     def config(self) -> DecodeConfig:
         return self.request.config
+
+    @property
+    def wants_confidences(self) -> bool:
+        return self.request.confidences is not None
 
 
 @dataclass
@@ -77,11 +86,18 @@ class Lane(Protocol):
     def join(self, seat: Seat) -> None:
         """Makes a request ready for its first forward."""
 
-    def step(self) -> list[Seat]:
-        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now."""
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now.
+
+        Args:
+            meanwhile: called once, while the device computes where the lane can.
+        """
 
     def end(self, seat: Seat) -> RequestOutcome:
         """How a request ended by the rules, or as it stands."""
+
+    def confidences(self, seat: Seat, branch: int) -> list[float]:
+        """What a branch was sure of at its commits, for a request that asked; waits for the device."""
 
     def leave(self, seat: Seat) -> None:
         """Frees all that a request holds."""

@@ -50,6 +50,9 @@ class Request:
         status: one of STATUSES.
         final: ids of the text that can no longer change, before the first EOS; only ever grows. A stop text
             may end `result.tokens` earlier.
+        confidences: of `final`, and of what may stand behind it: how sure the model was of each token in the
+            forward that committed it, in the first branch while all agree, then in the winner. None: nobody
+            asked for them.
         result: once it is finished; `result.seconds` counts from `started`.
         error: why it failed.
         branches: number of branches that it decodes with; fixed for its life.
@@ -68,6 +71,7 @@ class Request:
     result: Result | None = None
     error: BaseException | None = None
     nfe: NFE | BlockNFE = NFE(0, 0, 0)
+    confidences: list[float] | None = None
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     first: float | None = None

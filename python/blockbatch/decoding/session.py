@@ -191,7 +191,7 @@ class Session:
     def _refuse_non_finite(self) -> None:
         """Raises NonFiniteLogitsError if the predictions of the last forward have no softmax."""
         if self._plan.stalled:
-            refuse_non_finite(self.state, self._phase, self.cache.kv.dtype)
+            refuse_non_finite(self.state, self._phase, self.model.dtype)
 
     def _end(self, requests: list[int]) -> None:
         """Ends those of `requests` that still run; the next forward is made for the others."""

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.decoding.confidences import Confidences
 from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
 from blockbatch.decoding.graphs import StepGraphs, packed_capacity
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
 from blockbatch.decoding.rule import CommitRule, RuleRun
 from blockbatch.decoding.sampling import BatchSampling, SamplingKind
-from blockbatch.decoding.slot_pages import SlotPages
+from blockbatch.decoding.slot_packs import joined, side_by_side
+from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
 from blockbatch_kernels import PolicyParams, tuning
@@ -67,12 +69,14 @@ class WholeRows(NamedTuple):
         starting: slots whose full forward begins with them.
         ending: slots whose full forward they complete, by phase.
         tokens: of the rows.
+        inits_left: whether requests are before their init afterwards.
     """
 
     rows: list[int]
     starting: list[int]
     ending: dict[int, list[int]]
     tokens: int
+    inits_left: bool
 
 
 class HostView(NamedTuple):
@@ -80,7 +84,7 @@ class HostView(NamedTuple):
 
     Attributes:
         status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q] what the first branch holds.
+        tokens: [Q, G] what the first branch holds, a tensor of the host: few of them are looked at.
         usage: entries of the page table that have a page, and pages in use.
     """
 
@@ -93,7 +97,7 @@ class HostView(NamedTuple):
     blocking: list[int]
     refreshing: list[int]
     status: list[list[int]]
-    tokens: list[list[int]]
+    tokens: Tensor
     usage: list[int]
 
 
@@ -111,6 +115,7 @@ class SlotForward:
         rows: of the page table; set by whoever lays the table out.
         groups: settings in use, of numbers that `Slots.group` has.
         sampling: how the tokens of each request are drawn; None: they are not.
+        confidences: what commits were sure of, kept while `recording`; None: nobody asked so far.
     """
 
     def __init__(
@@ -121,6 +126,8 @@ class SlotForward:
         self.rows = slice(0, 0)
         self.groups: list[Group] = []
         self._parts: list[bbk.Predictions] = []  # of full forwards that are not complete
+        self.confidences: Confidences | None = None
+        self.recording = False
         self._use(Slots(sizes, model.spec.mask_token_id, layout.map_entries, self.device))
 
     def _use(self, slots: Slots) -> None:
@@ -167,11 +174,13 @@ class SlotForward:
                 self.plans.rule.memory[name][number] = values
         if drawn is not None:
             self.sampling.take_over(drawn)
+        if self.confidences is not None:
+            self.confidences = self.confidences.moved(self.slots.state, number)
         self.plans.next(self.groups)
         return number
 
     def run(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
-        """One forward, or two where open queries and whole rows meet; returns while the device works.
+        """One forward; returns while the device works.
 
         Args:
             tokens: of the planned block step.
@@ -181,26 +190,37 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows, whole.inits_left)
         else:
-            self._run_windows(tokens, predictions, distinct_rows)
+            self._run_windows(tokens, predictions, distinct_rows, whole.inits_left)
 
     def read(self) -> HostView:
         """What the last `run` left for the host, which has waited for the device before."""
-        values, rows, requests = self._host.tolist(), self.slots.num_rows, self.slots.sizes.requests
-        parts, at = [], 0
-        for size in (*[rows] * 6, requests, requests):
-            parts.append(values[at : at + size])
-            at += size
-        lines = []
-        for width in (len(STATUS), self.slots.state.gen_length):
-            lines.append([values[at + index * width : at + (index + 1) * width] for index in range(requests)])
-            at += requests * width
-        return HostView(*parts, *lines, values[at:])
+        rows, requests = self.slots.num_rows, self.slots.sizes.requests
+        sizes = [
+            *[rows] * 6,
+            requests,
+            requests,
+            requests * len(STATUS),
+            requests * self.slots.state.gen_length,
+        ]
+        *parts, tokens, usage = self._host.split([*sizes, self._host.numel() - sum(sizes)])
+        *plans, status = (part.tolist() for part in parts)
+        lines = [status[at : at + len(STATUS)] for at in range(0, len(status), len(STATUS))]
+        return HostView(*plans, lines, tokens.view(requests, -1), usage.tolist())
+
+    def record(self, wanted: bool) -> None:
+        """Whether the confidences of commits are kept from now on."""
+        self.recording = wanted
+        if wanted and self.confidences is None:
+            drafts = self.layout.params is not None and bool(self.layout.params.drafts)
+            self.confidences = Confidences(self.slots.state, self.slots.mask_token_id, drafts)
 
     def refresh_host(self) -> None:
         """Starts the copy that `read` reads."""
         self._host.copy_(self._host_part(), non_blocking=True)
+        if self.recording:
+            self.confidences.refresh_host()
 
     def _host_part(self) -> Tensor:
         block, full, slots = self.plans.block, self.plans.full, self.slots
@@ -209,14 +229,14 @@ class SlotForward:
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
         return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
-    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> None:
+    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
         predictions = self._windows(capacity, predict_capacity, distinct_rows)
         self._follow_block(predictions)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=inits)
         self.refresh_host()
 
-    def _run_captured(self, capacity: int, distinct_rows: int) -> None:
+    def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
         spec, pages = self._model.spec, self.pages
         heads = (spec.num_heads, spec.num_kv_heads)
         columns = pages.page_table.shape[1]
@@ -224,18 +244,18 @@ class SlotForward:
             *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
         )
         # With the settings: a group's number is given again, and a graph has its settings inside.
-        key = capacity, units, tuple(self.groups)
+        key = capacity, units, inits, tuple(self.groups), self.recording
         if key in self._graphs:
             self._graphs[key].replay()
             return
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
-        self._run_windows(capacity, capacity, distinct_rows)
+        self._run_windows(capacity, capacity, distinct_rows, inits)
         if len(self._graphs) >= _MOST_GRAPHS:
             self.forget_graphs()
 
         def step() -> None:
-            self._run_windows(capacity, capacity, distinct_rows)
+            self._run_windows(capacity, capacity, distinct_rows, inits)
 
         self._graphs[key], _ = self._pool.capture(step)
 
@@ -243,21 +263,47 @@ class SlotForward:
         now = self._mask(whole.rows, self.slots.num_rows)
         if whole.starting:
             self._give_up_pages(whole.starting)
-        if self.layout.is_open or tokens == 0:
-            block = self._windows(tokens, predictions, distinct_rows)
-            own = self._whole_rows(now, whole)
+        if tokens == 0:
+            block, own = self.plans.no_predictions(), self._whole_rows(now, whole)
         else:
-            plan = self.plans.mixed(now)
-            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
-            most = len(whole.rows) * self.slots.state.gen_length + predictions
-            together, count = tokens + whole.tokens, distinct_rows + len(whole.rows)
-            block = own = self._predict(plan, together, min(together, most), count, scattered=False)
+            together = self._together if self.layout.is_open else self._mixed
+            block = own = together(tokens, predictions, now, whole, distinct_rows + len(whole.rows))
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=whole.inits_left)
         self.refresh_host()
+
+    def _mixed(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """Windows of some requests and the rows that `now` [R] marks in one plan."""
+        plan = self.plans.mixed(now)
+        self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+        together = tokens + whole.tokens
+        most = min(together, len(whole.rows) * self.slots.state.gen_length + predictions)
+        return self._predict(plan, together, most, distinct_rows, scattered=False)
+
+    def _together(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """The same with open queries, whose positions are no range: packed apart, computed as one."""
+        block, alone = self.plans.block, self.plans.whole(now)
+        self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
+        self.pages.make_private(self.rows, alone.query_start, alone.query_end)
+        most = min(len(whole.rows) * self.slots.state.gen_length, whole.tokens)
+        packs = (
+            self._pack(block, tokens, predictions, scattered=True),
+            self._pack(
+                alone,
+                self._whole_pieces(tokens + whole.tokens) - tokens,
+                self._whole_pieces(predictions + most) - predictions,
+                scattered=False,
+            ),
+        )
+        view = self._view(distinct_rows)
+        return self._forward(*side_by_side(*packs, view, self.slots.seqlens_k))
 
     def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
         """The forward of whole rows alone, which `now` [R] marks."""
@@ -294,29 +340,39 @@ class SlotForward:
         *,
         scattered: bool,
     ) -> bbk.Predictions:
-        slots, model = self.slots, self._model
         capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
-        view = self.pages.view(self.rows, distinct_rows)
-        packed = bbk.pack_windows(
-            slots.state,
+        packed = self._pack(plan, capacity, predict_capacity, scattered=scattered)
+        return self._forward(packed, self._view(distinct_rows), self.slots.seqlens_k)
+
+    def _view(self, distinct_rows: int) -> PagesView:
+        return self.pages.view(self.rows, distinct_rows, self.slots.sizes.num_branches)
+
+    def _pack(
+        self, plan: bbk.StepPlan, capacity: int, predict_capacity: int, *, scattered: bool
+    ) -> bbk.PackedQueries:
+        return bbk.pack_windows(
+            self.slots.state,
             plan,
-            view.page_table,
-            page_size=view.page_size,
+            self.pages.page_table[self.rows],
+            page_size=self.pages.page_size,
             capacity=capacity,
             predict_capacity=predict_capacity,
-            prediction_offset=model.spec.prediction_offset,
+            prediction_offset=self._model.spec.prediction_offset,
             scattered=scattered,
             backend=self._backend,
         )
+
+    def _forward(self, packed: bbk.PackedQueries, view: PagesView, seqlens_k: Tensor) -> bbk.Predictions:
+        slots, model = self.slots, self._model
         options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
+            return model.predict(packed, view, seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+        return model.predict(packed, view, seqlens_k, probe_tokens, **options)
 
     def _whole_pieces(self, tokens: int) -> int:
         """Room for so many tokens in pieces of `fixed_tokens`."""
@@ -325,14 +381,24 @@ class SlotForward:
 
     def _follow_block(self, predictions: bbk.Predictions) -> None:
         plans = self.plans
-        sources = plans.policy(plans.blocking, predictions, plans.block, PHASE_BLOCK, self.groups)
-        self.pages.share(self.rows, sources)
+        sources = self._policy(plans.blocking, predictions, plans.block, PHASE_BLOCK)
         self._sync_source.copy_(sources)
+
+    def _policy(
+        self, members: Tensor, predictions: bbk.Predictions, plan: bbk.StepPlan, phase: int
+    ) -> Tensor:
+        """Goes on with requests; gives the rows of syncs, whose pages are shared."""
+        masked = self.confidences.before() if self.recording else None
+        sources = self.plans.policy(members, predictions, plan, phase, self.groups)
+        if masked is not None:
+            self.confidences.after(masked, sources)
+        self.pages.share(self.rows, sources)
+        return sources
 
     def _follow_full(self, ending: dict[int, list[int]]) -> None:
         """Goes on with requests whose init or refresh is complete."""
         plans, slots = self.plans, self.slots
-        predictions = _concatenate(self._parts)
+        predictions = joined(self._parts)
         everyone = [slot for ended in ending.values() for slot in ended]
         rows = slots.by_row(self._mask(everyone, slots.sizes.requests))
         self.pages.share(self.rows, torch.where(rows, plans.full.source_row, -1))
@@ -340,8 +406,7 @@ class SlotForward:
             if not ending.get(phase):
                 continue
             members = self._mask(ending[phase], slots.sizes.requests)
-            sources = plans.policy(members, predictions, plans.full, phase, self.groups)
-            self.pages.share(self.rows, sources)
+            sources = self._policy(members, predictions, plans.full, phase)
             self._sync_source.copy_(torch.where(sources < 0, self._sync_source, sources))
             if phase == PHASE_INIT:
                 slots.begun.logical_or_(members)
@@ -370,19 +435,3 @@ class SlotForward:
         mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
         mask[members] = True
         return mask.to(self.device, non_blocking=True)
-
-
-def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
-    if len(parts) == 1:
-        return parts[0]
-    columns = []
-    for tensors in zip(*parts, strict=True):
-        given = [tensor for tensor in tensors if tensor is not None]
-        # Whoever needs probabilities of probes was there when they were asked for.
-        filled = [
-            given[0].new_zeros(len(part.target)) if tensor is None else tensor
-            for part, tensor in zip(parts, tensors, strict=True)
-            if given
-        ]
-        columns.append(torch.cat(filled) if given else None)
-    return bbk.Predictions(*columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -134,7 +135,7 @@ class SlotLane:
         seat.place.sources = dict.fromkeys(seat.place.rows, 0)
 
     @torch.inference_mode()
-    def step(self) -> list[Seat]:
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
         with devices.turn(self._device), devices.memory_errors(self._device, "the next forward"):
             self._join_stream()
             self._turn += 1
@@ -148,6 +149,8 @@ class SlotLane:
                     ran.append((forward, blocking, picked, self._run(forward, blocking, picked)))
             if self._copied is not None:
                 self._copied.record()
+            meanwhile()
+            if self._copied is not None:
                 self._copied.synchronize()
             took_part = []
             for forward, blocking, picked, ending in ran:
@@ -180,7 +183,11 @@ class SlotLane:
                 by_phase[place.phase].append(place.slot)
         windows = sum(seat.place.windows for seat in blocking)
         distinct = sum(len(set(seat.place.sources.values())) for seat in blocking)
-        forward.run(windows, windows, WholeRows(rows, starting, by_phase, tokens), distinct)
+        inits_left = any(
+            seat.place.windows is None and seat.place.phase == PHASE_INIT and seat not in ending
+            for seat in self._of(forward)
+        )
+        forward.run(windows, windows, WholeRows(rows, starting, by_phase, tokens, inits_left), distinct)
         for seat, count in picked.items():
             seat.place.waiting, seat.place.started = seat.place.waiting[count:], True
         if not any(seat.place.started and seat.place.waiting for seat in self._of(forward)):
@@ -210,8 +217,11 @@ class SlotLane:
             place, last = seat.place, seat.place.phase if seat in picked else PHASE_BLOCK
             status = view.status[place.slot]
             finished, stalled, non_finite, final, *nfe = status
-            seat.prefix = view.tokens[place.slot][:final]
+            if final != len(seat.prefix):  # it only grows
+                seat.prefix = view.tokens[place.slot, :final].tolist()
             seat.nfe = NFE(*nfe)
+            if seat.wants_confidences:
+                seat.confidences = forward.confidences.first_row(place.slot, final)
             if non_finite:
                 seat.error = NonFiniteLogitsError(
                     "prompt", 0, bbk.PHASES[last], nfe[last], sum(nfe), self._model.dtype
@@ -252,6 +262,12 @@ class SlotLane:
             return place.forward.slots.outcome(place.slot, seat.method, seat.config.gen_length)
 
     @torch.inference_mode()
+    def confidences(self, seat: Seat, branch: int) -> list[float]:
+        place = seat.place
+        row = place.forward.slots.rows_of(place.slot).start + branch
+        return place.forward.confidences.values[row, : seat.config.gen_length].tolist()
+
+    @torch.inference_mode()
     def leave(self, seat: Seat) -> None:
         if seat not in self._seats:
             return
@@ -285,6 +301,7 @@ class SlotLane:
     def _set_groups(self, forward: SlotForward) -> None:
         present = {seat.place.group: seat.method.params for seat in self._of(forward)}
         forward.groups = sorted(present.items())
+        forward.record(any(seat.wants_confidences for seat in self._of(forward)))
 
     def _group_of(self, forward: SlotForward, params: PolicyParams) -> int:
         """The number of these settings: that of requests that have them, or one that is free."""
@@ -343,7 +360,7 @@ class SlotLane:
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype=model.dtype,
+            dtype=model.kv_dtype,
         )
         if cache_tokens is not None:
             return kv_cache.pages_per_row(cache_tokens)

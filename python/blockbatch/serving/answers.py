@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from blockbatch.models.tokenizer import REPLACEMENT, Tokenizer
+from blockbatch.serving.logprobs import TokenLogprob, of_chat, of_completion
 from blockbatch.stops import PrefixReader, cut
 
 
@@ -149,19 +150,27 @@ class Shape(ABC):
         request_id: of the answer and all its chunks.
         model: the name that clients know.
         with_usage: whether a chunk with the usage ends the stream; the others then say that it is to come.
+        top: whether `top_logprobs` of a completion name the token itself.
     """
 
     prefix = whole = chunk = ""
 
-    def __init__(self, request_id: str, model: str, with_usage: bool = False) -> None:
+    def __init__(self, request_id: str, model: str, with_usage: bool = False, top: bool = False) -> None:
         self.request_id = f"{self.prefix}-{request_id}"
         self._head = {"id": self.request_id, "created": int(time.time()), "model": model}
-        self.with_usage = with_usage
+        self.with_usage, self._top = with_usage, top
 
-    def answer(self, texts: Sequence[str], reasons: Sequence[str], usage: Usage) -> dict[str, Any]:
+    def answer(
+        self,
+        texts: Sequence[str],
+        reasons: Sequence[str],
+        usage: Usage,
+        tokens: Sequence[Sequence[TokenLogprob] | None] | None = None,
+    ) -> dict[str, Any]:
+        tokens = [None] * len(texts) if tokens is None else tokens
         choices = [
-            self._choice(index, reason, **self._full(text))
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+            self._choice(index, reason, own, **self._full(text))
+            for index, (text, reason, own) in enumerate(zip(texts, reasons, tokens, strict=True))
         ]
         return {**self._head, "object": self.whole, "choices": choices, "usage": usage.json()}
 
@@ -169,8 +178,8 @@ class Shape(ABC):
         """The chunk before the first text; None: there is none."""
         return None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return self._chunk([self._choice(index, None, **self._delta(text))])
+    def piece(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None = None) -> dict[str, Any]:
+        return self._chunk([self._choice(index, None, tokens, **self._delta(text))])
 
     def end(self, index: int, reason: str) -> dict[str, Any]:
         return self._chunk([self._choice(index, reason, **self._delta(None))])
@@ -182,8 +191,14 @@ class Shape(ABC):
         to_come = {"usage": None} if self.with_usage else {}
         return {**self._head, "object": self.chunk, "choices": choices, **to_come}
 
-    def _choice(self, index: int, reason: str | None, **content: Any) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+    def _choice(
+        self, index: int, reason: str | None, tokens: Sequence[TokenLogprob] | None = None, **content: Any
+    ) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": self._logprobs(tokens), "finish_reason": reason}
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Of some tokens; None: nobody asked."""
 
     @abstractmethod
     def _full(self, text: str) -> dict[str, Any]:
@@ -200,6 +215,9 @@ class ChatShape(Shape):
     def begin(self, index: int) -> dict[str, Any]:
         return self._chunk([self._choice(index, None, delta={"role": "assistant", "content": ""})])
 
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        return of_chat(tokens)
+
     def _full(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
@@ -209,6 +227,9 @@ class ChatShape(Shape):
 
 class CompletionShape(Shape):
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        return of_completion(tokens, self._top)
 
     def _full(self, text: str) -> dict[str, Any]:
         return {"text": text}

@@ -60,7 +60,7 @@ def _add_decodes(app: FastAPI, service: Service) -> None:
         size = int(request.headers.get("content-length", 1 << 30))
         jobs = await service.read(read, body, size)
         name = request.scope["state"]["request_id"]
-        made = shape(name, service.settings.model_name, body.wants_usage)
+        made = shape(name, service.settings.model_name, body.wants_usage, body.logprobs == 1)
         return await respond(service, request, jobs, made, stream=bool(body.stream))
 
     @app.post("/v1/chat/completions", responses=schemas.CHAT, response_class=Json)

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from blockbatch.decoding.choice import eos_token_ids
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.serving.answers import Answer, Ended, Usage, phases
 from blockbatch.serving.bridge import Bridge
 from blockbatch.serving.errors import ApiError, engine_failed, timed_out
+from blockbatch.serving.logprobs import TokenLogprob, TokenLogprobs
 from blockbatch.serving.reading import Job
 
 # Seconds that a reader has for what comes when the time of a request is over.
@@ -27,6 +28,14 @@ class Host(Protocol):
 
     def record(self, exchange: Exchange) -> None:
         """Takes note of one that has ended."""
+
+
+class Piece(NamedTuple):
+    """What is new of one text: the text, and its tokens where their log-probabilities were asked for."""
+
+    index: int
+    text: str
+    tokens: list[TokenLogprob] | None
 
 
 class ClientGone(Exception):
@@ -45,6 +54,7 @@ class Exchange:
 
     Attributes:
         texts: an `Answer` for each job.
+        logprobs: what is told of its tokens; None where nobody asked.
         first: seconds until the first text; None before it.
         outcome: "stop", "length", "abort" or "error", once it has ended.
         streaming: whether a response has taken over to close it.
@@ -64,6 +74,7 @@ class Exchange:
         self.texts = [
             Answer(model.tokenizer, job.limit, job.stop, eos_token_ids(model, job.config)) for job in jobs
         ]
+        self.logprobs = [TokenLogprobs(model.tokenizer) if job.logprobs else None for job in jobs]
         self.first: float | None = None
         self.outcome, self.streaming = "error", False
         self._requests: list[Any] = []
@@ -96,8 +107,8 @@ class Exchange:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    async def wait(self) -> list[tuple[int, str]]:
-        """Waits until something changed. Returns the new texts, each with the place of its job.
+    async def wait(self) -> list[Piece]:
+        """Waits until something changed. Returns the new texts.
 
         Raises:
             ApiError: 500 when the engine or a request failed, 504 when the time is over.
@@ -114,9 +125,13 @@ class Exchange:
             raise timed_out(self._timeout)
         pieces = []
         for index, (request, text) in enumerate(zip(self._requests, self.texts, strict=True)):
-            if text.finish_reason is None and (piece := self._read(request, text)):
-                pieces.append((index, piece))
-        if pieces and self.first is None:
+            if text.finish_reason is not None:
+                continue
+            piece = self._read(request, text)
+            tokens = self._tokens(index, request, text)
+            if piece or tokens:
+                pieces.append(Piece(index, piece, tokens))
+        if self.first is None and any(piece.text for piece in pieces):
             self.first = self.seconds
         if self.done:
             self.outcome = self.texts[0].finish_reason
@@ -187,6 +202,16 @@ class Exchange:
         if isinstance(request.error, MemoryError):
             raise ApiError(500, str(request.error), code="out_of_memory")
         raise engine_failed()
+
+    def _tokens(self, index: int, request: Any, text: Answer) -> list[TokenLogprob] | None:
+        """The tokens whose text is told now."""
+        told = self.logprobs[index]
+        if told is None:
+            return None
+        if text.finish_reason is not None:
+            return told.push(text.tokens, request.confidences, None)
+        final = request.final[: self._jobs[index].limit]
+        return told.push(final, request.confidences, len(text.text))
 
     async def _wait_for_disconnect(self, receive: Any) -> None:
         with contextlib.suppress(asyncio.CancelledError):

@@ -37,7 +37,6 @@ _COMPLETION_ONLY = {
 }
 _BOTH = {
     "n": (None, 1),
-    "logprobs": (None, False),
     "response_format": (None, {"type": "text"}),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
@@ -103,6 +102,9 @@ _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1
 _Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+_LOGPROBS = "log of the model's probability of each token in the forward that committed it"
+
+
 class _Request(_Body):
     # What is refused is read from the rest, with messages of its own.
     model_config = ConfigDict(strict=True, extra="allow")
@@ -127,6 +129,10 @@ class _Request(_Body):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None and self.logprobs is not False
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -139,6 +145,7 @@ class TemplateOptions(_Body):
 
 class ChatRequest(_Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = Field(None, description=_LOGPROBS)
     max_completion_tokens: _Tokens | None = Field(None, description="as max_tokens")
     chat_template_kwargs: TemplateOptions | None = None
 
@@ -159,6 +166,9 @@ class CompletionRequest(_Request):
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
         | _Ids
         | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0)] | Literal[False] | None = Field(
+        None, description=f"0 or 1: {_LOGPROBS}; 1 names the token in top_logprobs, too"
     )
 
 
@@ -182,6 +192,12 @@ def refuse(body: _Request) -> None:
                 name,
                 "unsupported_parameter",
             )
+    if isinstance(body, CompletionRequest) and (body.logprobs or 0) > 1:
+        raise bad_request(
+            f"logprobs: expected 0 or 1, since the logits of other tokens are not kept, got {body.logprobs}",
+            "logprobs",
+            "unsupported_parameter",
+        )
     if body.stream_options is not None and not body.stream:
         raise bad_request(
             "stream_options: expected only together with stream, got it without", "stream_options"

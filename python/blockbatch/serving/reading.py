@@ -36,6 +36,7 @@ class Job:
         limit: tokens of the answer at most; the canvas may hold more.
         stop: texts that end the answer.
         branches: rows that the request asks for; None: as the engine decides.
+        logprobs: whether it asks for the log-probabilities of its tokens.
     """
 
     prompt: list[int]
@@ -43,6 +44,7 @@ class Job:
     limit: int
     stop: tuple[str, ...]
     branches: int | None
+    logprobs: bool = False
 
 
 class Reader:
@@ -133,7 +135,7 @@ class Reader:
         except (ValueError, TypeError) as error:
             raise named(error, asked) from None
         stop = (*config.stop, *getattr(body, "stops", ()))
-        return Job(ids, config, limit, stop, branches)
+        return Job(ids, config, limit, stop, branches, getattr(body, "wants_logprobs", False))
 
     def _merged(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The server's options with a request's, which starts anew with a preset or method of its own."""

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from blockbatch.serving.answers import Shape
 from blockbatch.serving.errors import ApiError
-from blockbatch.serving.exchange import ClientGone, Exchange
+from blockbatch.serving.exchange import ClientGone, Exchange, Piece
 from blockbatch.serving.reading import Job
 from blockbatch.serving.service import Service
 
@@ -55,11 +55,9 @@ async def respond(
             return EventStream(exchange, shape, await exchange.wait())
         await exchange.finish()
         texts = exchange.texts
-        return Json(
-            shape.answer(
-                [text.text for text in texts], [text.finish_reason for text in texts], exchange.usage()
-            )
-        )
+        tokens = [None if told is None else told.told for told in exchange.logprobs]
+        reasons = [text.finish_reason for text in texts]
+        return Json(shape.answer([text.text for text in texts], reasons, exchange.usage(), tokens))
     except ClientGone:
         return Response(status_code=_GONE)
     finally:
@@ -78,7 +76,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: Exchange, shape: Shape, pieces: list[tuple[int, str]]) -> None:
+    def __init__(self, exchange: Exchange, shape: Shape, pieces: list[Piece]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._exchange, self._shape, self._pieces = exchange, shape, pieces
@@ -116,7 +114,7 @@ class EventStream(Response):
 
     def _news(self) -> list[dict[str, Any]]:
         """Chunks of the new texts, and of the ends that came."""
-        chunks = [self._shape.piece(index, piece) for index, piece in self._pieces]
+        chunks = [self._shape.piece(*piece) for piece in self._pieces]
         for index, text in enumerate(self._exchange.texts):
             if text.finish_reason is not None and not self._said[index]:
                 self._said[index] = True

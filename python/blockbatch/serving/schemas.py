@@ -39,10 +39,33 @@ class AssistantMessage(BaseModel):
     content: str
 
 
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Any]
+
+
+class ChatLogprobs(BaseModel):
+    """The log of the model's probability of each token in the forward that committed it."""
+
+    content: list[ChatToken]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """The log of the model's probability of each token in the forward that committed it."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -58,7 +81,7 @@ class ChatAnswer(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 

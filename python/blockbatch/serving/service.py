@@ -148,6 +148,7 @@ class Service:
             forwards=usage.forwards,
             seconds=round(ended.seconds, 4),
             first_seconds=None if ended.first is None else round(ended.first, 4),
+            logprobs=True if any(told is not None for told in exchange.logprobs) else None,
             prompts=exchange.prompts() if self.settings.log_prompts else None,
             answers=[text.text for text in exchange.texts] if self.settings.log_prompts else None,
         )
