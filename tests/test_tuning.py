@@ -98,7 +98,7 @@ def test_attention_takes_the_fastest_way(results, monkeypatch):
 
 
 def operator_lines(results):
-    for file in ("ops.json", "ops_rotated.json"):
+    for file in ("ops.json", "ops_rotated.json", "ops_lm_head.json"):
         for model, lines in results.report_of(file)["models"].items():
             for line in lines:
                 yield file, model, line, {name: value["us"] for name, value in line["versions"].items()}

@@ -29,6 +29,7 @@ DEFAULTS = (
     BackendRow("rope_kv_write", _CUDA_FIRST, "ops.json: rope_kv_write"),
     BackendRow("linear_rope_kv_write", _CUDA_FIRST, "ops_rotated.json: linear_rope_kv_write"),
     BackendRow("lm_head_confidence", _CUDA_FIRST, "ops.json: lm_head_confidence"),
+    BackendRow("lm_head_sample", ("triton", "cuda"), "ops_lm_head.json: lm_head_sample"),
     BackendRow("pack_windows", _CUDA_FIRST, "ops.json: pack_windows"),
     BackendRow("decode_policy", _CUDA_FIRST, "ops.json: decode_policy"),
     BackendRow("attention_plan", _CUDA_FIRST, "ops.json: attention_plan"),
@@ -43,7 +44,9 @@ def preference(op: str, **sizes: int) -> tuple[str, ...]:
     order = _ORDER.get(op, _CUDA_FIRST)
     if op in ("varlen_attention", "varlen_attention_fp8") and not cuda_attention_is_faster(**sizes):
         order = ("triton", "cuda")
-    limits = _LIMITS.get(op, {})
+    limits = _LIMITS.get(op)
+    if limits is None:
+        return order
     return tuple(
         name
         for name in order
