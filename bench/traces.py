@@ -302,8 +302,7 @@ class Follower:
 
     Args:
         following: the model; it serves this follower alone.
-        trace: any of the setting.
-        prompt: token ids; what they are changes nothing.
+        trace, prompt: any of the setting; any token ids, which change nothing.
     """
 
     def __init__(self, following: FollowingModel, trace: Trace, prompt: list[int]) -> None:
