@@ -10,10 +10,13 @@ import torch
 from random_models import random_prompt
 
 import blockbatch_kernels as bbk
+from blockbatch.config import DecodeConfig
 from blockbatch.decoding import Method, Session
 from blockbatch.decoding.batch import Batch, HostPlan
 from blockbatch.decoding.forward import block_denoise
 from blockbatch.decoding.graphs import StepGraphs
+from blockbatch.decoding.rule import CommitRule
+from blockbatch.decoding.sampling import request_sampling, sampling_kind
 from blockbatch.decoding.session import Runner, new_runner
 from blockbatch.models import Model
 from blockbatch_kernels.reference.plan import next_plan, write
@@ -68,6 +71,8 @@ class StepCase:
             the pages outside their windows.
         known: this share of the generation region holds tokens before the step, at the same scattered places
             in every branch.
+        rule: what commits in the place of the policy, which then has a threshold of `CHOSEN`.
+        drawing: settings whose sampling options say how tokens are drawn; None: the top tokens.
         settings: of the policy, beside its defaults; without them nothing is refreshed, so that block steps
             follow each other for as long as they are timed.
     """
@@ -81,15 +86,21 @@ class StepCase:
         *,
         separate_pages: bool = False,
         known: float = 0.0,
+        rule: CommitRule | None = None,
+        drawing: DecodeConfig | None = None,
         **settings,
     ) -> None:
         self.model, self.canvas_length = model, prompt_length + gen_length
-        self.method = Method(block_sizes, policy(model, **{"refresh_interval": None} | settings))
+        ends = model.spec.eos_token_ids
+        kind = None if drawing is None else sampling_kind(drawing, model.spec.vocab_size, ends)
+        drawn = None if kind is None else [request_sampling(drawing, kind, ends, 0)]
+        params = policy(model, **{"refresh_interval": None} | settings)
+        self.method = Method(block_sizes, params, rule, kind)
         runner = new_runner(model, 1, self.method, gen_length, prompt_length)
         self.graphs = RecordedGraphs(runner.graphs) if runner.graphs is not None else None
         self.runner, self.batch = Runner(runner.batch, self.graphs), runner.batch
         prompt = random_prompt(model.spec, prompt_length)
-        self.session = Session(model, [prompt], self.method, gen_length, runner=self.runner)
+        self.session = Session(model, [prompt], self.method, gen_length, runner=self.runner, sampling=drawn)
         self.session.step()
         if known:
             self._scatter(known)

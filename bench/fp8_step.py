@@ -12,7 +12,8 @@ product, in ms for all layers:
     library_fast  the same with the tensor cores' own sums (use_fast_accum), which keep fewer bits
     one_scale     `torch._scaled_mm` with one scale for each tensor (not what a model computes: a yardstick)
     bf16          `bbk.linear` on weights in bf16
-    TxR ...       the extension's kernel on each tile that takes the tokens
+
+fp8_tiles.py compares the tiles of the extension's kernel.
 
 A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions.
 """
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from unittest import mock
 
 import step_latency
 import torch
@@ -34,8 +34,6 @@ from verify import Wrong, check_step, relative_error
 import blockbatch_kernels as bbk
 from blockbatch.models import Model
 from blockbatch.models.quantized_weights import QuantizedWeight
-from blockbatch_kernels import cuda, tuning
-from blockbatch_kernels.cuda import extension, gemm_fp8
 
 FIELDS = ("qkv_weight", "out_weight", "gate_up_weight", "down_weight")
 TOKENS = (32, 128, 252, 1280)
@@ -77,32 +75,12 @@ def for_all(product: Product, rows: tuple, weights: list, one: Tensor) -> Callab
     return lambda: [product(*rows, weight, one) for weight in weights]
 
 
-def on_tile(tile: tuning.LinearTile) -> Product:
-    product = by_backend("cuda")
-
-    def run(*arguments) -> Tensor:
-        with mock.patch.object(gemm_fp8, "tile_of", lambda *_: tile):
-            return product(*arguments)
-
-    return run
-
-
-def tile_name(tile: tuning.LinearTile) -> str:
-    more = "".join(
-        f" {name} {value}" for name in ("split_k", "multicast") if (value := getattr(tile, name)) > 1
-    )
-    return f"{tile.tokens}x{tile.rows}{more}"
-
-
-def ways(tokens: int, weight: QuantizedWeight, device: torch.device) -> dict[str, Product]:
+def ways(device: torch.device) -> dict[str, Product]:
     found: dict[str, Product] = {"ours": by_backend(None)}
     if device.type != "cuda":
         return found
     found |= {"triton": by_backend("triton"), "library": by_library}
     found |= {"library_fast": by_library_added_fast, "one_scale": by_library_with_one_scale}
-    if cuda.is_available(device) and extension.code_for(device.index) == "sm90a":
-        tiles = tuning.fp8_candidates(tokens, *weight.shape)
-        found |= {tile_name(tile): on_tile(tile) for tile in tiles}
     return found
 
 
@@ -120,7 +98,7 @@ def measure_products(model: Model, plain: Model, tokens: int, repeats: int) -> l
         want = bbk.linear_fp8(*first, out_dtype=torch.float32, backend="reference")
         line = {"product": field, "tokens": tokens, "out_features": rows, "in_features": columns}
         runs, failed = {}, {}
-        for name, product in ways(tokens, weights[0], device).items():
+        for name, product in ways(device).items():
             try:
                 error = relative_error(product(x, scale, weights[0], one), want)
                 if name not in ("one_scale", "library_fast") and not error <= MOST_ERROR:
@@ -153,7 +131,7 @@ def measure_rows(model: Model, tokens: int, repeats: int) -> dict:
         return torch.randn(tokens, columns, device=model.device).to(model.dtype)
 
     x, residual, gate_up = make(spec.hidden_size), make(spec.hidden_size), make(2 * spec.intermediate_size)
-    weight = torch.ones_like(x[0])
+    weight, activated = torch.ones_like(x[0]), gate_up[:, : spec.intermediate_size].contiguous()
     options = dict(eps=spec.rms_norm_eps, residual=residual)
     calls = {
         "rms_norm": lambda backend: bbk.rms_norm(x, weight, **options, backend=backend),
@@ -161,6 +139,7 @@ def measure_rows(model: Model, tokens: int, repeats: int) -> dict:
         "quantize_rows": lambda backend: bbk.quantize_rows(x, backend=backend),
         "swiglu": lambda backend: bbk.swiglu(gate_up, backend=backend),
         "swiglu_fp8": lambda backend: bbk.swiglu_fp8(gate_up, backend=backend),
+        "quantize_rows of the activation": lambda backend: bbk.quantize_rows(activated, backend=backend),
     }
     runs = {}
     for name, call in calls.items():

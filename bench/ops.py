@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import many_rows_cases
 import op_cases
 import peers
 import sampling_op_cases
@@ -57,6 +58,8 @@ def cases(
     yield "copy_pages", partial(state_op_cases.copy_case, spec, length, device, dtype)
     for op in state_op_cases.STEP_OPS:
         yield op, partial(state_op_cases.step_case, op, spec, length, device)
+    for op in many_rows_cases.OPS:
+        yield op, partial(many_rows_cases.many_rows_case, op, spec, length, device)
 
 
 def outputs_of(case: Case, version: str) -> Outputs:

@@ -102,6 +102,17 @@ _SMALL = {
 SHAPES = {
     "llada-8b": _LLADA,
     "dream-7b": _DREAM,
+    # What one of two GPUs computes of the first: for products by gemm.py.
+    "llada-8b-half": replace(
+        _LLADA,
+        num_heads=16,
+        num_kv_heads=16,
+        intermediate_size=6144,
+        vocab_size=63232,
+        embedding_size=63232,
+        mask_token_id=63104,
+        eos_token_ids=(63080,),
+    ),
     "small-llada": replace(_LLADA, **_SMALL, num_kv_heads=2),
     "small-dream": replace(_DREAM, **_SMALL, num_kv_heads=1),
 }

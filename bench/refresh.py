@@ -6,7 +6,11 @@ A request of six branches is brought to a refresh in which only so many of its r
 engine computes each distinct row once and shares its pages: all of it (scope "canvas"), or its generation
 region alone ("generation"). On each line:
 
-    ours_ms         from the plan on the host to the plan of the next step, median by events
+    ours_ms         from the plan on the host to the plan of the next step, median by events: whole rows as
+                    CUDA graphs, where the engine captures them
+    launched_ms     the same with every operator launched as it is
+    turn_ms         the same as graphs and launched, on the host's clock: from a GPU that is idle to the next
+                    plan on the host, which is what a turn of the decoding loop takes
     parts_ms        the same by part, from the profiler's times of its kernels (the fastest of three)
     products_ms     the matrix products of those rows alone, by cuBLAS, in a CUDA graph on the same weights,
                     in turns with ours
@@ -60,7 +64,7 @@ class RefreshCase:
         sizes = tuple(size for size in BLOCK_SIZES if size <= gen_length)
         method = Method(sizes, policy(model, refresh_scope=scope))
         runner = new_runner(model, 1, method, gen_length, prompt_length)
-        self.batch = runner.batch
+        self.batch, self.row_graphs = runner.batch, runner.row_graphs
         session = Session(
             model, [random_prompt(model.spec, prompt_length)], method, gen_length, runner=runner
         )
@@ -82,7 +86,17 @@ class RefreshCase:
         self.snapshot = Snapshot(self.batch)
 
     def run(self) -> None:
+        whole_rows(self.model, self.batch, self.plan, ROW_TOKENS[self.model.device.type], self.row_graphs)
+
+    def launch(self) -> None:
+        """The same without graphs."""
         whole_rows(self.model, self.batch, self.plan, ROW_TOKENS[self.model.device.type])
+
+    def warm(self) -> None:
+        """What is captured at all is captured behind the second forward of its sizes."""
+        for _ in range(3):
+            self.run()
+            self.snapshot.restore()
 
 
 def check(case: RefreshCase) -> dict:
@@ -114,12 +128,16 @@ def measure(model: Model, distinct: int, length: int, scope: str, limits: dict, 
     gen_length = min(256, length // 2)
     case = RefreshCase(model, distinct, length - gen_length, gen_length, scope)
     device = model.device
-    case.run()
+    case.warm()
     checks = check(case)
     alone = products(model, case.tokens, case.predictions)
-    (ours, spread), (alone_ms, alone_spread) = in_turns(
-        [(case.run, case.snapshot.restore), (alone, None)], device, repeats
+    restore = case.snapshot.restore
+    (ours, spread), (launched, _), (alone_ms, alone_spread) = in_turns(
+        [(case.run, restore), (case.launch, restore), (alone, None)], device, repeats
     )
+    turns = {}
+    for name, run in (("graphs", case.run), ("launched", case.launch)):
+        turns[name] = wall_ms(lambda run=run: (run(), case.batch.host_plan()), device, repeats, restore)
     line = {
         "model": model.name,
         "distinct_rows": distinct,
@@ -129,6 +147,9 @@ def measure(model: Model, distinct: int, length: int, scope: str, limits: dict, 
         "predictions": case.predictions,
         "ours_ms": ours,
         "ours_spread": spread,
+        "replays": case.row_graphs.replays if case.row_graphs else 0,
+        "launched_ms": launched,
+        "turn_ms": turns,
         "products_ms": alone_ms,
         "products_spread": alone_spread,
         "over_products": ours / alone_ms,
@@ -148,7 +169,7 @@ def add_parts(model: Model, line: dict) -> None:
     """Adds the time of each part of the line's refresh."""
     gen_length = min(256, line["length"] // 2)
     case = RefreshCase(model, line["distinct_rows"], line["length"] - gen_length, gen_length, line["scope"])
-    case.run()
+    case.warm()
     kernels = parts.record(case.run, model.device, case.snapshot.restore)
     line["parts_ms"] = rounded(parts.split(kernels, model.spec.num_layers))
     line["kernels"] = parts.by_name(kernels, 16)
@@ -163,7 +184,9 @@ def name_of(line: dict) -> str:
 def show(line: dict) -> str:
     return (
         f"{name_of(line)}"
-        f" ours {line['ours_ms']:.2f} ms (+-{line['ours_spread']:.1%}), products {line['products_ms']:.2f},"
+        f" ours {line['ours_ms']:.2f} ms (+-{line['ours_spread']:.1%}), launched {line['launched_ms']:.2f},"
+        f" a turn {line['turn_ms']['graphs']:.2f} / {line['turn_ms']['launched']:.2f},"
+        f" products {line['products_ms']:.2f},"
         f" floor {line['floor_ms']:.2f}, eager {line['eager_ms']:.1f}"
     )
 

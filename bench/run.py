@@ -11,6 +11,7 @@ ON_A_GPU = (
     "step_latency.py",
     "refresh.py",
     "cheaper_steps.py",
+    "step_options.py",
     "ops.py",
     "gemm.py --candidates",
     "attention.py",

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from random_models import DTYPES, SHAPES, random_model, random_prompt
+from random_models import DTYPES, SHAPES, quantized, random_model, random_prompt
 from torch import Tensor
 
 import blockbatch
@@ -47,10 +47,15 @@ class ScriptedPredictions:
         return getattr(self._model, name)
 
     def predict(
-        self, packed: bbk.PackedQueries, cache: Any, seqlens_k: Tensor, probe_tokens: Tensor | None = None
+        self,
+        packed: bbk.PackedQueries,
+        cache: Any,
+        seqlens_k: Tensor,
+        probe_tokens: Tensor | None = None,
+        **options: Any,
     ) -> bbk.Predictions:
         """See `Model.predict`."""
-        found = self._model.predict(packed, cache, seqlens_k, probe_tokens)
+        found = self._model.predict(packed, cache, seqlens_k, probe_tokens, **options)
         rows = packed.cu_seqlens_q.shape[0] - 1
         row = packed.row_index.long()
         held = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
@@ -90,5 +95,7 @@ def load(options: dict[str, Any]) -> tuple[Any, list[list[int]]]:
     if options["model"] not in SHAPES:
         raise SystemExit(f"--model: expected tiny or one of {', '.join(SHAPES)}, got {options['model']!r}")
     inner = random_model(options["model"], device, DTYPES[options["dtype"]], backend=options["backend"])
+    if options.get("quantization"):
+        inner = quantized(inner)
     prompts = [random_prompt(inner.spec, length, seed) for seed in range(count)]
     return ScriptedPredictions(inner, length, options["gen_length"] * 3 // 4), prompts

@@ -255,7 +255,8 @@ class FollowingModel:
 
     def __init__(self, model: Any, memory: Tensor | None = None, *, computes: bool = True) -> None:
         self.model, self._memory, self._computes = model, memory, computes
-        self.spec, self.device, self.backend = model.spec, model.device, model.backend
+        self.spec, self.dtype = model.spec, model.dtype
+        self.device, self.backend = model.device, model.backend
         self.state: bbk.BranchState | None = None
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> Any:
@@ -312,8 +313,8 @@ class Follower:
         following.state = self.runner.batch.state
 
     def captured(self) -> int:
-        """Steps that were captured so far."""
-        return len(self.runner.graphs._graphs) if self.runner.graphs else 0
+        """Steps and whole rows that were captured so far."""
+        return sum(len(graphs._graphs) for graphs in self.runner[1:] if graphs)
 
     @torch.inference_mode()
     def run(self, trace: Trace) -> Followed:

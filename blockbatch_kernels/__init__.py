@@ -38,6 +38,7 @@ linear = traceable(ops.linear)
 linear_fp8 = traceable(ops.linear_fp8)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
 linear_swiglu = traceable(ops.linear_swiglu)
+linear_swiglu_fp8 = traceable(ops.linear_swiglu_fp8)
 lm_head_confidence = traceable(ops.lm_head_confidence)
 lm_head_likely = traceable(ops.lm_head_likely)
 lm_head_sample = traceable(ops.lm_head_sample)
@@ -46,10 +47,12 @@ quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
 rms_norm_fp8 = traceable(ops.rms_norm_fp8)
 rope_kv_write = traceable(ops.rope_kv_write)
+rope_kv_write_fp8 = traceable(ops.rope_kv_write_fp8)
 share_pages = traceable(ops.share_pages)
 swiglu = traceable(ops.swiglu)
 swiglu_fp8 = traceable(ops.swiglu_fp8)
 varlen_attention = traceable(ops.varlen_attention)
+varlen_attention_fp8 = traceable(ops.varlen_attention_fp8)
 
 __version__ = "0.1.0"
 
@@ -79,6 +82,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",
@@ -88,8 +92,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
 ]

@@ -72,7 +72,10 @@ _ROPE = (
 )
 
 
-def _caches(dtype: str, **options) -> tuple[TensorArg, TensorArg]:
+_SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
+
+
+def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
     shape = "pages page_size num_kv_heads head_dim"
     return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
 
@@ -146,6 +149,18 @@ _TABLE = (
         (Result("tokens out_features", "out_dtype"),),
     ),
     Operator(
+        "linear_swiglu_fp8",
+        (
+            TensorArg("x", "tokens in_features", FP8),
+            TensorArg("x_scale", "tokens", FLOAT),
+            TensorArg("weight", "weight_rows in_features", FP8),
+            TensorArg("weight_scale", "weight_rows", FLOAT),
+            Scalar("out_dtype", torch.dtype),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens weight_rows/2", E4M3), Result("tokens", torch.float32)),
+    ),
+    Operator(
         "rope_kv_write",
         (
             TensorArg("q", "tokens num_heads head_dim", FLOATS, written=True, pinned=True),
@@ -153,6 +168,20 @@ _TABLE = (
             TensorArg("v", "tokens num_kv_heads head_dim", "q", pinned=True),
             *_ROPE,
             *_caches("q", written=True, pinned="whole"),
+            TensorArg("q_norm", "head_dim", "q", optional=True),
+            TensorArg("k_norm", "head_dim", "q", optional=True),
+            Scalar("norm_eps", float, 1e-6),
+        ),
+    ),
+    Operator(
+        "rope_kv_write_fp8",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS, written=True, pinned=True),
+            TensorArg("k", "tokens num_kv_heads head_dim", "q", pinned=True),
+            TensorArg("v", "tokens num_kv_heads head_dim", "q", pinned=True),
+            *_ROPE,
+            *_caches(FP8, written=True, pinned="whole"),
+            *_SCALES,
             TensorArg("q_norm", "head_dim", "q", optional=True),
             TensorArg("k_norm", "head_dim", "q", optional=True),
             Scalar("norm_eps", float, 1e-6),
@@ -183,6 +212,7 @@ _TABLE = (
             Scalar("num_kv_heads", int),
             Scalar("distinct_rows", int, None, least=0, symbolic=True),
             Scalar("fixed_cut", bool, False),
+            Scalar("num_branches", int, None, least=1),
         ),
         (AttentionPlan,),
         symbols=_attention_plan_symbols,
@@ -192,6 +222,20 @@ _TABLE = (
         (
             TensorArg("q", "tokens num_heads head_dim", FLOATS),
             *_caches("q"),
+            TensorArg("page_table", "rows pages_per_row", INT),
+            TensorArg("cu_seqlens_q", "rows+1", INT),
+            TensorArg("seqlens_k", "rows", INT),
+            Scalar("softmax_scale", float, None),
+            RecordArg("plan", AttentionPlan, optional=True),
+        ),
+        (Result("tokens num_heads head_dim", "q"),),
+    ),
+    Operator(
+        "varlen_attention_fp8",
+        (
+            TensorArg("q", "tokens num_heads head_dim", FLOATS),
+            *_caches(FP8),
+            *_SCALES,
             TensorArg("page_table", "rows pages_per_row", INT),
             TensorArg("cu_seqlens_q", "rows+1", INT),
             TensorArg("seqlens_k", "rows", INT),
@@ -273,7 +317,7 @@ _TABLE = (
             TensorArg(
                 "kv_cache",
                 "layers 2 pages page_size num_kv_heads head_dim",
-                FLOATS,
+                (*FLOATS, E4M3),
                 written=True,
                 pinned=True,
             ),

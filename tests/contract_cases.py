@@ -228,6 +228,6 @@ def complete_arguments(operator):
         for argument in OPERATORS[operator].arguments
         if isinstance(argument, Scalar) and isinstance(argument.default, int | float | str)
     }
-    optional = dict(distinct_rows=2, softmax_scale=0.125) if "attention" in operator else {}
+    optional = dict(distinct_rows=2, num_branches=1, softmax_scale=0.125) if "attention" in operator else {}
     names = {argument.name for argument in OPERATORS[operator].arguments}
     return {**scalars, **{k: v for k, v in optional.items() if k in names}, **arguments_of(operator)}

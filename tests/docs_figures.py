@@ -6,7 +6,9 @@ numbers that are no results, such as versions, for pages on which every other nu
 """
 
 from docs_figures_models import BLOCK_MODELS, DREAM, QUANTIZATION, SERVING
+from docs_figures_options import CUSTOM_RULES, SAMPLING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
+from docs_figures_ranks import RANKS
 from docs_values import DREAM_PARAMETERS, LLADA_PARAMETERS, clock, memory, named
 
 _ROW = " | {:.0f} | {:.0f} | {:.0f} | {:.1f}% | {:.1f} |"
@@ -179,6 +181,9 @@ FIGURES = {
     "docs/block_models.md": BLOCK_MODELS,
     "docs/dream.md": DREAM,
     "docs/quantization.md": QUANTIZATION,
+    "docs/sampling.md": SAMPLING,
+    "docs/custom_rules.md": CUSTOM_RULES,
+    "docs/tensor_parallel.md": RANKS,
     "docs/serving.md": SERVING,
 }
 WITHOUT_FILE = {

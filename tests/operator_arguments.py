@@ -45,6 +45,17 @@ def rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
     )
 
 
+def kv_in_e4m3(arguments):
+    """The same with caches in e4m3; scales of another power of two for each head."""
+    kv_heads, device = arguments["k_cache"].shape[2], arguments["k_cache"].device
+    powers = 2.0 ** torch.arange(-4, kv_heads - 4)
+    scales = dict(k_scale=powers.to(device), v_scale=(powers * 2).flip(0).to(device))
+    for name in ("k", "v"):
+        stored = arguments[f"{name}_cache"].float() / scales[f"{name}_scale"][:, None]
+        arguments[f"{name}_cache"] = stored.to(torch.float8_e4m3fn)
+    return {**arguments, **scales}
+
+
 def whole_numbers(shape, device, dtype):
     """Small ones: their sums are exact, in whatever order a matrix library adds them."""
     return torch.randint(-2, 3, shape).to(device, dtype)
@@ -79,6 +90,10 @@ def quantized(operator, device, dtype):
             bias=whole_numbers((32,), device, dtype),
             out_dtype=dtype,
         )
+    if operator == "linear_swiglu_fp8":
+        ones = torch.ones(5).to(device), torch.full((32,), 2.0**-5).to(device)
+        x, weight = e4m3((5, 64), device), e4m3((32, 64), device)
+        return dict(x=x, x_scale=ones[0], weight=weight, weight_scale=ones[1], out_dtype=dtype)
     # Norms of 1, halves of SwiGLU that are exact, and a largest magnitude of 448 * 2^n.
     if operator == "rms_norm_fp8":
         signs = torch.randint(0, 2, (2, 5, 64)) * 2.0 - 1
@@ -133,17 +148,23 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     if operator in ("linear", "linear_swiglu"):
         x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
         return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
-    if operator in ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8"):
+    if operator.endswith("_fp8") or operator == "quantize_rows":
         return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
+    if operator == "rope_kv_write_fp8":
+        return kv_in_e4m3(rope(device, dtype)) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "linear_rope_kv_write":
         return linear_rope(device, dtype)
-    if operator in ("attention_plan", "varlen_attention"):
+    if operator in ("attention_plan", "varlen_attention", "varlen_attention_fp8"):
         tensors = attention(device, dtype)
         table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
         table |= dict(page_size=16, num_tokens=10, num_heads=4, num_kv_heads=2)
-        return table if operator == "attention_plan" else {**tensors, "plan": bbk.attention_plan(**table)}
+        if operator == "attention_plan":
+            return table
+        if operator == "varlen_attention_fp8":
+            tensors = kv_in_e4m3(tensors)
+        return {**tensors, "plan": bbk.attention_plan(**table)}
     if operator == "lm_head_confidence":
         # Logits so small that their rounding hardly shows in the probabilities.
         probes = torch.arange(7, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ import time
 import torch
 
 import blockbatch
+import blockbatch_kernels as bbk
 import rank_processes
 from blockbatch.decoding import session
 from blockbatch.decoding.engine import Engine
@@ -26,17 +27,19 @@ def place():
 
 
 @functools.cache
-def model_of(name, dtype="float32"):
-    return blockbatch.load_model(name, device=rank_processes.DEVICE, dtype=dtype, tensor_parallel=place()[1])
+def model_of(name, dtype="float32", **options):
+    options = dict(device=rank_processes.DEVICE, dtype=dtype, tensor_parallel=place()[1], **options)
+    return blockbatch.load_model(name, **options)
 
 
 def load(name, **options):
     blockbatch.load_model(name, **{"device": "cpu", "tensor_parallel": place()[1], **options})
 
 
-def decode(name, prompt, options, dtype="float32"):
+def decode(name, prompt, options, dtype="float32", **more):
     """What a decode ends with; of several prompts each."""
-    return outcomes(blockbatch.generate(model_of(name, dtype), prompt, blockbatch.DecodeConfig(**options)))
+    config = blockbatch.DecodeConfig(**options)
+    return outcomes(blockbatch.generate(model_of(name, dtype, **more), prompt, config))
 
 
 def outcomes(results):
@@ -83,11 +86,11 @@ def log_likelihood(name, prompt, answer):
     return model_of(name).log_likelihood(prompt, answer, samples=8)
 
 
-def check_records(module, test, records, folder, indices):
+def check_records(module, test, records, folder, indices, **options):
     """A test module's own test of its records, on the model of the ranks."""
     module = importlib.import_module(module)
     for index in indices:
-        getattr(module, test)(model_of(folder), getattr(module, records)[index])
+        getattr(module, test)(model_of(folder, **options), getattr(module, records)[index])
 
 
 def bytes_read(folder):
@@ -276,7 +279,7 @@ def collect_on_gpus(transport):
 
 def decode_by_lanes(name, prompt, options):
     """A decode by one lane and by two of small pieces of whole rows; how many went into the second."""
-    model, found, entered = model_of(name), [], []
+    model, found, entered = model_of(name, "float32"), [], []
     usual, session.ROW_TOKENS = session.ROW_TOKENS, dict.fromkeys(session.ROW_TOKENS, 100)
     one = model.share._lanes
     two = Lanes(model.share.group, 2)
@@ -290,3 +293,55 @@ def decode_by_lanes(name, prompt, options):
         del model.share.group.through
     assert found[0] == found[1] == found[2]
     return found[0], len(entered)
+
+
+def norm_inputs(dtype, tokens=7, dim=384, device="cpu"):
+    """A weight, and the residual that a norm of a sum is added to."""
+    residual = torch.linspace(-3, 3, tokens * dim).view(tokens, dim)
+    return torch.linspace(0.5, 2, dim).to(device, dtype), residual.to(device, dtype)
+
+
+def norms(dtype, quantized):
+    """The norm of a sum over the ranks: this one's part, what comes out, and the residual."""
+    group = model_of(CONFORMANCE).share.group
+    part = torch.randn(7, 384, generator=torch.Generator().manual_seed(place()[0])).to(dtype)
+    weight, residual = norm_inputs(dtype)
+    rows = group.all_reduce_norm(part.clone(), weight, residual, eps=1e-5, quantized=quantized)
+    return part, rows, residual
+
+
+def norms_on_gpus(dtype, quantized, sizes):
+    """Checks norms of sums against the two steps, as they are and captured; digests of all bits."""
+    device, found, rank = torch.device("cuda", place()[0]), [], place()[0]
+    torch.cuda.set_device(device)
+    group = group_of("symmetric", dtype)
+    assert group._transport.inboxes is not None
+    norm = bbk.rms_norm_fp8 if quantized else bbk.rms_norm
+    for tokens, dim in sizes:
+        part = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
+        weight, before = norm_inputs(dtype, tokens, dim, device)
+        right = before.clone()
+        rows = norm(group.all_reduce(part.clone()), weight, eps=1e-5, residual=right)
+        expected = [*rows, right] if quantized else [rows, right]
+        held = before.clone()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated with NaN
+        rows = group.all_reduce_norm(part, weight, held, eps=1e-5, quantized=quantized)
+        torch.use_deterministic_algorithms(False)
+        results = [[*rows, held] if quantized else [rows, held]]
+        graph, again = torch.cuda.CUDAGraph(), before.clone()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            again.copy_(before)
+            for _ in range(3):  # an odd number: the turn is not that of the capture
+                again.copy_(before)
+                rows = group.all_reduce_norm(part, weight, again, eps=1e-5, quantized=quantized)
+        for _ in range(4):
+            for tensor in rows if quantized else [rows]:
+                tensor.view(torch.uint8).fill_(255)
+            graph.replay()
+            results.append([*rows, again] if quantized else [rows, again])
+            torch.cuda.synchronize()
+        for tensors in results:
+            for tensor, right in zip(tensors, expected, strict=True):
+                assert torch.equal(tensor.view(torch.uint8), right.view(torch.uint8)), (tokens, dim)
+        found.append([tensor.view(torch.uint8).long().sum().item() for tensor in results[-1]])
+    return found

@@ -76,7 +76,8 @@ class ScriptedEngine:
             self._cancels.append(request)
             self._changed.notify_all()
 
-    def step(self):
+    def step(self, meanwhile=lambda: None):
+        meanwhile()
         if self.script is not None:
             self.script(self)
         time.sleep(self.delay)

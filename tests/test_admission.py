@@ -12,6 +12,7 @@ from blockbatch.decoding.admission import (
     MOST_OVERTAKEN,
     Admission,
     branches_under_load,
+    drafts_under_load,
     fewer_sizes,
     rows_within,
 )
@@ -111,6 +112,12 @@ def test_branches_fall_with_the_requests():
     for requests, count in enumerate(counts, start=1):
         assert count == 1 or sum(fewer_sizes(SIZES, count)) * requests <= LOAD_TOKENS
     assert branches_under_load((64,), 1) == branches_under_load((512, 1024), 40) == 1
+
+
+def test_drafts_end_with_the_load():
+    counts = [drafts_under_load(32, (1, 2), requests) for requests in range(1, 9)]
+    assert counts[0] and not counts[-1] and counts == sorted(counts, reverse=True)
+    assert LOAD_TOKENS // 96 == sum(counts)
 
 
 def test_fewer_branches_are_those_near_the_usual_size():

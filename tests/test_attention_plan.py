@@ -61,6 +61,7 @@ def random_problem(seed: int):
         block_tokens=block_tokens,
         processors=rng.choice([1, 2, 7, 64, 132, 400]) if block_tokens else 0,
         max_slack=rng.choice([0, 0, 1, 2, 5]),
+        num_branches=rng.choice([0, 0, 1, 2, 3, 6]),
     )
     tables = (random_tables(rng, rows, pages_per_row), bounds, lengths)
     tensors = [torch.tensor(values, dtype=torch.int32) for values in tables]
@@ -90,6 +91,17 @@ def test_host_plans_equal_the_reference(monkeypatch):
         assert_same_plan(compiled.attention_plan(*tensors, **options), want, seed)
 
 
+def together(table, bounds, lengths, options) -> bool:
+    """Whether rows of different requests would share tiles if they were compared."""
+    every = {**options, "shape": options["shape"]._replace(num_branches=0)}
+    return bool(
+        (
+            reference.attention_plan(table, bounds, lengths, **every).tiles
+            != reference.attention_plan(table, bounds, lengths, **options).tiles
+        ).any()
+    )
+
+
 def test_random_plans_reach_every_case():
     """What the random problems cover: cuts, joined runs, shared tiles, rows that take no part."""
     seen = set()
@@ -107,6 +119,7 @@ def test_random_plans_reach_every_case():
             ("cut finer", bool(pieces > runs)),
             ("as many pieces as allowed", pieces == shape.max_pieces > 1),
             ("shared", bool(0 < tiles < takes_part.sum() * pieces)),
+            ("requests that would share", together(table, bounds, lengths, options)),
             ("row without keys", bool(((bounds.diff() > 0) & (lengths == 0)).any())),
             ("several tiles a group", bool((plan.tiles[:, 1] > 0).any() and shape.tile_tokens < 16)),
         }

@@ -84,6 +84,17 @@ def test_chunks_do_not_change_a_decode(model, monkeypatch):
     assert canvases(Session(model, prompts, method(model), 32)).equal(whole)
 
 
+def test_chunks_of_regions_do_not_change_a_decode(model, monkeypatch):
+    """Where every row's queries begin behind its prompt."""
+    config = replace(CONFIG, refresh_interval=2, refresh_scope="generation")
+    prompts = [[1, 2, 3], [4], [9, 9]]
+    built = METHOD_BUILDERS["blockbatch"](config, model.spec, (2,))
+    whole = canvases(Session(model, prompts, built, 32))
+    for tokens in (33, 64):
+        monkeypatch.setitem(blockbatch.decoding.session.ROW_TOKENS, "cpu", tokens)
+        assert canvases(Session(model, prompts, built, 32)).equal(whole)
+
+
 def test_a_runner_serves_one_session_at_a_time_and_starts_anew(model):
     pool = RunnerPool()
 

@@ -327,6 +327,8 @@ def arguments():
         q=heads,
         k_cache=cache,
         v_cache=cache,
+        k_scale=None,
+        v_scale=None,
         out=heads,
         partials=Described((0,)),
         tile_tokens=64,

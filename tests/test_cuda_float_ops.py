@@ -241,6 +241,8 @@ def rope_arguments():
         v=heads,
         k_cache=cache,
         v_cache=cache,
+        k_scale=None,
+        v_scale=None,
         positions=Described((3,), torch.int32),
         slot_mapping=Described((3,), torch.int64),
         cos=angles,

@@ -46,8 +46,10 @@ def test_every_operator_is_shown():
         ("swiglu_fp8", ["values", "scale"]),
         ("linear_fp8", ["product"]),
         ("rope_kv_write", ["q", "k_cache", "v_cache"]),
+        ("rope_kv_write_fp8", ["q", "k_cache", "v_cache"]),
         ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
+        ("varlen_attention_fp8", ["attended"]),
         ("lm_head_confidence", ["top_token", "confidence", "probe"]),
         ("lm_head_likely", ["top_token", "confidence", "likely_token", "likely_probability"]),
         ("share_pages", ["page_table"]),
@@ -57,7 +59,7 @@ def test_the_same_in_torch(operator, results):
     lines = next(part for part in OPERATORS.split("\n\n") if f"bbk.{operator}(" in part).splitlines()
     names = {**SIZES, **arguments_of(operator)}
     names.pop("plan", None)
-    if operator == "rope_kv_write":
+    if operator in ("rope_kv_write", "rope_kv_write_fp8"):
         names["slot_mapping"] = torch.arange(9) * 5
     if operator == "linear_rope_kv_write":
         names |= dict(qkv_weight=names["weight"], qkv_bias=names["bias"])

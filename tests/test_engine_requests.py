@@ -309,6 +309,32 @@ def test_branches_fall_with_the_load_and_stay(model):
         assert outcome(request.result) == outcome(alone)
 
 
+def test_drafts_end_with_the_load_and_change_no_token(tiny):
+    engine = new_engine(tiny, max_requests=4, max_queue=60, branches="load", cache_tokens=1 << 14)
+    config = blockbatch.DecodeConfig.preset("careful", gen_length=64)
+    prompts = [tiny.tokenizer.encode(f"Q: {3 + n}+4*{n}=?\nA:") for n in range(6)]
+    requests = [engine.submit(prompt, config) for prompt in prompts]
+    pinned = engine.submit(prompts[0], config, branches=1)
+    assert requests[0].config.drafts == pinned.config.drafts == (1, 2, 3)
+    assert [request.config.drafts for request in requests[3:]] == [None] * 3
+    engine.run_until_idle()
+    for request in (*requests, pinned):
+        alone = blockbatch.generate(tiny, request.prompt, config)
+        assert request.result.canvas == alone.canvas
+        same = request.config.drafts is not None
+        assert (request.nfe == alone.nfe) if same else (request.nfe.total >= alone.nfe.total)
+
+
+def test_something_else_runs_once_a_step(model):
+    engine, calls = new_engine(model, max_requests=1), []
+    first = engine.submit([1, 2], blockbatch.DecodeConfig(gen_length=16))
+    engine.submit([3], blockbatch.DecodeConfig(gen_length=16))
+    steps = 1
+    while engine.step(lambda: calls.append(first.status)):
+        steps += 1
+    assert len(calls) == steps and calls[0] == "running" and calls[-1] == "finished"
+
+
 def test_any_thread_may_submit_and_cancel(model):
     engine = new_engine(model, max_queue=200, cache_tokens=1 << 14)
     done, stop = [], threading.Event()

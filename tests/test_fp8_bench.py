@@ -2,7 +2,8 @@
 
 import json
 
-from bench_scripts import run, start
+from bench_scripts import ROOT, run, start
+from blockbatch_kernels import tuning
 
 
 def test_fp8_step(tmp_path):
@@ -21,6 +22,36 @@ def test_fp8_step(tmp_path):
     for line in shape["steps"]:
         assert all(0 < line["checks"][kind]["hidden_error"] < 0.02 for kind in ("bf16", "fp8"))
     assert shape["row"]["fp8_difference_from_reference"] < 1e-3
+
+
+def test_fp8_tiles(tmp_path):
+    report = run(
+        "fp8_tiles.py", tmp_path / "fp8_tiles.json", "--device", "cpu", "--shapes", "small-llada", "--tokens",
+        "3", "--repeats", "2",
+    )  # fmt: skip
+    lines = report["models"]["small-llada"]
+    assert [line["best"] for line in lines] == ["library", "library", "library", "apart", "library"]
+    assert not any(line["failed"] for line in lines)
+
+
+def test_the_table_follows_from_the_results(monkeypatch):
+    """`python bench/fp8_tiles.py --write` brings it up to date."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import fp8_tiles as bench
+
+    result = ROOT / "bench" / "results" / "fp8_tiles.json"
+    table = ROOT / "blockbatch_kernels" / "tuning" / "rows_fp8.py"
+    if result.is_file():
+        assert table.read_text() == bench.source_of(json.loads(result.read_text()))
+    times = {"library": 10.05, "64x64": 10.0, "64x128": 11.0}
+    line = dict(product="out", tokens=64, out_features=8, in_features=16, gated=False, us=times)
+    report = {"models": {"m": [line, line | dict(tokens=32, us={"library": 12.0, "32x64": 9.0})]}}
+    report["device_kind"] = dict(capability=[9, 0], num_sms=132)
+    (row,) = bench.rows_of(report)
+    assert row.choices == ((32, "32x64"), (64, "library"))
+    found: dict = {}
+    exec(bench.source_of(report), found)
+    assert found["PRODUCTS"] == {tuning.H100: (row,)}
 
 
 def test_fp8_accuracy(tmp_path):

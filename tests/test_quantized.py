@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
-from blockbatch_kernels import tuning
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
 
 E4M3 = torch.float8_e4m3fn
@@ -93,6 +92,21 @@ def test_a_token_does_not_depend_on_its_neighbours():
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
+def test_the_activation_behind_a_product():
+    """Gates and ups are rounded first, and silu(gate) * up before it is quantised."""
+    x, x_scale = quantised(7, 96, seed=1)
+    weight, weight_scale = quantised(2 * 40, 96, seed=2)
+    scales = x_scale * 2**-6, weight_scale
+    for dtype in FLOATS:
+        got = bbk.linear_swiglu_fp8(x, scales[0], weight, scales[1], out_dtype=dtype)
+        gate, up = bbk.linear_fp8(x, scales[0], weight, scales[1], out_dtype=dtype).double().chunk(2, -1)
+        exact = gate * torch.sigmoid(gate) * up
+        # Half a step of e4m3 is 2^-4 of a normal number, and 2^-10 of the scale below those.
+        step = torch.maximum(exact.abs() * 2**-4, got[1].double()[:, None] * 2**-10)
+        bound = step * (1 + 1e-5) + exact.abs() * torch.finfo(dtype).eps
+        assert ((back(*got) - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("backend", [None, "reference", "triton", "cuda"])
 @pytest.mark.parametrize(
     "operator, change, error, message",
@@ -122,6 +136,15 @@ def test_bad_products(change, message):
     given = dict(x=x, x_scale=x_scale, weight=weight, weight_scale=weight_scale, out_dtype=torch.float32)
     with pytest.raises(TypeError, match=message):
         bbk.linear_fp8(**{**given, **change})
+    if "bias" not in change:
+        with pytest.raises(TypeError, match=message):
+            bbk.linear_swiglu_fp8(**{**given, **change})
+
+
+def test_a_gate_without_an_up():
+    given = (*quantised(3, 16), *quantised(9, 16))
+    with pytest.raises(ValueError, match=r"weight: expected"):
+        bbk.linear_swiglu_fp8(*given, out_dtype=torch.float32)
 
 
 # Compiled versions.
@@ -173,6 +196,35 @@ def test_rows_by_triton(dim, poisoned):
     check_rows("triton", "cpu", torch.float32, 5, dim, exact=False)
 
 
+def check_activated(backend, device, dtype, tokens, intermediate, inner):
+    """Up to a step of e4m3 what the reference's activation of the backend's own product gives."""
+    x, x_scale = quantised(tokens, inner, device, 5)
+    weight, weight_scale = quantised(2 * intermediate, inner, device, 6)
+    given = (x, x_scale * 2**-9, weight, weight_scale)
+    got = bbk.linear_swiglu_fp8(*given, out_dtype=dtype, backend=backend)
+    product = bbk.linear_fp8(*given, out_dtype=dtype, backend=backend)
+    want = bbk.swiglu_fp8(product, backend="reference")
+    assert got[0].shape == (tokens, intermediate) and got[1].shape == (tokens,)
+    # Another cut of the sums moves a gate or an up by a rounding, and the largest of a row with it.
+    largest = want[1].double()[:, None] * 448
+    bound = back(*want).abs() * 2**-3 + largest * (2**-17 + 4 * torch.finfo(dtype).eps)
+    assert ((back(*got) - back(*want)).abs() <= bound).all()
+
+
+@in_interpreter
+@pytest.mark.parametrize("tokens, intermediate, inner", [(1, 8, 16), (5, 104, 100), (33, 40, 256)])
+def test_activated_products_by_triton(tokens, intermediate, inner, poisoned):
+    check_activated("triton", "cpu", torch.float32, tokens, intermediate, inner)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_activated_products_on_a_gpu(dtype, backend, poisoned):
+    for tokens, inner in ((1, 2048), (100, 2048), (252, 2048), (300, 2048), (9, 1040), (0, 64)):
+        check_activated(backend, DEVICE, dtype, tokens, 1032, inner)
+
+
 @in_interpreter
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("tokens, out, inner", [(1, 8, 16), (5, 200, 100), (33, 72, 256), (130, 80, 128)])
@@ -197,18 +249,6 @@ def test_products_on_a_gpu(dtype, with_bias, backend, poisoned):
     sizes += [(128, 12288, 4096), (252, 4096, 12288), (300, 4096, 4096), (77, 1536, 8960), (0, 64, 64)]
     for tokens, out, inner in sizes:
         check_product(backend, DEVICE, dtype, tokens, out, inner, with_bias)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-@pytest.mark.parametrize("tile", tuning.LINEAR_FP8_TILES, ids=str)
-def test_every_tile(tile, dtype, sm90, monkeypatch, poisoned):
-    from blockbatch_kernels.cuda import gemm_fp8
-
-    monkeypatch.setattr(gemm_fp8, "tile_of", lambda *_: tile)
-    for tokens in {1, tile.tokens - 3, tile.tokens}:
-        for out, inner in ((8, 272), (tile.rows + 8, 4096), (2048, 1040)):
-            check_product("cuda", DEVICE, dtype, tokens, out, inner, True)
 
 
 @pytest.mark.gpu

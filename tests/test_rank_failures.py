@@ -142,7 +142,7 @@ def test_the_command_by_two_processes(tmp_path, capfd):
     arguments = ("generate", "Reverse: 3 1 4 1 5", "--device", "cpu", "--gen-length", "32")
     assert main(arguments) == 0
     expected = capfd.readouterr().out
-    done = torchrun(*arguments, "--trace", str(trace))
+    done = torchrun(*arguments, "--whole-rows", "--trace", str(trace))
     assert (done.returncode, done.stdout) == (0, expected)
     assert blockbatch.load_trace(trace)
 

@@ -1,5 +1,6 @@
 """Models that several processes hold together, over gloo: what they decode is what one process decodes."""
 
+import functools
 import math
 
 import pytest
@@ -190,6 +191,20 @@ def test_sums_are_added_in_the_order_of_the_ranks(four, dtype):
     for part, _ in answers[1:]:
         total = total + part
     assert all(torch.equal(found, total) for _, found in answers)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_sum_is_that_of_the_two_steps(four, dtype, quantized):
+    answers = four.values(rank_cases.norms, dtype, quantized)
+    total = functools.reduce(torch.add, [part for part, _, _ in answers])
+    weight, residual = rank_cases.norm_inputs(dtype)
+    norm = bbk.rms_norm_fp8 if quantized else bbk.rms_norm
+    expected = norm(total, weight, eps=1e-5, residual=residual)
+    for _, rows, held in answers:
+        assert torch.equal(held, residual)
+        pairs = zip(rows, expected, strict=True) if quantized else [(rows, expected)]
+        assert all(torch.equal(found.float(), right.float()) for found, right in pairs)
 
 
 @pytest.mark.parametrize("folder", [DATA, "tiny"])

@@ -5,10 +5,12 @@ import torch
 
 import blockbatch
 import rank_cases
+import whole_row_cases
 from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
 from test_ranks import SHORT, TINY
+from test_whole_rows import CASES, PROMPTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +42,14 @@ def test_numbers_are_collected_from_every_rank(ranks, transport):
     ranks.values(rank_cases.collect_on_gpus, transport, timeout=WAIT)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_sums_have_the_bits_of_two_steps_everywhere(ranks, dtype, quantized):
+    """One row, steps, a whole row, and more rows than an inbox holds."""
+    sizes = ((1, 4096), (32, 3584), (128, 4096), (252, 4096), (1280, 4096), (5000, 4096))
+    ranks.same(rank_cases.norms_on_gpus, dtype, quantized, sizes, timeout=WAIT)
+
+
 def test_two_gpus_decode_what_one_process_decodes(ranks):
     """In fp32, through captured steps."""
     model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
@@ -52,9 +62,36 @@ def test_two_gpus_decode_what_one_process_decodes(ranks):
 
 
 def test_rows_in_two_lanes_are_those_of_one(ranks):
+    """The first rows of three prompts are more than go at once, and so go into both lanes."""
     for prompt, options in TINY[:4]:
         _, entered = ranks.same(rank_cases.decode_by_lanes, "tiny", prompt, options, timeout=WAIT)
         assert entered or not isinstance(prompt, list)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 40])
+def test_two_gpus_decode_by_dealt_rows_what_one_process_decodes(ranks, row_tokens):
+    model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(model, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in CASES
+    ]
+    options = dict(row_tokens=row_tokens, timeout=WAIT)
+    found = ranks.same(whole_row_cases.decode_all, "tiny", CASES, **options)
+    assert [outcome for outcome, _ in found] == expected
+    assert {phase for phase, _ in found[1][1]} == {0, 2}
+
+
+def test_keys_and_values_of_dealt_rows(ranks):
+    for dealt, in_parts in ranks.values(whole_row_cases.first_forward, "tiny", PROMPTS[:4], CASES[0][1]):
+        for one, other in zip(dealt, in_parts, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_parts_reach_whom_they_are_for(ranks):
+    """Some megabytes, and more than the buffer has room for."""
+    for pages, sends in ((3, 9), (600, 3)):
+        shape = (pages, 16, 16, 128)
+        assert ranks.same(whole_row_cases.exchanged, shape, sends, timeout=WAIT) == [True] * sends
 
 
 def test_half_precision_decodes_alike_on_all_ranks(ranks):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -103,3 +104,17 @@ def test_the_demo_runs_from_the_wheel(installed, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(model) and "Try next" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_cuda_wheel_for_each_python_that_is_there(tmp_path):
+    stub = tmp_path / "python3.98"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$BBK_BUILD_CUDA $*" >> "$0.calls"\n')
+    stub.chmod(0o755)
+    command = ["make", "-s", "cuda-wheels", f"PYTHONS=python3.97 {stub}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "python3.97: not here, passed over\n"
+    assert (tmp_path / "python3.98.calls").read_text() == "1 -m pip wheel --no-deps --wheel-dir dist .\n"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ]\n')  # its build fails
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode != 0

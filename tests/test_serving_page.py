@@ -93,6 +93,16 @@ def test_other_settings(browser, server, model, settings):
     assert browser.problems == []
 
 
+def test_an_empty_answer_says_why(browser, server, model):
+    prompt = "Reverse: 3 1 4 1 5"
+    assert decode_of(model, prompt).text == ""
+    start(browser, server, prompt=prompt)
+    browser.wait("document.getElementById('phase').textContent === 'done'")
+    status = browser.run("document.getElementById('status').textContent")
+    assert status.endswith("; the answer shows nothing: the model ends its text with the first token")
+    assert browser.problems == []
+
+
 def test_stop_and_start_again(browser, server):
     start(browser, server, tokens=512, settings="method vanilla")
     browser.wait("document.querySelectorAll('#branches .cell.commit').length > 1")

@@ -122,3 +122,38 @@ def test_logits(size):
     for dtype in (torch.float32, torch.bfloat16):
         for found in by_ranks("logits", hidden.to(dtype), weight.to(dtype), size):
             assert found.dtype == dtype and torch.equal(found, (hidden @ weight.T).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab_size, rows", [(37, 9), (9001, 600), (60_001, 3), (60_001, 128)])
+def test_parts_by_the_extension(poisoned, dtype, vocab_size, rows):
+    """Through logits and, where parts are long, the product without logits; ties across ranks."""
+    random = torch.Generator().manual_seed(vocab_size + rows)
+    hidden = torch.randint(-2, 3, (rows, 64), generator=random).to("cuda", dtype)
+    weight = torch.randint(-2, 3, (vocab_size, 64), generator=random).to("cuda", dtype)
+    weight[vocab_size // 2 :: 7] = weight[: len(weight[vocab_size // 2 :: 7])]
+    hidden[-1] = 0.0  # all logits are equal
+    probes = torch.randint(0, vocab_size, (rows,), generator=random, dtype=torch.int32).cuda()
+    for suppress in (None, 0, vocab_size - 1, int((hidden[0] @ weight.T).argmax())):
+        for probe_tokens in (None, probes):
+            options = dict(probe_tokens=probe_tokens, suppress_token=suppress)
+            expected = bbk.lm_head_confidence(hidden, weight, **options, backend="reference")
+            for found in by_ranks("lm_head_confidence", hidden, weight, 2, **options, backend="cuda"):
+                assert_same(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 20, 36, slice(None), slice(0, 13), slice(0, 19)])
+def test_numbers_without_a_softmax_by_the_extension(value, place):
+    hidden, weight, probes = (tensor.cuda() for tensor in random_case(3, ties=False))
+    hidden[:, 0] = 1.0
+    weight[:, 0] = 0.0
+    weight[place, 0] = value
+    expected = bbk.lm_head_confidence(hidden, weight, probe_tokens=probes, backend="cuda")
+    options = dict(probe_tokens=probes, backend="cuda")
+    for top_token, confidence, probability in by_ranks("lm_head_confidence", hidden, weight, 2, **options):
+        assert_same((confidence, probability), expected[1:])
+        finite = confidence.isfinite()
+        assert torch.equal(top_token[finite], expected[0][finite])

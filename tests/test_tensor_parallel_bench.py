@@ -29,5 +29,8 @@ def test_tensor_parallel(tmp_path):
     for line in (step, refresh):
         assert line["checks"]["same_state_on_all_ranks"] and line["ranks"] == 2
         assert min(line["ranks_ms"], line["one_ms"], line["products_ms"]) > 0
+    dealt = refresh["whole_rows_checks"]
+    assert refresh["whole_rows_ms"] > 0 and dealt["same_state_on_all_ranks"]
+    assert dealt["difference_of_keys_and_values_from_one"] < 1e-5 and dealt["top_tokens_equal_to_one"] == 1.0
     assert 0 < step["checks"]["hidden_error"] < 1e-5, step["checks"]
     assert set(step["all_reduce_us"]) == {"gloo"}

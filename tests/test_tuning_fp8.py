@@ -7,49 +7,82 @@ from pathlib import Path
 import pytest
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.tuning import gemm_fp8, rows_fp8
 
 ROOT = Path(__file__).parents[1]
 
 
+def shapes_in(source):
+    """What the list of a source file compiles, as integers."""
+    text = (ROOT / "csrc" / "gemm" / source).read_text()
+    return [tuple(map(int, line.split(", "))) for line in re.findall(r"  V\(([\d, ]+)\)", text)]
+
+
+def few(source):
+    """Tiles for few tokens."""
+    return [
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, x_multicast)
+        for tokens, groups, _, split_k, multicast, x_multicast in shapes_in(source)
+    ]
+
+
 def test_the_table_is_what_is_compiled():
-    source = (ROOT / "csrc" / "gemm" / "linear_fp8.cu").read_text()
-    lines = re.findall(r"V\((\d+), (\d+), (\d+), (\d+), (\d+)\)", source)
-    compiled = {
-        tuning.LinearTile(int(tokens) * int(multicast), 64 * int(groups), int(split_k), int(multicast))
-        for tokens, groups, _, split_k, multicast in lines
-    }
-    assert len(compiled) == len(lines) and compiled == set(tuning.LINEAR_FP8_TILES)
+    waves = [
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, True)
+        for tokens, groups, _, multicast, x_multicast in shapes_in("linear_fp8_waves.cu")
+    ]
+    plain, gated = [few(source) + waves for source in ("linear_fp8.cu", "linear_swiglu_fp8.cu")]
+    for compiled, table in ((plain, tuning.LINEAR_FP8_TILES), (gated, tuning.GATED_FP8_TILES)):
+        assert len(compiled) == len(set(compiled)) and set(compiled) == set(table)
+    assert set(gated) <= set(plain)  # so that each can be compared with the product alone
+    names = [tuning.fp8_tile_name(tile) for tile in plain]
+    assert len(names) == len(set(names))
+
+
+def test_a_row_of_the_table_is_looked_up(monkeypatch):
+    choices = ((128, "128x192 x_multicast 2"), (256, "apart"), (1280, "160x128 x_multicast 2 waves"))
+    row = tuning.Fp8Row("fp8_tiles.json: m/p", 4096, 1024, True, choices)
+    monkeypatch.setattr(rows_fp8, "PRODUCTS", {tuning.H100: (row,)})
+    for cached in (gemm_fp8.linear_fp8_tile, gemm_fp8._row_of):
+        cached.cache_clear()
+    found = [tuning.linear_fp8_tile(tokens, 4096, 1024, gated=True) for tokens in (1, 128, 129, 257, 5000)]
+    waves = tuning.Fp8Tile(160, 128, x_multicast=2, waves=True)
+    assert found == [tuning.Fp8Tile(128, 192, x_multicast=2)] * 2 + [None] + [waves] * 2
+    assert tuning.linear_fp8_tile(0, 4096, 1024, gated=True) is None
+    assert tuning.linear_fp8_tile(64, 4096, 1024) == tuning.fp8_rule(64, 4096, 1024)
+    for cached in (gemm_fp8.linear_fp8_tile, gemm_fp8._row_of):
+        cached.cache_clear()
 
 
 def test_a_tile_has_room_and_takes_the_sizes():
     rng = random.Random(0)
     for _ in range(500):
         tokens, out, inner = rng.randint(0, 400), 8 * rng.randint(0, 4000), 16 * rng.randint(0, 1000)
-        tile = tuning.linear_fp8_tile(tokens, out, inner)
+        tile = tuning.fp8_rule(tokens, out, inner)
         if tile is None:
             assert tokens < 1 or tokens > 256 or out < 1024 or inner < 16 or (tokens > 128 and out > 8192)
             continue
         assert tokens <= tile.tokens and tile in tuning.LINEAR_FP8_TILES
         assert inner > 128 * (tile.split_k - 1)
-        smaller = [other.tokens for other in tuning.LINEAR_FP8_TILES if tokens <= other.tokens]
+        smaller = [t.tokens for t in tuning.LINEAR_FP8_TILES if tokens <= t.tokens and not t.waves]
         assert tile.tokens == min(smaller)
 
 
 @pytest.mark.parametrize("sizes", [(8, 4097, 4096), (8, 4096, 4088), (8, 512, 4096), (257, 4096, 4096)])
 def test_other_sizes_have_none(sizes):
-    assert tuning.linear_fp8_tile(*sizes) is None
+    assert tuning.fp8_rule(*sizes) is None
 
 
 def test_few_rows_are_shared_by_two_processors():
     """LLaDA-8B's output product has 64 tiles of 64 rows, half of an H100."""
-    assert tuning.linear_fp8_tile(64, 4096, 4096).split_k == 2
-    assert tuning.linear_fp8_tile(64, 24576, 4096).split_k == 1
+    assert tuning.fp8_rule(64, 4096, 4096).split_k == 2
+    assert tuning.fp8_rule(64, 24576, 4096).split_k == 1
 
 
 def test_two_waves_of_pairs_go_to_the_library():
-    assert tuning.linear_fp8_tile(252, 12288, 4096).multicast == 2
-    assert tuning.linear_fp8_tile(252, 24576, 4096) is None
-    assert tuning.linear_fp8_tile(128, 24576, 4096).multicast == 1
+    assert tuning.fp8_rule(252, 12288, 4096).multicast == 2
+    assert tuning.fp8_rule(252, 24576, 4096) is None
+    assert tuning.fp8_rule(128, 24576, 4096).multicast == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100, 256, 5000])

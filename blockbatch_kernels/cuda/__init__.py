@@ -5,10 +5,10 @@ is chosen, outputs are allocated, and what a kernel cannot read where it is gets
 """
 
 from blockbatch_kernels.cuda.activation import swiglu
-from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention
+from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention, varlen_attention_fp8
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
-from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8
+from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8, linear_swiglu_fp8
 from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.cuda.norm import rms_norm
@@ -16,7 +16,7 @@ from blockbatch_kernels.cuda.pack import pack_windows
 from blockbatch_kernels.cuda.pages import copy_pages, share_pages
 from blockbatch_kernels.cuda.policy import decode_policy, initial_plan
 from blockbatch_kernels.cuda.quantized import quantize_rows, rms_norm_fp8, swiglu_fp8
-from blockbatch_kernels.cuda.rope import rope_kv_write
+from blockbatch_kernels.cuda.rope import rope_kv_write, rope_kv_write_fp8
 from blockbatch_kernels.cuda.sampling import lm_head_sample
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",
@@ -38,9 +39,11 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
     "why_unavailable",
 ]

@@ -117,6 +117,39 @@ def varlen_attention(
     bf16 and fp16 with a head_dim of 64 or 128 run on the tensor cores when q is aligned to 4 bytes and the
     caches to 16; everything else, up to a head_dim of 256, in fp32 arithmetic.
     """
+    return _attend(q, k_cache, v_cache, None, None, page_table, seqlens_k, softmax_scale, plan)
+
+
+def varlen_attention_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float,
+    plan: AttentionPlan,
+) -> Tensor:
+    """As `varlen_attention`, on the same kernels, which turn e4m3 into the dtype of q on its way to them."""
+    caches = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    scales = k_scale.contiguous(), v_scale.contiguous()
+    return _attend(q, *caches, *scales, page_table, seqlens_k, softmax_scale, plan)
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    softmax_scale: float,
+    plan: AttentionPlan,
+) -> Tensor:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             raise ValueError(f"{name}: expected a last stride of 1, got {cache.stride(-1)}")
@@ -134,6 +167,8 @@ def varlen_attention(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
+        k_scale=k_scale,
+        v_scale=v_scale,
         out=out,
         partials=torch.empty(num_partials, dtype=torch.float32, device=q.device),
         page_table=page_table,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
+from blockbatch_kernels.cuda.quantized import quantize_rows, swiglu_fp8
 
 
 def linear_fp8(
@@ -24,40 +25,48 @@ def linear_fp8(
 ) -> Tensor:
     """The product of e4m3 rows, on the current stream; see `ops.linear_fp8`.
 
-    What `tuning.linear_fp8_tile` has a tile for runs on the extension's kernel where that exists (sm_90; fp16
+    What `tuning.linear_fp8_tile` has a tile for runs on the extension's kernels where they exist (sm_90; fp16
     or bf16 results; rows aligned to 16 bytes). Everything else goes to `torch._scaled_mm`, which wants bf16
     results and whole 16 bytes, and what that refuses through fp32. With `static_weight` nobody writes the
     weight in work that may still run: its first tiles are read before the kernels in front are done.
     """
     tile = tile_of(x, weight, out_dtype)
     if tile is not None:
-        x = x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
-        out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
-        extension.load().linear_fp8(
-            x=x.view(torch.uint8),
-            x_scale=x_scale.contiguous(),
-            weight=weight.view(torch.uint8),
-            weight_scale=weight_scale.contiguous(),
-            bias=None if bias is None else bias.contiguous(),
-            out=out,
-            tile=tile,
-            static_weight=static_weight,
-            programmatic=tuning.PROGRAMMATIC_LAUNCH,
-            stream=extension.stream_of(x),
-        )
-        return out
+        return _on_tile(tile, x, x_scale, weight, weight_scale, bias, out_dtype, static_weight)
     if library_takes(x, weight, out_dtype):
         x, scales = x.contiguous(), (x_scale[:, None].contiguous(), weight_scale[None, :].contiguous())
         return torch._scaled_mm(x, weight.t(), *scales, bias=bias, out_dtype=out_dtype)
     return _through_fp32(x, x_scale, weight, weight_scale, bias, out_dtype)
 
 
-def tile_of(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> tuning.LinearTile | None:
+def linear_swiglu_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    static_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The product with the activation behind its sums, then its rows quantised; see `linear_fp8`.
+
+    Where there is no such tile, the product, then `swiglu_fp8`. Either way with the same bits for the same
+    sums.
+    """
+    tile = tile_of(x, weight, out_dtype, True)
+    given = (x, x_scale, weight, weight_scale)
+    if tile is None:
+        return swiglu_fp8(linear_fp8(*given, out_dtype=out_dtype, static_weight=static_weight))
+    return quantize_rows(_on_tile(tile, *given, None, out_dtype, static_weight, gated=True))
+
+
+def tile_of(x: Tensor, weight: Tensor, out_dtype: torch.dtype, gated: bool = False) -> tuning.Fp8Tile | None:
     """How the extension's kernel cuts this product; None: another way computes it."""
     if out_dtype == torch.float32 or not kernel_is_used() or not _is_aligned(weight):
         return None
     kind = tuning.device_kind(x.device)
-    tile = tuning.linear_fp8_tile(len(x), *weight.shape, device_kind=kind)
+    out_features = len(weight) // 2 if gated else len(weight)
+    tile = tuning.linear_fp8_tile(len(x), out_features, weight.shape[1], gated=gated, device_kind=kind)
     return tile if tile is not None and extension.code_for(x.device.index) == "sm90a" else None
 
 
@@ -78,6 +87,36 @@ def library_takes(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
         and weight.data_ptr() % 16 == 0
         and torch.cuda.get_device_capability(x.device) >= (9, 0)
     )
+
+
+def _on_tile(
+    tile: tuning.Fp8Tile,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    static_weight: bool,
+    gated: bool = False,
+) -> Tensor:
+    x = x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    features = len(weight) // 2 if gated else len(weight)
+    out = torch.empty(len(x), features, dtype=out_dtype, device=x.device)
+    extension.load().linear_fp8(
+        x=x.view(torch.uint8),
+        x_scale=x_scale.contiguous(),
+        weight=weight.view(torch.uint8),
+        weight_scale=weight_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        out=out,
+        tile=tile,
+        gated=gated,
+        static_weight=static_weight,
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        stream=extension.stream_of(x),
+    )
+    return out
 
 
 def _is_aligned(matrix: Tensor) -> bool:

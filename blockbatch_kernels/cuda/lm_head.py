@@ -47,10 +47,7 @@ def lm_head_confidence(
         raise ValueError("weight: expected at least one row, got none")
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
-    if _product_takes(hidden, weight) and probe_tokens is None:
-        partials, piece_tokens = _partials_by_product(hidden, weight, suppress_token)
-    else:
-        partials, piece_tokens = _partials_of_logits(hidden, weight, suppress_token, probe_tokens)
+    partials, piece_tokens = _partials(hidden, weight, suppress_token, probe_tokens)
     extension.load().lm_head_finish(
         partials=partials,
         probe_tokens=probe_tokens,
@@ -62,6 +59,57 @@ def lm_head_confidence(
         stream=extension.stream_of(hidden),
     )
     return top_token, confidence, probe_probability
+
+
+@torch.no_grad()
+def lm_head_parts(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    first_token: int,
+    probe_tokens: torch.Tensor | None = None,
+    suppress_token: int | None = None,
+) -> torch.Tensor:
+    """What `lm_head_confidence` merges, of a part of the vocabulary that begins with `first_token`.
+
+    `weight` [tokens, dim] is that part; at least one token. Probes and the suppressed token are counted as
+    those of the whole vocabulary, and may lie outside of the part. Returns [predictions, 4] fp32: the highest
+    logit, the sum of exp(logit - highest), the lowest token that has it, and the probe's logit, or minus
+    infinity.
+    """
+    parts = torch.empty(len(hidden), 4, dtype=torch.float32, device=hidden.device)
+    if len(hidden) == 0:
+        return parts
+    own_probes = None
+    if probe_tokens is not None:
+        probe_tokens = probe_tokens.contiguous()
+        own_probes = probe_tokens - first_token
+    if suppress_token is not None:
+        suppress_token -= first_token
+        suppress_token = suppress_token if 0 <= suppress_token < len(weight) else None
+    partials, piece_tokens = _partials(hidden, weight, suppress_token, own_probes)
+    extension.load().lm_head_parts(
+        partials=partials,
+        probe_tokens=probe_tokens,
+        parts=parts,
+        first_token=first_token,
+        piece_tokens=piece_tokens,
+        vocab_size=len(weight),
+        stream=extension.stream_of(hidden),
+    )
+    return parts
+
+
+def _partials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    suppress_token: int | None,
+    probe_tokens: torch.Tensor | None,
+) -> tuple[torch.Tensor, int]:
+    """Reductions [rows, pieces, 4] of the logits, and tokens of a piece."""
+    if _product_takes(hidden, weight) and probe_tokens is None:
+        return _partials_by_product(hidden, weight, suppress_token)
+    return _partials_of_logits(hidden, weight, suppress_token, probe_tokens)
 
 
 def _product_takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -48,8 +48,8 @@ def copy_pages(
     workspace = counts = None
     if pool is not None:
         counts = pool.counts.contiguous()
-        # A place for each page, each entry of the table and each page of the list.
-        size = kv_cache.shape[2] + page_table.numel() + pool.free_pages.shape[0]
+        # Two places for each page, one for each entry of the table and each page of the list.
+        size = 2 * kv_cache.shape[2] + page_table.numel() + pool.free_pages.shape[0]
         workspace = torch.empty(size, dtype=torch.int32, device=page_table.device)
     compiled.copy_pages(
         kv_cache=kv_cache,

@@ -35,6 +35,50 @@ def rope_kv_write(
 
     Raises ValueError for an odd head_dim, a `q` or cache whose last stride is not 1, or 2^31 slots and more.
     """
+    norms = q_norm, k_norm, norm_eps
+    _rotate_and_write(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache, None, None, *norms)
+
+
+def rope_kv_write_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> None:
+    """As `rope_kv_write`, into caches in e4m3 by the scales [num_kv_heads] fp32."""
+    caches = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    scales = k_scale.contiguous(), v_scale.contiguous()
+    norms = q_norm, k_norm, norm_eps
+    _rotate_and_write(q, k, v, positions, slot_mapping, cos, sin, *caches, *scales, *norms)
+
+
+def _rotate_and_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    norm_eps: float,
+) -> None:
     if q.shape[2] % 2:
         raise ValueError(f"q: expected an even head_dim, got {q.shape[2]}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -47,6 +91,8 @@ def rope_kv_write(
         v=v,
         k_cache=k_cache,
         v_cache=v_cache,
+        k_scale=k_scale,
+        v_scale=v_scale,
         positions=positions.contiguous(),
         slot_mapping=slot_mapping.contiguous(),
         cos=cos,

@@ -11,6 +11,7 @@ what came.
 
 from blockbatch_kernels.ops.attention import attention_plan, varlen_attention
 from blockbatch_kernels.ops.dispatch import BACKENDS, backend_of
+from blockbatch_kernels.ops.kv_fp8 import rope_kv_write_fp8, varlen_attention_fp8
 from blockbatch_kernels.ops.layer import (
     linear,
     linear_rope_kv_write,
@@ -21,7 +22,13 @@ from blockbatch_kernels.ops.layer import (
     rope_kv_write,
     swiglu,
 )
-from blockbatch_kernels.ops.quantized import linear_fp8, quantize_rows, rms_norm_fp8, swiglu_fp8
+from blockbatch_kernels.ops.quantized import (
+    linear_fp8,
+    linear_swiglu_fp8,
+    quantize_rows,
+    rms_norm_fp8,
+    swiglu_fp8,
+)
 from blockbatch_kernels.ops.sampling import lm_head_sample
 from blockbatch_kernels.ops.step import (
     copy_pages,
@@ -42,6 +49,7 @@ __all__ = [
     "linear_fp8",
     "linear_rope_kv_write",
     "linear_swiglu",
+    "linear_swiglu_fp8",
     "lm_head_confidence",
     "lm_head_likely",
     "lm_head_sample",
@@ -50,8 +58,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_kv_write",
+    "rope_kv_write_fp8",
     "share_pages",
     "swiglu",
     "swiglu_fp8",
     "varlen_attention",
+    "varlen_attention_fp8",
 ]

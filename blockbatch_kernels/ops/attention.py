@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
 from blockbatch_kernels import tuning
@@ -24,6 +28,7 @@ def attention_plan(
     num_kv_heads: int,
     distinct_rows: int | None = None,
     fixed_cut: bool = False,
+    num_branches: int | None = None,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
@@ -44,15 +49,19 @@ def attention_plan(
             it, its speed does.
         fixed_cut: no row's keys are cut, whatever else is in the batch. A row's result then has the same bits
             in any batch, where the same backend computes it. Slower for few queries over many keys.
+        num_branches: consecutive rows that may share pages, the rows of a request; only they are compared, so
+            that the plan takes time linear in the rows. Rows of different requests are attended apart even
+            where they do share pages. None: any rows may share.
     """
     tensors = (page_table, cu_seqlens_q, seqlens_k)
-    _check_attention_plan(*tensors, page_size, num_tokens, num_heads, num_kv_heads, distinct_rows, fixed_cut)
+    heads = num_heads, num_kv_heads
+    _check_attention_plan(*tensors, page_size, num_tokens, *heads, distinct_rows, fixed_cut, num_branches)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
     if values.ENABLED:
         values.check_attention(*tensors, page_size=page_size, num_tokens=num_tokens)
     module = dispatch.module_for(backend, "attention_plan", page_table)
-    heads, (rows, pages_per_row), device = (num_heads, num_kv_heads), page_table.shape, page_table.device
+    (rows, pages_per_row), device = page_table.shape, page_table.device
     if distinct_rows is None:
         distinct_rows = rows
     shape = tuning.attention_shape(
@@ -68,6 +77,8 @@ def attention_plan(
             *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens
         ),
     )
+    if num_branches is not None:
+        shape = shape._replace(num_branches=num_branches)
     return module.attention_plan(*tensors, page_size=page_size, num_tokens=num_tokens, shape=shape)
 
 
@@ -97,8 +108,42 @@ def varlen_attention(
     Returns:
         [tokens, num_heads, head_dim]; padding tokens and rows without keys are zero.
     """
-    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
-    _check_varlen_attention(*tensors, softmax_scale, plan)
+    _check_varlen_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, softmax_scale, plan)
+    module, options = ready(
+        "varlen_attention",
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        cu_seqlens_q,
+        seqlens_k,
+        softmax_scale=softmax_scale,
+        plan=plan,
+        backend=backend,
+    )
+    return module.varlen_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, **options)
+
+
+def ready(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float | None,
+    plan: AttentionPlan | None,
+    backend: str | None,
+    module_for: Callable[..., ModuleType] = dispatch.module_for,
+    excluded: tuple[str, ...] = (),
+) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that attends, with the scale and the plan that it takes: for both kinds of caches.
+
+    excluded: as of `dispatch.module_for`.
+    """
+    where = (page_table, cu_seqlens_q, seqlens_k)
     head_dim = q.shape[2]
     if k_cache.shape[2] < 1 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(
@@ -108,7 +153,7 @@ def varlen_attention(
         _check_plan(plan, q, k_cache.shape[2])
     if values.ENABLED:
         values.check_attention(
-            *tensors[3:],
+            *where,
             page_size=k_cache.shape[1],
             num_tokens=q.shape[0],
             num_pages=k_cache.shape[0],
@@ -122,11 +167,11 @@ def varlen_attention(
         units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device, num_tokens=q.shape[0])
     else:
         units = plan.units.shape[0] > 0
-    module = dispatch.module_for(
+    module = module_for(
         backend,
-        "varlen_attention",
+        op,
         q,
-        excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
+        excluded=excluded if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
         units=int(units),
         num_tokens=q.shape[0],
         num_keys=page_table.shape[1] * k_cache.shape[1],
@@ -144,7 +189,7 @@ def varlen_attention(
             num_kv_heads=k_cache.shape[2],
             backend=backend,
         )
-    return module.varlen_attention(*tensors, softmax_scale=softmax_scale, plan=plan)
+    return module, dict(softmax_scale=softmax_scale, plan=plan)
 
 
 def _cuda_takes(k_cache: Tensor, v_cache: Tensor, softmax_scale: float) -> bool:

@@ -12,6 +12,7 @@ from blockbatch_kernels import cuda, reference, triton, tuning
 MODULES = {"reference": reference, "triton": triton, "cuda": cuda}
 BACKENDS = tuple(MODULES)
 COMPILED = ("triton", "cuda")
+_E4M3_CAPABILITY = (8, 9)  # the first with conversions and products of e4m3
 
 
 def module_for(
@@ -41,6 +42,20 @@ def module_for(
     if reason is not None:
         raise RuntimeError(f"backend: {name} cannot run {op}: {reason}")
     return module
+
+
+def module_for_e4m3(
+    name: str | None, op: str, example: Tensor, *, excluded: tuple[str, ...] = (), **sizes: int
+) -> ModuleType:
+    """`module_for` of an operator on numbers of 8 bits: on GPUs that do not know e4m3 the reference alone."""
+    if example.is_cuda and (have := torch.cuda.get_device_capability(example.device)) < _E4M3_CAPABILITY:
+        if name in COMPILED:
+            raise RuntimeError(
+                f"backend: {name} cannot run {op}: e4m3 needs compute capability 8.9 or newer, the GPU has "
+                f"{have[0]}.{have[1]}"
+            )
+        excluded = COMPILED
+    return module_for(name, op, example, excluded=excluded, **sizes)
 
 
 def backend_of(op: str, device: torch.device, backend: str | None = None, **sizes: int) -> str:

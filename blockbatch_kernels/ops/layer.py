@@ -139,13 +139,17 @@ def rope_kv_write(
     """
     where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
     _check_rope_kv_write(q, k, v, *where, q_norm, k_norm, norm_eps)
-    if (q_norm is None) != (k_norm is None):
-        given, absent = ("q_norm", "k_norm") if k_norm is None else ("k_norm", "q_norm")
-        raise ValueError(f"{absent}: expected a tensor beside {given}, got None")
+    check_norms(q_norm, k_norm)
     if values.ENABLED:
         values.check_rope(positions, slot_mapping, cos, k_cache)
     module = dispatch.module_for(backend, "rope_kv_write", q)
     module.rope_kv_write(q, k, v, *where, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
+
+
+def check_norms(q_norm: Tensor | None, k_norm: Tensor | None) -> None:
+    if (q_norm is None) != (k_norm is None):
+        given, absent = ("q_norm", "k_norm") if k_norm is None else ("k_norm", "q_norm")
+        raise ValueError(f"{absent}: expected a tensor beside {given}, got None")
 
 
 def linear_rope_kv_write(

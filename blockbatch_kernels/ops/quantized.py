@@ -7,8 +7,6 @@ so that a token's result does not depend on the tokens beside it.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -19,8 +17,9 @@ _check_quantize_rows = checker("quantize_rows")
 _check_rms_norm_fp8 = checker("rms_norm_fp8")
 _check_swiglu_fp8 = checker("swiglu_fp8")
 _check_linear_fp8 = checker("linear_fp8")
+_check_linear_swiglu_fp8 = checker("linear_swiglu_fp8")
 
-_CAPABILITY = (8, 9)  # the first with conversions and products of e4m3
+_module_for = dispatch.module_for_e4m3
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,9 +107,7 @@ def linear_fp8(
         [tokens, out] in `out_dtype`.
     """
     _check_linear_fp8(x, x_scale, weight, weight_scale, bias, out_dtype, static_weight)
-    if out_dtype not in _OUT_DTYPES:
-        expected = " or ".join(str(dtype) for dtype in _OUT_DTYPES)
-        raise TypeError(f"out_dtype: expected {expected}, got {out_dtype}")
+    _check_out_dtype(out_dtype)
     if bias is not None and bias.dtype != out_dtype:
         raise TypeError(f"bias: expected {out_dtype}, the dtype of the result, got {bias.dtype}")
     module = _module_for(backend, "linear_fp8", x)
@@ -119,17 +116,47 @@ def linear_fp8(
     )
 
 
-def _module_for(backend: str | None, op: str, example: Tensor) -> ModuleType:
-    """The module that runs `op`: on GPUs that do not know e4m3 the reference, and no other."""
-    if not example.is_cuda or torch.cuda.get_device_capability(example.device) >= _CAPABILITY:
-        return dispatch.module_for(backend, op, example)
-    if backend in dispatch.COMPILED:
-        major, minor = torch.cuda.get_device_capability(example.device)
-        raise RuntimeError(
-            f"backend: {backend} cannot run {op}: e4m3 needs compute capability 8.9 or newer, the GPU has "
-            f"{major}.{minor}"
-        )
-    return dispatch.module_for(backend, op, example, excluded=dispatch.COMPILED)
+def linear_swiglu_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    static_weight: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_fp8(linear_fp8(...))`, in one kernel and what quantises its rows where that is faster.
+
+    Gates and ups are rounded to `out_dtype` before the activation, and the activation before it is quantised,
+    wherever they are computed.
+
+    Args:
+        x: [tokens, in] float8_e4m3fn.
+        x_scale: [tokens] fp32.
+        weight: [2 * intermediate, in] float8_e4m3fn, gates over ups.
+        weight_scale: [2 * intermediate] fp32.
+        out_dtype: float32, bfloat16 or float16.
+        static_weight: see `linear_fp8`.
+
+    Returns:
+        values [tokens, intermediate] float8_e4m3fn, scale [tokens] fp32.
+    """
+    _check_linear_swiglu_fp8(x, x_scale, weight, weight_scale, out_dtype, static_weight)
+    _check_out_dtype(out_dtype)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
+    _check_columns("intermediate", weight.shape[0] // 2)
+    module = _module_for(backend, "linear_swiglu_fp8", x)
+    return module.linear_swiglu_fp8(
+        x, x_scale, weight, weight_scale, out_dtype=out_dtype, static_weight=static_weight
+    )
+
+
+def _check_out_dtype(out_dtype: torch.dtype) -> None:
+    if out_dtype not in _OUT_DTYPES:
+        expected = " or ".join(str(dtype) for dtype in _OUT_DTYPES)
+        raise TypeError(f"out_dtype: expected {expected}, got {out_dtype}")
 
 
 def _check_columns(name: str, columns: int) -> None:

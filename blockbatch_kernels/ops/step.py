@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch, values
 from blockbatch_kernels.policy_params import PolicyParams
+from blockbatch_kernels.shapes import E4M3
 from blockbatch_kernels.structs import (
     BranchState,
     PackedQueries,
@@ -101,7 +103,8 @@ def copy_pages(
     layers, where the write does not cover the page whole.
 
     Args:
-        kv_cache: [layers, 2, pages, page_size, num_kv_heads, head_dim]; *written* in the new pages.
+        kv_cache: [layers, 2, pages, page_size, num_kv_heads, head_dim], fp32, bf16, fp16 or float8_e4m3fn;
+            *written* in the new pages.
         page_table: [R, pages_per_row] int32, -1 where a row has no page yet; *written*. With `pool` a page
             may stand in one column alone, in rows of any request.
         write_start, write_end: [R] int32, positions that the row will write; equal: none.
@@ -128,6 +131,8 @@ def copy_pages(
             )
     values.check_pages(kv_cache, page_table, write_start, write_end, num_branches, write_positions, pool)
     module = dispatch.module_for(backend, "copy_pages", page_table, **sizes)
+    if kv_cache.dtype == E4M3:  # pages move as they are, so that elements may move in pairs
+        kv_cache = _in_pairs(kv_cache)
     module.copy_pages(
         kv_cache,
         page_table,
@@ -139,6 +144,17 @@ def copy_pages(
     )
     if pool is not None and values.ENABLED and values.is_readable(page_table):
         pool.check()
+
+
+def _in_pairs(kv_cache: Tensor) -> Tensor:
+    """The cache in e4m3 as one of 16-bit elements."""
+    strides = kv_cache.stride()
+    if kv_cache.shape[5] % 2 or strides[5] != 1 or any(stride % 2 for stride in strides[:5]):
+        raise ValueError(
+            "kv_cache: expected pairs of e4m3 next to each other, an even head_dim and even strides but the "
+            f"last, got {list(kv_cache.shape)} with strides {list(strides)}"
+        )
+    return kv_cache.view(torch.float16)
 
 
 def initial_plan(

@@ -1,5 +1,7 @@
 """Rotary embedding with the cache write, and attention of packed queries over paged keys."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +46,25 @@ def rope_kv_write(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> None:
+    write_heads(q, k, v, positions, slot_mapping, cos, sin, k_cache, v_cache, q_norm, k_norm, norm_eps)
+
+
+def write_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+    stored_as: Callable[[Tensor, int], Tensor] = lambda heads, _: heads,
+) -> None:
+    """`rope_kv_write`; `stored_as` turns heads of k (0) and of v (1) into elements of their cache."""
     cos, sin = (_angles(table, positions).unsqueeze(1) for table in (cos, sin))
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     stored = (slot_mapping >= 0) & (slot_mapping < num_slots)
@@ -58,8 +79,8 @@ def rope_kv_write(
     # By page and offset: the cache may be a view that cannot be flattened without a copy.
     page_size = k_cache.shape[1]
     place = slot_mapping // page_size, slot_mapping % page_size
-    k_cache[place] = k
-    v_cache[place] = v
+    k_cache[place] = stored_as(k, 0)
+    v_cache[place] = stored_as(v, 1)
 
 
 def varlen_attention(
@@ -74,6 +95,21 @@ def varlen_attention(
     plan: AttentionPlan | None = None,
 ) -> Tensor:
     """`plan` only says how compiled versions divide the work; it has no influence here."""
+    return attend(q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, softmax_scale)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    softmax_scale: float,
+    value_of: Callable[[Tensor, int], Tensor] = lambda stored, _: stored,
+) -> Tensor:
+    """`varlen_attention`; `value_of` turns elements of the cache of k (0) and of v (1), [keys, num_kv_heads,
+    head_dim], into numbers of the dtype of q."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     out = torch.zeros_like(q)
     page_size = k_cache.shape[1]
@@ -92,8 +128,10 @@ def varlen_attention(
                 f"pages of {page_size}, got {length} in row {row}"
             )
         pages = page_table[row, : -(-length // page_size)].long()
-        keys = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1)  # [kv_heads, length, head_dim]
-        values = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1)
+        keys, values = (
+            value_of(cache[pages].flatten(0, 1)[:length], side).transpose(0, 1)
+            for side, cache in enumerate((k_cache, v_cache))
+        )  # [kv_heads, length, head_dim]
         # Nothing is causal, so the query heads of one kv head are simply more queries.
         queries = q[start:end].unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         attended = F.scaled_dot_product_attention(
@@ -105,7 +143,7 @@ def varlen_attention(
     # torch's kernels for CPUs take a query whose scores are all NaN or infinite for one that is to see no
     # key, and give zeros.
     if not out[..., 0].all():
-        _restore_nan(out, q, k_cache, page_table, bounds, lengths, softmax_scale)
+        _restore_nan(out, q, k_cache, page_table, bounds, lengths, softmax_scale, value_of)
     return out
 
 
@@ -117,6 +155,7 @@ def _restore_nan(
     bounds: list[int],
     lengths: list[int],
     softmax_scale: float,
+    value_of: Callable[[Tensor, int], Tensor],
 ) -> None:
     """Writes NaN to `out` where the scores of a query have no softmax."""
     page_size, num_kv_heads = k_cache.shape[1:3]
@@ -125,7 +164,7 @@ def _restore_nan(
         if start == end or length == 0:
             continue
         pages = page_table[row, : -(-length // page_size)].long()
-        keys = k_cache[pages].flatten(0, 1)[:length].float()  # [length, kv_heads, head_dim]
+        keys = value_of(k_cache[pages].flatten(0, 1)[:length], 0).float()  # [length, kv_heads, head_dim]
         queries = q[start:end].float().unflatten(1, (num_kv_heads, -1))
         scores = torch.einsum("thgd,lhd->thgl", queries, keys) * softmax_scale
         lost = scores.softmax(-1).isnan().any(-1).flatten(1)  # [tokens, num_heads]

@@ -59,7 +59,7 @@ def _owners(
     page_size: int,
     shape: AttentionShape,
 ) -> dict[int, int]:
-    """For each row that reaches into the segment, the first row that reads the same pages there."""
+    """For each row that reaches into the segment, the first row of its request that reads the same pages."""
     start = segment * shape.segment_pages * page_size
     first: dict[tuple, int] = {}
     owner = {}
@@ -67,7 +67,7 @@ def _owners(
         end = min(lengths[row], start + shape.segment_pages * page_size)
         if end > start:
             pages = table[row][start // page_size : -(-end // page_size)]
-            owner[row] = first.setdefault((end, *pages), row)
+            owner[row] = first.setdefault((shape.request_of(row), end, *pages), row)
     return owner
 
 
@@ -84,7 +84,10 @@ def _runs(
     if len(runs) <= shape.max_pieces:
         return runs
     first: dict[tuple, int] = {}
-    same = {row: first.setdefault(tuple(owner.get(row) for owner in owners), row) for row in queries}
+    same = {
+        row: first.setdefault((shape.request_of(row), *(owner.get(row) for owner in owners)), row)
+        for row in queries
+    }
     return [(0, len(owners), same)]
 
 

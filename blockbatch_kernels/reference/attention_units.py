@@ -51,21 +51,24 @@ def attention_units(
         return units, stretches, arrivals
     records: list[list[int]] = []
     sizes: list[int] = []
-    first_keys = {row: _first_keys(table[row], lengths[row], page_size, shape) for row in queries}
+    first_keys = {
+        row: (shape.request_of(row), *_first_keys(table[row], lengths[row], page_size, shape))
+        for row in queries
+    }
     blocks = _blocks(queries, first_keys, shape.block_tokens)
     tiles = [[*blocks[index : index + 2], range(0)][:2] for index in range(0, len(blocks), 2)]
     groups = [_groups(tile, table, lengths, queries, page_size, shape) for tile in tiles]
-    readers = Counter((start, keys) for found in groups for start, keys, _ in found)
+    readers = Counter((request, start, keys) for found in groups for request, start, keys, _ in found)
     for tile, found in zip(tiles, groups):
         begin = len(records)
-        for start, keys, masks in found:
+        for request, start, keys, masks in found:
             words = [mask >> shift & 0xFFFFFFFF for mask in masks for shift in (0, 32)]
             for num_keys, first_slot, pages in _units(start, keys, page_size):
                 record = [block.start for block in tile] + [len(block) for block in tile]
                 record += [num_keys, first_slot]
                 record += [word - 2**32 if word >= 2**31 else word for word in words]
                 record += pages + [0] * (8 - len(pages))
-                records.append([*record, int(readers[start, keys] == 1), 0])
+                records.append([*record, int(readers[request, start, keys] == 1), 0])
         sizes.append(len(records) - begin)
         records[begin:] = [[begin, len(records), *record] for record in records[begin:]]
     units[0, 0] = len(records)
@@ -163,8 +166,9 @@ def _groups(
     queries: dict[int, range],
     page_size: int,
     shape: AttentionShape,
-) -> list[tuple[int, tuple[int, ...], list[int]]]:
-    """(first key, where the keys end and their pages, bits of the tokens of both blocks) of each group."""
+) -> list[tuple[int, int, tuple[int, ...], list[int]]]:
+    """(request, first key, where the keys end and their pages, bits of the tokens of both blocks) of each
+    group."""
     # Rows follow each other by their tokens: only those that reach into the tile are looked at.
     every = list(queries)
     first = bisect_right(every, tile[0].start, key=lambda row: queries[row].stop)
@@ -174,14 +178,15 @@ def _groups(
     segment_keys = shape.segment_pages * page_size
     found = []
     for start in range(0, max(lengths[row] for row in rows), segment_keys):
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row in rows:
             end = min(lengths[row], start + segment_keys)
             if end > start:
                 pages = table[row][start // page_size : -(-end // page_size)]
-                groups.setdefault((end, *pages), []).append(row)
-        for keys, group in groups.items():
-            found.append((start, keys, [sum(masks[row][block] for row in group) for block in (0, 1)]))
+                groups.setdefault((shape.request_of(row), (end, *pages)), []).append(row)
+        for (request, keys), group in groups.items():
+            bits = [sum(masks[row][block] for row in group) for block in (0, 1)]
+            found.append((request, start, keys, bits))
     return found
 
 

@@ -46,3 +46,15 @@ def linear_fp8(
         total = F.linear(exact, weight[piece].float()) * x_scale[:, None] * weight_scale[piece]
         out[:, piece] = total if bias is None else total + bias[piece].float()
     return out
+
+
+def linear_swiglu_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    static_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return swiglu_fp8(linear_fp8(x, x_scale, weight, weight_scale, out_dtype=out_dtype))

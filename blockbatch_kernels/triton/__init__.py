@@ -24,6 +24,7 @@ _OPERATORS = {
     "linear_fp8": "gemm_fp8",
     "linear_rope_kv_write": "gemm",
     "linear_swiglu": "gemm",
+    "linear_swiglu_fp8": "gemm_fp8",
     "lm_head_confidence": "lm_head",
     "lm_head_likely": "likely",
     "lm_head_sample": "sampling",
@@ -32,10 +33,12 @@ _OPERATORS = {
     "rms_norm": "norm",
     "rms_norm_fp8": "quantized",
     "rope_kv_write": "rope",
+    "rope_kv_write_fp8": "rope",
     "share_pages": "pages",
     "swiglu": "activation",
     "swiglu_fp8": "quantized",
     "varlen_attention": "attention",
+    "varlen_attention_fp8": "attention",
 }
 
 # The kernels take named tuples and launch attributes that older versions lack.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import AttentionPlan
+from blockbatch_kernels.triton.e4m3 import from_e4m3
 from blockbatch_kernels.triton.launch import on_device_of_first, programmatic_launch, shared_bytes
 
 _LOG2_E = math.log2(math.e)
@@ -55,7 +56,9 @@ def _attention_kernel(
     query_order,
     pieces,
     counts,
-    scale,  # softmax_scale * log2(e), not negative
+    softmax_scale,  # times log2(e), not negative
+    k_scale,  # [num_kv_heads], where IN_E4M3
+    v_scale,
     num_tokens,
     most_keys,  # that the pages of a row hold
     q_strides,
@@ -72,6 +75,7 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     OFFSET: tl.constexpr,  # integer type that holds the offset of any key or value in its cache
     SAME_STRIDES: tl.constexpr,  # of k_cache and v_cache
+    IN_E4M3: tl.constexpr,  # the caches
     PROGRAMMATIC: tl.constexpr,  # launched before the kernel in front has ended
 ):
     if PROGRAMMATIC:
@@ -84,6 +88,9 @@ def _attention_kernel(
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         tile = tiles + item // (NUM_KV_HEADS * SUBTILES) * 4
         kv_head = item % NUM_KV_HEADS
+        scale = softmax_scale
+        if IN_E4M3:
+            scale = softmax_scale * tl.load(k_scale + kv_head)
         piece, first_query = tl.load(tile), tl.load(tile + 1)
         num_queries, row = tl.load(tile + 2), tl.load(tile + 3)
         start = tl.load(pieces + 2 * piece)
@@ -126,6 +133,8 @@ def _attention_kernel(
             else:
                 k = tl.load(k_head + k_offset[:, None], mask=in_head[None, :], other=0.0)
                 v = tl.load(v_head + v_offset[:, None], mask=in_head[None, :], other=0.0)
+            if IN_E4M3:
+                k, v = from_e4m3(k, q.dtype.element_ty), from_e4m3(v, q.dtype.element_ty)
             # One step ahead, so that the addresses above wait for nothing.
             key = tl.minimum((first_key + BLOCK_N + index).to(tl.uint32), last)
             page = tl.load(table + key // PAGE_SIZE * table_strides[1])
@@ -146,6 +155,8 @@ def _attention_kernel(
                 acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
 
         acc = acc / total[:, None]
+        if IN_E4M3:
+            acc = acc * tl.load(v_scale + kv_head)
         result = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + column[None, :]
         if num_pieces == 1:
             tl.store(out + result, acc.to(out.dtype.element_ty), mask=element)
@@ -225,6 +236,38 @@ def varlen_attention(
     softmax_scale: float,
     plan: AttentionPlan,
 ) -> Tensor:
+    return _attend(q, k_cache, v_cache, None, None, page_table, seqlens_k, softmax_scale, plan)
+
+
+@on_device_of_first
+def varlen_attention_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    softmax_scale: float,
+    plan: AttentionPlan,
+) -> Tensor:
+    scales = k_scale.contiguous(), v_scale.contiguous()
+    return _attend(q, k_cache, v_cache, *scales, page_table, seqlens_k, softmax_scale, plan)
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    softmax_scale: float,
+    plan: AttentionPlan,
+) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
     if head_dim > tuning.MAX_HEAD_DIM:
@@ -264,6 +307,8 @@ def varlen_attention(
         pieces,
         counts,
         softmax_scale * _LOG2_E,
+        partial_lse if k_scale is None else k_scale,
+        partial_lse if v_scale is None else v_scale,
         num_tokens,
         page_table.shape[1] * page_size,
         q.stride(),
@@ -280,6 +325,7 @@ def varlen_attention(
         BLOCK_D=block_d,
         OFFSET=tl.int64 if max(_extent(k_cache), _extent(v_cache)) >= 2**31 else tl.int32,
         SAME_STRIDES=k_cache.stride() == v_cache.stride(),
+        IN_E4M3=k_scale is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch,

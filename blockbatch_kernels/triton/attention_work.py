@@ -1,7 +1,7 @@
 """`attention_plan` in three launches: groups of each segment of keys, pieces, then their queries and tiles.
 
-`reference/attention_plan.py` defines the result and its terms. Rows are compared in all pairs, a block of
-columns at a time.
+`reference/attention_plan.py` defines the result and its terms. Rows of a request are compared in all pairs, a
+block of columns at a time.
 """
 
 from __future__ import annotations
@@ -13,89 +13,26 @@ from torch import Tensor
 
 from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS
 from blockbatch_kernels.structs import AttentionPlan
+from blockbatch_kernels.triton.attention_rows import (
+    num_keys_of,
+    num_queries_of,
+    num_tiles_of,
+    others_of,
+    owner_in,
+    row_of,
+)
 from blockbatch_kernels.triton.launch import on_device_of_first
 from blockbatch_kernels.tuning import AttentionShape
 
-_BLOCK_COLUMNS = 16
+# Pairs of rows that are compared at a time, at most: they are held in registers.
+_MOST_COLUMNS, _MOST_PAIRS = 16, 2048
 _BLOCK_TOKENS = 256
 
 
-@triton.jit
-def _num_queries(cu_seqlens_q, seqlens_k, row, num_rows):
-    """Queries of each row, none in a row without keys."""
-    is_row = row < num_rows
-    first = tl.load(cu_seqlens_q + row, mask=is_row, other=0)
-    behind = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=0)
-    return tl.where(tl.load(seqlens_k + row, mask=is_row, other=0) > 0, behind - first, 0)
-
-
-@triton.jit
-def _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most):
-    """Keys of each row, no more than its pages hold, and none in a row without queries."""
-    is_row = row < num_rows
-    first = tl.load(cu_seqlens_q + row, mask=is_row, other=0)
-    behind = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=0)
-    return tl.where(behind > first, tl.minimum(tl.load(seqlens_k + row, mask=is_row, other=0), most), 0)
-
-
-@triton.jit
-def _owner(
-    segment,
-    page_table,
-    table_strides,
-    cu_seqlens_q,
-    seqlens_k,
-    num_rows,
-    page_size,
-    segment_pages,
-    most,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """[BLOCK_ROWS]: the first row that reads the same pages in the segment; -1 in rows that end before it."""
-    row = tl.arange(0, BLOCK_ROWS)
-    start = segment * segment_pages * page_size
-    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most)
-    end = tl.minimum(num_keys, start + segment_pages * page_size)
-    owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
-    for first in range(0, num_rows, BLOCK_COLUMNS):
-        other = first + tl.arange(0, BLOCK_COLUMNS)
-        other_keys = _num_keys(cu_seqlens_q, seqlens_k, other, num_rows, most)
-        other_end = tl.minimum(other_keys, start + segment_pages * page_size)
-        differ = (end[:, None] != other_end[None, :]).to(tl.int32)
-        for index in tl.range(0, segment_pages, loop_unroll_factor=8):
-            page = segment * segment_pages + index
-            reads, other_reads = page * page_size < end, page * page_size < other_end
-            column = page * table_strides[1]
-            mine = tl.load(page_table + row * table_strides[0] + column, mask=reads, other=-1)
-            others = tl.load(page_table + other * table_strides[0] + column, mask=other_reads, other=-1)
-            differ |= (reads[:, None] & (mine[:, None] != others[None, :])).to(tl.int32)
-        owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other[None, :], BLOCK_ROWS), axis=1))
-    return tl.where(end > start, owner, -1)
-
-
-@triton.jit
-def _num_tiles(
-    owner,
-    cu_seqlens_q,
-    seqlens_k,
-    num_rows,
-    tile_tokens,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Tiles of all groups together."""
-    num_queries = _num_queries(cu_seqlens_q, seqlens_k, tl.arange(0, BLOCK_ROWS), num_rows)
-    number = 0
-    for first in range(0, num_rows, BLOCK_COLUMNS):
-        group = first + tl.arange(0, BLOCK_COLUMNS)
-        size = tl.sum(tl.where(owner[:, None] == group[None, :], num_queries[:, None], 0), axis=0)
-        number += tl.sum((size + tile_tokens - 1) // tile_tokens, axis=0)
-    return number
-
-
 # Compiled once for all shapes: the integers are no reason for another version.
-@triton.jit(do_not_specialize=["num_rows", "page_size", "segment_pages", "tile_tokens", "most"])
+@triton.jit(
+    do_not_specialize=["num_rows", "page_size", "segment_pages", "tile_tokens", "most", "num_branches"]
+)
 def _segments_kernel(
     page_table,
     table_strides,
@@ -108,11 +45,12 @@ def _segments_kernel(
     segment_pages,
     tile_tokens,
     most,  # keys that the pages of a row hold
+    num_branches,  # rows of a request
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     segment, row = tl.program_id(0), tl.arange(0, BLOCK_ROWS)
-    owner = _owner(
+    owner = owner_in(
         segment,
         page_table,
         table_strides,
@@ -122,11 +60,12 @@ def _segments_kernel(
         page_size,
         segment_pages,
         most,
+        num_branches,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
     # Computed twice rather than read from another program.
-    previous = _owner(
+    previous = owner_in(
         tl.maximum(segment - 1, 0),
         page_table,
         table_strides,
@@ -136,13 +75,23 @@ def _segments_kernel(
         page_size,
         segment_pages,
         most,
+        num_branches,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
     )
     differs = tl.max(((owner != previous) & (row < num_rows)).to(tl.int32), axis=0)
     tl.store(owners + segment * num_rows + row, owner, mask=row < num_rows)
     tl.store(segments + segment, tl.where(segment == 0, 1, differs))
-    number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, tile_tokens, BLOCK_ROWS, BLOCK_COLUMNS)
+    number = num_tiles_of(
+        owners + segment * num_rows,
+        cu_seqlens_q,
+        seqlens_k,
+        num_rows,
+        tile_tokens,
+        num_branches,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+    )
     tl.store(segments + tl.num_programs(0) + segment, number)
 
 
@@ -153,7 +102,7 @@ def _smaller(a, b):
 
 @triton.jit(
     do_not_specialize=["num_rows", "max_segments", "segment_keys", "tile_tokens", "max_pieces"]
-    + ["target_tiles", "min_segments", "most"]
+    + ["target_tiles", "min_segments", "most", "num_branches"]
 )
 def _pieces_kernel(
     cu_seqlens_q,
@@ -171,13 +120,14 @@ def _pieces_kernel(
     target_tiles,
     min_segments,
     most,
+    num_branches,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     row, segment = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_SEGMENTS)
-    num_keys = _num_keys(cu_seqlens_q, seqlens_k, row, num_rows, most)
+    num_keys = num_keys_of(cu_seqlens_q, seqlens_k, row, num_rows, most)
     num_segments = (tl.max(num_keys, axis=0) + segment_keys - 1) // segment_keys
     starts_run = tl.load(segments + segment, mask=segment < num_segments, other=0)
     num_tiles = tl.load(segments + max_segments + segment, mask=segment < num_segments, other=0)
@@ -188,17 +138,26 @@ def _pieces_kernel(
     if tl.sum(starts_run, axis=0) > max_pieces:
         # One run, whose groups are the rows that are together in every segment.
         owner = tl.full([BLOCK_ROWS], BLOCK_ROWS, tl.int32)
-        for first in range(0, num_rows, BLOCK_COLUMNS):
-            other = first + tl.arange(0, BLOCK_COLUMNS)
+        for first in range(0, num_branches, BLOCK_COLUMNS):
+            other = others_of(row, first, num_branches, num_rows, BLOCK_COLUMNS)
             differ = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
             for index in range(num_segments):
                 mine = tl.load(owners + index * num_rows + row, mask=row < num_rows, other=-1)
                 others = tl.load(owners + index * num_rows + other, mask=other < num_rows, other=-2)
-                differ |= (mine[:, None] != others[None, :]).to(tl.int32)
-            owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other[None, :], BLOCK_ROWS), axis=1))
+                differ |= (mine[:, None] != others).to(tl.int32)
+            owner = tl.minimum(owner, tl.min(tl.where(differ == 0, other, BLOCK_ROWS), axis=1))
         owner = tl.where(num_keys > 0, owner, -1)
         tl.store(owners + max_segments * num_rows + row, owner, mask=row < num_rows)
-        number = _num_tiles(owner, cu_seqlens_q, seqlens_k, num_rows, tile_tokens, BLOCK_ROWS, BLOCK_COLUMNS)
+        number = num_tiles_of(
+            owners + max_segments * num_rows,
+            cu_seqlens_q,
+            seqlens_k,
+            num_rows,
+            tile_tokens,
+            num_branches,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
         starts_run = (segment == 0).to(tl.int32)
         length = tl.zeros([BLOCK_SEGMENTS], tl.int32) + num_segments
         num_tiles = tl.zeros([BLOCK_SEGMENTS], tl.int32) + number
@@ -236,7 +195,7 @@ def _pieces_kernel(
     tl.store(counts + 1, num_pieces)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens", "max_tiles", "tile_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "max_tiles", "tile_tokens", "num_branches"])
 def _tiles_kernel(
     cu_seqlens_q,
     seqlens_k,
@@ -246,10 +205,12 @@ def _tiles_kernel(
     tiles,  # [max_tiles, 4]; written
     query_order,  # [max_pieces, tokens]; written
     token_row,  # [tokens]; written
+    begins,  # [max_pieces, rows]: places of the rows' first queries in `query_order`; written
     num_rows,
     num_tokens,
     max_tiles,
     tile_tokens,
+    num_branches,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -259,18 +220,24 @@ def _tiles_kernel(
     num_readers = tl.where(piece < tl.load(counts + 1), num_rows, 0)
     owner_of = owners + tl.load(work + 2 * piece) * num_rows
     owner = tl.load(owner_of + row, mask=row < num_readers, other=-1)
-    num_queries = _num_queries(cu_seqlens_q, seqlens_k, row, num_rows)
-    # Rows by (owner, row): where each begins, and how many queries its group has if it is the first.
-    begin, size = tl.zeros([BLOCK_ROWS], tl.int32), tl.zeros([BLOCK_ROWS], tl.int32)
-    for first in range(0, num_rows, BLOCK_COLUMNS):
-        other = first + tl.arange(0, BLOCK_COLUMNS)
-        other_queries = _num_queries(cu_seqlens_q, seqlens_k, other, num_rows)
+    num_queries = num_queries_of(cu_seqlens_q, seqlens_k, row, num_rows)
+    num_read = tl.where(owner >= 0, num_queries, 0)
+    # Rows by (owner, row): where each begins, and how many queries its group has if it is the first. In front
+    # of a request are those before it in either order.
+    begin, size = tl.cumsum(num_read, 0) - num_read, tl.zeros([BLOCK_ROWS], tl.int32)
+    for first in range(0, num_branches, BLOCK_COLUMNS):
+        other = others_of(row, first, num_branches, num_rows, BLOCK_COLUMNS)
+        other_queries = num_queries_of(cu_seqlens_q, seqlens_k, other, num_rows)
         other_owner = tl.load(owner_of + other, mask=other < num_readers, other=-1)
         other_queries = tl.where(other_owner >= 0, other_queries, 0)
-        later = other_owner[None, :] - owner[:, None]
-        before = (later < 0) | ((later == 0) & (other[None, :] < row[:, None]))
-        begin += tl.sum(tl.where(before, other_queries[None, :], 0), axis=1)
-        size += tl.sum(tl.where(other_owner[None, :] == row[:, None], other_queries[None, :], 0), axis=1)
+        later, is_row_before = other_owner - owner[:, None], other < row[:, None]
+        before = (later < 0) | ((later == 0) & is_row_before)
+        begin += tl.sum(
+            tl.where(before, other_queries, 0) - tl.where(is_row_before, other_queries, 0), axis=1
+        )
+        size += tl.sum(tl.where(other_owner == row[:, None], other_queries, 0), axis=1)
+    tl.store(begins + piece * num_rows + row, begin, mask=row < num_rows)
+    tl.debug_barrier()
 
     number = tl.where(owner == row, (size + tile_tokens - 1) // tile_tokens, 0)
     first_tile = tl.load(work + 2 * piece + 1) + tl.cumsum(number, 0) - number
@@ -286,26 +253,23 @@ def _tiles_kernel(
         tl.store(tiles + first + index, nothing, mask=first + index < max_tiles * 4)
 
     order = query_order + piece.to(tl.int64) * num_tokens
-    for this in range(num_rows):
-        start = tl.load(cu_seqlens_q + this)
-        to = tl.sum(tl.where(row == this, begin, 0), axis=0) - start
-        is_read = tl.max(tl.where(row == this, owner, -1), axis=0) >= 0
-        end = tl.where(is_read, tl.load(cu_seqlens_q + this + 1), start)
-        for first in range(start, end, BLOCK_TOKENS):
-            token = first + index
-            tl.store(order + to + token, token, mask=token < end)
-    num_ordered = tl.sum(tl.where(owner >= 0, num_queries, 0), axis=0)
+    for first in range(0, num_tokens, BLOCK_TOKENS):
+        token = first + index
+        of = row_of(token, cu_seqlens_q, num_rows, BLOCK_ROWS)
+        is_read = (of >= 0) & (of < num_readers) & (token < num_tokens)
+        is_read &= tl.load(owner_of + of, mask=is_read, other=-1) >= 0
+        to = tl.load(begins + piece * num_rows + of, mask=is_read, other=0)
+        to += token - tl.load(cu_seqlens_q + of, mask=is_read, other=0)
+        tl.store(order + to, token, mask=is_read)
+    num_ordered = tl.sum(num_read, axis=0)
     for first in range(num_ordered, num_tokens, BLOCK_TOKENS):
         token = first + index
         tl.store(order + token, tl.full([BLOCK_TOKENS], -1, tl.int32), mask=token < num_tokens)
 
     for first in range(piece * BLOCK_TOKENS, num_tokens, tl.num_programs(0) * BLOCK_TOKENS):
         token = first + index
-        name = tl.full([BLOCK_TOKENS], -1, tl.int32)
-        for this in range(num_rows):
-            start, end = tl.load(cu_seqlens_q + this), tl.load(cu_seqlens_q + this + 1)
-            end = tl.where(tl.load(seqlens_k + this) > 0, end, start)
-            name = tl.where((token >= start) & (token < end), this, name)
+        name = row_of(token, cu_seqlens_q, num_rows, BLOCK_ROWS)
+        name = tl.where(tl.load(seqlens_k + name, mask=name >= 0, other=0) > 0, name, -1)
         tl.store(token_row + token, name, mask=token < num_tokens)
 
 
@@ -340,9 +304,12 @@ def attention_plan(
         num_kv_heads=shape.num_kv_heads,
     )
     owners, segments, work = empty(max_segments + 1, num_rows), empty(2, max_segments), empty(max_pieces, 2)
+    begins, num_branches = empty(max_pieces, num_rows), shape.num_branches or max(1, num_rows)
     most = page_table.shape[1] * page_size
     # Blocks are seldom smaller than these, and every other size would be compiled.
-    rows = dict(BLOCK_ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK_COLUMNS=_BLOCK_COLUMNS)
+    block_rows = max(16, triton.next_power_of_2(num_rows))
+    columns = min(_MOST_COLUMNS, max(1, _MOST_PAIRS // block_rows), triton.next_power_of_2(num_branches))
+    rows = dict(num_branches=num_branches, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=columns)
     _segments_kernel[(max_segments,)](
         page_table,
         page_table.stride(),
@@ -386,6 +353,7 @@ def attention_plan(
         plan.tiles,
         plan.query_order,
         plan.token_row,
+        begins,
         num_rows,
         num_tokens,
         plan.tiles.shape[0],

@@ -8,6 +8,7 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.triton import interpreted
 from blockbatch_kernels.triton.launch import on_device_of_first, programmatic_launch, shared_bytes
+from blockbatch_kernels.triton.quantized import swiglu_fp8
 
 
 # The number of tokens is no reason to compile another version.
@@ -118,6 +119,19 @@ def linear_fp8(
         **programmatic_launch(x.device),
     )
     return out
+
+
+def linear_swiglu_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    static_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One kernel behind the other."""
+    return swiglu_fp8(linear_fp8(x, x_scale, weight, weight_scale, out_dtype=out_dtype))
 
 
 def library_takes(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:

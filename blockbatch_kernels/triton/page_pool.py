@@ -11,12 +11,14 @@ from blockbatch_kernels.structs import PagePool
 
 # Listed positions that a program looks through at a time.
 _PLACES = tl.constexpr(16)
-# Columns of a program that asks which rows must leave their page.
-_COLUMNS = 16
+# Rows and columns of a program that asks which pages are about to be written.
+_ROWS, _COLUMNS = 32, 16
 # Entries that the programs which go through whole lists take at a time.
 _BLOCK = 1024
 _NOT_IN_POOL = tl.constexpr(2**31 - 1)
 _IN_USE = tl.constexpr(-1)
+# Of a page that some row only reads; else the last row that writes it may keep it.
+_NOBODY = tl.constexpr(2**31 - 1)
 
 
 def choose_from_pool(
@@ -38,31 +40,32 @@ def choose_from_pool(
     def empty(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=page_table.device)
 
-    # Of each page: its first place in the list, or one of the two marks above.
-    place, leaving, free = empty(num_pages), empty(entries), empty(num_free)
+    # Of each page: its first place in the list, or one of the two marks above; and who may keep it.
+    place, keeper, written, free = empty(num_pages), empty(num_pages), empty(entries), empty(num_free)
     _places_kernel[(1,)](
         pool.free_pages,
         pool.free_pages.stride(0),
         page_table,
         *page_table.stride(),
         place,
+        keeper,
         num_free,
         num_pages,
         entries,
         num_columns,
         BLOCK=_BLOCK,
     )
-    _leaving_kernel[(triton.cdiv(num_columns, _COLUMNS),)](
+    _written_kernel[triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS)](
         page_table,
         *page_table.stride(),
         *writes,
-        place,
-        leaving,
+        keeper,
+        written,
         num_rows,
         num_columns,
         num_pages,
         page_size,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=_ROWS,
         COLUMNS=_COLUMNS,
     )
     _give_kernel[(1,)](
@@ -71,7 +74,8 @@ def choose_from_pool(
         page_table,
         *page_table.stride(),
         place,
-        leaving,
+        keeper,
+        written,
         free,
         moves,
         num_moves,
@@ -93,6 +97,7 @@ def _places_kernel(
     row_stride,
     column_stride,
     place,
+    keeper,
     num_free,
     num_pages,
     entries,
@@ -102,6 +107,7 @@ def _places_kernel(
     lane = tl.arange(0, BLOCK)
     for first in range(0, num_pages, BLOCK):
         page = first + lane
+        tl.store(keeper + page, tl.full([BLOCK], -1, tl.int32), mask=page < num_pages)
         tl.store(place + page, tl.full([BLOCK], _NOT_IN_POOL, tl.int32), mask=page < num_pages)
     tl.debug_barrier()
     for first in range(0, num_free, BLOCK):
@@ -119,7 +125,7 @@ def _places_kernel(
 
 
 @triton.jit
-def _leaving_kernel(
+def _written_kernel(
     page_table,
     row_stride,
     column_stride,
@@ -130,8 +136,8 @@ def _leaving_kernel(
     write_positions,
     positions_stride,
     place_stride,
-    place,
-    leaving,
+    keeper,
+    written,
     num_rows,
     num_columns,
     num_pages,
@@ -139,15 +145,14 @@ def _leaving_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """leaving [rows, columns]: 0 stays, 1 needs a page, 2 needs a page with the contents of its own."""
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """written [rows, columns]: 0 not at all, 1 whole, or where there is no page, 2 in part."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = row < num_rows
     inside = exists[:, None] & (column < num_columns)[None, :]
     entry = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     page = tl.load(page_table + entry, mask=inside, other=-1)
     is_page = inside & (page >= 0) & (page < num_pages)
-    in_pool = is_page & (tl.load(place + page, mask=is_page, other=_NOT_IN_POOL) != _NOT_IN_POOL)
 
     start = tl.load(write_start + row * start_stride, mask=exists, other=0)[:, None]
     end = tl.load(write_end + row * end_stride, mask=exists, other=0)[:, None]
@@ -162,14 +167,9 @@ def _leaving_kernel(
         touched = inside & (number > 0)
         covered = number == page_size
 
-    left = page != page
-    member = row[:, None]
-    for number in range(num_rows):
-        own = tl.sum(tl.where(member == number, page, 0), 0)
-        users = tl.sum((inside & (page == own[None, :]) & ~left).to(tl.int32), 0)
-        left = left | ((member == number) & touched & (~in_pool | (users > 1)[None, :]))
-    kind = tl.where(left, tl.where(is_page & ~covered, 2, 1), 0)
-    tl.store(leaving + row[:, None] * num_columns + column[None, :], kind, mask=inside)
+    kind = tl.where(touched, tl.where(is_page & ~covered, 2, 1), 0)
+    tl.store(written + row[:, None] * num_columns + column[None, :], kind, mask=inside)
+    tl.atomic_max(keeper + page, tl.where(touched, row[:, None], _NOBODY), mask=is_page)
 
 
 @triton.jit
@@ -180,7 +180,8 @@ def _give_kernel(
     row_stride,
     column_stride,
     place,
-    leaving,
+    keeper,
+    written,
     free,
     moves,
     num_moves,
@@ -192,7 +193,11 @@ def _give_kernel(
     num_columns,
     BLOCK: tl.constexpr,
 ):
-    """The free pages in the order of the list, to the rows one after the other."""
+    """The free pages in the order of the list, to the rows that must leave theirs, one after the other.
+
+    Row after row, one that has left a page no longer shares it. So where all that hold a page write it the
+    last of them stays, and where one only reads it all writers leave.
+    """
     lane = tl.arange(0, BLOCK)
     there = 0
     for first in range(0, num_free, BLOCK):
@@ -206,13 +211,17 @@ def _give_kernel(
     wanted, copied = 0, 0
     for first in range(0, entries, BLOCK):
         index = first + lane
-        kind = tl.load(leaving + index, mask=index < entries, other=0)
+        kind = tl.load(written + index, mask=index < entries, other=0)
+        far = index.to(tl.int64)
+        entry = page_table + far // num_columns * row_stride + far % num_columns * column_stride
+        old = tl.load(entry, mask=kind > 0, other=-1)
+        is_page = (old >= 0) & (old < num_pages)
+        in_pool = tl.load(place + old, mask=is_page, other=_NOT_IN_POOL) != _NOT_IN_POOL
+        keeps = in_pool & (tl.load(keeper + old, mask=is_page, other=_NOBODY) == index // num_columns)
+        kind = tl.where(keeps, 0, kind)
         wants = (kind > 0).to(tl.int32)
         turn = wanted + tl.cumsum(wants, 0) - 1
         gets = (kind > 0) & (turn < there)
-        far = index.to(tl.int64)
-        entry = page_table + far // num_columns * row_stride + far % num_columns * column_stride
-        old = tl.load(entry, mask=gets, other=-1)
         new = tl.load(free + turn, mask=gets, other=-1)
         tl.store(entry, new, mask=gets)
         moved = (gets & (kind == 2)).to(tl.int32)

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.e4m3 import stored_in_e4m3
 from blockbatch_kernels.triton.launch import on_device_of_first
 
 
@@ -57,9 +58,12 @@ def _rope_kv_write_kernel(
     v_cache_strides,
     position_stride,
     slot_stride,
+    k_scale,  # [num_kv_heads], where IN_E4M3
+    v_scale,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     NORMED: tl.constexpr,
+    IN_E4M3: tl.constexpr,  # the caches
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -93,15 +97,24 @@ def _rope_kv_write_kernel(
         )
         target = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
         target += head * k_cache_strides[2] + column * k_cache_strides[3]
+        if IN_E4M3:
+            scale = tl.load(k_scale + head, mask=head < num_kv_heads, other=1.0)
+            first = stored_in_e4m3(first, scale, k_cache.dtype.element_ty)
+            second = stored_in_e4m3(second, scale, k_cache.dtype.element_ty)
         tl.store(target, first, mask=inside)
         tl.store(target + half * k_cache_strides[3], second, mask=inside)
 
         pointer = v + token * v_strides[0] + head * v_strides[1] + column * v_strides[2]
         target = v_cache + page * v_cache_strides[0] + offset * v_cache_strides[1]
         target += head * v_cache_strides[2] + column * v_cache_strides[3]
-        tl.store(target, tl.load(pointer, mask=inside, other=0.0), mask=inside)
-        pointer += half * v_strides[2]
-        tl.store(target + half * v_cache_strides[3], tl.load(pointer, mask=inside, other=0.0), mask=inside)
+        first = tl.load(pointer, mask=inside, other=0.0)
+        second = tl.load(pointer + half * v_strides[2], mask=inside, other=0.0)
+        if IN_E4M3:
+            scale = tl.load(v_scale + head, mask=head < num_kv_heads, other=1.0)
+            first = stored_in_e4m3(first, scale, v_cache.dtype.element_ty)
+            second = stored_in_e4m3(second, scale, v_cache.dtype.element_ty)
+        tl.store(target, first, mask=inside)
+        tl.store(target + half * v_cache_strides[3], second, mask=inside)
 
 
 @on_device_of_first
@@ -119,6 +132,48 @@ def rope_kv_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
+) -> None:
+    where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
+    _launch(q, k, v, *where, None, None, q_norm, k_norm, norm_eps)
+
+
+@on_device_of_first
+def rope_kv_write_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> None:
+    where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
+    _launch(q, k, v, *where, k_scale.contiguous(), v_scale.contiguous(), q_norm, k_norm, norm_eps)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> None:
     tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], head_dim // 2
@@ -154,8 +209,11 @@ def rope_kv_write(
         v_cache.stride(),
         positions.stride(0),
         slot_mapping.stride(0),
+        cos if k_scale is None else k_scale,
+        cos if v_scale is None else v_scale,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         NORMED=q_norm is not None,
+        IN_E4M3=k_scale is not None,
         num_warps=tuning.TRITON_ROPE.num_warps,
     )

@@ -20,14 +20,23 @@ from blockbatch_kernels.tuning.gemm import (
     LM_HEAD_LOGITS_BYTES,
     LM_HEAD_TILES,
     ROTATED_TILES,
+    UNMEASURED_TILES,
     candidates,
     linear_parts,
     linear_rule,
     lm_head_tile,
     name_of,
 )
-from blockbatch_kernels.tuning.gemm_fp8 import FP8_PIECE, LINEAR_FP8_TILES, fp8_candidates, linear_fp8_tile
-from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearTile
+from blockbatch_kernels.tuning.gemm_fp8 import (
+    FP8_PIECE,
+    GATED_FP8_TILES,
+    LINEAR_FP8_TILES,
+    fp8_candidates,
+    fp8_rule,
+    fp8_tile_name,
+    linear_fp8_tile,
+)
+from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile, LinearPart, LinearTile
 from blockbatch_kernels.tuning.triton import (
     TRITON_ATTENTION_PROGRAMS,
     TRITON_COMBINE,
@@ -47,6 +56,7 @@ from blockbatch_kernels.tuning.triton import (
 
 __all__ = [
     "FP8_PIECE",
+    "GATED_FP8_TILES",
     "GATED_TILES",
     "H100",
     "LINEAR_FP8_TILES",
@@ -67,8 +77,11 @@ __all__ = [
     "TRITON_ROPE",
     "UNIT_INTEGERS",
     "UNIT_KEYS",
+    "UNMEASURED_TILES",
     "AttentionShape",
     "DeviceKind",
+    "Fp8Row",
+    "Fp8Tile",
     "LinearPart",
     "LinearTile",
     "TritonAttention",
@@ -80,6 +93,8 @@ __all__ = [
     "candidates",
     "device_kind",
     "fp8_candidates",
+    "fp8_rule",
+    "fp8_tile_name",
     "linear_fp8_tile",
     "linear_parts",
     "linear_rule",

@@ -29,6 +29,10 @@ class AttentionShape(NamedTuple):
     block_tokens: int = 0  # tokens of a block of a unit's tile; 0: no units are planned
     processors: int = 0  # that share the units
     max_slack: int = 0  # units beyond an equal share that a processor takes if this keeps tiles apart
+    num_branches: int = 0  # rows of a request, which alone are compared; 0: all rows with each other
+
+    def request_of(self, row: int) -> int:
+        return row // self.num_branches if self.num_branches else 0
 
     def max_units(self, num_tokens: int, num_rows: int, page_size: int) -> int:
         """Records of a plan's units; 0: none are planned."""

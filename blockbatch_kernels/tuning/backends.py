@@ -9,6 +9,7 @@ from blockbatch_kernels.tuning.records import BackendRow
 _POLICY_LIMITS = {"cuda": {"num_branches": 32, "num_eos_tokens": 32}}
 _LIMITS: dict[str, dict[str, dict[str, int]]] = {
     "varlen_attention": {"cuda": {"head_dim": MAX_HEAD_DIM}, "triton": {"head_dim": MAX_HEAD_DIM}},
+    "varlen_attention_fp8": {"cuda": {"head_dim": MAX_HEAD_DIM}, "triton": {"head_dim": MAX_HEAD_DIM}},
     "initial_plan": _POLICY_LIMITS,
     "decode_policy": _POLICY_LIMITS,
     "copy_pages": {"cuda": {"num_branches": 32}},
@@ -28,6 +29,7 @@ DEFAULTS = (
     BackendRow("rope_kv_write", _CUDA_FIRST, "ops.json: rope_kv_write"),
     BackendRow("linear_rope_kv_write", _CUDA_FIRST, "ops_rotated.json: linear_rope_kv_write"),
     BackendRow("lm_head_confidence", _CUDA_FIRST, "ops.json: lm_head_confidence"),
+    BackendRow("lm_head_sample", ("triton", "cuda"), "ops_lm_head.json: lm_head_sample"),
     BackendRow("pack_windows", _CUDA_FIRST, "ops.json: pack_windows"),
     BackendRow("decode_policy", _CUDA_FIRST, "ops.json: decode_policy"),
     BackendRow("attention_plan", _CUDA_FIRST, "ops.json: attention_plan"),
@@ -40,9 +42,11 @@ _ORDER = {row.op: row.order for row in DEFAULTS}
 def preference(op: str, **sizes: int) -> tuple[str, ...]:
     """The compiled backends that take `op` in these sizes, fastest first. A size not given is no obstacle."""
     order = _ORDER.get(op, _CUDA_FIRST)
-    if op == "varlen_attention" and not cuda_attention_is_faster(**sizes):
+    if op in ("varlen_attention", "varlen_attention_fp8") and not cuda_attention_is_faster(**sizes):
         order = ("triton", "cuda")
-    limits = _LIMITS.get(op, {})
+    limits = _LIMITS.get(op)
+    if limits is None:
+        return order
     return tuple(
         name
         for name in order

@@ -8,6 +8,8 @@ import functools
 from blockbatch_kernels.tuning import rows
 from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearRow, LinearTile, LmHeadRow
 
+# Compiled, and waiting to be measured beside the others: until then no product takes them.
+UNMEASURED_TILES = (LinearTile(256, 64, split_k=2),)
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
@@ -55,20 +57,28 @@ _MIN_SPLIT_IN_FEATURES = 1024
 _MIN_FILL = {1: 0.7, 2: 0.9}
 
 
-def tiles_of(gated: bool) -> tuple[LinearTile, ...]:
-    """The compiled tiles of a product."""
-    return GATED_TILES if gated else LINEAR_TILES
+def tiles_of(gated: bool, *, unmeasured: bool = False) -> tuple[LinearTile, ...]:
+    """The tiles of a product, with those that wait to be measured or without."""
+    if gated:
+        return GATED_TILES
+    return (*LINEAR_TILES, *UNMEASURED_TILES) if unmeasured else LINEAR_TILES
 
 
 def candidates(
-    num_tokens: int, out_features: int, in_features: int, *, gated: bool, device_kind: DeviceKind = H100
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    gated: bool,
+    device_kind: DeviceKind = H100,
+    unmeasured: bool = False,
 ) -> dict[str, tuple[LinearPart, ...]]:
     """Every way to compute a product, by name: "cublas" and the launches of each tile that takes it.
 
     A name says tokens x rows of the tile, and with " + " the tile for what is left of a last wave.
     """
     ways: list[tuple[LinearPart, ...]] = []
-    tiles = tiles_of(gated)
+    tiles = tiles_of(gated, unmeasured=unmeasured)
     takes = 1 <= num_tokens and out_features > 0 and out_features % 8 == 0 and in_features % 8 == 0
     for tile in tiles if takes else ():
         if num_tokens > tile.tokens or (tile.split_k > 1 and in_features < _MIN_SPLIT_IN_FEATURES):

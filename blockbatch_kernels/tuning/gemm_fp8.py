@@ -4,45 +4,123 @@ from __future__ import annotations
 
 import functools
 
-from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearTile
+from blockbatch_kernels.tuning import rows_fp8
+from blockbatch_kernels.tuning.gemm import measured_at
+from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile
 
-# csrc/gemm/linear_fp8.cu compiles these.
-LINEAR_FP8_TILES = (
-    *(LinearTile(tokens, rows) for tokens in (16, 32, 64, 128) for rows in (64, 128, 192)),
-    *(LinearTile(tokens, 64, split_k=2) for tokens in (16, 32, 64, 128)),
-    LinearTile(128, 128, split_k=2),
-    *(LinearTile(256, rows, multicast=2) for rows in (64, 128, 192)),
+# One launch for at most so many tokens, each tile to a processor of its own: csrc/gemm/linear_fp8.cu.
+_FEW = (
+    *(Fp8Tile(tokens, rows) for tokens in (16, 32, 64, 128) for rows in (64, 128, 192)),
+    *(Fp8Tile(tokens, 64, split_k=2) for tokens in (16, 32, 64, 128)),
+    Fp8Tile(128, 128, split_k=2),
+    *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
+)
+_FEW_SHARING = (
+    *(Fp8Tile(tokens, rows, x_multicast=2) for tokens in (64, 128) for rows in (64, 128, 192)),
+    *(Fp8Tile(tokens, 64, split_k=2, x_multicast=2) for tokens in (64, 128)),
+    Fp8Tile(128, 128, split_k=2, x_multicast=2),
+    *(Fp8Tile(256, rows, multicast=2, x_multicast=2) for rows in (64, 128, 192)),
+    Fp8Tile(128, 128, split_k=4),
+    *(Fp8Tile(256, 128, split_k=2, multicast=2, x_multicast=count) for count in (1, 2)),
+)
+# csrc/gemm/linear_fp8_waves.cu, with and without the activation.
+_WAVES = (
+    *(
+        Fp8Tile(tokens * multicast, rows, multicast=multicast, x_multicast=3 - multicast, waves=True)
+        for tokens, rows in ((128, 128), (128, 192), (160, 128), (192, 128))
+        for multicast in (1, 2)
+    ),
+    Fp8Tile(256, 192, multicast=2, x_multicast=2, waves=True),
+    Fp8Tile(320, 128, multicast=2, x_multicast=2, waves=True),
+)
+LINEAR_FP8_TILES = (*_FEW, *_FEW_SHARING, *_WAVES)
+# With the activation in the same kernel: csrc/gemm/linear_swiglu_fp8.cu.
+GATED_FP8_TILES = (
+    *(Fp8Tile(tokens, 192) for tokens in (16, 32, 64, 128)),
+    Fp8Tile(64, 192, x_multicast=2),
+    Fp8Tile(128, 128, x_multicast=2),
+    Fp8Tile(128, 192, x_multicast=2),
+    Fp8Tile(256, 192, multicast=2),
+    Fp8Tile(256, 192, multicast=2, x_multicast=2),
+    *_WAVES,
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
 FP8_PIECE = 1 << 24
-_MOST_TOKENS = max(tile.tokens for tile in LINEAR_FP8_TILES)
+_MOST_TOKENS = max(tile.tokens for tile in _FEW)
 # A launch that fills no processor, and a sum too short to be shared, are not worth a tile.
 _MIN_OUT_FEATURES, _MIN_SPLIT_IN_FEATURES = 1024, 2048
+# Waves of tiles: what fits into one is better off with a tile of its own.
+_MIN_WAVES_TOKENS = 129
 
 
-def fp8_candidates(num_tokens: int, out_features: int, in_features: int) -> tuple[LinearTile, ...]:
-    """The compiled tiles that take the product."""
+def fp8_tile_name(tile: Fp8Tile) -> str:
+    """Tokens x rows, and what is shared, such as "256x192 multicast 2 waves"."""
+    counts = {name: getattr(tile, name) for name in ("split_k", "multicast", "x_multicast")}
+    shared = "".join(f" {name} {count}" for name, count in counts.items() if count > 1)
+    return f"{tile.tokens}x{tile.rows}{shared}{' waves' if tile.waves else ''}"
+
+
+def fp8_candidates(
+    num_tokens: int, out_features: int, in_features: int, *, gated: bool = False
+) -> tuple[Fp8Tile, ...]:
+    """The compiled tiles that take the product; `gated`: so many gates and as many ups, then SwiGLU."""
     if num_tokens < 1 or out_features < 1 or out_features % 8 or in_features < 1 or in_features % 16:
         return ()
-    tokens = min((tile.tokens for tile in LINEAR_FP8_TILES if tile.tokens >= num_tokens), default=None)
+    tiles = GATED_FP8_TILES if gated else LINEAR_FP8_TILES
+    rooms = (tile.tokens for tile in tiles if not tile.waves and tile.tokens >= num_tokens)
+    tokens = min(rooms, default=None)
     return tuple(
         tile
-        for tile in LINEAR_FP8_TILES
-        if tile.tokens == tokens and (tile.split_k == 1 or in_features >= _MIN_SPLIT_IN_FEATURES)
+        for tile in tiles
+        if (num_tokens >= _MIN_WAVES_TOKENS if tile.waves else tile.tokens == tokens)
+        and (tile.split_k == 1 or in_features >= _MIN_SPLIT_IN_FEATURES)
     )
 
 
 @functools.cache
 def linear_fp8_tile(
-    num_tokens: int, out_features: int, in_features: int, *, device_kind: DeviceKind = H100
-) -> LinearTile | None:
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    gated: bool = False,
+    device_kind: DeviceKind = H100,
+) -> Fp8Tile | None:
     """The tile of a product; None: nothing takes the sizes, or the library is to compute.
 
-    A rule: the tile whose processors have the least to do, over all waves; of equals the largest.
+    With `gated` of the product with the activation behind it, for `out_features` gates and as many ups; None:
+    the activation is to be a kernel of its own. Sizes that were measured on the kind of device are looked up
+    in `rows_fp8`; a rule serves all others.
+    """
+    row = _row_of(out_features, in_features, gated, device_kind)
+    if row is not None and num_tokens >= 1:
+        _, name = measured_at(row.choices, num_tokens)
+        return _tiles_by_name(gated).get(name)
+    return None if gated else fp8_rule(num_tokens, out_features, in_features, device_kind=device_kind)
+
+
+@functools.cache
+def _tiles_by_name(gated: bool) -> dict[str, Fp8Tile]:
+    return {fp8_tile_name(tile): tile for tile in (GATED_FP8_TILES if gated else LINEAR_FP8_TILES)}
+
+
+@functools.cache
+def _row_of(out_features: int, in_features: int, gated: bool, device_kind: DeviceKind) -> Fp8Row | None:
+    sizes = out_features, in_features, gated
+    found = rows_fp8.PRODUCTS.get(device_kind, ())
+    return next((row for row in found if (row.out_features, row.in_features, row.gated) == sizes), None)
+
+
+def fp8_rule(
+    num_tokens: int, out_features: int, in_features: int, *, device_kind: DeviceKind = H100
+) -> Fp8Tile | None:
+    """`linear_fp8_tile` of sizes not measured.
+
+    The tile whose processors have the least to do, over all waves; of equals the largest.
     """
     if num_tokens > _MOST_TOKENS or out_features < _MIN_OUT_FEATURES:
         return None
-    ways = fp8_candidates(num_tokens, out_features, in_features)
+    ways = [tile for tile in fp8_candidates(num_tokens, out_features, in_features) if tile in _FEW]
     best = min(ways, key=lambda tile: _cost(tile, out_features, device_kind), default=None)
     # Pairs that share tokens are slower than the library in their second wave (fp8_step.json, gate and up of
     # 252 tokens).
@@ -51,11 +129,11 @@ def linear_fp8_tile(
     return best
 
 
-def _ctas(tile: LinearTile, out_features: int) -> int:
+def _ctas(tile: Fp8Tile, out_features: int) -> int:
     return -(-out_features // tile.rows) * tile.split_k * tile.multicast
 
 
-def _cost(tile: LinearTile, out_features: int, device_kind: DeviceKind) -> tuple[float, int]:
+def _cost(tile: Fp8Tile, out_features: int, device_kind: DeviceKind) -> tuple[float, int]:
     """Rows that a processor works on, one wave after the other; half of a sum counts as half of its rows.
 
     A tile of 64 rows computes no faster than one of 96: one warpgroup alone waits for its own additions.

@@ -25,6 +25,17 @@ class LinearTile(NamedTuple):
     multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
 
 
+class Fp8Tile(NamedTuple):
+    """How the extension's product in e4m3 is cut; csrc/gemm/linear*fp8*.cu compile these."""
+
+    tokens: int  # room for tokens in a tile; with waves: in the tile of a group of `multicast`
+    rows: int  # of the weight in a tile
+    split_k: int = 1  # processors that share the sum of a tile
+    multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
+    x_multicast: int = 1  # processors that share one read of the tokens, each for rows of its own
+    waves: bool = False  # processors go from tile to tile, over any number of tokens
+
+
 class LinearPart(NamedTuple):
     """Neighbouring features of a product that one launch computes."""
 
@@ -40,6 +51,16 @@ class LinearRow(NamedTuple):
     in_features: int
     gated: bool
     choices: tuple[tuple[int, str], ...]  # tokens, ascending, and a name of `candidates`
+
+
+class Fp8Row(NamedTuple):
+    """A product in e4m3 with one weight, by tokens."""
+
+    result: str  # file in bench/results and the key in it, which the tokens end
+    out_features: int
+    in_features: int
+    gated: bool
+    choices: tuple[tuple[int, str], ...]  # tokens, ascending, and a name of `fp8_candidates`
 
 
 class LmHeadRow(NamedTuple):

@@ -74,6 +74,9 @@ void check_attention(const AttentionParams& params) {
   check_at_least(kOp, "page_size", params.page_size, 1);
   check_at_least(kOp, "tile_tokens", params.tile_tokens, 1);
   check_at_least(kOp, "max_pieces", params.max_pieces, 1);
+  if ((params.k_scale == nullptr) != (params.v_scale == nullptr)) {
+    refuse(kOp, "k_scale and v_scale: expected both or none, got one");
+  }
   if (params.head_dim > kMaxHeadDim) {
     refuse(kOp, "head_dim: expected at most " + std::to_string(kMaxHeadDim) + ", got " +
                     std::to_string(params.head_dim));
@@ -93,7 +96,7 @@ void varlen_attention(const AttentionParams& params, const Launch& launch) {
   if (attention_sm90_serves(params, launch)) {
     if (params.max_units > 0) return attention_stream_k(params, launch);
     attention_sm90(params, launch);
-  } else if (attention_mma_serves(params)) {
+  } else if (params.k_scale == nullptr && attention_mma_serves(params)) {
     attention_mma(params, launch);
   } else {
     attention_plain(params, launch);

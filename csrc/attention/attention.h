@@ -36,6 +36,7 @@ struct AttentionPlanParams {
   int max_units;
   int num_kv_heads;
   int max_slack;
+  int num_branches;  // rows of a request, which alone are compared; 0: all rows
 };
 
 // Number of 32-bit integers that a plan needs as workspace.
@@ -70,6 +71,8 @@ struct AttentionParams {
   const void* q;        // [num_tokens, num_heads, head_dim]
   const void* k_cache;  // [pages, page_size, num_kv_heads, head_dim]
   const void* v_cache;
+  const float* k_scale;  // [num_kv_heads]: the caches hold e4m3, to be multiplied by these; null: they do not
+  const float* v_scale;
   void* out;  // [num_tokens, num_heads, head_dim], contiguous, written
   // [max_pieces, num_tokens, num_heads, head_dim], unused with one piece; or attention_even_partials(...)
   float* partial_out;
@@ -107,7 +110,7 @@ struct AttentionParams {
   int max_units;       // records of `units`; 0: the plan has none
   int num_processors;  // that share the units
   float softmax_scale;
-  DType dtype;        // of q, the caches and out
+  DType dtype;        // of q, of out, and of the caches unless they hold e4m3
   bool programmatic;  // wait on the device for the kernel before, instead of being launched after it
 };
 

@@ -1,6 +1,9 @@
 // Attention for what the tensor cores do not take: fp32, any head_dim up to 256, any alignment. fp32
 // arithmetic throughout; a lane holds one key for the scores and a slice of head_dim for the output.
+#include <type_traits>
+
 #include "attention/work_tiles.cuh"
+#include "common/e4m3.cuh"
 
 namespace bbk {
 namespace {
@@ -34,8 +37,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// kSlices: multiples of 32 that cover head_dim.
-template <typename T, int kSlices>
+// kSlices: multiples of 32 that cover head_dim. C: elements of the caches.
+template <typename T, typename C, int kSlices>
 __global__ void __launch_bounds__(kThreads)
     attention_plain_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ float4 shared[];
@@ -57,12 +60,18 @@ __global__ void __launch_bounds__(kThreads)
     const WorkTile work = read_work_tile(params, index, kWorkTileRows);
     if (work.num_rows == 0) continue;
 
+    float scale = params.softmax_scale;
+    float value_scale = 1.0f;
+    if constexpr (std::is_same_v<C, E4m3>) {
+      scale *= params.k_scale[work.kv_head];
+      value_scale = params.v_scale[work.kv_head];
+    }
     __syncthreads();  // the work tile before still reads its queries
     for (int row = warp; row < work.num_rows; row += kWarps) {
       const int2 source = token_and_head(params, work, row);
       const T* from = q + source.x * params.q_token_stride + source.y * params.q_head_stride;
       for (int d = lane; d < width; d += 32) {
-        queries[row * width + d] = d < head_dim ? to_float(from[d]) * params.softmax_scale : 0.0f;
+        queries[row * width + d] = d < head_dim ? to_float(from[d]) * scale : 0.0f;
       }
     }
 
@@ -76,16 +85,16 @@ __global__ void __launch_bounds__(kThreads)
     }
 
     const int32_t* pages = params.page_table + work.row * params.page_table_stride;
-    const T* k_cache = static_cast<const T*>(params.k_cache) + work.kv_head * params.k_head_stride;
-    const T* v_cache = static_cast<const T*>(params.v_cache) + work.kv_head * params.v_head_stride;
+    const C* k_cache = static_cast<const C*>(params.k_cache) + work.kv_head * params.k_head_stride;
+    const C* v_cache = static_cast<const C*>(params.v_cache) + work.kv_head * params.v_head_stride;
     for (int key0 = work.key_start; key0 < work.key_end; key0 += kKeys) {
       const int num_keys = min(kKeys, work.key_end - key0);
       __syncthreads();
       for (int key = warp; key < num_keys; key += kWarps) {
         const int64_t page = pages[(key0 + key) / params.page_size];
         const int offset = (key0 + key) % params.page_size;
-        const T* k = k_cache + page * params.k_page_stride + offset * params.k_token_stride;
-        const T* v = v_cache + page * params.v_page_stride + offset * params.v_token_stride;
+        const C* k = k_cache + page * params.k_page_stride + offset * params.k_token_stride;
+        const C* v = v_cache + page * params.v_page_stride + offset * params.v_token_stride;
         for (int d = lane; d < width; d += 32) {
           keys[key * stride + d] = d < head_dim ? to_float(k[d]) : 0.0f;
           values[key * width + d] = d < head_dim ? to_float(v[d]) : 0.0f;
@@ -155,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kSlices; ++j) {
         const int d = lane + 32 * j;
         if (d >= head_dim) continue;
-        const float result = out[r][j] / sum[r];
+        const float result = out[r][j] / sum[r] * value_scale;
         if (direct) {
           static_cast<T*>(params.out)[place * head_dim + d] = from_float<T>(result);
         } else {
@@ -166,12 +175,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int kSlices>
+template <typename T, typename C, int kSlices>
 void launch_plain(const AttentionParams& params, const Launch& launch) {
-  constexpr auto kKernel = attention_plain_kernel<T, kSlices>;
+  constexpr auto kKernel = attention_plain_kernel<T, C, kSlices>;
   const int bytes = shared_bytes(params.head_dim);
   const dim3 grid = persistent_grid<kKernel>(kOp, launch, params, kThreads, bytes, kWorkTileRows);
   launch_kernel<kKernel>(kOp, launch, {grid, kThreads, bytes, params.programmatic}, params);
+}
+
+template <typename T, typename C>
+void launch_plain(const AttentionParams& params, const Launch& launch) {
+  if (params.head_dim <= 64) return launch_plain<T, C, 2>(params, launch);
+  if (params.head_dim <= 128) return launch_plain<T, C, 4>(params, launch);
+  launch_plain<T, C, 8>(params, launch);
 }
 
 }  // namespace
@@ -179,9 +195,8 @@ void launch_plain(const AttentionParams& params, const Launch& launch) {
 void attention_plain(const AttentionParams& params, const Launch& launch) {
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     using T = decltype(zero);
-    if (params.head_dim <= 64) return launch_plain<T, 2>(params, launch);
-    if (params.head_dim <= 128) return launch_plain<T, 4>(params, launch);
-    launch_plain<T, 8>(params, launch);
+    if (params.k_scale != nullptr) return launch_plain<T, E4m3>(params, launch);
+    launch_plain<T, T>(params, launch);
   });
 }
 

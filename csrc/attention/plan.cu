@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
     attention_plan_kernel(const __grid_constant__ AttentionPlanParams params, bool in_shared_memory,
                           int64_t workspace_size) {
   extern __shared__ int shared_workspace[];
-  __shared__ int scratch;
+  __shared__ PlanScratch scratch;
   int* workspace = in_shared_memory ? shared_workspace : params.workspace + blockIdx.x * workspace_size;
   Planner planner(params, workspace, Group(), &scratch);
   if (blockIdx.x == 0) {
@@ -43,6 +43,7 @@ void check_plan(const AttentionPlanParams& params) {
   check_at_least(kOp, "max_segments", params.max_segments, 0);
   check_at_least(kOp, "max_pieces", params.max_pieces, 1);
   check_at_least(kOp, "min_segments", params.min_segments, 1);
+  check_at_least(kOp, "num_branches", params.num_branches, 0);
   if (params.block_tokens > 0) {
     check_at_least(kOp, "processors", params.processors, 1);
     check_at_least(kOp, "num_kv_heads", params.num_kv_heads, 1);
@@ -72,7 +73,8 @@ void attention_plan(const AttentionPlanParams& params, const Launch& launch) {
 
 void attention_plan_on_host(const AttentionPlanParams& params) {
   check_plan(params);
-  Planner planner(params, params.workspace, Group(), nullptr);
+  PlanScratch scratch;
+  Planner planner(params, params.workspace, Group(), &scratch);
   planner.plan_tiles();
   if (params.block_tokens > 0) planner.plan_units();
 }

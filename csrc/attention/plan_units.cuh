@@ -175,13 +175,22 @@ class UnitPlanner {
     return ~0ull >> (64 - (last - first)) << (first - start);
   }
 
-  // Whether the part's tile alone reads its keys of the segment.
+  // Whether the part's tile alone reads its keys of the segment. Parts of a request stand together.
   __host__ __device__ bool is_read_once(int part, int segment) const {
-    for (int other = 0; other < parts_; ++other) {
-      if (part_tile_[other] != part_tile_[part] && owner(other, segment) == owner(part, segment))
-        return false;
+    const auto reads_too = [&](int other) {
+      return part_tile_[other] != part_tile_[part] && owner(other, segment) == owner(part, segment);
+    };
+    for (int other = part - 1; other >= 0 && of_one_request(other, part); --other) {
+      if (reads_too(other)) return false;
+    }
+    for (int other = part + 1; other < parts_ && of_one_request(other, part); ++other) {
+      if (reads_too(other)) return false;
     }
     return true;
+  }
+
+  __host__ __device__ bool of_one_request(int a, int b) const {
+    return p_.num_branches == 0 || part_row_[a] / p_.num_branches == part_row_[b] / p_.num_branches;
   }
 
   __host__ __device__ void write() const {

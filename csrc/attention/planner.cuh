@@ -9,22 +9,24 @@ namespace bbk {
 // Arrays between the steps of a plan. R rows, S segments, P pieces at most; a run is a stretch of segments
 // with the same groups of rows, so there are no more runs than pieces.
 struct Workspace {
-  int* queries;      // [R] queries of a row; 0 where it takes no part
-  int* length;       // [R] keys of a row; 0 where it takes no part
-  int* owner;        // [S, R] first row that reads the same pages; -1 where the row does not reach
-  int* changed;      // [S] whether the groups differ from those of the segment before
-  int* run_start;    // [P + 1] first segment, and behind the last run the number of segments
-  int* run_tiles;    // [P] tiles in each piece of the run
-  int* run_queries;  // [P] queries in each piece of the run
-  int* row_offset;   // [P, R] place of a row's first query in query_order
-  int* group_size;   // [P, R] queries of the group at its first row, 0 at other rows
-  int* group_tile;   // [P, R] tiles of the groups before
-  int* piece_run;    // [P]
-  int* piece_start;  // [P] segments
-  int* piece_end;    // [P]
-  int* piece_tile;   // [P] tiles of the pieces before
-  int* totals;       // [3] runs, pieces, tiles
-  int* units;        // UnitPlanner's
+  int* queries;         // [R] queries of a row; 0 where it takes no part
+  int* length;          // [R] keys of a row; 0 where it takes no part
+  int* owner;           // [S, R] first row of the request that reads the same pages; -1 where none is reached
+  int* changed;         // [S] whether the groups differ from those of the segment before
+  int* run_start;       // [P + 1] first segment, and behind the last run the number of segments
+  int* run_tiles;       // [P] tiles in each piece of the run
+  int* run_queries;     // [P] queries in each piece of the run
+  int* row_offset;      // [P, R] place of a row's first query in query_order
+  int* group_size;      // [P, R] queries of the group at its first row, 0 at other rows
+  int* group_tile;      // [P, R] tiles of the groups before
+  int* queries_before;  // [P, R] queries of the requests before, a request each
+  int* tiles_before;    // [P, R] and tiles
+  int* piece_run;       // [P]
+  int* piece_start;     // [P] segments
+  int* piece_end;       // [P]
+  int* piece_tile;      // [P] tiles of the pieces before
+  int* totals;          // [3] runs, pieces, tiles
+  int* units;           // UnitPlanner's
 
   __host__ __device__ Workspace(int* memory, int64_t rows, int64_t segments, int64_t max_pieces) {
     auto take = [&memory](int64_t size) {
@@ -42,6 +44,8 @@ struct Workspace {
     row_offset = take(max_pieces * rows);
     group_size = take(max_pieces * rows);
     group_tile = take(max_pieces * rows);
+    queries_before = take(max_pieces * rows);
+    tiles_before = take(max_pieces * rows);
     piece_run = take(max_pieces);
     piece_start = take(max_pieces);
     piece_end = take(max_pieces);
@@ -51,19 +55,27 @@ struct Workspace {
   }
 
   static int64_t size(int64_t rows, int64_t segments, int64_t max_pieces) {
-    return (2 + segments + 3 * max_pieces) * rows + segments + 7 * max_pieces + 4;
+    return (2 + segments + 5 * max_pieces) * rows + segments + 7 * max_pieces + 4;
   }
+};
+
+// What all threads see at once.
+struct PlanScratch {
+  int lowest;
+  int sums[2][kMaxTeams];
 };
 
 class Planner {
  public:
   __host__ __device__ Planner(const AttentionPlanParams& params, int* memory, const Group& group,
-                              int* scratch)
+                              PlanScratch* scratch)
       : p_(params),
         w_(memory, params.num_rows, params.max_segments, params.max_pieces),
         group_(group),
         scratch_(scratch),
         rows_(params.num_rows),
+        branches_(params.num_branches > 0 ? params.num_branches : larger(params.num_rows, 1)),
+        requests_(ceil_div(params.num_rows, branches_)),
         segment_keys_(params.segment_pages * params.page_size) {}
 
   __host__ __device__ void plan_tiles() {
@@ -80,7 +92,7 @@ class Planner {
   __host__ __device__ void plan_units() {
     read_rows();
     find_owners();
-    UnitPlanner(p_, w_.units, w_.owner, w_.length, segments_, group_, scratch_).run();
+    UnitPlanner(p_, w_.units, w_.owner, w_.length, segments_, group_, &scratch_->lowest).run();
   }
 
  private:
@@ -100,18 +112,24 @@ class Planner {
       w_.length[row] = takes_part ? length : 0;
       most = larger(most, ceil_div(w_.length[row], segment_keys_));
     });
-    segments_ = -group_.lowest(-most, scratch_);
+    segments_ = -group_.lowest(-most, &scratch_->lowest);
   }
 
   __host__ __device__ void write_token_rows() const {
     for_each(p_.num_tokens, [&](int token) { p_.token_row[token] = -1; });
     group_.sync();
-    for (int row = 0; row < rows_; ++row) {
+    for (int row = group_.team(); row < rows_; row += group_.num_teams()) {
       const int first = p_.cu_seqlens_q[row];
       const int end = smaller(p_.num_tokens, first + w_.queries[row]);
-      for (int token = first + group_.rank(); token < end; token += group_.size()) p_.token_row[token] = row;
+      for (int token = first + group_.lane(); token < end; token += group_.num_lanes()) {
+        p_.token_row[token] = row;
+      }
     }
   }
+
+  // Rows of a request stand together: [first, behind) of a row's.
+  __host__ __device__ int first_row(int row) const { return row / branches_ * branches_; }
+  __host__ __device__ int row_behind(int row) const { return smaller(first_row(row) + branches_, rows_); }
 
   // The key behind the last one that a row reads in a segment, or the segment's start or less.
   __host__ __device__ int end_in_segment(int row, int segment) const {
@@ -127,7 +145,7 @@ class Planner {
         const int first_page = segment * p_.segment_pages;
         const int num_pages = smaller(p_.pages_per_row, ceil_div(end, p_.page_size)) - first_page;
         const int32_t* pages = p_.page_table + row * p_.page_table_stride + first_page;
-        for (owner = 0; owner < row; ++owner) {
+        for (owner = first_row(row); owner < row; ++owner) {
           if (end_in_segment(owner, segment) != end) continue;
           const int32_t* others = p_.page_table + owner * p_.page_table_stride + first_page;
           int same = 0;
@@ -141,11 +159,11 @@ class Planner {
   }
 
   __host__ __device__ void find_runs() {
-    for_each(segments_, [&](int segment) {
-      bool changed = segment == 0;
-      const int* owner = w_.owner + segment * rows_;
-      for (int row = 0; row < rows_ && !changed; ++row) changed = owner[row] != (owner - rows_)[row];
-      w_.changed[segment] = changed;
+    for_each(segments_, [&](int segment) { w_.changed[segment] = segment == 0; });
+    group_.sync();
+    for_each((segments_ - 1) * rows_, [&](int index) {
+      if (w_.owner[index + rows_] == w_.owner[index]) return;
+      group_.set_bits(reinterpret_cast<uint32_t*>(&w_.changed[index / rows_ + 1]), 1);
     });
     group_.sync();
     if (group_.rank() == 0) {
@@ -169,7 +187,7 @@ class Planner {
     for_each(rows_, [&](int row) {
       int owner = -1;
       if (w_.queries[row] > 0) {
-        for (owner = 0; owner < row; ++owner) {
+        for (owner = first_row(row); owner < row; ++owner) {
           if (w_.queries[owner] == 0) continue;
           int segment = 0;
           while (segment < segments_ &&
@@ -195,9 +213,9 @@ class Planner {
   __host__ __device__ void lay_out_runs() {
     for_each(runs_ * rows_, [&](int index) {
       const int row = index % rows_;
-      const int* owner = w_.owner + w_.run_start[index / rows_] * rows_;
-      int before = 0, size = 0;
-      for (int other = 0; other < rows_; ++other) {
+      const int* owner = owner_of_run(index / rows_);
+      int before = 0, size = 0;  // of the request
+      for (int other = first_row(row); other < row_behind(row); ++other) {
         if (owner[other] < 0) continue;
         const bool same = owner[other] == owner[row];
         if (owner[other] < owner[row] || (same && other < row)) before += w_.queries[other];
@@ -207,20 +225,48 @@ class Planner {
       w_.group_size[index] = owner[row] == row ? size : 0;
     });
     group_.sync();
-    for_each(runs_ * rows_, [&](int index) {
-      const int run = index / rows_, row = index % rows_;
+    for_each(runs_ * requests_, [&](int index) {
+      const int run = index / requests_, first = index % requests_ * branches_;
       int tiles = 0, queries = 0;
-      for (int other = 0; other < row; ++other) {
-        queries += w_.group_size[run * rows_ + other];
-        tiles += ceil_div(w_.group_size[run * rows_ + other], p_.tile_tokens);
+      for (int row = first; row < row_behind(first); ++row) {
+        w_.group_tile[run * rows_ + row] = tiles;
+        queries += w_.group_size[run * rows_ + row];
+        tiles += ceil_div(w_.group_size[run * rows_ + row], p_.tile_tokens);
       }
-      w_.group_tile[index] = tiles;
-      if (row == rows_ - 1) {
-        w_.run_tiles[run] = tiles + ceil_div(w_.group_size[index], p_.tile_tokens);
-        w_.run_queries[run] = queries + w_.group_size[index];
-      }
+      w_.queries_before[index] = queries;
+      w_.tiles_before[index] = tiles;
     });
     group_.sync();
+    for (int run = 0; run < runs_; ++run) {
+      const int queries = add_up(w_.queries_before + run * requests_, scratch_->sums[0]);
+      const int tiles = add_up(w_.tiles_before + run * requests_, scratch_->sums[1]);
+      if (group_.rank() == 0) w_.run_queries[run] = queries, w_.run_tiles[run] = tiles;
+    }
+    group_.sync();
+    for_each(runs_ * rows_, [&](int index) {
+      const int request = index / rows_ * requests_ + index % rows_ / branches_;
+      w_.row_offset[index] += w_.queries_before[request];
+      w_.group_tile[index] += w_.tiles_before[request];
+    });
+    group_.sync();
+  }
+
+  __host__ __device__ const int* owner_of_run(int run) const { return w_.owner + w_.run_start[run] * rows_; }
+
+  // Group: turns a number for each request into the sum of those before it; returns the sum of all. Between
+  // two calls with the same sums stands one with others.
+  __host__ __device__ int add_up(int* numbers, int* sums) const {
+    int before = 0;
+    for (int base = 0; base < requests_; base += group_.size()) {
+      const int request = base + group_.rank();
+      int total = 0;
+      const int own = request < requests_ ? numbers[request] : 0;
+      const int below = before + group_.sum_below(own, sums, &total);
+      if (request < requests_) numbers[request] = below;
+      before += total;
+      group_.sync();
+    }
+    return before;
   }
 
   __host__ __device__ int run_length(int run) const { return w_.run_start[run + 1] - w_.run_start[run]; }
@@ -248,7 +294,7 @@ class Planner {
       const bool too_many = count_pieces(parts, &tiles) > p_.max_pieces;
       if (too_many || tiles >= p_.target_tiles || longest_piece(parts) == p_.min_segments) stop = parts;
     }
-    int parts = smaller(segments_, group_.lowest(stop, scratch_));
+    int parts = smaller(segments_, group_.lowest(stop, &scratch_->lowest));
     if (parts > 1 && count_pieces(parts, &tiles) > p_.max_pieces) --parts;
     const int longest = parts > 0 ? longest_piece(parts) : 1;
 
@@ -317,7 +363,7 @@ class Planner {
       for (int piece = 0; piece < p_.max_pieces; ++piece, order += p_.num_tokens) {
         const int run = piece < pieces_ ? w_.piece_run[piece] : 0;
         if (piece >= pieces_ || token >= w_.run_queries[run]) order[token] = -1;
-        if (piece >= pieces_ || row < 0 || w_.owner[w_.run_start[run] * rows_ + row] < 0) continue;
+        if (piece >= pieces_ || row < 0 || owner_of_run(run)[row] < 0) continue;
         order[w_.row_offset[run * rows_ + row] + in_row] = token;
       }
     });
@@ -326,8 +372,10 @@ class Planner {
   const AttentionPlanParams& p_;
   const Workspace w_;
   const Group group_;
-  int* scratch_;  // one integer that all threads see
+  PlanScratch* scratch_;
   const int rows_;
+  const int branches_;  // rows of a request
+  const int requests_;
   const int segment_keys_;
   int segments_ = 0;
   int runs_ = 0;

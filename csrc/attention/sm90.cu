@@ -3,6 +3,7 @@
 // straight from the ring. Softmax is online, in fp32 and base 2.
 #include <initializer_list>
 
+#include "attention/e4m3_feeder.cuh"
 #include "attention/sm90.cuh"
 #include "common/capability.h"
 #include "common/tensor_map.cuh"
@@ -81,14 +82,64 @@ class Loader {
   int2 next_;
 };
 
+// The tiles of keys of the work at one place, for caches in e4m3.
+template <int kHeadDim, class S>
+class TileWalk {
+  using Place = FeederPlace<kHeadDim, S>;
+
+ public:
+  __device__ __forceinline__ TileWalk(const AttentionParams& params, int num_work_tiles, int place,
+                                      int num_places)
+      : params_(params), num_work_tiles_(num_work_tiles), place_(place), num_places_(num_places) {}
+
+  __device__ __forceinline__ FeederTile<Place::kPasses> fetch() {
+    FeederTile<Place::kPasses> tile = {};
+    if (first_key_ >= work_.key_end && !advance()) return tile;
+    tile.num_keys = min(kStageKeys, work_.key_end - first_key_);
+    tile.first_slot = first_key_;
+    tile.kv_head = work_.kv_head;
+    const int32_t* pages = params_.page_table + work_.row * params_.page_table_stride;
+#pragma unroll
+    for (int i = 0; i < Place::kPasses; ++i) {
+      const int key = keys_.key + i * Place::kPassKeys;
+      if (key < tile.num_keys) tile.pages[i] = pages[(first_key_ + key) / params_.page_size];
+    }
+    first_key_ += kStageKeys;
+    return tile;
+  }
+
+ private:
+  __device__ __forceinline__ bool advance() {
+    while (round_ * num_places_ < num_work_tiles_) {
+      const int index = work_tile_of_round(round_++, num_work_tiles_, place_, num_places_);
+      if (index < 0) continue;
+      work_ = read_work_tile(params_, index, S::kRows);
+      first_key_ = work_.key_start;
+      if (work_.num_rows > 0) return true;
+    }
+    work_.key_end = first_key_ = 0;
+    return false;
+  }
+
+  const AttentionParams& params_;
+  const int num_work_tiles_;
+  const int place_;
+  const int num_places_;
+  const Place keys_;
+  WorkTile work_ = {};
+  int round_ = 0;
+  int first_key_ = 0;
+};
+
 // Works through a work tile, 64 rows a warpgroup. The products of the next keys run under the softmax of
 // these.
-template <typename T, int kHeadDim, class S>
+template <typename T, int kHeadDim, bool kE4m3, class S>
 __device__ __forceinline__ void attend(const AttentionParams& params, const WorkTile& work,
                                        unsigned char* shared_memory, Ring<S>& keys, Ring<S>& values) {
   const int row0 = static_cast<int>(threadIdx.x) % S::kHalfThreads / 32 * 16;
   const bool has_rows = row0 < work.num_rows;  // of this warp
-  const float scale = params.softmax_scale * kLog2e;
+  float scale = params.softmax_scale * kLog2e;
+  if constexpr (kE4m3) scale *= params.k_scale[work.kv_head];
   QueryRows<T, kHeadDim> rows;
   rows.load(params, work, row0);
   RowState<T, kHeadDim> state;
@@ -139,32 +190,39 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Work
   keep_in_registers(flat(state.out));
   release(values);
   state.finish();
+  if constexpr (kE4m3) {
+    const float by[2] = {params.v_scale[work.kv_head], params.v_scale[work.kv_head]};
+    state.shrink(by);
+  }
   state.store(params, work, rows, scale);
 }
 
 #endif
 
-template <typename T, int kHeadDim, int kWarpgroups>
-__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThreads, 1)
+template <typename T, int kHeadDim, int kWarpgroups, bool kE4m3>
+__global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys, kE4m3>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ Sm90Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
+  using S = Shape<kHeadDim, kWarpgroups, kStageKeys, kE4m3>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const AttentionParams& p = params.attention;
   const uint32_t shared = shared_address(shared_memory);
   const int half = static_cast<int>(threadIdx.x) / S::kHalfThreads;
   const int thread = static_cast<int>(threadIdx.x) % S::kHalfThreads;
   const uint32_t tiles = shared + half * S::kStages * S::kStageBytes;
-  const uint32_t all_barriers = shared + S::kHalves * S::kStages * S::kStageBytes;
+  const uint32_t raw = shared + S::kHalves * S::kStages * S::kStageBytes;
+  const uint32_t all_barriers = raw + S::kHalves * S::kRawBytes;
   const uint32_t barriers = all_barriers + half * S::kStages * 32;
   Ring<S> keys{tiles, barriers};
   Ring<S> values{tiles + S::kStages * S::kTileBytes, barriers + 16 * S::kStages};
   prefetch_plan(p);
   if (threadIdx.x == 0) {
-    prefetch_map(&params.k_map);
-    prefetch_map(&params.v_map);
+    if constexpr (!kE4m3) {
+      prefetch_map(&params.k_map);
+      prefetch_map(&params.v_map);
+    }
     for (int i = 0; i < 2 * S::kStages * S::kHalves; ++i) {
-      barrier_init(all_barriers + 16 * i, 1);
+      barrier_init(all_barriers + 16 * i, S::kArrivals);
       barrier_init(all_barriers + 16 * i + 8, 4 * kWarpgroups);
     }
     publish_barriers();
@@ -185,34 +243,46 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys>::kThr
   };
   // Registers a thread: copies need few, and give theirs to the products. In all no more than at the launch,
   // which are 128 or 168 a thread.
-  constexpr int kLoaderRegisters = kWarpgroups == 1 ? 48 : 56;
-  constexpr int kProductRegisters = kWarpgroups == 1 ? 208 : 224;
+  constexpr int kLoaderRegisters = kE4m3 ? (kWarpgroups == 1 ? 80 : 88) : kWarpgroups == 1 ? 48 : 56;
+  constexpr int kProductRegisters = kE4m3 ? (kWarpgroups == 1 ? 176 : 208) : kWarpgroups == 1 ? 208 : 224;
   if (thread >= 128 * kWarpgroups) {
     give_registers<kLoaderRegisters>();
-    for_each_work_tile([&](const WorkTile& work) { Loader<S>(params, work).run(keys, values); });
+    if constexpr (kE4m3) {
+      using Walk = TileWalk<kHeadDim, S>;
+      Walk walk(p, num_work_tiles, half * gridDim.x + blockIdx.x, S::kHalves * gridDim.x);
+      Feeder<T, kHeadDim, S, Walk>(p, walk, raw + half * S::kRawBytes).run(keys, values);
+    } else {
+      for_each_work_tile([&](const WorkTile& work) { Loader<S>(params, work).run(keys, values); });
+    }
     zero_padding<T>(p, half * 128 + thread % 128, S::kHalves * 128);
   } else {
     take_registers<kProductRegisters>();
     for_each_work_tile(
-        [&](const WorkTile& work) { attend<T, kHeadDim>(p, work, shared_memory, keys, values); });
+        [&](const WorkTile& work) { attend<T, kHeadDim, kE4m3>(p, work, shared_memory, keys, values); });
   }
 #endif
 }
 
-template <typename T, int kHeadDim, int kWarpgroups>
+template <typename T, int kHeadDim, int kWarpgroups, bool kE4m3>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
-  using S = Shape<kHeadDim, kWarpgroups, kStageKeys>;
-  constexpr auto kKernel = attention_sm90_kernel<T, kHeadDim, kWarpgroups>;
+  using S = Shape<kHeadDim, kWarpgroups, kStageKeys, kE4m3>;
+  constexpr auto kKernel = attention_sm90_kernel<T, kHeadDim, kWarpgroups, kE4m3>;
   const dim3 grid =
       persistent_grid<kKernel>(kOp, launch, params.attention, S::kThreads, S::kSharedBytes, S::kRows);
   launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
                          params);
 }
 
+template <typename T, int kHeadDim, bool kE4m3>
+void launch_sm90(const Sm90Params& params, const Launch& launch) {
+  if (parts_of_tile(params.attention, 64) > 1) return launch_sm90<T, kHeadDim, 2, kE4m3>(params, launch);
+  launch_sm90<T, kHeadDim, 1, kE4m3>(params, launch);
+}
+
 template <typename T, int kHeadDim>
 void launch_sm90(const Sm90Params& params, const Launch& launch) {
-  if (parts_of_tile(params.attention, 64) > 1) return launch_sm90<T, kHeadDim, 2>(params, launch);
-  launch_sm90<T, kHeadDim, 1>(params, launch);
+  if (params.attention.k_scale != nullptr) return launch_sm90<T, kHeadDim, true>(params, launch);
+  launch_sm90<T, kHeadDim, false>(params, launch);
 }
 
 template <typename T>
@@ -225,6 +295,7 @@ void launch_sm90(const Sm90Params& params, const Launch& launch) {
 
 Sm90Params sm90_params(const AttentionParams& params) {
   const int keys = box_keys(params.page_size);
+  if (params.k_scale != nullptr) return Sm90Params{{}, {}, params, keys};
   const auto cache_map = [&](const void* cache, int64_t page_stride, int64_t token_stride,
                              int64_t head_stride) {
     return tensor_map<4>(kOp, "cache", cache, params.dtype,
@@ -238,14 +309,27 @@ Sm90Params sm90_params(const AttentionParams& params) {
       keys};
 }
 
+// Whether the products take the sizes, and a cache in e4m3 can be copied 16 bytes at a time, values from the
+// same places as keys.
+bool e4m3_fits(const AttentionParams& params) {
+  const auto whole = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return params.dtype != DType::kFloat32 && (params.head_dim == 64 || params.head_dim == 128) &&
+         reinterpret_cast<uintptr_t>(params.q) % 4 == 0 && params.q_token_stride % 2 == 0 &&
+         params.q_head_stride % 2 == 0 && whole(params.k_cache) && whole(params.v_cache) &&
+         params.k_page_stride % 16 == 0 && params.k_token_stride % 16 == 0 &&
+         params.k_head_stride % 16 == 0 && params.k_page_stride == params.v_page_stride &&
+         params.k_token_stride == params.v_token_stride && params.k_head_stride == params.v_head_stride &&
+         params.num_pages * params.k_page_stride / 16 <= UINT32_MAX;
+}
+
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) {
   // A cache with one page, head or token has any stride there, and a repeated one has none.
   for (const int64_t stride : {params.k_page_stride, params.k_token_stride, params.k_head_stride,
                                params.v_page_stride, params.v_token_stride, params.v_head_stride}) {
     if (stride <= 0) return false;
   }
-  return params.page_size % 8 == 0 && attention_mma_serves(params) &&
-         has_code_for(launch.device) == Code::kSm90a;
+  const bool fits = params.k_scale == nullptr ? attention_mma_serves(params) : e4m3_fits(params);
+  return params.page_size % 8 == 0 && fits && has_code_for(launch.device) == Code::kSm90a;
 }
 
 void attention_sm90(const AttentionParams& params, const Launch& launch) {

@@ -8,7 +8,8 @@
 
 namespace bbk {
 
-template <int kHeadDim, int kWarpgroups, int kKeys>
+// kE4m3: the cache holds e4m3; tiles of it arrive in a place of their own, to be converted into the ring.
+template <int kHeadDim, int kWarpgroups, int kKeys, bool kE4m3 = false>
 struct Shape {
   static constexpr int kStageKeys = kKeys;
   static constexpr int kRows = 64 * kWarpgroups;
@@ -23,9 +24,13 @@ struct Shape {
   static constexpr int kStageBytes = 2 * kTileBytes;
   // More bytes on their way make all SMs wait longer for their first; 64 keys of two warpgroups are
   // what whole rows take, whose products wait for nothing else: 128 and 192 KiB.
-  static constexpr int kBytesOnTheirWay = (kWarpgroups == 2 && kKeys == 64 ? 192 : 128) * 1024 / kHalves;
+  static constexpr int kBytesOnTheirWay =
+      (kWarpgroups == 2 && kKeys == 64 && !kE4m3 ? 192 : 128) * 1024 / kHalves;
   static constexpr int kStages = kBytesOnTheirWay / kStageBytes;
-  static constexpr int kSharedBytes = kHalves * kStages * (kStageBytes + 32);
+  static constexpr int kRawBytes = kE4m3 ? 4 * kKeys * kHeadDim : 0;
+  static constexpr int kSharedBytes = kHalves * (kStages * (kStageBytes + 32) + kRawBytes);
+  // Who says that a tile has arrived: the thread that knows how many bytes, or all that convert.
+  static constexpr int kArrivals = kE4m3 ? 128 : 1;
 };
 
 struct Sm90Params {
@@ -35,7 +40,7 @@ struct Sm90Params {
   int box_keys;  // keys that one copy moves
 };
 
-// Describes the caches to the copy engine.
+// Describes the caches to the copy engine, which those in e4m3 do not pass through.
 Sm90Params sm90_params(const AttentionParams& params);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

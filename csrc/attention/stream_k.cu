@@ -2,6 +2,7 @@
 // into as many work ranges as there are SMs. Shared pages are read once for all rows of a tile, and rows with
 // pages of their own follow in the same accumulators. Only a tile that crosses from one range into the next
 // leaves partial results, which the CTA with the tile's last units adds to its own.
+#include "attention/e4m3_feeder.cuh"
 #include "attention/stream_k_block.cuh"
 
 namespace bbk {
@@ -119,25 +120,68 @@ class UnitLoader {
   Entry ahead_;
 };
 
+// The units of a work range, for caches in e4m3.
+template <int kHeadDim, class S>
+class UnitWalk {
+  using Place = FeederPlace<kHeadDim, S>;
+
+ public:
+  __device__ __forceinline__ UnitWalk(const Sm90Params& params, WorkRange& range, const Portion& first)
+      : params_(params),
+        units_(units_of(params.attention)),
+        range_(range),
+        portion_(first),
+        unit_(first.begin) {}
+
+  __device__ __forceinline__ FeederTile<Place::kPasses> fetch() {
+    FeederTile<Place::kPasses> tile = {};
+    if (unit_ == portion_.end && !portion_.is_empty()) {
+      portion_ = range_.take();
+      unit_ = portion_.begin;
+    }
+    if (portion_.is_empty()) return tile;
+    const AttentionUnit& from = units_[unit_++];
+    tile.num_keys = from.num_keys;
+    tile.first_slot = from.first_slot;
+    tile.kv_head = portion_.kv_head;
+#pragma unroll
+    for (int i = 0; i < Place::kPasses; ++i) {
+      tile.pages[i] = from.pages[(keys_.key + i * Place::kPassKeys) / params_.box_keys];
+    }
+    return tile;
+  }
+
+ private:
+  const Sm90Params& params_;
+  const AttentionUnit* units_;
+  WorkRange& range_;
+  Portion portion_;
+  int unit_;
+  const Place keys_;
+};
+
 #endif
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>::kThreads, 1)
+template <typename T, int kHeadDim, bool kE4m3>
+__global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys, kE4m3>::kThreads, 1)
     attention_stream_k_kernel(const __grid_constant__ Sm90Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>;
+  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys, kE4m3>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const AttentionParams& p = params.attention;
   const uint32_t tiles = shared_address(shared_memory);
-  const uint32_t barriers = tiles + S::kStages * S::kStageBytes;
+  const uint32_t raw = tiles + S::kStages * S::kStageBytes;
+  const uint32_t barriers = raw + S::kRawBytes;
   Ring<S> keys{tiles, barriers};
   Ring<S> values{tiles + S::kStages * S::kTileBytes, barriers + 16 * S::kStages};
   prefetch_units(p);
   if (threadIdx.x == 0) {
-    prefetch_map(&params.k_map);
-    prefetch_map(&params.v_map);
+    if constexpr (!kE4m3) {
+      prefetch_map(&params.k_map);
+      prefetch_map(&params.v_map);
+    }
     for (int i = 0; i < 2 * S::kStages; ++i) {
-      barrier_init(barriers + 16 * i, 1);
+      barrier_init(barriers + 16 * i, S::kArrivals);
       barrier_init(barriers + 16 * i + 8, 4 * kStreamKWarpgroups);
     }
     publish_barriers();
@@ -149,20 +193,28 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>
   WorkRange range(p);
   Portion portion = range.take();
   if (threadIdx.x >= kStreamKThreads) {
-    give_registers<40>();
-    while (!portion.is_empty()) {
-      UnitLoader<S> loader(params, portion);
+    give_registers<kE4m3 ? 56 : 40>();
+    if constexpr (kE4m3) {
+      using Walk = UnitWalk<kHeadDim, S>;
+      Walk walk(params, range, portion);
+      Feeder<T, kHeadDim, S, Walk> feeder(p, walk, raw);
       wait_for_predecessors();
-      loader.run(keys, values);
-      portion = range.take();
+      feeder.run(keys, values);
+    } else {
+      while (!portion.is_empty()) {
+        UnitLoader<S> loader(params, portion);
+        wait_for_predecessors();
+        loader.run(keys, values);
+        portion = range.take();
+      }
+      wait_for_predecessors();
     }
-    wait_for_predecessors();
     zero_padding<T>(p, threadIdx.x % 128, 128);
   } else {
-    take_registers<232>();
+    take_registers<kE4m3 ? 224 : 232>();
     wait_for_predecessors();
     allow_successors();
-    Block<T, kHeadDim, S> block(p, shared_memory, keys, values);
+    Block<T, kHeadDim, kE4m3, S> block(p, shared_memory, keys, values);
     block.load_rows(portion);
     while (!portion.is_empty()) {
       block.attend(portion);
@@ -180,13 +232,19 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>
 #endif
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kE4m3>
 void launch_stream_k(const Sm90Params& params, const Launch& launch) {
-  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys>;
-  constexpr auto kKernel = attention_stream_k_kernel<T, kHeadDim>;
+  using S = Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys, kE4m3>;
+  constexpr auto kKernel = attention_stream_k_kernel<T, kHeadDim, kE4m3>;
   const dim3 grid(static_cast<unsigned>(params.attention.num_processors));
   launch_kernel<kKernel>(kOp, launch, {grid, S::kThreads, S::kSharedBytes, params.attention.programmatic},
                          params);
+}
+
+template <typename T, int kHeadDim>
+void launch_stream_k(const Sm90Params& params, const Launch& launch) {
+  if (params.attention.k_scale != nullptr) return launch_stream_k<T, kHeadDim, true>(params, launch);
+  launch_stream_k<T, kHeadDim, false>(params, launch);
 }
 
 template <typename T>

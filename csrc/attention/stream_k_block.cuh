@@ -9,7 +9,7 @@ namespace bbk {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // A warpgroup's 64 rows of a tile, and what it does with the tile's units.
-template <typename T, int kHeadDim, class S>
+template <typename T, int kHeadDim, bool kE4m3, class S>
 class Block {
  public:
   __device__ __forceinline__ Block(const AttentionParams& params, unsigned char* shared_memory, Ring<S>& keys,
@@ -24,6 +24,10 @@ class Block {
 
   // The rows of a portion's tile.
   __device__ __forceinline__ void load_rows(const Portion& portion) {
+    if constexpr (kE4m3) {
+      scale_ = params_.softmax_scale * kLog2e * params_.k_scale[portion.kv_head];
+      value_scale_ = params_.v_scale[portion.kv_head];
+    }
     const int group = params_.num_heads / params_.num_kv_heads;
     const int first = index_ ? portion.first_token[1] : portion.first_token[0];
     const int number = index_ ? portion.num_tokens[1] : portion.num_tokens[0];
@@ -82,7 +86,7 @@ class Block {
       const int2 source = rows_.source[half];
       const int64_t place = static_cast<int64_t>(source.x) * params_.num_heads + source.y;
       T* target = static_cast<T*>(params_.out) + place * kHeadDim + 8 * lane;
-      const float inverse = 1.0f / state_.sum[half];
+      const float inverse = (kE4m3 ? value_scale_ : 1.0f) / state_.sum[half];
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; n += 4) {
         uint32_t pairs[4];
@@ -277,9 +281,10 @@ class Block {
   Ring<S>& keys_;
   Ring<S>& values_;
   const int index_;  // of the warpgroup
-  const float scale_;
-  int end_ = 0;  // unit behind the portion's last one
-  int slot_[2];  // token of the block that each half belongs to
+  float scale_;
+  float value_scale_ = 1.0f;  // of a cache in e4m3
+  int end_ = 0;               // unit behind the portion's last one
+  int slot_[2];               // token of the block that each half belongs to
   QueryRows<T, kHeadDim> rows_;
   RowState<T, kHeadDim> state_;
 };

@@ -43,6 +43,7 @@ void call_attention_plan(Call& call, const TensorView& page_table, const TensorV
   params.max_units = plan.get<TensorView>(BBK_KEY("units")).int_size(0);
   shape.read(BBK_KEY("num_kv_heads"), &params.num_kv_heads);
   shape.read(BBK_KEY("max_slack"), &params.max_slack);
+  shape.read(BBK_KEY("num_branches"), &params.num_branches);
   const Launch launch = call.launch();
   if (launch.device < 0) {
     attention_plan_on_host(params);
@@ -57,14 +58,18 @@ int64_t num_partials(const TensorView& q, const TensorView& pieces) {
 }
 
 void call_varlen_attention(Call& call, const TensorView& q, const TensorView& k_cache,
-                           const TensorView& v_cache, const TensorView& out, const TensorView& partials,
-                           const TensorView& page_table, const TensorView& seqlens_k, const TensorView& tiles,
+                           const TensorView& v_cache, const TensorView& k_scale, const TensorView& v_scale,
+                           const TensorView& out, const TensorView& partials, const TensorView& page_table,
+                           const TensorView& seqlens_k, const TensorView& tiles,
                            const TensorView& query_order, const TensorView& pieces,
                            const TensorView& token_row, const TensorView& counts, const TensorView& units,
                            const TensorView& stretches, const TensorView& arrivals, int tile_tokens,
                            float softmax_scale, bool programmatic) {
   AttentionParams params{};
-  params.dtype = float_dtype({&q, &k_cache, &v_cache, &out});
+  params.k_scale = k_scale.contiguous().data_or_null<const float>();
+  params.v_scale = v_scale.contiguous().data_or_null<const float>();
+  params.dtype = float_dtype({&q, &out});
+  check_caches(params.k_scale != nullptr, q, {&k_cache, &v_cache});
   params.q = q.data<const void>();
   params.k_cache = k_cache.data<const void>();
   params.v_cache = v_cache.data<const void>();
@@ -124,10 +129,11 @@ void bind_attention(py::module_& module) {
   define<&call_attention_plan>(
       module, "attention_plan",
       {"page_table", "cu_seqlens_q", "seqlens_k", "plan", "workspace", "shape", "page_size", "num_tokens"});
-  define<&call_varlen_attention>(module, "varlen_attention",
-                                 {"q", "k_cache", "v_cache", "out", "partials", "page_table", "seqlens_k",
-                                  "tiles", "query_order", "pieces", "token_row", "counts", "units",
-                                  "stretches", "arrivals", "tile_tokens", "softmax_scale", "programmatic"});
+  define<&call_varlen_attention>(
+      module, "varlen_attention",
+      {"q",          "k_cache",   "v_cache",  "k_scale",     "v_scale",       "out",         "partials",
+       "page_table", "seqlens_k", "tiles",    "query_order", "pieces",        "token_row",   "counts",
+       "units",      "stretches", "arrivals", "tile_tokens", "softmax_scale", "programmatic"});
 }
 
 }  // namespace bbk

@@ -50,6 +50,16 @@ DType float_dtype(std::initializer_list<const TensorView*> tensors) {
   return first.dtype;
 }
 
+void check_caches(bool scaled, const TensorView& q, std::initializer_list<const TensorView*> caches) {
+  for (const TensorView* cache : caches) {
+    if (!scaled) {
+      float_dtype({&q, cache});
+    } else if (cache->dtype != DType::kUInt8) {
+      cache->refuse(std::string("expected uint8 beside scales, got ") + name_of(cache->dtype));
+    }
+  }
+}
+
 void throw_wrong_type(const Label& label, const char* expected, PyObject* object) {
   throw py::type_error(label.text() + "expected " + expected + ", got " + repr_of_type(object));
 }

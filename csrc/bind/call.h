@@ -92,6 +92,9 @@ class Record {
 // The dtype of `tensors`, None left out: floats, all of one dtype.
 DType float_dtype(std::initializer_list<const TensorView*> tensors);
 
+// Refuses caches whose elements are not those of q, or with scales not 8 bits.
+void check_caches(bool scaled, const TensorView& q, std::initializer_list<const TensorView*> caches);
+
 [[noreturn]] void throw_wrong_type(const Label& label, const char* expected, PyObject* object);
 [[noreturn]] void throw_wrong_name(const Label& label, const char* const* names, int count, PyObject* object);
 [[noreturn]] void throw_too_many(const Label& label, int most, int64_t count);

@@ -9,6 +9,7 @@ namespace bbk {
 namespace {
 
 BBK_READER(GemmTile, BBK_GEMM_TILE)
+BBK_READER(GemmFp8Tile, BBK_GEMM_FP8_TILE)
 
 GemmTile tile_of(const Record& record) {
   GemmTile tile{};
@@ -40,7 +41,7 @@ void call_gemm(Call& call, const TensorView& x, const TensorView& weight, const 
 // x and weight as bytes.
 void call_linear_fp8(Call& call, const TensorView& x, const TensorView& x_scale, const TensorView& weight,
                      const TensorView& weight_scale, const TensorView& bias, const TensorView& out,
-                     const Record& tile, bool static_weight, bool programmatic) {
+                     const Record& tile, bool gated, bool static_weight, bool programmatic) {
   GemmFp8Params params{};
   params.dtype = float_dtype({&out, &bias});
   params.x = x.data<const uint8_t>();
@@ -51,11 +52,14 @@ void call_linear_fp8(Call& call, const TensorView& x, const TensorView& x_scale,
   params.out = out.data<void>();
   params.num_tokens = x.size(0);
   params.in_features = x.size(1);
-  params.out_features = weight.size(0);
+  params.out_features = gated ? weight.size(0) / 2 : weight.size(0);
   params.x_row_stride = x.row_stride();
   params.weight_row_stride = weight.row_stride();
   params.out_row_stride = out.row_stride();
-  gemm_fp8(params, tile_of(tile), static_weight, programmatic, call.launch_on_gpu());
+  params.gated = gated;
+  GemmFp8Tile cut{};
+  read_record(tile, &cut);
+  gemm_fp8(params, cut, static_weight, programmatic, call.launch_on_gpu());
 }
 
 void call_linear_rope_kv_write(Call& call, const TensorView& x, const TensorView& weight,
@@ -138,6 +142,21 @@ void call_lm_head_finish(Call& call, const TensorView& partials, const TensorVie
   lm_head_finish(params, call.launch_on_gpu());
 }
 
+void call_lm_head_parts(Call& call, const TensorView& partials, const TensorView& probe_tokens,
+                        const TensorView& parts, int64_t first_token, int64_t piece_tokens,
+                        int64_t vocab_size) {
+  LmHeadFinishParams params{};
+  params.partials = partials_of(partials);
+  params.probe_tokens = probe_tokens.contiguous().data_or_null<const int32_t>();
+  params.parts = parts.contiguous().data<float>();
+  params.first_token = first_token;
+  params.num_rows = partials.size(0);
+  params.num_pieces = partials.size(1);
+  params.piece_tokens = piece_tokens;
+  params.vocab_size = vocab_size;
+  lm_head_finish(params, call.launch_on_gpu());
+}
+
 // [rows, pieces, 12] floats
 LmHeadLikelyPartial* likely_partials_of(const TensorView& partials) {
   static_assert(sizeof(LmHeadLikelyPartial) == 12 * sizeof(float));
@@ -181,9 +200,9 @@ void bind_gemm(py::module_& module) {
   define<&call_gemm>(
       module, "gemm",
       {"x", "weight", "bias", "out", "first", "features", "tile", "gated", "static_weight", "programmatic"});
-  define<&call_linear_fp8>(
-      module, "linear_fp8",
-      {"x", "x_scale", "weight", "weight_scale", "bias", "out", "tile", "static_weight", "programmatic"});
+  define<&call_linear_fp8>(module, "linear_fp8",
+                           {"x", "x_scale", "weight", "weight_scale", "bias", "out", "tile", "gated",
+                            "static_weight", "programmatic"});
   define<&call_linear_rope_kv_write>(module, "linear_rope_kv_write",
                                      {"x", "weight", "bias", "q", "k_cache", "v_cache", "positions",
                                       "slot_mapping", "cos", "sin", "tile", "static_weight", "programmatic"});
@@ -196,6 +215,9 @@ void bind_gemm(py::module_& module) {
   define<&call_lm_head_likely_finish>(
       module, "lm_head_likely_finish",
       {"partials", "top_token", "confidence", "likely_token", "likely_probability"});
+  define<&call_lm_head_parts>(
+      module, "lm_head_parts",
+      {"partials", "probe_tokens", "parts", "first_token", "piece_tokens", "vocab_size"});
   define<&call_lm_head_finish>(module, "lm_head_finish",
                                {"partials", "probe_tokens", "top_token", "confidence", "probe_probability",
                                 "piece_tokens", "vocab_size"});

@@ -1,5 +1,6 @@
 #include "bind/bindings.h"
 #include "layer/activation.h"
+#include "layer/all_reduce_norm.h"
 #include "layer/norm.h"
 #include "layer/quantize.h"
 #include "layer/rope.h"
@@ -24,6 +25,37 @@ void call_rms_norm(Call& call, const TensorView& x, const TensorView& weight, co
   params.out_row_stride = out.row_stride();
   params.eps = eps;
   rms_norm(params, programmatic, call.launch_on_gpu());
+}
+
+void call_all_reduce_norm(Call& call, const TensorView& x, const TensorView& weight,
+                          const TensorView& residual, const TensorView& out, const TensorView& scale,
+                          const TensorView& turn, const Inboxes& inboxes, int rank, int64_t source_bytes,
+                          float eps, int lanes, bool lets_next_wait, bool programmatic) {
+  AllReduceNormParams params{};
+  params.dtype = float_dtype({&x, &weight, &residual});
+  params.x = x.data<const void>();
+  params.weight = weight.contiguous().data<const void>();
+  params.residual = residual.data<void>();
+  if (scale.is_none()) {
+    float_dtype({&x, &out});
+    params.out = out.data<void>();
+    params.out_row_stride = out.row_stride();
+  } else {
+    params.out = out.contiguous().data<uint8_t>();
+    params.scale = scale.contiguous().data<float>();
+  }
+  params.turn = turn.contiguous().data<int32_t>();
+  params.inboxes = inboxes;
+  params.rank = rank;
+  params.source_bytes = source_bytes;
+  params.num_tokens = x.size(0);
+  params.dim = x.size(1);
+  params.x_row_stride = x.row_stride();
+  params.residual_row_stride = residual.row_stride();
+  params.eps = eps;
+  params.lanes = lanes;
+  params.lets_next_wait = lets_next_wait;
+  all_reduce_norm(params, programmatic, call.launch_on_gpu());
 }
 
 void call_swiglu(Call& call, const TensorView& gate_up, const TensorView& out) {
@@ -84,12 +116,16 @@ CacheView cache_view(const TensorView& cache) {
 }
 
 void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, const TensorView& v,
-                        const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
+                        const TensorView& k_cache, const TensorView& v_cache, const TensorView& k_scale,
+                        const TensorView& v_scale, const TensorView& positions,
                         const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
                         const TensorView& q_norm, const TensorView& k_norm, float norm_eps,
                         bool programmatic) {
   RopeKvWriteParams params{};
-  params.dtype = float_dtype({&q, &k, &v, &k_cache, &v_cache, &q_norm, &k_norm});
+  params.k_scale = k_scale.contiguous().data_or_null<const float>();
+  params.v_scale = v_scale.contiguous().data_or_null<const float>();
+  params.dtype = float_dtype({&q, &k, &v, &q_norm, &k_norm});
+  check_caches(params.k_scale != nullptr, q, {&k_cache, &v_cache});
   read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &params);
   params.k = heads_view(k);
   params.v = heads_view(v);
@@ -124,14 +160,17 @@ void read_rope(const TensorView& q, const TensorView& k_cache, const TensorView&
 
 void bind_layer(py::module_& module) {
   define<&call_rms_norm>(module, "rms_norm", {"x", "weight", "residual", "out", "eps", "programmatic"});
+  define<&call_all_reduce_norm>(module, "all_reduce_norm",
+                                {"x", "weight", "residual", "out", "scale", "turn", "inboxes", "rank",
+                                 "source_bytes", "eps", "lanes", "lets_next_wait", "programmatic"});
   define<&call_quantize_rows>(module, "quantize_rows", {"x", "out", "scale", "programmatic"});
   define<&call_rms_norm_fp8>(module, "rms_norm_fp8",
                              {"x", "weight", "residual", "out", "scale", "eps", "programmatic"});
   define<&call_swiglu_fp8>(module, "swiglu_fp8", {"gate_up", "out", "scale", "programmatic"});
   define<&call_swiglu>(module, "swiglu", {"gate_up", "out"});
   define<&call_rope_kv_write>(module, "rope_kv_write",
-                              {"q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin",
-                               "q_norm", "k_norm", "norm_eps", "programmatic"});
+                              {"q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "positions",
+                               "slot_mapping", "cos", "sin", "q_norm", "k_norm", "norm_eps", "programmatic"});
 }
 
 }  // namespace bbk

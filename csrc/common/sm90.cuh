@@ -165,6 +165,21 @@ __device__ __forceinline__ void copy_box_multicast(uint32_t target, const CUtens
 #undef BBK_OPERANDS
 }
 
+// Brings a box from shared memory to the tensor; what lies outside of it is left out. What this thread
+// started so since its last commit_boxes() is a group.
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const int (&at)[2], uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(at[0]), "r"(at[1]), "r"(source)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until shared memory has been read by all groups of this thread.
+__device__ __forceinline__ void wait_until_boxes_are_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 #undef BBK_COPY
 #undef BBK_AT_2
 #undef BBK_AT_4

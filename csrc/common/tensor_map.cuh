@@ -27,12 +27,13 @@ inline void check_aligned(const char* op, const char* name, const void* pointer,
 }
 
 // A tensor of 16-bit elements, its sizes and strides (in elements, without the first, which is 1) from the
-// innermost on, read in boxes that leave in rows of 128 swizzled bytes. What lies outside reads as zero.
-// promotion: how much L2 fetches at a time.
+// innermost on, read in boxes that leave in rows of 128 swizzled bytes (another `swizzle`: that many). What
+// lies outside reads as zero. promotion: how much L2 fetches at a time.
 template <int kDims>
 CUtensorMap tensor_map(const char* op, const char* name, const void* pointer, DType dtype,
                        const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims - 1],
-                       const int (&box)[kDims], CUtensorMapL2promotion promotion) {
+                       const int (&box)[kDims], CUtensorMapL2promotion promotion,
+                       CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   cuuint64_t size[kDims], bytes[kDims - 1];
   cuuint32_t boxes[kDims], steps[kDims];
   for (int i = 0; i < kDims; ++i) {
@@ -44,8 +45,8 @@ CUtensorMap tensor_map(const char* op, const char* name, const void* pointer, DT
   CUtensorMap map;
   const CUresult status = tensor_map_encoder(op)(
       &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      kDims, const_cast<void*>(pointer), size, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      kDims, const_cast<void*>(pointer), size, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     fail(op, std::string(name) + ": cuTensorMapEncodeTiled returned error " + std::to_string(status));
   }

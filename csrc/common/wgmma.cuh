@@ -68,6 +68,7 @@ struct Wgmma;
 #define BBK_SUMS_N32 BBK_SUMS_8(0), BBK_SUMS_8(8)
 #define BBK_SUMS_N64 BBK_SUMS_32(0)
 #define BBK_SUMS_N128 BBK_SUMS_32(0), BBK_SUMS_32(32)
+#define BBK_SUMS_N160 BBK_SUMS_N128, BBK_SUMS_8(64), BBK_SUMS_8(72)
 #define BBK_SUMS_N192 BBK_SUMS_N128, BBK_SUMS_32(64)
 #define BBK_SUMS_N256 BBK_SUMS_N192, BBK_SUMS_32(96)
 
@@ -81,6 +82,9 @@ struct Wgmma;
   BBK_NAMES_N64                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BBK_NAMES_N160 \
+  BBK_NAMES_N128       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define BBK_NAMES_N192                                                               \
   BBK_NAMES_N128                                                                     \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
@@ -121,6 +125,7 @@ struct Wgmma;
   BBK_WGMMA_N(T, TYPE, K, CHOICES, 32, 16, 17, 18, 19, 20, 21, 22)     \
   BBK_WGMMA_N(T, TYPE, K, CHOICES, 64, 32, 33, 34, 35, 36, 37, 38)     \
   BBK_WGMMA_N(T, TYPE, K, CHOICES, 128, 64, 65, 66, 67, 68, 69, 70)    \
+  BBK_WGMMA_N(T, TYPE, K, CHOICES, 160, 80, 81, 82, 83, 84, 85, 86)    \
   BBK_WGMMA_N(T, TYPE, K, CHOICES, 192, 96, 97, 98, 99, 100, 101, 102) \
   BBK_WGMMA_N(T, TYPE, K, CHOICES, 256, 128, 129, 130, 131, 132, 133, 134)
 
@@ -139,12 +144,14 @@ BBK_WGMMA(__nv_fp8_e4m3, "e4m3", 32, BBK_WGMMA_FIXED)
 #undef BBK_SUMS_N32
 #undef BBK_SUMS_N64
 #undef BBK_SUMS_N128
+#undef BBK_SUMS_N160
 #undef BBK_SUMS_N192
 #undef BBK_SUMS_N256
 #undef BBK_NAMES_N16
 #undef BBK_NAMES_N32
 #undef BBK_NAMES_N64
 #undef BBK_NAMES_N128
+#undef BBK_NAMES_N160
 #undef BBK_NAMES_N192
 #undef BBK_NAMES_N256
 #undef BBK_WGMMA_N

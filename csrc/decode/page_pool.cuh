@@ -15,19 +15,22 @@ struct PoolScratch {
 struct PoolLists {
   // Of each page its first place in the list of free pages, or one of the two marks below.
   int32_t* place;
-  int32_t* leaving;  // [rows, columns]: whether the row must leave its page
+  int32_t* keeper;   // of each page: minus the row that may keep it, or kNobody
+  int32_t* leaving;  // [rows, columns]: whether the row is about to write its page, and then must leave it
   int32_t* free;     // the pages of the list that stand nowhere in the table, in its order
 };
 
 constexpr int32_t kNotInPool = INT_MAX;
 constexpr int32_t kInUse = -1;
+constexpr int32_t kNobody = INT_MIN;
 
 BBK_HD int num_rows_of(const CopyPagesParams& params) { return params.num_requests * params.num_branches; }
 
 BBK_HD PoolLists pool_lists(const CopyPagesParams& params) {
-  int32_t* leaving = params.workspace + params.num_pages;
+  int32_t* keeper = params.workspace + params.num_pages;
+  int32_t* leaving = keeper + params.num_pages;
   const int64_t entries = static_cast<int64_t>(num_rows_of(params)) * params.pages_per_row;
-  return PoolLists{params.workspace, leaving, leaving + entries};
+  return PoolLists{params.workspace, keeper, leaving, leaving + entries};
 }
 
 BBK_HD int32_t* table_entry(const CopyPagesParams& params, int row, int column) {
@@ -57,7 +60,10 @@ BBK_HD int visit_in_order(const Group& group, int number, PoolScratch* scratch, 
 
 // Group
 BBK_HD void find_places(const Group& group, const CopyPagesParams& params, const PoolLists& lists) {
-  group.for_each(params.num_pages, [&](int page) { lists.place[page] = kNotInPool; });
+  group.for_each(params.num_pages, [&](int page) {
+    lists.place[page] = kNotInPool;
+    lists.keeper[page] = 0;
+  });
   group.sync();
   group.for_each(params.num_free_pages, [&](int i) {
     const int32_t page = params.free_pages[i];
@@ -71,27 +77,27 @@ BBK_HD void find_places(const Group& group, const CopyPagesParams& params, const
   group.sync();
 }
 
-// One team: which rows must leave their page of a column, row after row. A row that has left a page no longer
-// shares it.
-BBK_HD void find_leaving(const Group& group, const CopyPagesParams& params, const PoolLists& lists,
-                         int column) {
-  const int num_rows = num_rows_of(params);
-  const int start = column * params.page_size, end = start + params.page_size;
-  for (int row = 0; row < num_rows; ++row) {
-    bool leaves = write_of(params, row).touches(start, end);
-    if (leaves) {
-      const int32_t page = *table_entry(params, row, column);
-      int others = 0;
-      for (int other = group.lane(); other < num_rows; other += group.num_lanes()) {
-        if (other == row || *table_entry(params, other, column) != page) continue;
-        others += other > row || lists.leaving[other * params.pages_per_row + column] == 0;
-      }
-      const bool in_pool = is_page(params, page) && lists.place[page] != kNotInPool;
-      leaves = group.team_sum(others) > 0 || !in_pool;
-    }
-    if (group.lane() == 0) lists.leaving[row * params.pages_per_row + column] = leaves;
-    group.team_sync();
-  }
+// Group: which rows must leave their page. Row after row, one that has left a page no longer shares it; so
+// where all that hold a page write it, the last of them stays, and where one only reads it all writers leave.
+BBK_HD void find_leaving(const Group& group, const CopyPagesParams& params, const PoolLists& lists) {
+  const int entries = num_rows_of(params) * params.pages_per_row;
+  group.for_each(entries, [&](int i) {
+    const int row = i / params.pages_per_row, column = i % params.pages_per_row;
+    const int start = column * params.page_size;
+    const bool writes = write_of(params, row).touches(start, start + params.page_size);
+    lists.leaving[i] = writes;
+    const int32_t page = *table_entry(params, row, column);
+    if (is_page(params, page)) group.lower_to(&lists.keeper[page], writes ? -row : kNobody);
+  });
+  group.sync();
+  group.for_each(entries, [&](int i) {
+    if (lists.leaving[i] == 0) return;
+    const int row = i / params.pages_per_row;
+    const int32_t page = *table_entry(params, row, i % params.pages_per_row);
+    const bool in_pool = is_page(params, page) && lists.place[page] != kNotInPool;
+    lists.leaving[i] = !in_pool || lists.keeper[page] != -row;
+  });
+  group.sync();
 }
 
 // Group: chooses the pages of the whole table and writes them to it, and the moves to the first list.
@@ -100,9 +106,7 @@ BBK_HD void choose_from_pool(const Group& group, const CopyPagesParams& params, 
   Move* moves = reinterpret_cast<Move*>(params.moves);
   if (group.rank() == 0) scratch->num_moves = 0;
   find_places(group, params, lists);
-  for (int column = group.team(); column < params.pages_per_row; column += group.num_teams()) {
-    find_leaving(group, params, lists, column);
-  }
+  find_leaving(group, params, lists);
   const auto is_free = [&](int i) {
     const int32_t page = params.free_pages[i];
     return is_page(params, page) && lists.place[page] == i;

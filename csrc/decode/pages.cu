@@ -10,7 +10,7 @@ namespace bbk {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPoolThreads = 512;
+constexpr int kPoolThreads = 1024;
 constexpr int kCtasPerSm = 4;
 constexpr int kLoadsInFlight = 4;       // per thread
 constexpr int kTableColumns = 32;       // of the tables that a CTA moves: a full cache line a row

@@ -44,7 +44,7 @@ struct CopyPagesParams {
   bool has_pool;
   const int32_t* free_pages;  // [num_free_pages]
   int32_t* counts;            // [2]: pages left, written, and pages that were not there, added to
-  int32_t* workspace;         // [num_pages + num_requests * num_branches * pages_per_row + num_free_pages]
+  int32_t* workspace;  // [2 * num_pages + num_requests * num_branches * pages_per_row + num_free_pages]
   int32_t num_free_pages;
   int32_t num_pages;  // of kv_cache
   // Scratch: as many lists of moves as `num_move_lists` says, each with room for the moves of its columns.

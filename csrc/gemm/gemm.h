@@ -44,13 +44,14 @@ void gemm(const GemmParams& params, const GemmTile& tile, bool static_weight, bo
           const Launch& launch);
 
 // out = x weight^T * x_scale * weight_scale (+ bias) of elements in e4m3. Sums of a stretch of K by the
-// tensor cores, sums of stretches in fp32, rounded once.
+// tensor cores, sums of stretches in fp32, rounded once. With `gated` out = silu(gate) * up of such rounded
+// gates and ups, rounded again, for a weight of gate's rows over up's.
 struct GemmFp8Params {
   const uint8_t* x;           // [num_tokens, in_features]
   const float* x_scale;       // [num_tokens]
-  const uint8_t* weight;      // [out_features, in_features]
-  const float* weight_scale;  // [out_features]
-  const void* bias;           // [out_features] or null
+  const uint8_t* weight;      // [out_features, in_features], gated: of twice as many rows
+  const float* weight_scale;  // [rows of the weight]
+  const void* bias;           // [out_features] or null; not with `gated`
   void* out;                  // [num_tokens, out_features], written
   int64_t num_tokens;
   int64_t in_features;
@@ -58,12 +59,27 @@ struct GemmFp8Params {
   int64_t x_row_stride;
   int64_t weight_row_stride;
   int64_t out_row_stride;
+  bool gated;
   DType dtype;  // of bias and out: fp16 or bf16
 };
 
-// What `gemm` needs, with in_features and row strides in multiples of 16; linear_fp8.cu lists the tiles. A
-// `static_weight` has static scales.
-void gemm_fp8(const GemmFp8Params& params, const GemmTile& tile, bool static_weight, bool programmatic,
+// How the product is cut, by the names of blockbatch_kernels.tuning.Fp8Tile; linear_fp8.cu,
+// linear_swiglu_fp8.cu and linear_fp8_waves.cu list what is compiled.
+#define BBK_GEMM_FP8_TILE(X)                                                                      \
+  X(int, tokens)      /* room for tokens in a tile; with waves: in a tile of `multicast` CTAs */  \
+  X(int, rows)        /* of the weight in a tile of a CTA */                                      \
+  X(int, split_k)     /* CTAs that share the sum of a tile, each over a stretch of K */           \
+  X(int, multicast)   /* CTAs that share one read of the weight, each for a part of the tokens */ \
+  X(int, x_multicast) /* CTAs that share one read of x, each with rows of its own */              \
+  X(bool, waves)      /* as many CTAs as fit go from tile to tile, over any number of tokens */
+
+struct GemmFp8Tile {
+  BBK_GEMM_FP8_TILE(BBK_MEMBER)
+};
+
+// What `gemm` needs, with in_features and row strides in multiples of 16. A `static_weight` has static
+// scales.
+void gemm_fp8(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight, bool programmatic,
               const Launch& launch);
 
 // The product whose rows are the heads of q, then of k and of v, with `rope` behind it: q goes to rope.q, k

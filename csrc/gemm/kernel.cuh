@@ -5,11 +5,23 @@
 #include "common/launch.cuh"
 #include "gemm/rotated.cuh"
 #include "gemm/shape.cuh"
+#include "layer/rows.cuh"
 
 namespace bbk {
 
 __device__ __forceinline__ float gated(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+// What a thread's two rows become with an activation.
+template <class S>
+__device__ __forceinline__ float gated(float gate, float up) {
+  using T = typename S::T;
+  if constexpr (S::kRoundedGates) {
+    return silu_mul<T>(to_float(from_float<T>(gate)), to_float(from_float<T>(up)));
+  } else {
+    return gated(gate, up);
+  }
 }
 
 // Rounds the sums of a part of the tokens and writes them to `out`, through shared memory so that a token's
@@ -40,8 +52,8 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
       const int column = warp * 8;
       const uint32_t address =
           shared_address(staging) + ((token + 8 * (matrix % 2)) * S::kStagingPitch + column) * 2;
-      store_two_matrices_transposed(address, pack_pair<T>(gated(d[0], d[2]), gated(d[1], d[3])),
-                                    pack_pair<T>(gated(d[4], d[6]), gated(d[5], d[7])));
+      store_two_matrices_transposed(address, pack_pair<T>(gated<S>(d[0], d[2]), gated<S>(d[1], d[3])),
+                                    pack_pair<T>(gated<S>(d[4], d[6]), gated<S>(d[5], d[7])));
     } else {
       const int column = warp * 16 + 8 * (matrix % 2);
       const uint32_t address =
@@ -71,6 +83,13 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   }
 }
 
+// Where the CTA of these numbers stands in this one's cluster: `row_tile` among those that share tokens,
+// `split` along K, `share` of the tokens.
+template <class S>
+__device__ __forceinline__ uint32_t cluster_rank(int row_tile, int split, int share) {
+  return row_tile + S::kXMulticast * (split + S::kSplitK * share);
+}
+
 // Index of a warpgroup's vector of four sums in what one split sends to another.
 template <class S>
 __device__ __forceinline__ int part_index(int group, int vector) {
@@ -84,7 +103,8 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   if constexpr (kPart < S::kSplitK) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t remote = remote_address(parts, kPart) + slot * S::kPartBytes;
+      const uint32_t rank = cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, blockIdx.z);
+      const uint32_t remote = remote_address(parts, rank) + slot * S::kPartBytes;
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
@@ -133,6 +153,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                 const typename S::Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(S::kXMulticast == 1 && (S::kSplitK == 1 || S::kMulticast == 1), "a cluster has one reason");
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;

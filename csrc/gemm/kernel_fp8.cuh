@@ -8,29 +8,108 @@ namespace bbk {
 
 struct GemmFp8Args : GemmArgs {
   const float* x_scale;       // [num_tokens]
-  const float* weight_scale;  // [out_features]
+  const float* weight_scale;  // [rows of the weight]
+  int up_distance;            // with an activation: rows of the weight from a gate to its up
 };
 
 // Blocks of K whose products the tensor cores add up before the sum is added in fp32: they keep fewer bits.
 constexpr int kBlocksOfAStretch = 2;
 
+// The scales of a thread's two rows; with an activation, of its gate and its up.
+template <class S>
+__device__ __forceinline__ float2 scales_of_rows(const GemmFp8Args& args, int first_row, int group) {
+  const int thread = threadIdx.x % 128;
+  const int first_of_warp = first_row + group * 64 + thread / 32 * 16;
+  const int row = (S::kGated ? first_of_warp / 2 : first_of_warp) + thread % 32 / 4;
+  const int other = row + (S::kGated ? args.up_distance : 8);
+  const bool has_other = S::kGated ? row < args.out_features : other < args.out_features;
+  return make_float2(row < args.out_features ? args.weight_scale[row] : 0.0f,
+                     has_other ? args.weight_scale[other] : 0.0f);
+}
+
 // Multiplies the sums with the scales of their rows and tokens.
 template <class S>
 __device__ __forceinline__ void apply_scales(float (&sums)[S::kTokens / 2], const float* token_scales,
-                                             const GemmFp8Args& args, int first_row, int group) {
-  const int thread = threadIdx.x % 128;
-  const int row = first_row + group * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const float low = row < args.out_features ? args.weight_scale[row] : 0.0f;
-  const float high = row + 8 < args.out_features ? args.weight_scale[row + 8] : 0.0f;
+                                             float2 rows) {
 #pragma unroll
   for (int j = 0; j < S::kTokens / 8; ++j) {
-    const float2 scale = *reinterpret_cast<const float2*>(token_scales + 8 * j + thread % 4 * 2);
-    sums[4 * j] *= scale.x * low, sums[4 * j + 1] *= scale.y * low;
-    sums[4 * j + 2] *= scale.x * high, sums[4 * j + 3] *= scale.y * high;
+    const float2 scale = *reinterpret_cast<const float2*>(token_scales + 8 * j + threadIdx.x % 4 * 2);
+    sums[4 * j] *= scale.x * rows.x, sums[4 * j + 1] *= scale.y * rows.x;
+    sums[4 * j + 2] *= scale.x * rows.y, sums[4 * j + 3] *= scale.y * rows.y;
   }
 }
 
-// Grid and clusters as of gemm_kernel; behind its shared memory lie the scales of the tile's tokens.
+// CTAs of a cluster that read a part of a tile for each other: `x` of those that share x, which is a
+// neighbour's index, `z` of those that share the weight.
+template <class S>
+struct Sharing {
+  int x, split, z;
+
+  __device__ __forceinline__ int rank(int at_x, int at_z) const {
+    return static_cast<int>(cluster_rank<S>(at_x, split, at_z));
+  }
+  __device__ __forceinline__ uint16_t mask_of_x() const {
+    return static_cast<uint16_t>(((1 << S::kXMulticast) - 1) << rank(0, z));
+  }
+  __device__ __forceinline__ uint16_t mask_of_weight() const {
+    int mask = 0;
+#pragma unroll
+    for (int at = 0; at < S::kMulticast; ++at) mask |= 1 << rank(x, at);
+    return static_cast<uint16_t>(mask);
+  }
+  // The rank of source `number` < kSources.
+  __device__ __forceinline__ int peer(int number) const {
+    if (number < S::kXMulticast) return rank(number, z);
+    const int at = number - S::kXMulticast;
+    return rank(x, at < z ? at : at + 1);
+  }
+};
+
+// Brings a part of the weight's tile for block `k` (in pairs of elements) into the CTAs that share it.
+template <class S>
+__device__ __forceinline__ void copy_weight(uint32_t target, const CUtensorMap* map, int k, int first_row,
+                                            uint32_t barrier, const Sharing<S>& sharing, uint64_t policy) {
+  constexpr int kRowsEach = S::kRows / S::kMulticast;
+  const int row = first_row + sharing.z * kRowsEach;
+  const uint32_t part = target + sharing.z * kRowsEach * kSwizzledRowBytes;
+  if constexpr (S::kGated && S::kMulticast > 1) {
+    copy_box_multicast(part, map, {k, 0, 0, row / 16}, barrier, sharing.mask_of_weight(), policy);
+  } else if constexpr (S::kGated) {
+    copy_box(part, map, {k, 0, 0, row / 16}, barrier, policy);
+  } else if constexpr (S::kMulticast > 1) {
+    copy_box_multicast(part, map, {k, row}, barrier, sharing.mask_of_weight(), policy);
+  } else {
+    copy_box(part, map, {k, row}, barrier, policy);
+  }
+}
+
+// The same for x: `tokens` of the tile from `first_token` on, of which each CTA fetches as many.
+template <class S>
+__device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, int k, int first_token,
+                                       int tokens, uint32_t barrier, const Sharing<S>& sharing,
+                                       uint64_t policy) {
+  if constexpr (S::kXMulticast > 1) {
+    const int begin = sharing.x * (tokens / S::kXMulticast);
+    copy_box_multicast(target + begin * kSwizzledRowBytes, map, {k, first_token + begin}, barrier,
+                       sharing.mask_of_x(), policy);
+  } else {
+    copy_box(target, map, {k, first_token}, barrier, policy);
+  }
+}
+
+// Says that a warp has read a stage, to all that may fill it again.
+template <class S>
+__device__ __forceinline__ void release_stage(uint32_t barrier, const Sharing<S>& sharing) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (S::kSources > 1) {
+    if (lane < S::kSources) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
+  } else {
+    if (lane == 0) barrier_arrive(barrier);
+  }
+}
+
+// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
+// kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
@@ -43,8 +122,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
   const int warpgroup = threadIdx.x / 128;
-  const int split = S::kSplitK > 1 ? blockIdx.y : 0;
-  const int share = S::kMulticast > 1 ? blockIdx.z : 0;
+  const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
+                              S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
+                              S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
+  const int split = sharing.split;
+  const int share = sharing.z;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplitK;
   const int count = (split + 1) * args.num_k_blocks / S::kSplitK - k_begin;
@@ -54,12 +136,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, S::kMulticast * S::kGroups * 4);
+      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (S::kSplitK * S::kMulticast > 1) cluster_barrier();
+  if constexpr (S::kCluster > 1) cluster_barrier();
   allow_successors();
 
   if (warpgroup == S::kGroups) {
@@ -71,22 +153,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int stage = i % S::kStages;
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * kSwizzledRowBytes);
-        const uint32_t target = stages + stage * S::kStageBytes;
-        const int k = (k_begin + i) * S::kBlockK;
-        if constexpr (S::kMulticast > 1) {
-          // A part of the tile into all CTAs of the cluster.
-          constexpr int kRowsEach = S::kRows / S::kMulticast;
-          copy_box_multicast(target + share * kRowsEach * kSwizzledRowBytes, &weight_map,
-                             {k, first_row + share * kRowsEach}, barrier, (1 << S::kMulticast) - 1,
-                             read_once);
-        } else {
-          copy_box(target, &weight_map, {k, first_row}, barrier, read_once);
-        }
+        copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, (k_begin + i) * S::kBlockK, first_row,
+                       barrier, sharing, read_once);
       };
       const auto fetch_x = [&](int i) {
         const int stage = i % S::kStages;
-        copy_box(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map,
-                 {(k_begin + i) * S::kBlockK, share * args.box_tokens}, full + 8 * stage, keep);
+        copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
+                  share * args.box_tokens, args.box_tokens, full + 8 * stage, sharing, keep);
       };
       // A weight that nobody writes comes while the kernel before still runs.
       if (!args.static_weight) wait_for_predecessors();
@@ -102,8 +175,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         fetch_weight(i);
         fetch_x(i);
       }
-      if constexpr (S::kMulticast > 1) {
-        // The other CTA arrives at these barriers for the last time: they must still be there.
+      if constexpr (S::kSources > 1) {
+        // Other CTAs arrive at these barriers for the last time: they must still be there.
         for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
           barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
         }
@@ -123,45 +196,83 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     named_barrier(1, S::kGroups * 128);
     using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
-    const int lane = threadIdx.x % 32;
-    const auto release = [&](int i) {
-      const uint32_t barrier = empty + 8 * (i % S::kStages);
-      if constexpr (S::kMulticast > 1) {
-        if (lane < S::kMulticast) barrier_arrive_remote(remote_address(barrier, lane));
-      } else {
-        if (lane == 0) barrier_arrive(barrier);
+    const auto release = [&](int i) { release_stage<S>(empty + 8 * (i % S::kStages), sharing); };
+    float sums[S::kTokens / 2] = {};
+    // Starts the products of block i; `fresh`: they replace the stretch.
+    const auto start = [&](float (&stretch)[S::kTokens / 2], int i, bool fresh) {
+      const int stage = i % S::kStages;
+      barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
+      const uint64_t a = matrix_descriptor(weight);
+      const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
+        // Descriptors count in 16 bytes: 32 elements of K are 2.
+        Product::run(stretch, a + 2 * k, b + 2 * k, !fresh || k > 0);
       }
     };
-    float sums[S::kTokens / 2] = {};
-    float stretch[S::kTokens / 2];
-#pragma unroll 1
-    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-      const int end = min(begin + kBlocksOfAStretch, count);
-#pragma unroll 1
-      for (int i = begin; i < end; ++i) {
-        const int stage = i % S::kStages;
-        barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
-        const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
-        const uint64_t a = matrix_descriptor(weight);
-        const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-          // Descriptors count in 16 bytes: 32 elements of K are 2.
-          Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
-        }
-        wgmma_commit();
-        // Products of the block before are done: its stage may be filled again.
-        wgmma_wait<1>();
-        if (i > begin) release(i - 1);
-      }
-      wgmma_wait<0>();
-      keep_in_registers(stretch);
-      release(end - 1);
+    const auto add = [&](const float (&stretch)[S::kTokens / 2]) {
 #pragma unroll
       for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
+    };
+    const auto end_of = [&](int begin) { return min(begin + kBlocksOfAStretch, count); };
+    if constexpr (S::kGroups == 1) {
+      // Nobody else keeps the tensor cores busy: while one stretch is added they compute another.
+      float even[S::kTokens / 2], odd[S::kTokens / 2];
+      const auto start_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
+#pragma unroll 1
+        for (int i = begin; i < end_of(begin); ++i) start(stretch, i, i == begin);
+        wgmma_fence();  // behind a loop the assembler would put one here itself
+        wgmma_commit();
+      };
+      const auto add_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
+        keep_in_registers(stretch);
+        // Its stages may be filled again.
+        for (int i = begin; i < end_of(begin); ++i) release(i);
+        add(stretch);
+      };
+      start_stretch(even, 0);
+#pragma unroll 1
+      for (int begin = 0;; begin += 2 * kBlocksOfAStretch) {
+        const int next = begin + kBlocksOfAStretch, after = next + kBlocksOfAStretch;
+        if (next >= count) {
+          wgmma_wait<0>();
+          add_stretch(even, begin);
+          break;
+        }
+        start_stretch(odd, next);
+        wgmma_wait<1>();
+        add_stretch(even, begin);
+        if (after >= count) {
+          wgmma_wait<0>();
+          add_stretch(odd, next);
+          break;
+        }
+        start_stretch(even, after);
+        wgmma_wait<1>();
+        add_stretch(odd, next);
+      }
+    } else {
+      float stretch[S::kTokens / 2];
+#pragma unroll 1
+      for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
+        const int end = end_of(begin);
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) {
+          start(stretch, i, i == begin);
+          wgmma_commit();
+          // Products of the block before are done: its stage may be filled again.
+          wgmma_wait<1>();
+          if (i > begin) release(i - 1);
+        }
+        wgmma_wait<0>();
+        keep_in_registers(stretch);
+        release(end - 1);
+        add(stretch);
+      }
     }
-    apply_scales<S>(sums, token_scales, args, first_row, warpgroup);
+    apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplitK > 1) {
       __syncwarp();

@@ -17,6 +17,7 @@ constexpr char kOp[] = "linear";
   V(128, 2, 6, 1, 1, false) \
   V(192, 1, 6, 2, 1, false) \
   V(192, 2, 5, 1, 1, false) \
+  V(256, 1, 5, 2, 1, false) \
   V(128, 1, 9, 1, 2, false) \
   V(128, 3, 5, 1, 2, false) \
   V(16, 3, 8, 1, 1, true)   \

@@ -178,6 +178,20 @@ __global__ void __launch_bounds__(kWarps * 32) lm_head_finish_kernel(LmHeadFinis
     merge(total, highest, sum, token);
   }
   if (threadIdx.x % 32 != 0) return;
+  if (params.parts != nullptr) {
+    float probe_logit = -INFINITY;
+    if (params.probe_tokens != nullptr) {
+      const int64_t probe = params.probe_tokens[row] - params.first_token;
+      if (probe >= 0 && probe < params.vocab_size) probe_logit = partials[probe / params.piece_tokens].probe;
+    }
+    const float token = static_cast<float>(params.first_token + total.token);
+    float* part = params.parts + 4 * row;
+    part[0] = total.highest;
+    part[1] = static_cast<float>(total.sum);
+    part[2] = token;
+    part[3] = probe_logit;
+    return;
+  }
   // Nothing but minus infinity has no softmax.
   const float none = __int_as_float(0x7fffffff);
   const double sum = total.highest == -INFINITY ? none : total.sum;

@@ -34,6 +34,11 @@ struct LmHeadFinishParams {
   const LmHeadPartial* partials;  // [num_rows, num_pieces]
   const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary:
                                   // probability NaN
+  float* parts;                   // [num_rows, 4] or null, written instead of all below: of a vocabulary that
+                                  // is a part the highest logit, the sum of exp(logit - highest), the token
+                                  // counted from first_token on, and the probe's logit, minus infinity if
+                                  // there is none
+  int64_t first_token;            // of `parts`; of probes as well
   int32_t* top_token;             // [num_rows], written
   float* confidence;              // [num_rows], written
   float* probe_probability;       // [num_rows] or null, written

@@ -94,7 +94,8 @@ struct RotatedRows {
       Eight first = *reinterpret_cast<const Eight*>(staged);
       Eight second = *reinterpret_cast<const Eight*>(staged + 32);
       if (!head.is_v) rotate(first, second, angles[turn]);
-      write_halves(rope, first_token(args) + token, slot[turn], head, first_place + column(), first, second);
+      write_halves<false>(rope, first_token(args) + token, slot[turn], head, first_place + column(), first,
+                          second);
     }
   }
 };

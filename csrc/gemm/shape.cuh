@@ -13,7 +13,8 @@ namespace bbk {
 // What becomes of the sums. kLinear: the product itself. kSwiglu: the rows of the tile are gates and ups in
 // turns of 8, a thread's two rows a gate and its up. kRopeKvWrite: they are the first and the second half of
 // heads of q, k and v in turns of 8, a thread's two rows two places that rotate into each other.
-enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite };
+// kRoundedSwiglu: as kSwiglu, of gates and ups that are rounded first.
+enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite, kRoundedSwiglu };
 
 struct GemmArgs {
   void* out;         // [num_tokens, out_features]
@@ -32,9 +33,10 @@ struct RotatedGemmArgs : GemmArgs {
 
 // What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
 // weight. kSplitK: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kMulticast: CTAs
-// of a cluster that share one read of the weight, each with tokens of its own.
+// of a cluster that share one read of the weight, each with tokens of its own. kXMulticast: CTAs of a cluster
+// that share one read of the tokens, each with rows of the weight of its own; for e4m3 alone.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
-          GemmUse kUse>
+          GemmUse kUse, int kXMulticast_ = 1>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
@@ -42,7 +44,12 @@ struct GemmShape {
   static constexpr int kStages = kStages_;
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
-  static constexpr bool kGated = kUse == GemmUse::kSwiglu;
+  static constexpr int kXMulticast = kXMulticast_;
+  static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
+  // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
+  static constexpr int kSources = kMulticast + kXMulticast - 1;
+  static constexpr bool kRoundedGates = kUse == GemmUse::kRoundedSwiglu;
+  static constexpr bool kGated = kUse == GemmUse::kSwiglu || kRoundedGates;
   static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite;
   using Args = std::conditional_t<kRotated, RotatedGemmArgs, GemmArgs>;
 
@@ -75,8 +82,9 @@ struct GemmShape {
                 "the end reuses the pipeline's memory");
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(kTokens % 16 == 0, "whole matrices and swizzle groups");
-  static_assert(kSplitK == 1 || kMulticast == 1, "a cluster has one reason");
-  static_assert(kMulticast == 1 || !kGated, "the map of gates and ups is made for whole tiles");
+  static_assert(kCluster <= 8, "CTAs of a cluster, on every GPU of the architecture");
+  static_assert(kMulticast == 1 || kUse != GemmUse::kSwiglu, "its map of gates and ups has whole tiles");
+  static_assert(kProducer || kSources == 1, "a consumer that waited for others would hold up its own");
   static_assert(kSplitK == 1 || !kRotated, "heads are written by the CTA that has their whole sums");
 
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;

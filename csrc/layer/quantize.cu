@@ -1,25 +1,29 @@
 // Rows quantised to e4m3 where they are computed: a block has a whole row in registers, so that its largest
 // magnitude is known before the row is stored.
-#include <cuda_fp8.h>
-
 #include "common/elements.cuh"
 #include "common/launch.cuh"
+#include "layer/packed.cuh"
 #include "layer/quantize.h"
 #include "layer/rows.cuh"
 
 namespace bbk {
 namespace {
 
-// As of the norm, whose sums are to be the same; rows of gates and ups are longer.
-template <QuantizeSource kSource>
-constexpr int kThreads = kSource == QuantizeSource::kSwiglu ? 512 : 256;
+// As of the norm, whose sums are to be the same; other rows, if they are long, may have more.
+constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVecs = 8;
 constexpr int kAnyThreads = 256;
 constexpr float kLargest = 448.0f;
 constexpr float kLeast = 1e-30f;
 
-// As integers, magnitudes are ordered in the same way, with NaN above all.
+// The next kernel is launched only now: its blocks, and those of the one behind it, would take the places of
+// some of this kernel's, and leave it to fewer processors.
+__device__ __forceinline__ void wait_then_let_next_start() {
+  wait_for_predecessors();
+  allow_successors();
+}
+
 template <typename T>
 __device__ __forceinline__ int magnitude(T value) {
   return __float_as_int(fabsf(to_float(value)));
@@ -33,27 +37,27 @@ __device__ __forceinline__ float multiplier(int most, const QuantizeParams& para
   return __fdiv_rn(kLargest, amax);
 }
 
-// Without a contraction of what made `value` with this product: it was rounded before.
-__device__ __forceinline__ uint32_t pack_pair_e4m3(float first, float second, float by) {
-  const float2 pair = make_float2(__fmul_rn(first, by), __fmul_rn(second, by));
-  return __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-}
-
 // Rows of whole, aligned vectors, at most kVecs a thread.
 template <typename T, int kVecs, QuantizeSource kSource>
 __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams params) {
-  wait_and_let_next_start();
+  wait_then_let_next_start();
   constexpr int kSize = Vec<T>::kSize;
   const int64_t token = blockIdx.x;
   const int num_vecs = static_cast<int>(params.dim / kSize);
   const auto* x =
       reinterpret_cast<const Vec<T>*>(static_cast<const T*>(params.x) + token * params.x_row_stride);
 
-  Vec<T> row[kVecs];
+  // Asked for together with the row where registers allow, so that only one latency is waited for.
+  constexpr bool kWeightsAhead = kSource == QuantizeSource::kNorm && kVecs <= 2;
+  const auto* weight = static_cast<const Vec<T>*>(params.weight);
+  Vec<T> row[kVecs], weights[kWeightsAhead ? kVecs : 1];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int index = threadIdx.x + i * blockDim.x;
-    if (index < num_vecs) row[i] = x[index];
+    if (index < num_vecs) {
+      row[i] = x[index];
+      if constexpr (kWeightsAhead) weights[i] = weight[index];
+    }
   }
   if constexpr (kSource == QuantizeSource::kSwiglu) {
     Vec<T> ups[kVecs];
@@ -63,15 +67,9 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams pa
       if (index < num_vecs) ups[i] = x[num_vecs + index];
     }
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        row[i].values[j] = from_float<T>(silu_mul<T>(to_float(row[i].values[j]), to_float(ups[i].values[j])));
-      }
-    }
+    for (int i = 0; i < kVecs; ++i) row[i] = activated(row[i], ups[i]);
   }
   if constexpr (kSource == QuantizeSource::kNorm) {
-    const auto* weight = static_cast<const Vec<T>*>(params.weight);
     if (params.residual != nullptr) {
       auto* residual =
           reinterpret_cast<Vec<T>*>(static_cast<T*>(params.residual) + token * params.residual_row_stride);
@@ -83,10 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams pa
       }
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          row[i].values[j] = rounded_sum(row[i].values[j], added[i].values[j]);
-        }
+        row[i] = rounded_sum(row[i], added[i]);
         const int index = threadIdx.x + i * blockDim.x;
         if (index < num_vecs) residual[index] = row[i];
       }
@@ -106,50 +101,28 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams pa
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int index = threadIdx.x + i * blockDim.x;
-      if (index < num_vecs) {
-        const Vec<T> factors = weight[index];
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          row[i].values[j] = scaled(to_float(row[i].values[j]), inverse, factors.values[j]);
-        }
-      }
+      if (index < num_vecs) row[i] = scaled(row[i], inverse, kWeightsAhead ? weights[i] : weight[index]);
     }
   }
 
-  int most = 0;
+  Largest<T> largest;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    if (threadIdx.x + i * blockDim.x < num_vecs) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) most = max(most, magnitude(row[i].values[j]));
-    }
+    if (threadIdx.x + i * blockDim.x < num_vecs) largest.look_at(row[i]);
   }
-  const float by = multiplier(most, params, token);
+  const float by = multiplier(largest.of_all(), params, token);
   auto* out = params.out + token * params.dim;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int index = threadIdx.x + i * blockDim.x;
-    if (index < num_vecs) {
-      uint32_t words[kSize / 4];
-#pragma unroll
-      for (int j = 0; j < kSize; j += 4) {
-        const T* four = &row[i].values[j];
-        words[j / 4] = pack_pair_e4m3(to_float(four[0]), to_float(four[1]), by) |
-                       pack_pair_e4m3(to_float(four[2]), to_float(four[3]), by) << 16;
-      }
-      if constexpr (kSize == 8) {
-        reinterpret_cast<uint2*>(out)[index] = make_uint2(words[0], words[1]);
-      } else {
-        reinterpret_cast<uint32_t*>(out)[index] = words[0];
-      }
-    }
+    if (index < num_vecs) store_e4m3(out, index, row[i], by);
   }
 }
 
 // Rows of any length and alignment, element by element; each pass reads the row again.
 template <typename T, QuantizeSource kSource>
 __global__ void __launch_bounds__(kAnyThreads) quantize_any_kernel(QuantizeParams params) {
-  wait_and_let_next_start();
+  wait_then_let_next_start();
   const int64_t token = blockIdx.x;
   const T* x = static_cast<const T*>(params.x) + token * params.x_row_stride;
   const T* weight = static_cast<const T*>(params.weight);
@@ -203,8 +176,10 @@ void launch_quantize(const char* op, const QuantizeParams& params, bool programm
     return;
   }
   const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
+  const bool is_long =
+      kSource == QuantizeSource::kSwiglu || (kSource == QuantizeSource::kRows && num_vecs > 1024);
   int vecs = 1;
-  while (vecs < kMaxVecs && num_vecs > vecs * kThreads<kSource>) vecs *= 2;
+  while (vecs < kMaxVecs && num_vecs > vecs * (is_long ? kMaxThreads : kThreads)) vecs *= 2;
   const LaunchConfig config = {grid, ceil_div(ceil_div(num_vecs, vecs), 32) * 32, 0, programmatic};
   switch (vecs) {
     case 1:

@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 // The heads of q, k and v are counted through; a thread takes one place of one head.
 //
 // kUnits: places of half a head, 0: known at run time.
-template <typename T, int kWidth, int kUnits>
+template <typename T, int kWidth, int kUnits, bool kE4m3>
 __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWriteParams params) {
   wait_and_let_next_start();
   const int half = params.head_dim / 2;
@@ -34,12 +34,12 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWritePara
   Part first = *reinterpret_cast<const Part*>(source);
   Part second = *reinterpret_cast<const Part*>(source + half);
   if (!head.is_v) rotate(first, second, load_angles<kWidth>(params, position, place));
-  write_halves(params, token, slot, head, place, first, second);
+  write_halves<kE4m3>(params, token, slot, head, place, first, second);
 }
 
 // The same behind an RMSNorm over each head of q and k: kLanes threads of a warp take one head, and go over
 // it in steps of kLanes * kWidth places, once for the sum of squares and once to scale and rotate.
-template <typename T, int kWidth, int kLanes>
+template <typename T, int kWidth, int kLanes, bool kE4m3>
 __global__ void __launch_bounds__(kThreads) normed_rope_kv_write_kernel(RopeKvWriteParams params) {
   wait_and_let_next_start();
   const int half = params.head_dim / 2;
@@ -85,27 +85,27 @@ __global__ void __launch_bounds__(kThreads) normed_rope_kv_write_kernel(RopeKvWr
       }
       rotate(first, second, load_angles<kWidth>(params, position, place));
     }
-    write_halves(params, token, slot, head, place, first, second);
+    write_halves<kE4m3>(params, token, slot, head, place, first, second);
   }
 }
 
-template <typename T, int kWidth, int kLanes>
+template <typename T, bool kE4m3, int kWidth, int kLanes>
 void launch_lanes(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   const int64_t threads = (params.num_heads + 2LL * params.num_kv_heads) * kLanes;
   const dim3 grid(static_cast<unsigned>(params.num_tokens),
                   static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads)));
-  launch_kernel<normed_rope_kv_write_kernel<T, kWidth, kLanes>>(kOp, launch,
-                                                                {grid, kThreads, 0, programmatic}, params);
+  launch_kernel<normed_rope_kv_write_kernel<T, kWidth, kLanes, kE4m3>>(
+      kOp, launch, {grid, kThreads, 0, programmatic}, params);
 }
 
-template <typename T, int kWidth, int kUnits>
+template <typename T, bool kE4m3, int kWidth, int kUnits>
 void launch_units(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   const int64_t heads = params.num_heads + 2 * params.num_kv_heads;
   const int64_t threads = heads * (params.head_dim / 2 / kWidth);
   const dim3 grid(static_cast<unsigned>(params.num_tokens),
                   static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads)));
-  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits>>(kOp, launch, {grid, kThreads, 0, programmatic},
-                                                         params);
+  launch_kernel<rope_kv_write_kernel<T, kWidth, kUnits, kE4m3>>(kOp, launch,
+                                                                {grid, kThreads, 0, programmatic}, params);
 }
 
 template <typename T>
@@ -120,23 +120,24 @@ bool is_vectorized(const RopeKvWriteParams& params) {
   return writes_vectors<T>(params);
 }
 
-template <typename T>
+template <typename T, bool kE4m3>
 void launch_rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Launch& launch) {
   constexpr int kSize = Vec<T>::kSize;
   if (params.q_norm != nullptr) {
-    if (!is_vectorized<T>(params)) return launch_lanes<T, 1, 32>(params, programmatic, launch);
+    if (!is_vectorized<T>(params)) return launch_lanes<T, kE4m3, 1, 32>(params, programmatic, launch);
     // Every lane of a head of 128 elements has a vector of each half.
-    if (params.head_dim / 2 <= 8 * kSize) return launch_lanes<T, kSize, 8>(params, programmatic, launch);
-    return launch_lanes<T, kSize, 16>(params, programmatic, launch);
+    if (params.head_dim / 2 <= 8 * kSize)
+      return launch_lanes<T, kE4m3, kSize, 8>(params, programmatic, launch);
+    return launch_lanes<T, kE4m3, kSize, 16>(params, programmatic, launch);
   }
-  if (!is_vectorized<T>(params)) return launch_units<T, 1, 0>(params, programmatic, launch);
+  if (!is_vectorized<T>(params)) return launch_units<T, kE4m3, 1, 0>(params, programmatic, launch);
   switch (params.head_dim) {
     case 64:
-      return launch_units<T, kSize, 32 / kSize>(params, programmatic, launch);
+      return launch_units<T, kE4m3, kSize, 32 / kSize>(params, programmatic, launch);
     case 128:
-      return launch_units<T, kSize, 64 / kSize>(params, programmatic, launch);
+      return launch_units<T, kE4m3, kSize, 64 / kSize>(params, programmatic, launch);
     default:
-      return launch_units<T, kSize, 0>(params, programmatic, launch);
+      return launch_units<T, kE4m3, kSize, 0>(params, programmatic, launch);
   }
 }
 
@@ -150,6 +151,9 @@ void check_rope(const char* op, const RopeKvWriteParams& params) {
   check_at_least(op, "num_pages", params.num_pages, 0);
   if ((params.q_norm == nullptr) != (params.k_norm == nullptr)) {
     refuse(op, "q_norm and k_norm: expected both or none, got one");
+  }
+  if ((params.k_scale == nullptr) != (params.v_scale == nullptr)) {
+    refuse(op, "k_scale and v_scale: expected both or none, got one");
   }
   if (params.head_dim < 2 || params.head_dim % 2 != 0) {
     refuse(op, "head_dim: expected an even size, got " + std::to_string(params.head_dim));
@@ -165,7 +169,11 @@ void rope_kv_write(const RopeKvWriteParams& params, bool programmatic, const Lau
   dispatch_dtype(params.dtype, kOp, [&](auto zero) {
     if (params.num_tokens == 0 || params.num_heads + params.num_kv_heads == 0) return;
     const DeviceGuard guard(launch.device, kOp);
-    launch_rope_kv_write<decltype(zero)>(params, programmatic, launch);
+    if (params.k_scale != nullptr) {
+      launch_rope_kv_write<decltype(zero), true>(params, programmatic, launch);
+    } else {
+      launch_rope_kv_write<decltype(zero), false>(params, programmatic, launch);
+    }
   });
 }
 

@@ -3,6 +3,7 @@
 // rotate into each other.
 #pragma once
 
+#include "common/e4m3.cuh"
 #include "common/elements.cuh"
 #include "layer/rope.h"
 
@@ -77,8 +78,17 @@ __device__ __forceinline__ void rotate(Run<T, kWidth>& first, Run<T, kWidth>& se
   }
 }
 
-// Writes both halves from `place` on to q or into the cache.
+// kWidth elements as a cache in e4m3 holds them.
 template <typename T, int kWidth>
+__device__ __forceinline__ Run<E4m3, kWidth> in_e4m3(const Run<T, kWidth>& run, float scale) {
+  Run<E4m3, kWidth> stored;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) stored.values[i] = to_e4m3(__fdiv_rn(to_float(run.values[i]), scale));
+  return stored;
+}
+
+// Writes both halves from `place` on to q or into the cache, which kE4m3 says the elements of.
+template <bool kE4m3, typename T, int kWidth>
 __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, int64_t token, int64_t slot,
                                              const RopeHead& head, int place, const Run<T, kWidth>& first,
                                              const Run<T, kWidth>& second) {
@@ -92,6 +102,14 @@ __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, in
     const uint32_t page = static_cast<uint32_t>(slot) / page_size;
     const uint32_t offset = static_cast<uint32_t>(slot) % page_size;
     const CacheView& cache = head.is_v ? params.v_cache : params.k_cache;
+    if constexpr (kE4m3) {
+      const float scale = (head.is_v ? params.v_scale : params.k_scale)[head.index];
+      E4m3* stored = static_cast<E4m3*>(cache.data) + page * cache.page_stride + offset * cache.token_stride +
+                     head.index * cache.head_stride + place;
+      *reinterpret_cast<Run<E4m3, kWidth>*>(stored) = in_e4m3(first, scale);
+      *reinterpret_cast<Run<E4m3, kWidth>*>(stored + params.head_dim / 2) = in_e4m3(second, scale);
+      return;
+    }
     target = static_cast<T*>(cache.data) + page * cache.page_stride + offset * cache.token_stride +
              head.index * cache.head_stride;
   }
@@ -99,7 +117,8 @@ __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, in
   *reinterpret_cast<Run<T, kWidth>*>(target + place + params.head_dim / 2) = second;
 }
 
-// Whether all addresses and strides of what is written, and of the angles, are whole vectors of 16 bytes.
+// Whether all addresses and strides of what is written, and of the angles, are whole vectors of 16 bytes; of
+// caches in e4m3 as many elements.
 template <typename T>
 bool writes_vectors(const RopeKvWriteParams& params) {
   constexpr int kSize = Vec<T>::kSize;
@@ -107,9 +126,10 @@ bool writes_vectors(const RopeKvWriteParams& params) {
   if (!aligned(params.q.data) || params.q.token_stride % kSize != 0 || params.q.head_stride % kSize != 0) {
     return false;
   }
+  const uintptr_t cache_vector = params.k_scale == nullptr ? 16 : kSize;
   for (const CacheView& view : {params.k_cache, params.v_cache}) {
-    if (!aligned(view.data) || view.page_stride % kSize != 0 || view.token_stride % kSize != 0 ||
-        view.head_stride % kSize != 0) {
+    if (reinterpret_cast<uintptr_t>(view.data) % cache_vector != 0 || view.page_stride % kSize != 0 ||
+        view.token_stride % kSize != 0 || view.head_stride % kSize != 0) {
       return false;
     }
   }

@@ -27,6 +27,8 @@ struct RopeKvWriteParams {
   HeadsView v;               // num_kv_heads
   CacheView k_cache;         // written at the slots
   CacheView v_cache;         // written at the slots
+  const float* k_scale;      // [num_kv_heads]: the caches are e4m3, divided by these; null: they are not
+  const float* v_scale;      // null where k_scale is
   const int32_t* positions;  // [num_tokens]; outside [0, num_positions) the rotation is NaN
   const int64_t* slots;      // [num_tokens], page * page_size + offset; outside of the cache: not stored
   const float* cos;          // [num_positions, head_dim / 2]
@@ -43,7 +45,7 @@ struct RopeKvWriteParams {
   int num_heads;
   int num_kv_heads;
   int head_dim;  // even
-  DType dtype;   // of q, k, v and the caches
+  DType dtype;   // of q, k, v, and of the caches unless they are e4m3
 };
 
 // Throws std::invalid_argument in the name of `op`.

@@ -26,8 +26,14 @@ __device__ __forceinline__ float block_sum(float value) {
   return block_reduce(value, 0.0f, [](float a, float b) { return a + b; });
 }
 
+// The largest value over the block, by the instruction that reduces the integers of a warp.
 __device__ __forceinline__ int block_max(int value) {
-  return block_reduce(value, 0, [](int a, int b) { return a > b ? a : b; });
+  __shared__ int warp_values[32];
+  value = __reduce_max_sync(~0u, value);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) warp_values[threadIdx.x / 32] = value;
+  __syncthreads();
+  return __reduce_max_sync(~0u, lane < blockDim.x / 32 ? warp_values[lane] : 0);
 }
 
 __device__ __forceinline__ float inverse_rms(float sum_of_squares, int64_t dim, float eps) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,18 @@ def cache_bytes(
     return 2 * num_layers * positions * num_kv_heads * head_dim * dtype.itemsize
 
 
+def layer_bytes(spec: Any, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens of so many rows in one layer."""
+    positions = tokens + rows * PAGE_SIZE
+    return 2 * positions * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
 class KVCache:
     """K and V of all rows, allocated once.
 
     Attributes:
         kv: [layers, 2, pages, page_size, num_kv_heads, head_dim].
+        scales: of K and V in e4m3, what `kv` is to be multiplied with; None: it holds the numbers.
         page_table: [rows, pages_per_row] int32, -1 before the first forward.
         distinct_rows: what the host knows of the rows of the next forward, see `bbk.attention_plan`.
     """
@@ -52,8 +61,10 @@ class KVCache:
         device: torch.device,
         page_size: int = PAGE_SIZE,
         backend: str | None = None,
+        scales: Any = None,
     ) -> None:
         self.num_branches, self.page_size, self.backend = num_branches, page_size, backend
+        self.scales = scales
         columns, num_rows = pages_per_row(canvas_length, page_size), num_requests * num_branches
         shape = (num_layers, 2, num_rows * columns, page_size, num_kv_heads, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)

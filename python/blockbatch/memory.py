@@ -14,7 +14,9 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding import Method
 from blockbatch.decoding.batch import most_tokens
 from blockbatch.decoding.choice import method_for
-from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, packed_capacity, pool_bytes
+from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, pool_bytes
+from blockbatch.decoding.graphs import StepGraphs, packed_capacity
+from blockbatch.decoding.row_graphs import row_capacity
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
 from blockbatch.models.model import Model
@@ -84,17 +86,25 @@ def needs(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        dtype=dtype,
+        dtype=model.kv_dtype,
     )
     if config.policy == "dream_published":
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
     kinds = dict(compiled=compiled, quantized=model.quantization is not None)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
-    whole = min(rows * length, share_of(model).num_lanes * max(length, ROW_TOKENS[device.type]))
+    chunk = min(rows * length, max(length, ROW_TOKENS[device.type]))
+    whole = min(rows * length, share_of(model).num_lanes * chunk)
     step = most_tokens(method, num_requests, prompt, gen_length)
     regions = min(rows * length, rows * (gen_length + spec.prediction_offset))
+    if device.type == "cuda":
+        whole = max(whole, row_capacity(chunk))
     work = transformer.activation_bytes(spec, dtype, max(whole, step, regions), **kinds)
+    if (all_weights := share_of(model).whole) is not None:
+        tokens = min(rows * length, max(length, ROW_TOKENS[device.type]))
+        layer = kv_cache.layer_bytes(all_weights.spec, dtype, rows, tokens)
+        dealt = transformer.activation_bytes(all_weights.spec, dtype, tokens, **kinds) + 2 * layer
+        work = max(work, dealt)
     rest = rows * gen_length * (_POSITION_BYTES + _PAIR_BYTES * num_branches)
     if not compiled:  # the reference gathers the keys and values of a row, and its queries by key head
         row = 2 * spec.num_kv_heads + 4 * spec.num_heads
@@ -103,6 +113,8 @@ def needs(
         rest += _GPU_WORKSPACES
         if StepGraphs.possible(model):
             captured = min(packed_capacity(min(step, MAX_GRAPH_TOKENS)), step)
+            if chunk <= MAX_GRAPH_TOKENS:
+                captured = max(captured, row_capacity(chunk))
             rest += _GRAPH_SHARE * transformer.activation_bytes(spec, dtype, captured, **kinds)
     return Needs(cache, work, rest)
 

@@ -38,6 +38,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
     )
+    group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
+    group.add_argument(
+        "--whole-rows",
+        action="store_true",
+        help="under torchrun: each GPU holds all weights beside its part, and whole rows are dealt out",
+    )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
 
 
@@ -103,8 +109,10 @@ def load(options: argparse.Namespace) -> Model:
         dtype=options.dtype,
         backend=options.backend,
         quantization=options.quantization,
+        kv_dtype=options.kv_dtype,
         adapter=options.adapter,
         tensor_parallel=ranks.process()[1],
+        whole_rows=getattr(options, "whole_rows", False),
     )
 
 

@@ -75,6 +75,7 @@ def add_model(parser: Any) -> None:
     group.add_argument(
         "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
     )
+    group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call it (MODEL)")
     group.add_argument(

@@ -58,6 +58,8 @@ class Batch:
         kind = method.sampling
         self.sampling = None if kind is None else BatchSampling(num_requests, kind, self.device)
         self.seqlens_k = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        # Those that a part of a full forward computes.
+        self.chosen_rows = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         self.cache = model.new_cache(num_requests, num_branches, max_prompt + gen_length)
         on_gpu = self.device.type == "cuda"
         host = dict(device="cpu", pin_memory=on_gpu)

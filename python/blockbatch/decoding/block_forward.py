@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
-from blockbatch.decoding.graphs import StepGraphs, capture
+from blockbatch.decoding.graph_pool import capture
+from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.sampling import RowSampling, SamplingKind, pack_rows, packed_size, unpack_rows
 from blockbatch.models.drawn import Draw
 from blockbatch.text_pages import TextPages
@@ -77,6 +78,7 @@ class _Pages(NamedTuple):
     kv: Tensor
     page_table: Tensor
     distinct_rows: int
+    num_branches: int | None = None  # texts of different requests may share pages
 
 
 class _Graph(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -16,7 +17,7 @@ from blockbatch.decoding.block_session import BlockSession
 from blockbatch.decoding.block_text import Forward
 from blockbatch.decoding.choice import sampling_for
 from blockbatch.decoding.confidences import TextConfidences
-from blockbatch.decoding.graphs import pool_bytes
+from blockbatch.decoding.graph_pool import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
@@ -83,7 +84,8 @@ class BlockLane:
         self._seats.append(seat)
 
     @torch.inference_mode()
-    def step(self) -> list[Seat]:
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        meanwhile()  # the forwards wait for their results themselves
         device = self._model.device
         with devices.turn(device), devices.memory_errors(device, "the next forward"):
             chosen = self._chosen()

@@ -24,7 +24,7 @@ def page_bytes(model: Model) -> int:
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        dtype=model.dtype,
+        dtype=model.kv_dtype,
     )
 
 
@@ -55,7 +55,7 @@ def shared_forward(model: Model) -> BlockForward:
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype=model.dtype,
+            dtype=model.kv_dtype,
             device=model.device,
         )
         model.pool, model.block_forward = pool, BlockForward(weakref.proxy(model), pool)

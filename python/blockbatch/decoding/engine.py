@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockbatch.config import DecodeConfig
-from blockbatch.decoding.admission import Admission, branches_under_load, fewer_sizes
+from blockbatch.decoding.admission import Admission, branches_under_load, drafts_under_load, fewer_sizes
 from blockbatch.decoding.block_lane import BlockLane
 from blockbatch.decoding.choice import eos_token_ids, method_for
 from blockbatch.decoding.lane import Lane, Seat, rules_of
@@ -42,6 +42,10 @@ __all__ = [
 BRANCH_RULES = ("fixed", "load")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Decodes requests of one model together; each gives the tokens and forwards that `generate` gives alone.
 
@@ -54,8 +58,8 @@ class Engine:
         model: from `load_model`.
         max_requests: that run at a time.
         max_queue: that wait beside them.
-        branches: "fixed": as each request's config says; "load": a new request gets fewer, the more run or
-            wait, fixed for its life.
+        branches: "fixed": as each request's config says; "load": a new request gets fewer, and no drafts, the
+            more run or wait, fixed for its life.
         max_tokens_per_step: tokens that a forward holds beyond which whole rows wait for the next one; None:
             as measured.
         deterministic: whether a request's bits do not depend on what runs beside it, at some cost.
@@ -173,8 +177,12 @@ class Engine:
                 self._cancelled.append(seat)
                 self._changed.notify_all()
 
-    def step(self) -> bool:
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> bool:
         """One forward: leaves, joins, forward, policy. False when nothing runs or waits.
+
+        Args:
+            meanwhile: called once, on a GPU after the forward was launched and before the host waits for it:
+                the time for what should not delay the next launch, such as waking other threads.
 
         Raises:
             whatever broke the forward; all requests that ran have failed with it then, those that wait go on.
@@ -193,7 +201,7 @@ class Engine:
             for seat in joining:
                 seat.request.status, seat.request.started = "running", time.monotonic()
                 self._lane.join(seat)
-            took_part = self._lane.step() if self._running else []
+            took_part = self._lane.step(meanwhile) if self._running else meanwhile() or []
             with self._changed:
                 updated += [seat.request for seat in took_part if self._note(seat)]
             updated += [seat.request for seat in joining if seat.request not in updated]
@@ -256,15 +264,18 @@ class Engine:
     def _with_branches(self, config: DecodeConfig, asked: int | None):
         """The config with as many branches as a request gets, its method, and their number."""
         method = method_for(self.model, config)
-        drafts = len(rules_of(method).drafts)
-        sizes = method.block_sizes[: len(method.block_sizes) - drafts]
+        drafts, load = rules_of(method).drafts, len(self._seats) + 1
+        sizes = method.block_sizes[: len(method.block_sizes) - len(drafts)]
         most = max(len(sizes), 1)
         if asked is not None:
             count = as_int(asked)
             if count is None or not 1 <= count <= most:
                 raise ValueError(f"branches: expected a number from 1 to {most}, got {asked!r}")
         elif self.branches == "load":
-            count = branches_under_load(sizes or (1,), len(self._seats) + 1)
+            count = branches_under_load(sizes or (1,), load)
+            if drafts and not drafts_under_load(sizes[0], drafts, load):
+                config = replace(config, drafts=None)
+                method = method_for(self.model, config)
         else:
             count = most
         if count < most:
@@ -287,6 +298,9 @@ class Engine:
 
     def _grow(self, seat: Seat, prefix: list[int]) -> bool:
         request = seat.request
+        if len(prefix) == seat.seen:
+            return False
+        seat.seen = len(prefix)
         if seat.reader is not None and not seat.done and len(prefix) > len(request.final):
             seat.reader.push(prefix)
         final = before_eos(prefix, rules_of(seat.method).eos_token_ids)

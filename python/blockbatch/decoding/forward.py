@@ -6,6 +6,9 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
+from blockbatch.decoding.dealt_rows import predict_dealt
+from blockbatch.decoding.packing import pack, predict
+from blockbatch.decoding.row_graphs import RowGraphs, RowSizes, row_sizes
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan
 
@@ -30,32 +33,54 @@ def block_denoise(model, batch: Batch, capacity: int, predict_capacity: int) -> 
     _apply_policy(batch, predictions)
 
 
-def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int) -> None:
+def whole_rows(model, batch: Batch, plan: HostPlan, max_tokens: int, graphs: RowGraphs | None = None) -> None:
     """An init or refresh: computes the planned rows whole, and all that follows up to the next plan.
 
     Args:
         plan: the batch's plan on the host.
         max_tokens: rows are computed several at a time within this many tokens, a longer row alone.
+        graphs: of the batch; None: every forward is launched as it is.
     """
-    batch.cache.prepare(batch.plan)
-    parts = []
-    with share_of(model).lanes() as lane:
-        for number, rows in enumerate(_chunks(plan.query_lengths, max_tokens)):
+    if graphs is None:
+        batch.cache.prepare(batch.plan)
+    else:
+        graphs.run("pages", lambda: batch.cache.prepare(batch.plan))
+    share = share_of(model)
+    parts, lengths = [], plan.query_lengths
+    if share.whole is not None:
+        parts, lengths = predict_dealt(share, batch, plan, max_tokens)
+    with share.lanes() as lane:
+        for number, rows in enumerate(_chunks(lengths, max_tokens)):
             with lane(number):
-                parts.append(_predict_rows(model, batch, plan, rows))
+                parts.append(_predict_rows(model, batch, plan, rows, graphs))
     batch.cache.share(batch.plan.source_row)
     batch.note_sources(plan.source_row)
     _apply_policy(batch, _concatenate(parts))
 
 
-def _predict_rows(model, batch: Batch, plan: HostPlan, rows: slice) -> bbk.Predictions:
+def _predict_rows(
+    model, batch: Batch, plan: HostPlan, rows: slice, graphs: RowGraphs | None
+) -> bbk.Predictions:
     """The forward of some of the planned rows."""
-    predict_capacity = min(plan.predictions, (rows.stop - rows.start) * batch.state.gen_length)
-    query_end = torch.zeros_like(batch.plan.query_end)
-    query_end[rows] = batch.plan.query_end[rows]
-    chunk = batch.plan._replace(query_end=query_end)
-    batch.cache.distinct_rows = sum(length > 0 for length in plan.query_lengths[rows])
-    return _predict(model, batch, chunk, sum(plan.query_lengths[rows]), predict_capacity)
+    tokens, count = sum(plan.query_lengths[rows]), sum(length > 0 for length in plan.query_lengths[rows])
+    most = (rows.stop - rows.start) * batch.state.gen_length
+    sizes = RowSizes(tokens, min(plan.predictions, most), count, captured=False)
+    if graphs is not None:
+        sizes = row_sizes(tokens, plan.predictions, count, count * batch.state.gen_length)
+    batch.cache.distinct_rows = count
+    # Lanes run side by side, so that each has a mask of its own.
+    chosen = batch.chosen_rows if sizes.captured else torch.zeros_like(batch.chosen_rows)
+    chosen.zero_()
+    chosen[rows] = True
+
+    def compute() -> bbk.Predictions:
+        query_end = batch.plan.query_end * chosen
+        # Regions begin behind their prompts, those of other rows as well.
+        query_start = torch.minimum(batch.plan.query_start, query_end)
+        chunk = batch.plan._replace(query_start=query_start, query_end=query_end)
+        return _predict(model, batch, chunk, sizes.tokens, sizes.predictions)
+
+    return graphs.run(sizes, compute) if sizes.captured else compute()
 
 
 def replan(batch: Batch) -> None:
@@ -91,27 +116,8 @@ def _predict(
     *,
     scattered: bool = False,
 ) -> bbk.Predictions:
-    params = batch.method.params
-    packed = bbk.pack_windows(
-        batch.state,
-        plan,
-        batch.cache.page_table,
-        page_size=batch.cache.page_size,
-        capacity=capacity,
-        predict_capacity=predict_capacity,
-        prediction_offset=params.prediction_offset,
-        scattered=scattered,
-        backend=batch.backend,
-    )
-    probe_tokens = None
-    if params.eos_exit == "window":
-        probe_tokens = batch.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-    options = {}
-    if batch.sampling is not None:
-        options["sampling"] = batch.sampling.draw(batch.state, packed.predict_target)
-    if params.policy == "dream_published":
-        return model.predict(packed, batch.cache, batch.seqlens_k, likely=True, **options)
-    return model.predict(packed, batch.cache, batch.seqlens_k, probe_tokens, **options)
+    packed = pack(batch, plan, capacity, predict_capacity, scattered=scattered)
+    return predict(model, batch, packed, batch.cache)
 
 
 def _apply_policy(batch: Batch, predictions: bbk.Predictions) -> None:

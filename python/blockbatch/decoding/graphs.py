@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
 from blockbatch.decoding.forward import block_denoise
+from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
 from blockbatch_kernels import tuning
 
-# Larger packs keep the GPU busy for longer than the host needs to launch them.
-MAX_GRAPH_TOKENS = 4096
-# torch captures one graph at a time in a process, whatever the device.
-_capturing = threading.Lock()
-_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
-# Of each device, bytes in the memory pool of every batch's graphs: torch counts them as free.
-_pools: dict[torch.device, list[list[int]]] = {}
 # Operators of a step whose reference asks the host for lengths.
 _DEVICE_OPS = ("varlen_attention", "attention_plan", "copy_pages", "decode_policy", "pack_windows")
-
-
-def pool_bytes(device: torch.device) -> int:
-    """Memory of a device that captured steps keep for themselves, which torch counts as free."""
-    return sum(held for (held,) in list(_pools.get(device, ())))
 
 
 def packed_capacity(tokens: int) -> int:
@@ -51,15 +35,11 @@ class StepGraphs:
     wait meanwhile. It is for the current device, which is the batch's in a turn (see `blockbatch.devices`).
     """
 
-    def __init__(self, model, batch: Batch) -> None:
+    def __init__(self, model, batch: Batch, pool: GraphPool | None = None) -> None:
         self._model, self._batch = model, batch
         # By capacity and by whether the attention is planned in units.
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._pool = None
-        self._held = [0]  # bytes of the pool
-        pools = _pools.setdefault(batch.device, [])
-        pools.append(self._held)
-        weakref.finalize(self, _forget, pools, self._held)
+        self._pool = pool or GraphPool(batch.device)
         # Not only is padding beyond it useless: the matrix library is faster on 252 rows than on 256.
         self._most = batch.most_tokens()
 
@@ -103,15 +83,14 @@ class StepGraphs:
     @property
     def pool_bytes(self) -> int:
         """Memory that the graphs work in, which nothing else can use while they are there."""
-        return self._held[0]
+        return self._pool.nbytes
 
     def _capture(self, capacity: int) -> torch.cuda.CUDAGraph:
         def step() -> None:
             block_denoise(self._model, self._batch, capacity, capacity)
 
-        # The graphs run one after the other, so all can work in the same memory.
         try:
-            graph, _, held = capture(step, self._batch.device, self._pool)
+            return self._pool.capture(step)[0]
         except RuntimeError as error:
             if self._batch.rule is None:
                 raise
@@ -120,34 +99,3 @@ class StepGraphs:
                 f"method {name!r}: expected a rule whose steps can be captured as a CUDA graph, or one of "
                 f"commit_rule(..., graphs=False), got: {error}"
             ) from error
-        self._held[0] += held
-        self._pool = self._pool or graph.pool()
-        return graph
-
-
-def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any, int]:
-    """`run` as a graph, what it returned while it was captured, and bytes that the capture came to hold.
-
-    Args:
-        device: the current one.
-        pool: of memory, of another graph (None: one of its own).
-    """
-    with _capturing:
-        # Of this device: torch's own stream is of whichever device was the first to capture.
-        stream = _capture_streams.get(device)
-        if stream is None:
-            stream = _capture_streams[device] = torch.cuda.Stream(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved(device)
-            kept = run()
-            held = max(0, torch.cuda.memory_reserved(device) - before)
-    return graph, kept, held
-
-
-def _forget(pools: list[list[int]], held: list[int]) -> None:
-    # By identity: two batches may hold equally much.
-    for index, other in enumerate(pools):
-        if other is held:
-            del pools[index]
-            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ class Seat:
         reader: looks for its stop texts; None: it has none.
         prefix: all of its ids that are final, an EOS and what stands behind it among them.
         confidences: of these, where the request asks for them.
+        seen: of the prefix, ids that the engine has passed on.
         nfe: forwards so far.
         done: the rules ended it.
         error: what ended it instead.
@@ -41,6 +43,7 @@ class Seat:
     reader: PrefixReader | None = None
     prefix: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    seen: int = 0
     nfe: NFE | BlockNFE = NFE(0, 0, 0)
     done: bool = False
     error: BaseException | None = None
@@ -83,8 +86,12 @@ class Lane(Protocol):
     def join(self, seat: Seat) -> None:
         """Makes a request ready for its first forward."""
 
-    def step(self) -> list[Seat]:
-        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now."""
+    def step(self, meanwhile: Callable[[], None]) -> list[Seat]:
+        """One forward; gives the seats that took part, with `prefix`, `nfe`, `done` and `error` as of now.
+
+        Args:
+            meanwhile: called once, while the device computes where the lane can.
+        """
 
     def end(self, seat: Seat) -> RequestOutcome:
         """How a request ended by the rules, or as it stands."""

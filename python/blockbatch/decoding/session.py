@@ -13,9 +13,11 @@ import blockbatch_kernels as bbk
 from blockbatch import branches, devices
 from blockbatch.decoding import forward
 from blockbatch.decoding.batch import Batch
+from blockbatch.decoding.graph_pool import GraphPool
 from blockbatch.decoding.graphs import StepGraphs
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import refuse_non_finite
+from blockbatch.decoding.row_graphs import RowGraphs, new_row_graphs
 from blockbatch.decoding.sampling import RequestSampling
 from blockbatch.parallel import share_of
 from blockbatch.steps import HostPlan, OpenQueries, Step
@@ -33,24 +35,30 @@ class Stops(Protocol):
 
 
 class Runner(NamedTuple):
-    """A batch with the graphs of its steps (None: steps run as they are)."""
+    """A batch with the graphs of its steps and of its whole rows (None: they run as they are)."""
 
     batch: Batch
     graphs: StepGraphs | None
+    row_graphs: RowGraphs | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory of the K/V cache and of the graphs."""
-        return self.batch.cache.kv.nbytes + (self.graphs.pool_bytes if self.graphs else 0)
+        # They share one memory.
+        graphs = self.graphs or self.row_graphs
+        return self.batch.cache.kv.nbytes + (graphs.pool_bytes if graphs else 0)
 
 
 def new_runner(model, num_requests: int, method: Method, gen_length: int, max_prompt: int) -> Runner:
     with devices.turn(model.device):
         batch = Batch(model, num_requests, method, gen_length, max_prompt)
+        if not StepGraphs.possible(model):
+            return Runner(batch, None)
+        pool = GraphPool(model.device)
         # Runners are kept on the model: a strong reference back would keep both alive.
-        possible = StepGraphs.possible(model) and (batch.rule is None or batch.rule.can_capture)
-        graphs = StepGraphs(weakref.proxy(model), batch) if possible else None
-    return Runner(batch, graphs)
+        possible = batch.rule is None or batch.rule.can_capture
+        graphs = StepGraphs(weakref.proxy(model), batch, pool) if possible else None
+        return Runner(batch, graphs, new_row_graphs(model, pool))
 
 
 class Session:
@@ -96,7 +104,7 @@ class Session:
             runner = new_runner(
                 model, len(prompts), method, gen_length, max(len(prompt) for prompt in prompts)
             )
-        self._batch, self._graphs = runner
+        self._batch, self._graphs, self._row_graphs = runner
         self._started = time.perf_counter()
         with devices.turn(self._batch.device):
             self._batch.join_stream()
@@ -150,7 +158,8 @@ class Session:
             open_queries = self._open_queries(plan)
         with self._ranks:
             if phase != "block":
-                forward.whole_rows(self.model, self._batch, plan, ROW_TOKENS[self._batch.device.type])
+                most = ROW_TOKENS[self._batch.device.type]
+                forward.whole_rows(self.model, self._batch, plan, most, self._row_graphs)
             elif self._graphs is not None and plan.query_tokens:
                 self._graphs.run(plan.query_tokens)
             else:
@@ -182,7 +191,7 @@ class Session:
     def _refuse_non_finite(self) -> None:
         """Raises NonFiniteLogitsError if the predictions of the last forward have no softmax."""
         if self._plan.stalled:
-            refuse_non_finite(self.state, self._phase, self.cache.kv.dtype)
+            refuse_non_finite(self.state, self._phase, self.model.dtype)
 
     def _end(self, requests: list[int]) -> None:
         """Ends those of `requests` that still run; the next forward is made for the others."""

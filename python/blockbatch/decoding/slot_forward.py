@@ -2,98 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.decoding.confidences import Confidences
-from blockbatch.decoding.graphs import MAX_GRAPH_TOKENS, StepGraphs, capture, packed_capacity
-from blockbatch.decoding.method import Method
-from blockbatch.decoding.rule import CommitRule, RuleRun
-from blockbatch.decoding.sampling import BatchSampling, SamplingKind
-from blockbatch.decoding.slot_pages import SlotPages
+from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
+from blockbatch.decoding.graphs import StepGraphs, packed_capacity
+from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
+from blockbatch.decoding.rule import RuleRun
+from blockbatch.decoding.sampling import BatchSampling
+from blockbatch.decoding.slot_layout import HostView, Layout, WholeRows
+from blockbatch.decoding.slot_packs import joined, side_by_side
+from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
-from blockbatch_kernels import PolicyParams, tuning
+from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
-# Captured steps of one layout that are kept.
-_MOST_GRAPHS = 64
-
-
-class Layout(NamedTuple):
-    """What slots must have in common.
-
-    Attributes:
-        params: settings that all requests share; None: any without drafts by LLaDA's rule.
-        num_branches, gen_length: of every request; None: up to what the slots have.
-        is_open: whether block steps compute open queries.
-        map_entries: see `bbk.BranchState.create`.
-        rule: a commit rule of one's own that all requests share.
-        sampling: what drawing tokens takes, the same for all requests; None: nobody draws.
-    """
-
-    params: PolicyParams | None
-    num_branches: int | None
-    gen_length: int | None
-    is_open: bool
-    map_entries: int = 0
-    rule: CommitRule | None = None
-    sampling: SamplingKind | None = None
-
-
-def layout_of(method: Method, gen_length: int) -> Layout:
-    """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
-    may a rule of one's own."""
-    params, sizes = method.params, method.block_sizes
-    common = dict(is_open=params.query_span == "open", rule=method.rule, sampling=method.sampling)
-    if params.policy == "dream_published":
-        common["map_entries"] = bbk.map_entries(sizes, gen_length)
-    if params.policy == "dream_published" or method.rule is not None:
-        return Layout(params, len(sizes), gen_length, **common)
-    if params.drafts:
-        return Layout(params, len(sizes), None, **common)
-    return Layout(None, None, None, **common)
-
-
-class WholeRows(NamedTuple):
-    """Whole rows of a forward, as the host says.
-
-    Attributes:
-        rows: that are computed now.
-        starting: slots whose full forward begins with them.
-        ending: slots whose full forward they complete, by phase.
-        tokens: of the rows.
-    """
-
-    rows: list[int]
-    starting: list[int]
-    ending: dict[int, list[int]]
-    tokens: int
-
-
-class HostView(NamedTuple):
-    """What the host reads behind a forward, lists by row or by request.
-
-    Attributes:
-        status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q] what the first branch holds.
-        usage: entries of the page table that have a page, and pages in use.
-    """
-
-    block_start: list[int]
-    block_end: list[int]
-    full_start: list[int]
-    full_end: list[int]
-    full_source: list[int]
-    sync_source: list[int]
-    blocking: list[int]
-    refreshing: list[int]
-    status: list[list[int]]
-    tokens: list[list[int]]
-    usage: list[int]
+# Captured steps of one layout that are kept, and captured forwards of windows with whole rows.
+_MOST_GRAPHS, _MOST_MIXED_GRAPHS = 64, 32
+# Of the latter, those of more tokens keep the GPU busy for longer than the host needs to launch them. Tokens
+# and predictions are rounded up to few sizes.
+_MOST_MIXED, _TOKEN_STEP, _PREDICTION_STEP = 1280, 64, 128
 
 
 class SlotForward:
@@ -131,7 +64,9 @@ class SlotForward:
         rule = None
         if self.layout.rule is not None:
             rule = RuleRun(self.layout.rule, self.layout.params, slots.state)
-        self._can_capture = StepGraphs.possible(self._model) and (rule is None or rule.can_capture)
+        self._possible = StepGraphs.possible(self._model)
+        self._can_capture = self._possible and (rule is None or rule.can_capture)
+        self._chosen_rows = torch.zeros(slots.num_rows, dtype=torch.bool, device=self.device)
         self.plans = SlotPlans(slots, rule, self._backend)
         self._sync_source = torch.full_like(self.plans.block.source_row, -1)
         self.forget_graphs()
@@ -141,7 +76,12 @@ class SlotForward:
     def forget_graphs(self) -> None:
         """What captured steps refer to has moved."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._pool = None  # gone with the last graph
+        self._pool = GraphPool(self.device)
+        self._row_graphs = self._mixed_graphs = None
+        if self._possible:
+            self._row_graphs = new_row_graphs(self._model, self._pool)
+        if self._can_capture:
+            self._mixed_graphs = new_row_graphs(self._model, self._pool, _MOST_MIXED_GRAPHS)
 
     def grow(self, sizes: Sizes) -> Tensor:
         """Makes room; gives the new number of each old row, for the page table."""
@@ -172,7 +112,7 @@ class SlotForward:
         return number
 
     def run(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
-        """One forward, or two where open queries and whole rows meet; returns while the device works.
+        """One forward; returns while the device works.
 
         Args:
             tokens: of the planned block step.
@@ -182,22 +122,24 @@ class SlotForward:
         if whole.rows:
             self._run_with(tokens, predictions, whole, distinct_rows)
         elif self._can_capture and 0 < tokens <= MAX_GRAPH_TOKENS:
-            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows)
+            self._run_captured(self._whole_pieces(packed_capacity(tokens)), distinct_rows, whole.inits_left)
         else:
-            self._run_windows(tokens, predictions, distinct_rows)
+            self._run_windows(tokens, predictions, distinct_rows, whole.inits_left)
 
     def read(self) -> HostView:
         """What the last `run` left for the host, which has waited for the device before."""
-        values, rows, requests = self._host.tolist(), self.slots.num_rows, self.slots.sizes.requests
-        parts, at = [], 0
-        for size in (*[rows] * 6, requests, requests):
-            parts.append(values[at : at + size])
-            at += size
-        lines = []
-        for width in (len(STATUS), self.slots.state.gen_length):
-            lines.append([values[at + index * width : at + (index + 1) * width] for index in range(requests)])
-            at += requests * width
-        return HostView(*parts, *lines, values[at:])
+        rows, requests = self.slots.num_rows, self.slots.sizes.requests
+        sizes = [
+            *[rows] * 8,
+            requests,
+            requests,
+            requests * len(STATUS),
+            requests * self.slots.state.gen_length,
+        ]
+        *parts, tokens, usage = self._host.split([*sizes, self._host.numel() - sum(sizes)])
+        *plans, status = (part.tolist() for part in parts)
+        lines = [status[at : at + len(STATUS)] for at in range(0, len(status), len(STATUS))]
+        return HostView(*plans, lines, tokens.view(requests, -1), usage.tolist())
 
     def record(self, wanted: bool) -> None:
         """Whether the confidences of commits are kept from now on."""
@@ -215,68 +157,125 @@ class SlotForward:
     def _host_part(self) -> Tensor:
         block, full, slots = self.plans.block, self.plans.full, self.slots
         parts = (block.query_start, block.query_end, full.query_start, full.query_end, full.source_row)
+        # Of windows nearly all tokens might predict, of whole rows the generation region: often few do.
+        predicted = (block.predict.sum(1, dtype=torch.int32), full.predict.sum(1, dtype=torch.int32))
         masks = (self.plans.blocking.int(), self.plans.refreshing.int())
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
-        return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
+        return torch.cat((*parts, *predicted, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
-    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> None:
+    def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
         predictions = self._windows(capacity, predict_capacity, distinct_rows)
         self._follow_block(predictions)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=inits)
         self.refresh_host()
 
-    def _run_captured(self, capacity: int, distinct_rows: int) -> None:
-        spec, pages = self._model.spec, self.pages
-        heads = (spec.num_heads, spec.num_kv_heads)
-        columns = pages.page_table.shape[1]
-        units = tuning.plans_units(
-            *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
-        )
+    def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
+        units = self._plans_units(capacity, distinct_rows)
         # With the settings: a group's number is given again, and a graph has its settings inside.
-        key = capacity, units, tuple(self.groups), self.recording
+        key = capacity, units, inits, tuple(self.groups), self.recording
         if key in self._graphs:
             self._graphs[key].replay()
             return
         # This step is real work and warms up what a capture must not do: loading kernels, choosing
         # algorithms.
-        self._run_windows(capacity, capacity, distinct_rows)
+        self._run_windows(capacity, capacity, distinct_rows, inits)
         if len(self._graphs) >= _MOST_GRAPHS:
             self.forget_graphs()
 
         def step() -> None:
-            self._run_windows(capacity, capacity, distinct_rows)
+            self._run_windows(capacity, capacity, distinct_rows, inits)
 
-        graph, _, _ = capture(step, self.device, self._pool)
-        self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph
+        self._graphs[key], _ = self._pool.capture(step)
+
+    def _plans_units(self, capacity: int, distinct_rows: int) -> bool:
+        spec, pages = self._model.spec, self.pages
+        sizes = spec.num_heads, spec.num_kv_heads, pages.page_size, pages.page_table.shape[1]
+        return tuning.plans_units(*sizes, distinct_rows, self.device, num_tokens=capacity)
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)
         if whole.starting:
             self._give_up_pages(whole.starting)
-        full, most = self.plans.full, len(whole.rows) * self.slots.state.gen_length
-        full_end = torch.where(now, full.query_end, full.query_start)
-        if self.layout.is_open:
-            block = self._windows(tokens, predictions, distinct_rows)
-            self.pages.make_private(self.rows, full.query_start, full_end)
-            own = self._predict(
-                self.plans.whole(now), whole.tokens, min(most, whole.tokens), len(whole.rows), scattered=False
-            )
+        if tokens == 0:
+            block, own = self.plans.no_predictions(), self._whole_rows(now, whole)
         else:
-            plan = self.plans.mixed(now)
-            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
-            together = tokens + whole.tokens
-            most = min(together, most + predictions)
-            block = own = self._predict(
-                plan, together, most, distinct_rows + len(whole.rows), scattered=False
-            )
+            together = self._together if self.layout.is_open else self._mixed
+            block = own = together(tokens, predictions, now, whole, distinct_rows + len(whole.rows))
         self._parts.append(self.plans.of_rows(now, own))
         self._follow_block(block)
         if any(whole.ending.values()):
             self._follow_full(whole.ending)
-        self.plans.next(self.groups)
+        self.plans.next(self.groups, inits=whole.inits_left)
         self.refresh_host()
+
+    def _mixed(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """Windows of some requests and the rows that `now` [R] marks in one plan."""
+        together = tokens + whole.tokens
+        most = min(together, whole.predictions + predictions)
+        captured = self._mixed_graphs is not None and together <= _MOST_MIXED
+        if captured:
+            now, together = self._chosen_rows.copy_(now), _up(together, _TOKEN_STEP)
+            most = min(_up(most, _PREDICTION_STEP), together)
+
+        def compute() -> bbk.Predictions:
+            plan = self.plans.mixed(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            return self._predict(plan, together, most, distinct_rows, scattered=False)
+
+        return self._by_graph((together, most), distinct_rows, compute) if captured else compute()
+
+    def _together(
+        self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
+    ) -> bbk.Predictions:
+        """The same with open queries, whose positions are no range: packed apart, computed as one."""
+        size, most = whole.tokens, min(whole.predictions, whole.tokens)
+        captured = self._mixed_graphs is not None and tokens + size <= _MOST_MIXED
+        if captured:
+            now, tokens, size = self._chosen_rows.copy_(now), _up(tokens, _TOKEN_STEP), _up(size, _TOKEN_STEP)
+            predictions, most = tokens, min(_up(most, _PREDICTION_STEP), size)
+        room = (
+            self._whole_pieces(tokens + size) - tokens,
+            self._whole_pieces(predictions + most) - predictions,
+        )
+
+        def compute() -> bbk.Predictions:
+            block, alone = self.plans.block, self.plans.whole(now)
+            self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
+            self.pages.make_private(self.rows, alone.query_start, alone.query_end)
+            windows = self._pack(block, tokens, predictions, scattered=True)
+            rows = self._pack(alone, *room, scattered=False)
+            view = self._view(distinct_rows)
+            return self._forward(*side_by_side(windows, rows, view, self.slots.seqlens_k))
+
+        return self._by_graph((tokens, predictions, *room), distinct_rows, compute) if captured else compute()
+
+    def _by_graph(
+        self, sizes: tuple[int, ...], distinct_rows: int, compute: Callable[[], bbk.Predictions]
+    ) -> bbk.Predictions:
+        units = self._plans_units(sizes[0] + (sizes[2] if self.layout.is_open else 0), distinct_rows)
+        # With the settings: those of some ask for probabilities of EOS.
+        return self._mixed_graphs.run((sizes, units, tuple(self.groups)), compute)
+
+    def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
+        """The forward of whole rows alone, which `now` [R] marks."""
+        count = len(whole.rows)
+        most = count * self.slots.state.gen_length
+        sizes = RowSizes(whole.tokens, min(whole.predictions, whole.tokens), count, captured=False)
+        if self._row_graphs is not None:
+            sizes = row_sizes(whole.tokens, whole.predictions, count, most)
+        if sizes.captured:
+            now = self._chosen_rows.copy_(now)
+
+        def compute() -> bbk.Predictions:
+            plan = self.plans.whole(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            return self._predict(plan, sizes.tokens, sizes.predictions, count, scattered=False)
+
+        # With the settings: those of some ask for probabilities of EOS.
+        return self._row_graphs.run((sizes, tuple(self.groups)), compute) if sizes.captured else compute()
 
     def _windows(self, capacity: int, predict_capacity: int, distinct_rows: int) -> bbk.Predictions:
         if capacity == 0:
@@ -295,29 +294,39 @@ class SlotForward:
         *,
         scattered: bool,
     ) -> bbk.Predictions:
-        slots, model = self.slots, self._model
         capacity, predict_capacity = (self._whole_pieces(size) for size in (capacity, predict_capacity))
-        view = self.pages.view(self.rows, distinct_rows)
-        packed = bbk.pack_windows(
-            slots.state,
+        packed = self._pack(plan, capacity, predict_capacity, scattered=scattered)
+        return self._forward(packed, self._view(distinct_rows), self.slots.seqlens_k)
+
+    def _view(self, distinct_rows: int) -> PagesView:
+        return self.pages.view(self.rows, distinct_rows, self.slots.sizes.num_branches)
+
+    def _pack(
+        self, plan: bbk.StepPlan, capacity: int, predict_capacity: int, *, scattered: bool
+    ) -> bbk.PackedQueries:
+        return bbk.pack_windows(
+            self.slots.state,
             plan,
-            view.page_table,
-            page_size=view.page_size,
+            self.pages.page_table[self.rows],
+            page_size=self.pages.page_size,
             capacity=capacity,
             predict_capacity=predict_capacity,
-            prediction_offset=model.spec.prediction_offset,
+            prediction_offset=self._model.spec.prediction_offset,
             scattered=scattered,
             backend=self._backend,
         )
+
+    def _forward(self, packed: bbk.PackedQueries, view: PagesView, seqlens_k: Tensor) -> bbk.Predictions:
+        slots, model = self.slots, self._model
         options = {} if self._fixed_tokens is None else dict(fixed_tokens=self._fixed_tokens)
         if self.sampling is not None:
             options["sampling"] = self.sampling.draw(slots.state, packed.predict_target)
         if self.layout.map_entries:
-            return model.predict(packed, view, slots.seqlens_k, likely=True, **options)
+            return model.predict(packed, view, seqlens_k, likely=True, **options)
         probe_tokens = None
         if any(params.eos_exit == "window" for _, params in self.groups):
             probe_tokens = slots.state.tokens.flatten()[packed.predict_target.clamp(min=0)]
-        return model.predict(packed, view, slots.seqlens_k, probe_tokens, **options)
+        return model.predict(packed, view, seqlens_k, probe_tokens, **options)
 
     def _whole_pieces(self, tokens: int) -> int:
         """Room for so many tokens in pieces of `fixed_tokens`."""
@@ -343,7 +352,7 @@ class SlotForward:
     def _follow_full(self, ending: dict[int, list[int]]) -> None:
         """Goes on with requests whose init or refresh is complete."""
         plans, slots = self.plans, self.slots
-        predictions = _concatenate(self._parts)
+        predictions = joined(self._parts)
         everyone = [slot for ended in ending.values() for slot in ended]
         rows = slots.by_row(self._mask(everyone, slots.sizes.requests))
         self.pages.share(self.rows, torch.where(rows, plans.full.source_row, -1))
@@ -382,17 +391,6 @@ class SlotForward:
         return mask.to(self.device, non_blocking=True)
 
 
-def _concatenate(parts: list[bbk.Predictions]) -> bbk.Predictions:
-    if len(parts) == 1:
-        return parts[0]
-    columns = []
-    for tensors in zip(*parts, strict=True):
-        given = [tensor for tensor in tensors if tensor is not None]
-        # Whoever needs probabilities of probes was there when they were asked for.
-        filled = [
-            given[0].new_zeros(len(part.target)) if tensor is None else tensor
-            for part, tensor in zip(parts, tensors, strict=True)
-            if given
-        ]
-        columns.append(torch.cat(filled) if given else None)
-    return bbk.Predictions(*columns)
+def _up(size: int, step: int) -> int:
+    """The next multiple."""
+    return -(-size // step) * step

@@ -17,6 +17,7 @@ class PagesView(NamedTuple):
     kv: Tensor
     page_table: Tensor
     distinct_rows: int
+    num_branches: int
     page_size: int
 
 
@@ -35,7 +36,7 @@ class SlotPages:
         spec = model.spec
         self.page_size, self.device, self.backend = page_size, model.device, model.backend
         shape = (spec.num_layers, 2, num_pages, page_size, spec.num_kv_heads, spec.head_dim)
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=self.device)
+        self.kv = torch.zeros(shape, dtype=model.kv_dtype, device=self.device)
         self.page_table = self._table(0, 0)
         self.pool = self._pool()
 
@@ -102,8 +103,8 @@ class SlotPages:
         seen.scatter_(0, torch.where(held < 0, self.num_pages, held).long(), 1)
         return torch.stack(((held >= 0).sum(), seen[:-1].sum())).int()
 
-    def view(self, rows: slice, distinct_rows: int) -> PagesView:
-        return PagesView(self.kv, self.page_table[rows], distinct_rows, self.page_size)
+    def view(self, rows: slice, distinct_rows: int, num_branches: int) -> PagesView:
+        return PagesView(self.kv, self.page_table[rows], distinct_rows, num_branches, self.page_size)
 
     def _everywhere(self, rows: slice, values: Tensor) -> Tensor:
         out = values.new_zeros(self.page_table.shape[0], *values.shape[1:])

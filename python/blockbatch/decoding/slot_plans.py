@@ -73,8 +73,12 @@ class SlotPlans:
             sources = torch.where(rows, self.events.sync_source, sources)
         return sources
 
-    def next(self, groups: Sequence[Group]) -> None:
-        """Plans what comes next for all requests."""
+    def next(self, groups: Sequence[Group], *, inits: bool = True) -> None:
+        """Plans what comes next for all requests.
+
+        Args:
+            inits: whether requests may be before their init.
+        """
         state, slots = self.slots.state, self.slots
         wants = (state.needs_refresh & ~state.done).view(slots.sizes.requests, -1).any(1)
         going = ~state.finished & slots.begun
@@ -96,7 +100,8 @@ class SlotPlans:
                         kept = rows.view(-1, *[1] * (value.dim() - 1))
                         target.copy_(torch.where(kept, value, target))
         self._cut(groups)
-        self.plan_inits(groups)
+        if inits:
+            self.plan_inits(groups)
 
     def plan_inits(self, groups: Sequence[Group]) -> None:
         """Puts requests before their init into `full`: a whole row each, whose results all its rows have."""

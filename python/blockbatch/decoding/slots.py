@@ -97,22 +97,20 @@ class Slots:
         """Puts a request before its first forward into an empty slot."""
         state, rows = self.state, self.rows_of(slot)
         count, drafts = len(method.block_sizes), len(method.params.drafts)
-        for field in fields_of(bbk.BranchState):
-            value = getattr(state, field.name)
-            if field.layout.shape.startswith("rows") and not field.layout.given:
-                value[rows] = 0
-            elif field.layout.shape.startswith("requests") and not field.layout.given:
-                value[slot] = 0
-        state.prompt_tokens[slot] = 0
-        state.prompt_tokens[slot, : len(prompt)] = self._ints(prompt)
+        self._clear(slot)
+        ends = [min(size, gen_length) for size in method.block_sizes]
+        ids, sizes, ends = self._ints([*prompt, *method.block_sizes, *ends]).split(
+            [len(prompt), count, count]
+        )
+        state.prompt_tokens[slot, : len(prompt)] = ids
         state.prompt_length[slot] = len(prompt)
         filler = _filler(method.params)
         for tokens in (state.tokens, state.cached_token):
             tokens[rows] = filler
             tokens[rows][:count, :gen_length] = self.mask_token_id
         state.block_size[rows] = 1
-        state.block_size[rows][:count] = self._ints(method.block_sizes)
-        state.window_end[rows][:count] = self._ints([min(s, gen_length) for s in method.block_sizes])
+        state.block_size[rows][:count] = sizes
+        state.window_end[rows][:count] = ends
         state.done[rows] = True
         state.done[rows][:count] = False
         self.live[rows], self.branch[rows] = False, False
@@ -122,6 +120,18 @@ class Slots:
         self.begun[slot] = False
         self.seqlens_k[rows] = 0
         self.seqlens_k[rows][:count] = len(prompt) + gen_length
+
+    def _clear(self, slot: int) -> None:
+        """Zeroes all that a slot has of a state, in one launch for each dtype."""
+        parts: dict[torch.dtype, list[Tensor]] = {}
+        for field in fields_of(bbk.BranchState):
+            value, shape = getattr(self.state, field.name), field.layout.shape
+            if field.name != "prompt_tokens" and (field.layout.given or not value.numel()):
+                continue
+            own = value[self.rows_of(slot)] if shape.startswith("rows") else value[slot]
+            parts.setdefault(value.dtype, []).append(own)
+        for tensors in parts.values():
+            torch._foreach_zero_(tensors)
 
     def leave(self, slot: int) -> None:
         """Empties a slot."""

@@ -62,7 +62,7 @@ class BlockBatchLM(LM):
         escape_until: texts are not cut at a task's stop sequences, which do not end decoding either; a later
             step of one's own does it, as for the paper's runs of Dream.
         batch_size: prompts that are decoded together.
-        device, dtype, backend, revision, quantization, adapter: as `load_model`.
+        device, dtype, backend, revision, quantization, kv_dtype, adapter: as `load_model`.
         plugin: Python file or module that registers methods of one's own; it is run.
         stop_early: whether a stop sequence ends decoding, rather than only the text. Left out: yes, but for
             the presets of methods that fill their canvas, whose published forward counts include all of it.
@@ -88,6 +88,7 @@ class BlockBatchLM(LM):
         backend: str | None = None,
         revision: str | None = None,
         quantization: str | None = None,
+        kv_dtype: str | None = None,
         adapter: str | None = None,
         plugin: str | None = None,
         stop_early: bool | None = None,
@@ -121,6 +122,7 @@ class BlockBatchLM(LM):
             backend=backend,
             revision=revision,
             quantization=quantization,
+            kv_dtype=kv_dtype,
             adapter=adapter,
         )
         # The end is that of the model's family where the policy is.

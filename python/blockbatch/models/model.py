@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
@@ -21,16 +20,17 @@ from blockbatch.models import likelihood, special_ids, transformer
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
 from blockbatch.models.drawn import Draw
 from blockbatch.models.head import head_in_pieces, head_predictions
+from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
-from blockbatch.models.placement import device_of, dtype_of
+from blockbatch.models.placement import check_backend, device_of, dtype_of, limit_of
 from blockbatch.models.quantized_weights import QuantizedWeight
+from blockbatch.models.row_pack import packed_rows, pages_of_rows
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
 from blockbatch.parallel import WHOLE, RankShare, Share, group
-from blockbatch.values import as_int
 
 if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
@@ -49,6 +49,8 @@ class Model:
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
         quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
+        kv_scales: of K and V in e4m3 (`blockbatch.models.kv_scales`); None: the cache has the model's dtype.
+        kv_dtype: torch dtype of the K/V cache.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         adapter: folder of the LoRA that the weights hold; None: of none.
@@ -66,9 +68,10 @@ class Model:
         cache_bytes: int | None = None,
         name: str = "model",
         share: Share = WHOLE,
+        kv_scales: KVScales | None = None,
     ) -> None:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
-        self.cache_bytes, self.name, self.share = cache_bytes, name, share
+        self.cache_bytes, self.name, self.share, self.kv_scales = cache_bytes, name, share, kv_scales
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.quantization = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
@@ -79,9 +82,14 @@ class Model:
 
     @property
     def numbers(self) -> str:
-        """What the model computes with, in words: "bfloat16", "bfloat16, layers in fp8"."""
+        """What the model computes with, in words: "bfloat16", "bfloat16, layers in fp8, K/V in fp8"."""
         quantized = "" if self.quantization is None else f", layers in {self.quantization}"
-        return str(self.dtype).removeprefix("torch.") + quantized
+        cached = "" if self.kv_scales is None else ", K/V in fp8"
+        return str(self.dtype).removeprefix("torch.") + quantized + cached
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return dtype_of_cache(self.kv_scales, self.dtype)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
         return KVCache(
@@ -91,9 +99,10 @@ class Model:
             num_layers=self.spec.num_layers,
             num_kv_heads=self.spec.num_kv_heads,
             head_dim=self.spec.head_dim,
-            dtype=self.dtype,
+            dtype=self.kv_dtype,
             device=self.device,
             backend=self.backend,
+            scales=self.kv_scales,
         )
 
     def predict(
@@ -106,6 +115,7 @@ class Model:
         likely: bool = False,
         sampling: Draw | None = None,
         fixed_tokens: int | None = None,
+        after_attention: Callable[[int], None] | None = None,
     ) -> bbk.Predictions:
         """One forward of the packed queries.
 
@@ -116,7 +126,8 @@ class Model:
             probe_tokens: [predictions] int32, tokens whose probability is wanted too.
             likely: whether the tokens of a probability above 0.2 are wanted; then without probes.
             sampling: how tokens are drawn; None: those of the highest logits. MASK is never drawn.
-            fixed_tokens: see `transformer.forward`; then also a divisor of the number of predictions.
+            fixed_tokens, after_attention: see `transformer.forward`; the first also divides the number of
+                predictions.
         """
         # Whole rows predict at few of their tokens, and no key or value comes behind the last attention. Of a
         # window nearly all tokens predict.
@@ -131,9 +142,12 @@ class Model:
             seqlens_k,
             wanted=packed.predict_index if few else None,
             distinct_rows=cache.distinct_rows,
+            num_branches=cache.num_branches,
             fixed_tokens=fixed_tokens,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
+            after_attention=after_attention,
+            kv_scales=self.kv_scales,
         )
         hidden = hidden if few else hidden[packed.predict_index]
         target, operators = packed.predict_target, self.share.head
@@ -189,38 +203,32 @@ class Model:
         Returns:
             [n, hidden_size]: those of the wanted places.
         """
-        # One page a row; the layers take turns on the same memory, since none looks back. A block of a row is
-        # a row of its own for the attention, which sees the page as far as the block reaches.
-        rows, length = ids.shape
-        size = length if block_size is None else block_size
-        ends = torch.tensor([min(start + size, length) for start in range(0, length, size)], device="cpu")
-        blocks = len(ends)
-        lengths = torch.diff(ends, prepend=ends.new_zeros(1)).repeat(rows)
-        heads = (self.spec.num_kv_heads, self.spec.head_dim)
-        kv = torch.zeros(1, 2, rows, length, *heads, dtype=self.dtype, device=self.device)
-        index = torch.arange(rows * length, device=self.device)
-        packed = bbk.PackedQueries(
-            input_ids=ids.flatten().int(),
-            positions=(index % length).int(),
-            row_index=torch.arange(rows * blocks, device="cpu")
-            .repeat_interleave(lengths)
-            .to(self.device, torch.int32),
-            cu_seqlens_q=F.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32),
-            slot_mapping=index,
-            predict_index=index,
-            predict_target=index,
-        )
+        # The layers take turns on the same memory, since none looks back.
+        kv = pages_of_rows(1, ids, self.spec, self.kv_dtype)
+        return self._whole_rows(ids, kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1), wanted, block_size)
+
+    def keys_and_values(self, ids: Tensor) -> Tensor:
+        """[layers, 2, rows, length, num_kv_heads, head_dim]: K after rotation and V of a forward of ids
+        [rows, length], under the mask of the family."""
+        kv = pages_of_rows(self.spec.num_layers, ids, self.spec, self.kv_dtype)
+        with devices.turn(self.device), self.share.forward("keys_and_values"), torch.inference_mode():
+            self._whole_rows(ids, kv, None, self.spec.block_size)
+        return kv
+
+    def _whole_rows(self, ids: Tensor, kv: Tensor, wanted: Tensor | None, block_size: int | None) -> Tensor:
+        packed, page_table, seqlens_k = packed_rows(ids, block_size)
         return transformer.forward(
             self.spec,
             self.weights,
             self._rope,
             packed,
-            kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1),
-            torch.arange(rows, dtype=torch.int32, device=self.device).repeat_interleave(blocks).unsqueeze(1),
-            ends.repeat(rows).to(self.device, torch.int32),
+            kv,
+            page_table,
+            seqlens_k,
             wanted=wanted,
             backend=self.backend,
-            all_reduce=self.share.all_reduce,
+            all_reduce_norm=self.share.all_reduce_norm,
+            kv_scales=self.kv_scales,
         )
 
     def log_likelihood(
@@ -313,7 +321,9 @@ def load_model(
     mask_token_id: int | None = None,
     adapter: str | os.PathLike | None = None,
     quantization: str | None = None,
+    kv_dtype: str | None = None,
     tensor_parallel: int = 1,
+    whole_rows: bool = False,
 ) -> Model:
     """Loads LLaDA, Dream, SDAR, TraDo or Fast-dLLM v2 weights in the HuggingFace layout. No code from the
     repository runs, nothing is unpickled.
@@ -333,8 +343,12 @@ def load_model(
         quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
             they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
             as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
+        kv_dtype: "fp8": the K/V cache holds e4m3, with scales for each layer and kv head from a calibration
+            on a few texts; None: it has `dtype` (docs/quantization.md).
         tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
             of them makes the same calls in the same order; see docs/tensor_parallel.md.
+        whole_rows: whether each of these processes holds all weights beside its part, so that rows of an init
+            or refresh are dealt out to them whole.
 
     Raises:
         CheckpointError: the folder lacks something, holds something foreign, or is damaged; or that of the
@@ -345,14 +359,14 @@ def load_model(
     device = group.device_of_rank(tensor_parallel, device)
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if backend not in (None, "reference", "triton", "cuda"):
-        raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
-    if cache_bytes is not None:
-        given, cache_bytes = cache_bytes, as_int(cache_bytes)
-        if cache_bytes is None or cache_bytes <= 0:
-            raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
-
+    check_backend(backend)
+    cache_bytes = limit_of(cache_bytes)
+    if whole_rows and tensor_parallel == 1:
+        raise ValueError("whole_rows: expected False for a model of one process, got True")
+    if whole_rows and kv_dtype is not None:
+        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
     check_quantization(quantization)
+    check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
@@ -363,14 +377,23 @@ def load_model(
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
     with devices.current(device):
         share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)
-    what, spec = f"the weights of {name_or_path}", share.local_spec(spec)
+    what, every, spec = f"the weights of {name_or_path}", spec, share.local_spec(spec)
+    options = dict(backend=backend, cache_bytes=cache_bytes, name=str(name_or_path))
     with devices.current(device), share.loading(what), devices.memory_errors(device, what):
-        check_room(spec, device, dtype, quantization, str(name_or_path), share.vocabulary)
+        wanted = dict(whole=every if whole_rows else None, vocabulary=share.vocabulary)
+        check_room(spec, device, dtype, quantization, str(name_or_path), **wanted)
         stored = dict(quantization=quantization, config=config)
         weights = load_weights(folder, spec, device, dtype, merged, share.shard, **stored)
-        options = dict(cache_bytes=cache_bytes, name=str(name_or_path), share=share)
-        model = Model(spec, weights, tokenizer, backend=backend, **options)
+        model = Model(spec, weights, tokenizer, share=share, **options)
         model.adapter = None if adapter is None else str(adapter)
+        if whole_rows:
+            weights = load_weights(folder, every, device, dtype, merged, **stored)
+            whole = Model(every, weights, tokenizer, **options)
         if device.type == "cuda":  # the first decode may run on another stream
             torch.cuda.current_stream().synchronize()
+    if whole_rows:
+        with devices.current(device):
+            share.hold_whole(whole)
+    if kv_dtype is not None:
+        model.kv_scales = calibrate(model)
     return model

@@ -48,16 +48,36 @@ def _is_of_tokens(value: Tensor | None) -> bool:
     return value is not None and value.dim() == 1 and not value.is_floating_point()
 
 
+def write_heads(
+    q: Tensor, k: Tensor, v: Tensor, where: tuple[Tensor, ...], scales: tuple[Tensor, ...], **options: Any
+) -> None:
+    """`bbk.rope_kv_write`, or with the scales of K and of V that into a cache in e4m3; q and caches
+    *written*."""
+    if scales:
+        bbk.rope_kv_write_fp8(q, k, v, *where, *scales, **options)
+    else:
+        bbk.rope_kv_write(q, k, v, *where, **options)
+
+
 class Products:
     """Weights in the model's dtype.
 
     Args:
         fixed_tokens: products are made of so many tokens at a time; None: of all.
+        all_reduce_norm: see `transformer.forward`.
     """
 
+    quantized = False
+
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, backend: str | None, fixed_tokens: int | None = None
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        backend: str | None,
+        fixed_tokens: int | None = None,
+        all_reduce_norm: Callable[..., Any] | None = None,
     ) -> None:
+        self._all_reduce_norm = all_reduce_norm
         self.spec, self.dtype, self.backend, self.fixed_tokens = spec, dtype, backend, fixed_tokens
         # Nothing writes the weights once they are loaded.
         options = dict(static_weight=True, backend=backend)
@@ -71,6 +91,18 @@ class Products:
         eps = self.spec.rms_norm_eps
         return bbk.rms_norm(x, weight, eps=eps, residual=residual, backend=self.backend)
 
+    def norm_of_sum(self, x: Tensor, weight: Tensor, residual: Tensor) -> Rows:
+        """The norm behind a product of which each rank has a part of the sums; `residual` *written*."""
+        if self._all_reduce_norm is None:
+            return self.norm(x, weight, residual)
+        options = dict(eps=self.spec.rms_norm_eps, backend=self.backend)
+        return self._all_reduce_norm(x, weight, residual, quantized=self.quantized, **options)
+
+    def final_norm(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        """The same behind the last product, in front of the LM head."""
+        norm = bbk.rms_norm if self._all_reduce_norm is None else self._all_reduce_norm
+        return norm(x, weight, residual=residual, eps=self.spec.rms_norm_eps, backend=self.backend)
+
     def rows(self, x: Tensor) -> Rows:
         """`x` as a product takes it."""
         return x
@@ -78,9 +110,26 @@ class Products:
     def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
         return self._linear(x, weight, bias)
 
-    def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
-        """q, with k and v on their way into the cache; `where` is what `bbk.rope_kv_write` takes behind v."""
-        return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where)
+    def rotated(
+        self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...], scales: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """q, with k and v on their way into the cache.
+
+        Args:
+            where: what `bbk.rope_kv_write` takes behind v.
+            scales: of a cache in e4m3, of K and of V; else empty.
+        """
+        if not scales:
+            return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where)
+        return self._product_rotated(x, layer, where, scales)
+
+    def _product_rotated(
+        self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...], scales: tuple[Tensor, ...]
+    ) -> Tensor:
+        product = self.linear(x, layer.qkv_weight, layer.qkv_bias)
+        q, k, v = split_heads(product, self.spec.num_heads, where[-1])
+        write_heads(q, k, v, where, scales, backend=self.backend)
+        return q
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
         """silu(gate) * up."""
@@ -89,6 +138,8 @@ class Products:
 
 class Fp8Products(Products):
     """Weights in e4m3, activations quantised by token."""
+
+    quantized = True
 
     def norm(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Rows:
         eps = self.spec.rms_norm_eps
@@ -107,19 +158,31 @@ class Fp8Products(Products):
             results.append(bbk.linear_fp8(*own, weight.values, weight.scale, bias, **options))
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def rotated(self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...]) -> Tensor:
-        product = self.linear(x, layer.qkv_weight, layer.qkv_bias)
-        q, k, v = split_heads(product, self.spec.num_heads, where[-1])
-        bbk.rope_kv_write(q, k, v, *where, backend=self.backend)
-        return q
+    def rotated(
+        self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...], scales: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        return self._product_rotated(x, layer, where, scales)
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
-        return bbk.swiglu_fp8(self.linear(x, layer.gate_up_weight), backend=self.backend)
+        values, scale = x
+        size = max(1, len(values)) if self.fixed_tokens is None else self.fixed_tokens
+        weight, options = layer.gate_up_weight, dict(out_dtype=self.dtype, static_weight=True)
+        results = []
+        for first in range(0, max(1, len(values)), size):
+            own = (part[first : first + size] for part in (values, scale))
+            results.append(
+                bbk.linear_swiglu_fp8(*own, weight.values, weight.scale, **options, backend=self.backend)
+            )
+        return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
 
 
 def products_of(
-    spec: ModelSpec, weights: TransformerWeights, backend: str | None, fixed_tokens: int | None = None
+    spec: ModelSpec,
+    weights: TransformerWeights,
+    backend: str | None,
+    fixed_tokens: int | None = None,
+    all_reduce_norm: Callable[..., Any] | None = None,
 ) -> Products:
     """Those for the kind of these weights."""
     kind = Fp8Products if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else Products
-    return kind(spec, weights.embedding.dtype, backend, fixed_tokens)
+    return kind(spec, weights.embedding.dtype, backend, fixed_tokens, all_reduce_norm)

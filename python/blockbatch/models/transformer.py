@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
-from blockbatch.models.products import Products, Rows, products_of
+from blockbatch.models.kv_scales import KVScales
+from blockbatch.models.products import Products, Rows, products_of, write_heads
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 from blockbatch_kernels import tuning
@@ -87,9 +89,12 @@ def forward(
     *,
     wanted: Tensor | None = None,
     distinct_rows: int | None = None,
+    num_branches: int | None = None,
     fixed_tokens: int | None = None,
     backend: str | None = None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    all_reduce_norm: Callable[..., Any] | None = None,
+    after_attention: Callable[[int], None] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Runs the packed queries through all layers.
 
@@ -100,23 +105,28 @@ def forward(
         seqlens_k: [rows] int32.
         wanted: [tokens] int64, packed tokens; the last layer goes on with these alone behind its attention.
             None: all of them.
-        distinct_rows: see `blockbatch_kernels.attention_plan`.
+        distinct_rows, num_branches: see `blockbatch_kernels.attention_plan`.
         fixed_tokens: products are made of so many tokens at a time, a divisor of the capacity, and attention
             is cut and computed in one way, so that a token's bits do not depend on the others; None: in
             whatever way is the fastest.
-        all_reduce: adds up the partial products of the ranks that share the layers, whose part `spec` and
-            `weights` then are; its result is used before the next call. None: nobody shares them.
+        all_reduce_norm: see `RankGroup.all_reduce_norm`: adds up the partial products of the ranks that share
+            the layers, whose part `spec` and `weights` then are. None: nobody shares them.
+        after_attention: called with the number of each layer once all that reads its keys and values is on
+            its way.
+        kv_scales: of a cache in e4m3; None: it has the dtype of the weights.
 
     Returns:
         [capacity, hidden_size], or one row for each of `wanted`, after the final norm.
     """
     cos, sin = rope
+    attention_name = "varlen_attention" if kv_scales is None else "varlen_attention_fp8"
     plan = None  # the reference has no use for one
     attention_backend = backend
     if fixed_tokens is not None:  # the one for long packs computes all of them
-        sizes = dict(head_dim=spec.head_dim, element_size=kv.element_size(), num_tokens=_MANY_TOKENS)
-        attention_backend = bbk.backend_of("varlen_attention", kv.device, backend, **sizes)
-    if bbk.backend_of("varlen_attention", kv.device, backend, head_dim=spec.head_dim) != "reference":
+        element_size = weights.embedding.element_size()
+        sizes = dict(head_dim=spec.head_dim, element_size=element_size, num_tokens=_MANY_TOKENS)
+        attention_backend = bbk.backend_of(attention_name, kv.device, backend, **sizes)
+    if bbk.backend_of(attention_name, kv.device, backend, head_dim=spec.head_dim) != "reference":
         plan = bbk.attention_plan(
             page_table,
             packed.cu_seqlens_q,
@@ -127,41 +137,43 @@ def forward(
             num_kv_heads=spec.num_kv_heads,
             distinct_rows=distinct_rows,
             fixed_cut=fixed_tokens is not None,
+            num_branches=num_branches,
             backend=backend,
         )
-    products = products_of(spec, weights, backend, fixed_tokens)
+    products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
     residual = F.embedding(packed.input_ids, weights.embedding)
     normed = products.norm(residual, weights.layers[0].input_norm)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv[index]
         where = (packed.positions, packed.slot_mapping, cos, sin, k_cache, v_cache)
+        scales = () if kv_scales is None else (kv_scales.k[index], kv_scales.v[index])
         if spec.qk_norm:
-            q = _normed_heads(spec, layer, normed, where, products, backend)
+            q = _normed_heads(spec, layer, normed, where, scales, products, backend)
         else:
-            q = products.rotated(normed, layer, where)
-        attended = bbk.varlen_attention(
+            q = products.rotated(normed, layer, where, scales)
+        attend = bbk.varlen_attention if kv_scales is None else bbk.varlen_attention_fp8
+        attended = attend(
             q,
             k_cache,
             v_cache,
+            *scales,
             page_table,
             packed.cu_seqlens_q,
             seqlens_k,
             plan=plan,
             backend=attention_backend,
         )
+        if after_attention is not None:
+            after_attention(index)
         last = index + 1 == len(weights.layers)
         if last and wanted is not None:
             attended, residual = attended[wanted], residual[wanted]
         projected = products.linear(products.rows(attended.flatten(1)), layer.out_weight)
-        if all_reduce is not None:
-            projected = all_reduce(projected)
-        normed = products.norm(projected, layer.post_norm, residual)
+        normed = products.norm_of_sum(projected, layer.post_norm, residual)
         down = products.linear(products.activated(normed, layer), layer.down_weight)
-        if all_reduce is not None:
-            down = all_reduce(down)
         if not last:
-            normed = products.norm(down, weights.layers[index + 1].input_norm, residual)
-    return bbk.rms_norm(down, weights.final_norm, eps=spec.rms_norm_eps, residual=residual, backend=backend)
+            normed = products.norm_of_sum(down, weights.layers[index + 1].input_norm, residual)
+    return products.final_norm(down, weights.final_norm, residual)
 
 
 def _normed_heads(
@@ -169,6 +181,7 @@ def _normed_heads(
     layer: LayerWeights,
     x: Rows,
     where: tuple[Tensor, ...],
+    scales: tuple[Tensor, ...],
     products: Products,
     backend: str | None,
 ) -> Tensor:
@@ -176,5 +189,5 @@ def _normed_heads(
     heads = products.linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, spec.head_dim))
     q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
     norms = dict(q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=spec.rms_norm_eps)
-    bbk.rope_kv_write(q, k, v, *where, **norms, backend=backend)
+    write_heads(q, k, v, where, scales, **norms, backend=backend)
     return q

@@ -189,11 +189,14 @@ def check_room(
     quantization: str | None,
     name: str,
     vocabulary: range | None = None,
+    whole: ModelSpec | None = None,
 ) -> None:
-    """Raises MemoryError if the weights do not fit into what a GPU has free."""
+    """Raises MemoryError if the weights, and those of `whole`, do not fit into what a GPU has free."""
     if device.type != "cuda":
         return  # a system may well swap
     needed, free = weight_bytes(spec, dtype, vocabulary, quantization), devices.free_bytes(device)
+    if whole is not None:
+        needed += weight_bytes(whole, dtype, None, quantization)
     if needed > free:
         raise MemoryError(
             f"free memory of {device}: expected at least {needed:,} bytes for the weights of {name} in "

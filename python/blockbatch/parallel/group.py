@@ -8,15 +8,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import blockbatch_kernels as bbk
 from blockbatch.parallel import digest
+from blockbatch.parallel.exchange import HostExchange, NcclExchange, SymmetricExchange
 from blockbatch.parallel.transport import HostTransport, NcclTransport, SymmetricTransport
 from blockbatch.parallel.watch import RankError, Watch
 from blockbatch.values import as_int
+from blockbatch_kernels.cuda import peers
 
 # What torchrun tells each process, beside where they meet.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -36,12 +40,15 @@ class RankGroup:
         rank, size: of this process.
         transport: "symmetric", "nccl" or "gloo": how tensors travel.
         watch: knows whether the others are still there.
+        most_lanes: transports that may be at work at the same time.
+        alone: whether no more than one of them is.
 
     Args:
         device: this rank's; its own GPU, or the CPU on all ranks.
         dtype: of the model.
         transport: one of `TRANSPORTS`; None: the first that runs. On the CPU it is gloo.
         stall_seconds: how long a forward may take at most; None: 300 on a GPU, 1800 on the CPU.
+        lanes: see `most_lanes`.
     """
 
     def __init__(
@@ -51,11 +58,13 @@ class RankGroup:
         *,
         transport: str | None = None,
         stall_seconds: float | None = None,
+        lanes: int = 1,
     ) -> None:
         if transport not in (None, *TRANSPORTS):
             raise ValueError(f"transport: expected None or one of {', '.join(TRANSPORTS)}, got {transport!r}")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device, self._dtype = device, dtype
+        self.most_lanes, self.alone, self._fused = lanes, True, False
         # Numbers of the host travel by gloo whatever the device: nobody waits for a GPU because of them.
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._lock = threading.Lock()
@@ -78,13 +87,48 @@ class RankGroup:
         """
         return self._transport.all_reduce(x)
 
+    def all_reduce_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        *,
+        eps: float,
+        quantized: bool = False,
+        backend: str | None = None,
+    ) -> Any:
+        """`bbk.rms_norm`, or `bbk.rms_norm_fp8` if `quantized`, of the sum of all ranks' x.
+
+        In one kernel where symmetric memory and the extension are there. The bits are those of the two steps.
+
+        Args:
+            x: [tokens, dim] of the model's dtype; may be overwritten.
+            weight: [dim].
+            residual: [tokens, dim]; *written*: the sum of all x and itself.
+        """
+        if self._transport.name == "symmetric" and backend in (None, "cuda"):
+            options = dict(eps=eps, quantized=quantized, alone=self.alone)
+            found = self._transport.all_reduce_norm(x, weight, residual, **options)
+            if found is not None:
+                return found
+        norm = bbk.rms_norm_fp8 if quantized else bbk.rms_norm
+        return norm(self.all_reduce(x), weight, eps=eps, residual=residual, backend=backend)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape] fp32: the x of every rank, fp32 and of one shape."""
         return self._transport.all_gather(x)
 
+    def exchange_parts(self) -> HostExchange | NcclExchange | SymmetricExchange:
+        """A way for keys and values between ranks; made on all of them at the same time."""
+        if self.transport == "gloo":
+            return HostExchange(self._host, self.rank)
+        if self.transport == "symmetric":
+            return SymmetricExchange(self._control, self.device)
+        return NcclExchange(dist.new_group(backend="nccl", timeout=_PATIENCE))
+
     def another_transport(self) -> SymmetricTransport:
         """Symmetric memory for sums beside those of the group; made on all ranks at the same time."""
-        return SymmetricTransport(self._control, self.device, self._dtype)
+        return self._symmetric()
 
     @contextmanager
     def through(self, transport: SymmetricTransport) -> Iterator[None]:
@@ -198,9 +242,10 @@ class RankGroup:
         if wanted == "symmetric" and not SymmetricTransport.takes(dtype):
             raise ValueError(f"transport: expected bfloat16 or float32 for 'symmetric', got {dtype}")
         if wanted != "nccl" and SymmetricTransport.takes(dtype):
+            self._fused = bool(self.least("fused sums", int(peers.sums_run_on(self.device))))
             made, why = None, None
             try:
-                made = SymmetricTransport(self._control, self.device, dtype)
+                made = self._symmetric()
             except RuntimeError as error:
                 why = _first_line(error)
             if self.least("symmetric memory", int(made is not None)):
@@ -210,6 +255,10 @@ class RankGroup:
                     f"transport: expected GPUs that reach each other's memory for 'symmetric', got {why}"
                 )
         return NcclTransport(dist.new_group(backend="nccl", timeout=_PATIENCE), self.device)
+
+    def _symmetric(self) -> SymmetricTransport:
+        options = dict(lanes=self.most_lanes, fused=self._fused)
+        return SymmetricTransport(self._control, self.device, self._dtype, **options)
 
     def _check_sums(self, dtype: torch.dtype) -> None:
         """Raises RankError unless known numbers come out right on every rank."""
@@ -225,6 +274,19 @@ class RankGroup:
         right = collected[:, 0].tolist() == list(range(self.size))
         if not self.least("numbers collected", int(right)):
             raise self.refuse(f"all_gather by {self.transport}: expected the numbers of all ranks in order")
+        if self._fused and self.transport == "symmetric":
+            self._check_fused(dtype)
+
+    def _check_fused(self, dtype: torch.dtype) -> None:
+        """Raises RankError unless sums with a norm behind them have the bits of the two steps."""
+        numbers = torch.arange(8 * 256, device=self.device) * (self.rank + 1) % 61 - 30
+        numbers = numbers.view(8, 256).to(dtype)
+        weight, residuals = numbers[3].clone(), (torch.ones_like(numbers), torch.ones_like(numbers))
+        fused = self.all_reduce_norm(numbers, weight, residuals[0], eps=1e-5)
+        plain = bbk.rms_norm(self.all_reduce(numbers), weight, eps=1e-5, residual=residuals[1])
+        right = torch.equal(fused, plain) and torch.equal(*residuals)
+        if not self.least("a sum and its norm", int(right)):
+            raise self.refuse("all_reduce_norm: expected the bits of all_reduce and rms_norm")
 
 
 def started_by_torchrun() -> bool:

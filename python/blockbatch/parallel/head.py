@@ -16,6 +16,7 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.shards import Shard
+from blockbatch_kernels.cuda import lm_head as compiled
 from blockbatch_kernels.shapes import LEAST_LIKELY
 from blockbatch_kernels.tuning import LM_HEAD_LOGITS_BYTES
 
@@ -43,6 +44,30 @@ class ShardedHead:
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `blockbatch_kernels.lm_head_confidence`."""
+        options = dict(probe_tokens=probe_tokens, suppress_token=suppress_token)
+        parts_of = self._parts
+        if hidden.is_cuda and bbk.backend_of("lm_head_confidence", hidden.device, backend) == "cuda":
+            parts_of, options["first_token"] = compiled.lm_head_parts, self._tokens.start
+        else:
+            options["backend"] = backend
+        parts = parts_of(hidden, weight, **options)
+        highest, total, token, probe = self._group.all_gather(parts).unbind(-1)  # each [ranks, predictions]
+        top, top_token, whole = _merged(highest, total, token)
+        probability = None
+        if probe_tokens is not None:
+            probability = (probe.amax(0) - top).exp() / whole
+        return top_token.int(), 1.0 / whole, probability
+
+    def _parts(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        probe_tokens: Tensor | None,
+        suppress_token: int | None,
+        backend: str | None,
+    ) -> Tensor:
+        """See `blockbatch_kernels.cuda.lm_head.lm_head_parts`."""
         parts = hidden.new_empty(hidden.shape[0], 4, dtype=torch.float32)
         for rows, logits in self._logits(hidden, weight, backend):
             self._suppress(logits, suppress_token)
@@ -51,12 +76,7 @@ class ShardedHead:
             if probe_tokens is not None:
                 probe = self._probed(logits, probe_tokens[rows])
             parts[rows] = torch.stack((highest, total, token, probe), 1)
-        highest, total, token, probe = self._group.all_gather(parts).unbind(-1)  # each [ranks, predictions]
-        top, top_token, whole = _merged(highest, total, token)
-        probability = None
-        if probe_tokens is not None:
-            probability = (probe.amax(0) - top).exp() / whole
-        return top_token.int(), 1.0 / whole, probability
+        return parts
 
     def lm_head_likely(
         self, hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None, backend: str | None = None

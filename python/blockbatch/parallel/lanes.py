@@ -18,7 +18,7 @@ class Lanes:
 
     Args:
         group: the ranks.
-        count: of lanes; one where transports other than symmetric memory are used.
+        count: of lanes, at most the group's; one where transports other than symmetric memory are used.
     """
 
     def __init__(self, group: RankGroup, count: int) -> None:
@@ -26,7 +26,8 @@ class Lanes:
         self._others = []
         if group.transport == "symmetric":
             self._others = [
-                (torch.cuda.Stream(group.device), group.another_transport()) for _ in range(count - 1)
+                (torch.cuda.Stream(group.device), group.another_transport())
+                for _ in range(min(count, group.most_lanes) - 1)
             ]
 
     @property
@@ -60,8 +61,10 @@ class Lanes:
             with torch.cuda.stream(stream), self._group.through(transport):
                 yield
 
+        self._group.alone = count == 1
         try:
             yield lane
         finally:
+            self._group.alone = True
             for stream in begun:
                 current.wait_stream(stream)

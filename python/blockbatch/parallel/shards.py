@@ -63,6 +63,11 @@ class Shard:
         """Token ids of this rank's part of the LM head."""
         return range(*(self.spec.vocab_size * rank // self.size for rank in (self.rank, self.rank + 1)))
 
+    def kv_heads(self, rank: int) -> range:
+        """Heads of keys and values whose part is a rank's."""
+        first = rank * self.spec.num_kv_heads // self.size
+        return range(first, first + self.local_spec.num_kv_heads)
+
     def cut(self, place: Any) -> Any:
         """Where a tensor of the checkpoint belongs in this rank's part, and which part of it.
 

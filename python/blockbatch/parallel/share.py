@@ -18,8 +18,9 @@ from blockbatch.parallel.lanes import Lanes
 from blockbatch.parallel.ranks import ALONE, Ranks
 from blockbatch.parallel.shards import Shard
 
-# Of whole rows on a GPU. A second one costs the activations of a row.
-LANES = 1
+# Of whole rows on a GPU. The second one costs the activations of a row, and gains 4% in LLaDA-8B's shape
+# (bench/results/tensor_parallel.json).
+LANES = 2
 
 
 class Share:
@@ -29,15 +30,18 @@ class Share:
         size: processes that hold the model together.
         shard: the part of the checkpoint; None: all of it.
         vocabulary: token ids of the LM head here; None: all of them.
-        all_reduce: see `transformer.forward`.
+        all_reduce_norm: see `transformer.forward`.
         head: has the operators `lm_head_confidence` and `lm_head_likely`.
+        whole: the `Model` of all weights that this process holds beside its part; None: there is none, and
+            all of them compute every row.
     """
 
     size: int = 1
     shard: Shard | None = None
     vocabulary: range | None = None
-    all_reduce: Callable[[Tensor], Tensor] | None = None
+    all_reduce_norm: Callable[..., Any] | None = None
     head: Any = bbk
+    whole: Any = None
 
     def local_spec(self, spec: Any) -> Any:
         """The shape of what this process computes."""
@@ -103,13 +107,24 @@ class RankShare(Share):
         lanes: int = LANES,
     ) -> None:
         self.shard = Shard(spec, *group.place())
-        self.group = RankGroup(device, dtype, transport=transport)
+        self.group = RankGroup(device, dtype, transport=transport, lanes=lanes)
         self._lanes = Lanes(self.group, lanes)
         self.most_lanes: int | None = None
         self.size, self.vocabulary = self.group.size, self.shard.vocabulary
-        self.all_reduce = self.group.all_reduce
+        self.all_reduce_norm = self.group.all_reduce_norm
         self.head = ShardedHead(self.group, self.shard)
         self.group.agree("the start of loading (model and dtype)", digest.of_text(f"{spec} {dtype}"))
+        self.exchange: Any = None
+
+    def hold_whole(self, model: Any) -> None:
+        """From now on rows are dealt out whole; every process calls it at the same time.
+
+        Args:
+            model: of all weights, as one process holds it.
+        """
+        if self.exchange is None:
+            self.exchange = self.group.exchange_parts()
+        self.whole = model
 
     def local_spec(self, spec: Any) -> Any:
         return self.shard.local_spec

@@ -6,16 +6,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from blockbatch_kernels.cuda import peers
+
 # Beyond, each rank adds up a part and all read the sums: less travels, at the price of a second meeting.
-ONE_SHOT_BYTES = 256 << 10
+ONE_SHOT_BYTES = 128 << 10
 # Of symmetric memory; larger tensors go in pieces.
 _BUFFER_BYTES = 32 << 20
 _SLOT_BYTES = 4 << 20
+# Of an inbox for fused sums: two ranks pass 2048 tokens of 4096 numbers in fp32.
+_INBOX_BYTES = 64 << 20
+# With more than two ranks an all-to-all of larger parts sends more than sums in two steps do.
+_FUSED_BYTES = 1 << 20
 # How often a rank that waits on the host looks whether the others are still there.
 _LOOK = timedelta(milliseconds=200)
 
@@ -88,23 +95,45 @@ class SymmetricTransport:
         group: any group of the ranks; it only carries the addresses.
         device: this rank's GPU.
         dtype: of the tensors that are added up.
+        lanes: transports of these ranks that are at work at the same time.
+        fused: whether `all_reduce_norm` is wanted; the same on all ranks.
     """
 
     name = "symmetric"
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        lanes: int = 1,
+        fused: bool = False,
+    ) -> None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         from torch._C._distributed_c10d import _SymmetricMemory
 
         self._group_name, self._rank, self._size = group.group_name, dist.get_rank(group), group.size()
 
-        def buffer(nbytes: int, dtype: torch.dtype) -> Tensor:
+        def buffer(nbytes: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
             found = _SymmetricMemory.empty_strided_p2p((nbytes // dtype.itemsize,), (1,), dtype, device)
-            _SymmetricMemory.rendezvous(found, self._group_name)
-            return found
+            return found, _SymmetricMemory.rendezvous(found, self._group_name)
 
-        self._buffer = buffer(_BUFFER_BYTES, dtype)
-        self._slots = self._buffer if dtype == torch.float32 else buffer(_SLOT_BYTES, torch.float32)
+        self._buffer, _ = buffer(_BUFFER_BYTES, dtype)
+        self._slots = self._buffer if dtype == torch.float32 else buffer(_SLOT_BYTES, torch.float32)[0]
+        self.inboxes: peers.Inboxes | None = None
+        if fused and 1 < self._size <= peers.MOST_RANKS:
+            self._inbox, self._handle = buffer(_INBOX_BYTES, torch.uint8)
+            self._inbox.fill_(peers.NOT_THERE)
+            torch.cuda.synchronize(device)
+            dist.barrier(group)  # before anybody writes there
+            self._theirs = [
+                self._handle.get_buffer(rank, self._inbox.shape, torch.uint8) for rank in range(self._size)
+            ]
+            source_bytes = _INBOX_BYTES // peers.TURNS // (self._size - 1) // 16 * 16
+            turn = torch.zeros(2, dtype=torch.int32, device=device)
+            addresses = tuple(inbox.data_ptr() for inbox in self._theirs)
+            self.inboxes = peers.Inboxes(addresses, self._rank, source_bytes, turn, lanes)
 
     @staticmethod
     def takes(dtype: torch.dtype) -> bool:
@@ -114,6 +143,18 @@ class SymmetricTransport:
         """The sum over all ranks; it may lie in the buffer that the next call overwrites."""
         x = x.contiguous()
         return self._reduce(x, self._buffer if x.dtype == self._buffer.dtype else self._slots)
+
+    def all_reduce_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor, *, eps: float, quantized: bool, alone: bool
+    ) -> Any:
+        """The norm of the sum over all ranks, see `peers.all_reduce_norm`; None: not of these tensors."""
+        if self.inboxes is None or (self._size > 2 and x.nbytes > _FUSED_BYTES):
+            return None
+        if not peers.takes(x, weight, residual, self.inboxes.source_bytes):
+            return None
+        return peers.all_reduce_norm(
+            x, weight, residual, self.inboxes, eps=eps, quantized=quantized, alone=alone
+        )
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[ranks, *x.shape] of fp32: what each rank gave."""

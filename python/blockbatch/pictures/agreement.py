@@ -58,6 +58,7 @@ def draw(traces: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     if not rows:
         raise ValueError("traces: expected texts of at least one token, got empty ones alone")
     with style.figure(height=1.5 + 0.42 * len(rows)) as figure:
+        figure.get_layout_engine().set(wspace=0.06)  # else "1.0" of an axis touches "0.0" of the next
         agreed, when, held = figure.subplots(1, 3, sharey=True)
         _draw_points(agreed, {name: row.agreed for name, row in rows.items()})
         _draw_points(when, {name: row.when for name, row in rows.items()})

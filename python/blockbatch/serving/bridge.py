@@ -39,7 +39,8 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self._events: set[asyncio.Event] = set()
-        # Of the step that runs: all owners are told by one call, since each costs the engine's thread time.
+        # Of the last step: all owners are told by one call, since each costs the engine's thread time, and
+        # while the device computes the next one, since their work would delay its launch.
         self._changed: list[asyncio.Event] = []
         self._thread = threading.Thread(target=self._run, name="blockbatch-engine", daemon=True)
         self._thread.start()
@@ -96,16 +97,24 @@ class Bridge:
         except BaseException as error:
             self.error = error
             self._call(self._fail)
+        finally:
+            self._tell()
 
     def _step(self) -> bool:
+        going = False
         try:
-            return self.engine.step()
+            going = self.engine.step(self._tell)
+            return going
         except MemoryError:  # its requests have failed with it; the device is whole
             return True
         finally:
-            if self._changed:
-                changed, self._changed = self._changed, []
-                self._call(_set_all, changed)
+            if not going:
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._changed:
+            changed, self._changed = self._changed, []
+            self._call(_set_all, changed)
 
     def turn_away(self, refusal: ApiError) -> None:
         """Ends the waiting of all with this error, and that of those who come."""

@@ -1,7 +1,7 @@
 """Log-probabilities of an answer's tokens: the log of how sure the model was when it committed each.
 
-That is the model's own probability of the token in the forward that committed it, given the canvas as it was
-then; not given the tokens before it, as of a model that writes left to right. The logits of other tokens are
+That is the model's own probability of the token in the forward that committed it, given the canvas as it
+was then, not given the tokens before it as of a model that writes left to right. Other tokens' logits are
 not kept.
 """
 

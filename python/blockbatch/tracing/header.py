@@ -20,9 +20,9 @@ def trace_header(
     """What pictures need besides the records of a decode, and where the records come from.
 
     Returns:
-        the header of a trace file: model, adapter and quantization (only where it has one), method, settings,
-        gen_length, block_sizes (of the branches, in their order), winner_block_size, prompt (text; None
-        without a tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
+        the header of a trace file: model, adapter, quantization and kv_dtype (where it has them), method,
+        settings, gen_length, block_sizes (of the branches, in their order), winner_block_size, prompt (text;
+        None without a tokenizer), prompt_tokens, mask_token_id, eos_token_ids, canvas (of the winner), text,
         pieces (the text of every token id that occurs, the ids as decimal strings; empty without a
         tokenizer), nfe, adopted, seconds, stop_reason, given (of a fill, whose prompt ends at the first gap:
         the canvas before the first forward, MASK in the gaps; else None).
@@ -51,10 +51,12 @@ def trace_header(
     ids = {model.spec.mask_token_id, *eos_token_ids, *prompt_ids, *result.canvas}
     ids.update(token for change in changes for token in change["tokens"])
     quantization = getattr(model, "quantization", None)
+    kv_dtype = None if getattr(model, "kv_scales", None) is None else "fp8"
     return {
         "model": model.name,
         **({"adapter": model.adapter} if getattr(model, "adapter", None) else {}),
         **({} if quantization is None else {"quantization": quantization}),
+        **({} if kv_dtype is None else {"kv_dtype": kv_dtype}),
         "method": config.method,
         "settings": decode_settings(config),
         "gen_length": len(canvas),

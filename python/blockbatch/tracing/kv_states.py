@@ -62,7 +62,10 @@ class KVSketcher:
         pages = self._cache.page_table[row].long()
         total = torch.zeros(SKETCH_SIZE, dtype=torch.float32, device=self._cache.kv.device)
         # Layer by layer: a whole row in fp32 would be as large as the rest of the decode's working memory.
-        for kv, signs in zip(self._cache.kv, self._signs):
-            features = kv[:, pages].flatten(3).flatten(1, 2)[:, :length].float()  # [2, length, features]
+        for layer, (kv, signs) in enumerate(zip(self._cache.kv, self._signs)):
+            numbers = kv[:, pages].float()  # [2, pages, page_size, num_kv_heads, head_dim]
+            if (scales := self._cache.scales) is not None:
+                numbers *= torch.stack((scales.k[layer], scales.v[layer]))[:, None, None, :, None]
+            features = numbers.flatten(3).flatten(1, 2)[:, :length]  # [2, length, features]
             total += ((features @ self._mix) * signs[:, :length]).sum((0, 1))
         return [float(f"{value:.{_DIGITS}g}") for value in (total / SKETCH_SIZE**0.5).tolist()]

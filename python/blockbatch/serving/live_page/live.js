@@ -124,7 +124,9 @@ const finish = (told) => {
   for (const panel of panels) panel.winner.classList.toggle("on", panels.length > 1 && panel.size === winner);
   byId("phase").className = "phase";
   byId("phase").textContent = "done";
-  byId("status").textContent = `${told.tokens} tokens in ${nfe.total} forwards, ${seconds} s (${told.stopReason})`;
+  const end = `${told.tokens} tokens in ${nfe.total} forwards, ${seconds} s (${told.stopReason})`;
+  const why = told.tokens ? "they are spaces, or special ones" : "the model ends its text with the first token";
+  byId("status").textContent = told.text.trim() ? end : `${end}; the answer shows nothing: ${why}`;
 };
 
 const fail = (message) => {

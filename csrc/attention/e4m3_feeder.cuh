@@ -1,0 +1,178 @@
+// Fills the rings of keys and values from a cache in e4m3: a warpgroup of its own copies tiles as they are
+// stored, turns them into the 16 bits that the products take, and hands them over where the copy engine
+// would. Every thread converts what it has copied itself, so that copies need no barrier.
+#pragma once
+
+#include "attention/sm90.cuh"
+#include "common/e4m3.cuh"
+
+namespace bbk {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// 16 bytes to shared memory.
+__device__ __forceinline__ void copy_16_async(uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(target), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// The part of a thread in a tile: 16 elements of one key in each pass. Eight lanes that store at once hold
+// two neighbouring keys of one slice, which the swizzle keeps in different banks.
+template <int kHeadDim, class S>
+struct FeederPlace {
+  static constexpr int kChunks = kHeadDim / 16;
+  static constexpr int kPassKeys = 128 / kChunks;
+  static constexpr int kPasses = S::kStageKeys / kPassKeys;
+  static_assert(kPassKeys % 8 == 0 && S::kStageKeys % kPassKeys == 0);
+
+  int key;    // in the first pass
+  int chunk;  // of the key's 16 elements
+
+  __device__ __forceinline__ FeederPlace() {
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = threadIdx.x % 32;
+    const int eight = lane / 8, place = lane % 8;
+    key = warp * (kPassKeys / 4) + eight / S::kSlices * 2 + place / 4;
+    chunk = eight % S::kSlices * 4 + place % 4;
+  }
+
+  // In a tile of 16-bit elements; the second half of the chunk lies at this ^ 16.
+  __device__ __forceinline__ uint32_t target() const {
+    return chunk / 4 * S::kSliceBytes + key * kSwizzledRowBytes + ((chunk % 4 * 2 ^ key % 8) << 4);
+  }
+};
+
+// What a walk over the work gives: the next tile of keys, looked up well ahead of its use.
+template <int kPasses>
+struct FeederTile {
+  int num_keys;    // 0: there is no further one
+  int first_slot;  // the key k lies at (first_slot + k) % page_size of its page
+  int kv_head;
+  int pages[kPasses];  // of this thread's keys
+};
+
+// `Walk` has `FeederTile fetch()`, which is called by all threads of the warpgroup.
+template <typename T, int kHeadDim, class S, class Walk>
+class Feeder {
+  using Place = FeederPlace<kHeadDim, S>;
+  static constexpr int kPasses = Place::kPasses;
+  static constexpr uint32_t kRawTileBytes = S::kStageKeys * kHeadDim;
+
+ public:
+  // raw: kRawTiles tiles of e4m3 in shared memory, of this warpgroup alone.
+  __device__ __forceinline__ Feeder(const AttentionParams& params, Walk& walk, uint32_t raw)
+      : params_(params), walk_(walk), raw_(raw + threadIdx.x % 128 * 16) {
+    ahead_ = walk_.fetch();
+  }
+
+  // Behind wait_for_predecessors(). Tiles of keys and values take turns in the order of the walk; four are
+  // on their way.
+  __device__ __forceinline__ void run(Ring<S>& keys, Ring<S>& values) {
+    int number = start_keys(0);
+    start_values(1, number);
+    int next = start_keys(2);
+    start_values(3, next);
+    for (int place = 0; number > 0; place ^= 2) {
+      wait_for_copies<3>();
+      hand_over(place, number, keys);
+      const int later = start_keys(place);
+      wait_for_copies<3>();
+      hand_over(place + 1, number, values);
+      start_values(place + 1, later);
+      number = next;
+      next = later;
+    }
+    wait_for_copies<0>();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t raw_tile(int place) const { return raw_ + place * kRawTileBytes; }
+
+  // Copies of the next tile's keys; returns how many there are.
+  __device__ __forceinline__ int start_keys(int place) {
+    const int number = ahead_.num_keys;
+    if (number > 0) {
+      const uint32_t page_size = static_cast<uint32_t>(params_.page_size);
+      // Strides are whole 16 bytes, in which offsets are counted.
+      const int64_t head = ahead_.kv_head * params_.k_head_stride + 16 * place_.chunk;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        const int key = place_.key + i * Place::kPassKeys;
+        const uint32_t slot = static_cast<uint32_t>(ahead_.first_slot + key) % page_size;
+        offsets_[i] = static_cast<uint32_t>(
+            (head + ahead_.pages[i] * params_.k_page_stride + slot * params_.k_token_stride) / 16);
+      }
+      start(static_cast<const unsigned char*>(params_.k_cache), place, number);
+      ahead_ = walk_.fetch();
+    }
+    commit_copies();
+    return number;
+  }
+
+  // Of the values of the keys before.
+  __device__ __forceinline__ void start_values(int place, int number) {
+    if (number > 0) start(static_cast<const unsigned char*>(params_.v_cache), place, number);
+    commit_copies();
+  }
+
+  __device__ __forceinline__ void start(const unsigned char* cache, int place, int number) const {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      if (place_.key + i * Place::kPassKeys < number) {
+        copy_16_async(raw_tile(place) + i * 2048, cache + static_cast<uint64_t>(offsets_[i]) * 16);
+      }
+    }
+  }
+
+  // Converts a tile that has arrived into the ring's next one. Keys behind the last are left as they are: the
+  // products mask them.
+  __device__ __forceinline__ void hand_over(int place, int number, Ring<S>& ring) const {
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    const uint32_t target = ring.tile() + place_.target();
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      if (place_.key + i * Place::kPassKeys < number) {
+        const uint4 x = load_shared(raw_tile(place) + i * 2048);
+        const uint32_t row = target + i * Place::kPassKeys * kSwizzledRowBytes;
+        store_shared(row, pair_of_e4m3<T>(x.x & 0xffff), pair_of_e4m3<T>(x.x >> 16),
+                     pair_of_e4m3<T>(x.y & 0xffff), pair_of_e4m3<T>(x.y >> 16));
+        store_shared(row ^ 16, pair_of_e4m3<T>(x.z & 0xffff), pair_of_e4m3<T>(x.z >> 16),
+                     pair_of_e4m3<T>(x.w & 0xffff), pair_of_e4m3<T>(x.w >> 16));
+      }
+    }
+    publish_stores();
+    barrier_arrive(ring.full());
+    ring.advance();
+  }
+
+  const AttentionParams& params_;
+  Walk& walk_;
+  const uint32_t raw_;
+  const Place place_;
+  FeederTile<kPasses> ahead_;
+  uint32_t offsets_[kPasses];
+};
+
+#endif
+
+}  // namespace bbk

@@ -1,0 +1,223 @@
+// out = x w^T in e4m3 for any number of tokens: as many CTAs as the GPU runs at once go from tile to tile.
+// What a warpgroup writes leaves through the copy engine while it computes its next tile, for which the first
+// stages are there by then. Tiles of the same rows of the weight follow each other, so that a weight comes
+// from memory once.
+#pragma once
+
+#include "gemm/kernel_fp8.cuh"
+
+namespace bbk {
+
+struct GemmFp8WavesArgs : GemmFp8Args {
+  int token_groups;  // tiles of a cluster along the tokens
+  int num_tiles;     // of a cluster
+};
+
+// Shared memory behind the pipeline: what leaves, a box for each warpgroup; the pipeline's barriers; the
+// scales of the tokens, for each warpgroup.
+template <class S>
+struct WavesLayout {
+  static constexpr int kBoxRowBytes = 2 * S::kOutColumns;
+  static constexpr int kBoxBytes = S::kTokens * kBoxRowBytes;
+  static constexpr int kBarriers = S::kPipelineBytes + S::kGroups * kBoxBytes;
+  static constexpr int kScales = kBarriers + 2 * S::kStages * 8;
+  static constexpr int kSharedBytes = kScales + S::kGroups * S::kTokens * 4;
+  static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
+  static_assert(S::kSplitK == 1 && S::kProducer);
+  static_assert(S::kPipelineBytes % 1024 == 0 && kBoxBytes % 1024 == 0, "where a swizzle starts");
+};
+
+// A stage of the pipeline, and the parity of the round through all stages.
+template <class S>
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == S::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Rounds a warpgroup's sums into its box, in the order of the copy engine's swizzle.
+template <class S>
+__device__ __forceinline__ void fill_box(const float (&sums)[S::kTokens / 2], uint32_t box, float2 bias) {
+  using T = typename S::T;
+  const int warp = threadIdx.x % 128 / 32, matrix = threadIdx.x % 32 / 8, eighth = threadIdx.x % 8;
+  constexpr int kRowBytes = WavesLayout<S>::kBoxRowBytes;
+#pragma unroll
+  for (int j = 0; j < S::kTokens / 8; j += 2) {
+    const float* d = &sums[4 * j];
+    if constexpr (S::kGated) {
+      const int token = 8 * j + 8 * (matrix % 2) + eighth;
+      const uint32_t address = box + token * kRowBytes + (warp ^ (eighth / 2)) * 16;
+      store_two_matrices_transposed(address, pack_pair<T>(gated<S>(d[0], d[2]), gated<S>(d[1], d[3])),
+                                    pack_pair<T>(gated<S>(d[4], d[6]), gated<S>(d[5], d[7])));
+    } else {
+      const int token = 8 * j + 8 * (matrix / 2) + eighth;
+      const uint32_t address = box + token * kRowBytes + ((2 * warp + matrix % 2) ^ eighth) * 16;
+      store_four_matrices_transposed(
+          address, pack_pair<T>(d[0] + bias.x, d[1] + bias.x), pack_pair<T>(d[2] + bias.y, d[3] + bias.y),
+          pack_pair<T>(d[4] + bias.x, d[5] + bias.x), pack_pair<T>(d[6] + bias.y, d[7] + bias.y));
+    }
+  }
+}
+
+// Grid: (kXMulticast CTAs of each cluster, 1, kMulticast); clusters of (kXMulticast, 1, kMulticast).
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm_fp8_waves_kernel(const __grid_constant__ CUtensorMap x_map,
+                          const __grid_constant__ CUtensorMap weight_map,
+                          const __grid_constant__ CUtensorMap out_map, const GemmFp8WavesArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = WavesLayout<S>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t stages = shared_address(shared);
+  const uint32_t full = stages + L::kBarriers;
+  const uint32_t empty = full + 8 * S::kStages;
+  const int warpgroup = threadIdx.x / 128;
+  const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0, 0,
+                              S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
+  const int first_tile = blockIdx.x / S::kXMulticast;
+  const int num_clusters = gridDim.x / S::kXMulticast;
+  const auto row_of = [&](int tile) {
+    return (tile / args.token_groups * S::kXMulticast + sharing.x) * S::kRows;
+  };
+  const auto token_of = [&](int tile) {
+    return (tile % args.token_groups * S::kMulticast + sharing.z) * S::kTokens;
+  };
+
+  if (threadIdx.x == 0) {
+    prefetch_map(&x_map);
+    prefetch_map(&weight_map);
+    prefetch_map(&out_map);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if constexpr (S::kSources > 1) cluster_barrier();
+  allow_successors();
+
+  if (warpgroup == S::kGroups) {
+    give_registers<S::kProducerRegisters>();
+    if (threadIdx.x == S::kGroups * 128) {
+      // Tiles that share a weight read it at about the same time.
+      const uint64_t read_once = evict_first_policy();
+      const uint64_t keep = evict_last_policy();
+      const auto fetch_weight = [&](int stage, int i, int row) {
+        const uint32_t barrier = full + 8 * stage;
+        barrier_arrive_expecting(barrier, S::kStageBytes);
+        copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, i * S::kBlockK, row, barrier, sharing,
+                       read_once);
+      };
+      const auto fetch_x = [&](int stage, int i, int token) {
+        copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, i * S::kBlockK, token,
+                  S::kTokens, full + 8 * stage, sharing, keep);
+      };
+      // A weight that nobody writes comes while the kernel before still runs.
+      if (!args.static_weight) wait_for_predecessors();
+      int begin = args.num_k_blocks < S::kStages ? args.num_k_blocks : S::kStages;
+      Turn<S> turn;
+#pragma unroll 1
+      for (int i = 0; i < begin; ++i) {
+        fetch_weight(i, i, row_of(first_tile));
+        turn.advance();
+      }
+      wait_for_predecessors();
+#pragma unroll 1
+      for (int i = 0; i < begin; ++i) fetch_x(i, i, token_of(first_tile));
+#pragma unroll 1
+      for (int tile = first_tile; tile < args.num_tiles; tile += num_clusters) {
+        const int row = row_of(tile), token = token_of(tile);
+#pragma unroll 1
+        for (int i = begin; i < args.num_k_blocks; ++i) {
+          barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+          fetch_weight(turn.stage, i, row);
+          fetch_x(turn.stage, i, token);
+          turn.advance();
+        }
+        begin = 0;
+      }
+      if constexpr (S::kSources > 1) {
+        // Other CTAs arrive at these barriers for the last time: they must still be there.
+#pragma unroll 1
+        for (int i = 0; i < S::kStages; ++i) {
+          barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+          turn.advance();
+        }
+      }
+    }
+  } else {
+    take_registers<S::kConsumerRegisters>();
+    wait_for_predecessors();  // the activations are waited for in any case
+    using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
+    using T = typename S::T;
+    const int thread = threadIdx.x % 128;
+    float* token_scales = reinterpret_cast<float*>(shared + L::kScales) + warpgroup * S::kTokens;
+    const uint32_t box = stages + S::kPipelineBytes + warpgroup * L::kBoxBytes;
+    Turn<S> turn;
+#pragma unroll 1
+    for (int tile = first_tile; tile < args.num_tiles; tile += num_clusters) {
+      const int first_row = row_of(tile), first_token = token_of(tile);
+      for (int i = thread; i < S::kTokens; i += 128) {
+        token_scales[i] = first_token + i < args.num_tokens ? args.x_scale[first_token + i] : 0.0f;
+      }
+      const float2 row_scales = scales_of_rows<S>(args, first_row, warpgroup);
+      float2 bias = make_float2(0.0f, 0.0f);
+      if (!S::kGated && args.bias != nullptr) {
+        const int row = first_row + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+        if (row < args.out_features) bias.x = to_float(static_cast<const T*>(args.bias)[row]);
+        if (row + 8 < args.out_features) bias.y = to_float(static_cast<const T*>(args.bias)[row + 8]);
+      }
+      float sums[S::kTokens / 2] = {};
+      float stretch[S::kTokens / 2];
+#pragma unroll 1
+      for (int begin = 0; begin < args.num_k_blocks; begin += kBlocksOfAStretch) {
+        const int end = min(begin + kBlocksOfAStretch, args.num_k_blocks);
+        uint32_t before = 0;
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) {
+          barrier_wait(full + 8 * turn.stage, turn.parity);
+          const uint32_t stage = stages + turn.stage * S::kStageBytes;
+          const uint64_t a = matrix_descriptor(stage + warpgroup * 64 * kSwizzledRowBytes);
+          const uint64_t b = matrix_descriptor(stage + S::kWeightBytes);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
+            // Descriptors count in 16 bytes: 32 elements of K are 2.
+            Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
+          }
+          wgmma_commit();
+          // Products of the block before are done: its stage may be filled again.
+          wgmma_wait<1>();
+          if (i > begin) release_stage<S>(before, sharing);
+          before = empty + 8 * turn.stage;
+          turn.advance();
+        }
+        wgmma_wait<0>();
+        keep_in_registers(stretch);
+        release_stage<S>(before, sharing);
+#pragma unroll
+        for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
+      }
+      // The box before has left, and the tokens' scales are there.
+      if (thread == 0) wait_until_boxes_are_read();
+      named_barrier(1 + warpgroup, 128);
+      apply_scales<S>(sums, token_scales, row_scales);
+      fill_box<S>(sums, box, bias);
+      publish_stores();
+      named_barrier(1 + warpgroup, 128);
+      const int column = (S::kGated ? first_row / 2 : first_row) + warpgroup * S::kOutColumns;
+      if (thread == 0 && column < args.out_features && first_token < args.num_tokens) {
+        store_box(&out_map, {column, first_token}, box);
+        commit_boxes();
+      }
+    }
+    if (thread == 0) wait_until_boxes_are_read();
+  }
+#endif
+}
+
+}  // namespace bbk

@@ -1,0 +1,94 @@
+"""Every tile of the extension's product in e4m3, with and without the activation behind it."""
+
+import pytest
+import torch
+
+import blockbatch_kernels as bbk
+from blockbatch_kernels import tuning
+from interpreter import DEVICE
+from test_quantized import check_product, quantised
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("sm90")]
+
+HALVES = (torch.bfloat16, torch.float16)
+WAVES = [tile for tile in tuning.LINEAR_FP8_TILES if tile.waves]
+SHARING = [tile for tile in tuning.LINEAR_FP8_TILES if tile.waves or tile.x_multicast > 1]
+
+
+def names(value):
+    return tuning.fp8_tile_name(value) if isinstance(value, tuning.Fp8Tile) else str(value)
+
+
+@pytest.fixture
+def on_tile(monkeypatch):
+    """Makes all products run on one tile."""
+    from blockbatch_kernels.cuda import gemm_fp8
+
+    return lambda tile: monkeypatch.setattr(gemm_fp8, "tile_of", lambda *_: tile)
+
+
+def check_activated(dtype, tokens, intermediate, inner):
+    """Bit for bit the product of the same tile, then the activation of the same backend."""
+    x, x_scale = quantised(tokens, inner, DEVICE, 5)
+    weight, weight_scale = quantised(2 * intermediate, inner, DEVICE, 6)
+    given = (x, x_scale * 2**-9, weight, weight_scale)
+    got = bbk.linear_swiglu_fp8(*given, out_dtype=dtype, backend="cuda")
+    product = bbk.linear_fp8(*given, out_dtype=dtype, backend="cuda")
+    want = bbk.swiglu_fp8(product, backend="cuda")
+    assert torch.equal(got[0].float(), want[0].float()) and torch.equal(got[1], want[1])
+    assert product.isfinite().all() and got[0].float().isfinite().all()
+
+
+@pytest.mark.parametrize("tile", tuning.LINEAR_FP8_TILES, ids=names)
+def test_smallest(tile, on_tile):
+    """One launch of each tile: what a run under compute-sanitizer has time for."""
+    on_tile(tile)
+    check_product("cuda", DEVICE, torch.bfloat16, tile.tokens - 3, tile.rows + 8, 272, True)
+
+
+@pytest.mark.parametrize("tile", tuning.GATED_FP8_TILES, ids=names)
+def test_smallest_activated(tile, on_tile):
+    on_tile(tile)
+    check_activated(torch.bfloat16, tile.tokens - 3, tile.rows // 2 + 8, 272)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tile", tuning.LINEAR_FP8_TILES, ids=names)
+def test_every_tile(tile, dtype, on_tile, poisoned):
+    on_tile(tile)
+    # The bound of check_product is that of a usual sum: few results of millions may err further.
+    sizes = ((8, 272), (tile.rows + 8, 4096), (264 if tile.waves else 2048, 1040))
+    for tokens in {1, tile.tokens - 3, tile.tokens}:
+        for out, inner in sizes:
+            check_product("cuda", DEVICE, dtype, tokens, out, inner, True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tile", tuning.GATED_FP8_TILES, ids=names)
+def test_every_activated_tile(tile, dtype, on_tile, poisoned):
+    on_tile(tile)
+    for tokens in {1, tile.tokens - 3, tile.tokens}:
+        for intermediate, inner in ((8, 272), (tile.rows + 8, 4096), (1032, 1040)):
+            check_activated(dtype, tokens, intermediate, inner)
+
+
+@pytest.mark.parametrize("tile", WAVES, ids=names)
+def test_several_tiles_each(tile, on_tile, poisoned):
+    """More tiles than processors, whose number is no multiple of what runs at once."""
+    on_tile(tile)
+    for tokens, out, inner in ((1301, 4096, 656), (700, 12296, 128)):
+        check_product("cuda", DEVICE, torch.bfloat16, tokens, out, inner, True)
+        check_activated(torch.bfloat16, tokens, out // 2 // 8 * 8, inner)
+
+
+@pytest.mark.parametrize("tile", SHARING, ids=names)
+def test_the_same_bits_every_time(tile, on_tile):
+    """A race of a tile with its neighbours would show."""
+    on_tile(tile)
+    tokens = 700 if tile.waves else tile.tokens
+    x, x_scale = quantised(tokens, 4096, DEVICE, 1)
+    weight, weight_scale = quantised(8192, 4096, DEVICE, 2)
+    options = dict(out_dtype=torch.bfloat16, static_weight=True, backend="cuda")
+    first = bbk.linear_fp8(x, x_scale, weight, weight_scale, **options)
+    for _ in range(20):
+        assert torch.equal(bbk.linear_fp8(x, x_scale, weight, weight_scale, **options), first)
