@@ -268,7 +268,23 @@ def served(by, streams):
     return values
 
 
+def answered(run):
+    def values(report):
+        line = next(line for line in report["lines"] if line["run"] == run)
+        return [line["right"], line["nfe"], line["forwarded_per_token"]]
+
+    return values
+
+
 SERVING = [
+    (f"| {label} | {{}} | {{:.2f}} | {{:.1f}} |", ["serve_accuracy.json"], answered(run))
+    for label, run in (
+        ("dual cache, as published", "dual_cache"),
+        ("dual cache, open queries, refreshes of the generation region", "dual_cache, open, generation"),
+        ("`fast`, one branch, as under load", "fast, one branch"),
+        ("`fast`, all branches", "fast"),
+    )
+] + [
     (f"| {label} | {{:.0f}} | {{:.0f}} |", ["serve_cpu.json"], served(by, streams))
     for label, by, streams in (
         ("one by one", "one by one", 1),

@@ -11,7 +11,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 def name_of(value):
     if isinstance(value, tuning.LinearTile):
-        return "".join(f"{name}{size}" for name, size in value._asdict().items())
+        return f"tokens{value.tokens}rows{value.rows}split_k{value.split_k}multicast{value.multicast}"
     return str(value)
 
 

@@ -15,7 +15,8 @@ class EngineScripted:
 
     def __init__(self, scripted, page_size=16):
         self.scripted, self.page_size = scripted, page_size
-        self.device, self.backend, self.dtype = torch.device("cpu"), None, torch.float32
+        self.device, self.backend = torch.device("cpu"), None
+        self.dtype = self.kv_dtype = torch.float32
         self.tokenizer, self.cache_bytes, self.quantization = None, None, None
         self.eos_token_ids = tuple(sorted(scripted.eos_token_ids))
         self.spec = SimpleNamespace(

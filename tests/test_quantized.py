@@ -221,8 +221,8 @@ def test_activated_products_by_triton(tokens, intermediate, inner, poisoned):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_activated_products_on_a_gpu(dtype, backend, poisoned):
-    for tokens, inner in ((1, 4096), (100, 4096), (252, 4096), (300, 4096), (9, 1040), (0, 64)):
-        check_activated(backend, DEVICE, dtype, tokens, 12288 if inner == 4096 else 1032, inner)
+    for tokens, inner in ((1, 2048), (100, 2048), (252, 2048), (300, 2048), (9, 1040), (0, 64)):
+        check_activated(backend, DEVICE, dtype, tokens, 1032, inner)
 
 
 @in_interpreter

@@ -180,6 +180,24 @@ def test_the_engine_by_graphs_decodes_as_without(stand_ins, monkeypatch, options
     assert engine_outcomes(model, options)[0] == by_graphs
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_windows_beside_whole_rows_by_graphs_decode_as_without(stand_ins, monkeypatch, options):
+    model = load()
+    config = blockbatch.DecodeConfig(**{"gen_length": 32, **options})
+
+    def decoded():
+        engine = Engine(model, max_requests=5, max_queue=40, cache_tokens=1 << 14)
+        requests = [engine.submit([5, 1, 2, 9 + number] * (1 + number % 3), config) for number in range(20)]
+        engine.run_until_idle()
+        (slots,) = engine._lane._forwards.values()
+        return [outcome(request.result) for request in requests], slots._mixed_graphs
+
+    by_graphs, graphs = decoded()
+    assert graphs.replays > 3
+    monkeypatch.setattr(StepGraphs, "possible", staticmethod(lambda model: False))
+    assert decoded() == (by_graphs, None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

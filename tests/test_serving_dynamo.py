@@ -177,6 +177,9 @@ def test_what_the_frontend_is_told(tmp_path):
         options = {"annotations": ['blockbatch:{"threshold": 0.5}']}
         faster = HTTP.post(server.url + path, json={**whole, "nvext": {**whole["nvext"], **options}}).json()
         assert faster["nvext"]["engine_data"]["blockbatch"]["nfe"]["total"] < told["nfe"]["total"]
+        told = HTTP.post(server.url + path, json={**whole, "logprobs": True}).json()["choices"][0]["logprobs"]
+        assert "".join(one["token"] for one in told["content"]) == expected
+        assert all(one["logprob"] <= 0 for one in told["content"])
         refused = HTTP.post(server.url + path, json={**whole, "n": 2})
         assert refused.status_code == 400 and "n: not supported" in refused.text
 

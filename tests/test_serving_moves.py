@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import blockbatch
+from blockbatch.cli import dynamo, main
 from blockbatch.serving import moves
 from blockbatch.serving.dynamo import Settings, Worker
 from blockbatch.serving.errors import ApiError
@@ -215,3 +216,12 @@ def test_what_ends_here_goes_elsewhere(model):
         assert worker.ended.is_set() and "CUDA" in str(worker.error)
 
     run(model, engine, breaks)
+
+
+def test_the_command_says_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(dynamo, "find_spec", lambda name: None if name == "dynamo" else name)
+    assert main(["dynamo", "tiny"]) == 2
+    assert "pip install 'blockbatch[cluster]'), lacking are dynamo" in capsys.readouterr().err
+    monkeypatch.setattr(dynamo, "find_spec", lambda name: name)
+    assert main(["dynamo", "tiny", "--endpoint", "one.two"]) == 2
+    assert "--endpoint: expected three names with dots" in capsys.readouterr().err

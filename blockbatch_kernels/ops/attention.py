@@ -137,8 +137,12 @@ def ready(
     plan: AttentionPlan | None,
     backend: str | None,
     module_for: Callable[..., ModuleType] = dispatch.module_for,
+    excluded: tuple[str, ...] = (),
 ) -> tuple[ModuleType, dict[str, Any]]:
-    """The module that attends, with the scale and the plan that it takes: for both kinds of caches."""
+    """The module that attends, with the scale and the plan that it takes: for both kinds of caches.
+
+    excluded: as of `dispatch.module_for`.
+    """
     where = (page_table, cu_seqlens_q, seqlens_k)
     head_dim = q.shape[2]
     if k_cache.shape[2] < 1 or q.shape[1] % k_cache.shape[2]:
@@ -167,7 +171,7 @@ def ready(
         backend,
         op,
         q,
-        excluded=() if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
+        excluded=excluded if _cuda_takes(k_cache, v_cache, softmax_scale) else ("cuda",),
         units=int(units),
         num_tokens=q.shape[0],
         num_keys=page_table.shape[1] * k_cache.shape[1],

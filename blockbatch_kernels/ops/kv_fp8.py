@@ -6,8 +6,10 @@ beside a token nor tokens before it change what is stored of it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from blockbatch_kernels import tuning
 from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch, values
 from blockbatch_kernels.ops.attention import ready
@@ -105,5 +107,13 @@ def varlen_attention_fp8(
         plan=plan,
         backend=backend,
         module_for=dispatch.module_for_e4m3,
+        excluded=() if _on_tensor_cores(q) else ("cuda",),
     )
     return module.varlen_attention_fp8(q, k_cache, v_cache, k_scale, v_scale, *where, **options)
+
+
+def _on_tensor_cores(q: Tensor) -> bool:
+    """Whether the CUDA version is more than its plain kernel where it could be."""
+    if not q.is_cuda or q.dtype == torch.float32:
+        return True
+    return tuning.device_kind(q.device).capability == (9, 0)

@@ -44,7 +44,9 @@ def preference(op: str, **sizes: int) -> tuple[str, ...]:
     order = _ORDER.get(op, _CUDA_FIRST)
     if op in ("varlen_attention", "varlen_attention_fp8") and not cuda_attention_is_faster(**sizes):
         order = ("triton", "cuda")
-    limits = _LIMITS.get(op, {})
+    limits = _LIMITS.get(op)
+    if limits is None:
+        return order
     return tuple(
         name
         for name in order

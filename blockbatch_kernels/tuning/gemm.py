@@ -9,19 +9,7 @@ from blockbatch_kernels.tuning import rows
 from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearRow, LinearTile, LmHeadRow
 
 # Compiled, and waiting to be measured beside the others: until then no product takes them.
-UNMEASURED_TILES = (
-    LinearTile(192, 64, split_k=2, x_multicast=2),
-    LinearTile(192, 128, split_k=2),
-    LinearTile(192, 128, split_k=3),
-    LinearTile(256, 64, split_k=2),
-    LinearTile(256, 64, split_k=2, x_multicast=2),
-    LinearTile(256, 64, multicast=2, x_multicast=2),
-    LinearTile(256, 128, split_k=3),
-    LinearTile(256, 128, split_k=4),
-    LinearTile(256, 128, split_k=2, multicast=2),
-    LinearTile(256, 192, split_k=2, multicast=2),
-    LinearTile(256, 192, multicast=2, x_multicast=2),
-)
+UNMEASURED_TILES = (LinearTile(256, 64, split_k=2),)
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
@@ -43,7 +31,6 @@ ROTATED_TILES = (
     LinearTile(128, 128),
     LinearTile(192, 128),
     LinearTile(256, 192, multicast=2),
-    LinearTile(256, 192, multicast=2, x_multicast=2),
 )
 # With the activation in the same kernel.
 GATED_TILES = (
@@ -99,7 +86,7 @@ def candidates(
         ways.append((LinearPart(out_features, tile),))
         half = tile._replace(split_k=2)
         whole = _whole_waves(tile, out_features, gated, device_kind)
-        if tile.processors * tile.x_multicast == 1 and half in tiles and 0 < whole < out_features:
+        if tile.split_k * tile.multicast == 1 and half in tiles and 0 < whole < out_features:
             if in_features >= _MIN_SPLIT_IN_FEATURES:
                 ways.append((LinearPart(whole, tile), LinearPart(out_features - whole, half)))
     return {"cublas": (), **{name_of(parts): parts for parts in ways}}
@@ -112,7 +99,7 @@ def name_of(parts: tuple[LinearPart, ...]) -> str:
 
 def _tile_name(tile: LinearTile) -> str:
     name = f"{tile.tokens}x{tile.rows}"
-    for field in ("split_k", "multicast", "x_multicast"):
+    for field in ("split_k", "multicast"):
         count = getattr(tile, field)
         name += f" {field} {count}" if count > 1 else ""
     return name
@@ -179,7 +166,7 @@ def linear_rule(
 
 def _fill(tile: LinearTile, features: int, device_kind: DeviceKind) -> float:
     """The share of the processors that compute, over all waves: what a last wave leaves idle is lost."""
-    ctas = -(-features // tile.rows) * tile.processors
+    ctas = -(-features // tile.rows) * tile.split_k * tile.multicast
     return ctas / (-(-ctas // device_kind.num_sms) * device_kind.num_sms)
 
 
@@ -209,7 +196,11 @@ def _linear_tile(tokens: int, features: int, in_features: int, device_kind: Devi
     if tokens > 128:
         # Arithmetic counts as well: the largest tile that leaves few processors idle.
         wide = sorted((tile for tile in LINEAR_TILES if tile.tokens == tokens), key=lambda tile: -tile.rows)
-        filled = (tile for tile in wide if _fill(tile, features, device_kind) >= _MIN_FILL[tile.processors])
+        filled = (
+            tile
+            for tile in wide
+            if _fill(tile, features, device_kind) >= _MIN_FILL[tile.split_k * tile.multicast]
+        )
         return next(filled, None) if in_features >= _MIN_SPLIT_IN_FEATURES else None
     if tokens == 16:
         return LinearTile(tokens, 64)

@@ -23,12 +23,6 @@ class LinearTile(NamedTuple):
     rows: int  # of the weight in a tile
     split_k: int = 1  # processors that share the sum of a tile
     multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
-    x_multicast: int = 1  # processors that share one read of the tokens, each for rows of its own
-
-    @property
-    def processors(self) -> int:
-        """That work on one tile of the weight's rows."""
-        return self.split_k * self.multicast
 
 
 class Fp8Tile(NamedTuple):

@@ -26,12 +26,11 @@ struct GemmParams {
 
 // How the product is cut, by the names of blockbatch_kernels.tuning.LinearTile; linear.cu lists what is
 // compiled.
-#define BBK_GEMM_TILE(X)                                                                          \
-  X(int, tokens)      /* room for tokens in a tile */                                             \
-  X(int, rows)        /* of the weight in a tile */                                               \
-  X(int, split_k)     /* CTAs that share the sum of a tile, each over a stretch of K */           \
-  X(int, multicast)   /* CTAs that share one read of the weight, each for a part of the tokens */ \
-  X(int, x_multicast) /* CTAs that share one read of the tokens, each for rows of its own */
+#define BBK_GEMM_TILE(X)                                                              \
+  X(int, tokens)    /* room for tokens in a tile */                                   \
+  X(int, rows)      /* of the weight in a tile */                                     \
+  X(int, split_k)   /* CTAs that share the sum of a tile, each over a stretch of K */ \
+  X(int, multicast) /* CTAs that share one read of the weight, each for a part of the tokens */
 
 struct GemmTile {
   BBK_GEMM_TILE(BBK_MEMBER)

@@ -147,13 +147,13 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
   }
 }
 
-// Grid: (tiles of kRows along the weight's rows, kSplitK, kMulticast), the tiles in multiples of kXMulticast;
-// clusters of (kXMulticast, kSplitK, kMulticast).
+// Grid: (tiles of kRows along the weight's rows, kSplitK, kMulticast); clusters of (1, kSplitK, kMulticast).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                 const typename S::Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(S::kXMulticast == 1 && (S::kSplitK == 1 || S::kMulticast == 1), "a cluster has one reason");
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
@@ -161,7 +161,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   const int split = S::kSplitK > 1 ? blockIdx.y : 0;
   const int share = S::kMulticast > 1 ? blockIdx.z : 0;
-  const int row_tile = blockIdx.x % S::kXMulticast;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplitK;
   const int count = (split + 1) * args.num_k_blocks / S::kSplitK - k_begin;
@@ -171,22 +170,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     prefetch_map(&weight_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
+      barrier_init(empty + 8 * stage, S::kMulticast * S::kGroups * 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (S::kCluster > 1) cluster_barrier();
+  if constexpr (S::kSplitK * S::kMulticast > 1) cluster_barrier();
   allow_successors();
 
   const uint64_t read_once = evict_first_policy();
   const uint64_t keep = evict_last_policy();
-  // Ranks of the CTAs with which this one shares the weight, and the tokens.
-  uint16_t weight_mask = 0, x_mask = 0;
-  if constexpr (S::kSources > 1) {
-    for (int i = 0; i < S::kMulticast; ++i) weight_mask |= 1 << cluster_rank<S>(row_tile, split, i);
-    for (int i = 0; i < S::kXMulticast; ++i) x_mask |= 1 << cluster_rank<S>(i, split, share);
-  }
   const auto fetch_weight = [&](int i) {
     const int stage = i % S::kStages;
     const uint32_t barrier = full + 8 * stage;
@@ -203,8 +196,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int eight = (first_row + row) / 16;
         const int from[5] = {k, 0, 0, eight % eights, eight / eights};
         if constexpr (S::kMulticast > 1) {
-          copy_box_multicast(target + row * S::kBlockK * 2, &weight_map, from, barrier, weight_mask,
-                             read_once);
+          copy_box_multicast(target + row * S::kBlockK * 2, &weight_map, from, barrier,
+                             (1 << S::kMulticast) - 1, read_once);
         } else {
           copy_box(target + row * S::kBlockK * 2, &weight_map, from, barrier, read_once);
         }
@@ -215,24 +208,15 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       // A part of the tile into all CTAs of the cluster.
       constexpr int kRowsEach = S::kRows / S::kMulticast;
       copy_box_multicast(target + share * kRowsEach * S::kBlockK * 2, &weight_map,
-                         {k, first_row + share * kRowsEach}, barrier, weight_mask, read_once);
+                         {k, first_row + share * kRowsEach}, barrier, (1 << S::kMulticast) - 1, read_once);
     } else {
       copy_box(target, &weight_map, {k, first_row}, barrier, read_once);
     }
   };
   const auto fetch_x = [&](int i) {
     const int stage = i % S::kStages;
-    const uint32_t target = stages + stage * S::kStageBytes + S::kWeightBytes;
-    const int k = (k_begin + i) * S::kBlockK;
-    const int first_token = share * args.box_tokens;
-    if constexpr (S::kXMulticast > 1) {
-      // A part of the tokens into all CTAs that compute with them.
-      const int part = row_tile * (args.box_tokens / S::kXMulticast);
-      copy_box_multicast(target + part * S::kBlockK * 2, &x_map, {k, first_token + part}, full + 8 * stage,
-                         x_mask, keep);
-    } else {
-      copy_box(target, &x_map, {k, first_token}, full + 8 * stage, keep);
-    }
+    copy_box(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map,
+             {(k_begin + i) * S::kBlockK, share * args.box_tokens}, full + 8 * stage, keep);
   };
   const auto fetch_first = [&] {
     // A weight that nobody writes comes while the kernel before still runs.
@@ -257,8 +241,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       fetch_first();
 #pragma unroll 1
       for (int i = S::kStages; i < count; ++i) fetch(i);
-      if constexpr (S::kSources > 1) {
-        // Other CTAs arrive at these barriers for the last time: they must still be there.
+      if constexpr (S::kMulticast > 1) {
+        // The other CTA arrives at these barriers for the last time: they must still be there.
         for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
           barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
         }
@@ -280,14 +264,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const int lane = threadIdx.x % 32;
     const auto release = [&](int i) {
       const uint32_t barrier = empty + 8 * (i % S::kStages);
-      if constexpr (S::kSources > 1) {
-        // To all that copy here: those of the other shares, then those of the tokens, this one among them.
-        if (lane < S::kSources) {
-          const bool by_share = lane < S::kMulticast - 1;
-          const uint32_t rank = by_share ? cluster_rank<S>(row_tile, split, lane + (lane >= share))
-                                         : cluster_rank<S>(lane - (S::kMulticast - 1), split, share);
-          barrier_arrive_remote(remote_address(barrier, rank));
-        }
+      if constexpr (S::kMulticast > 1) {
+        if (lane < S::kMulticast) barrier_arrive_remote(remote_address(barrier, lane));
       } else {
         if (lane == 0) barrier_arrive(barrier);
       }
@@ -323,7 +301,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     wgmma_wait<0>();
-    if constexpr (S::kSources > 1) release(count - 1);
+    if constexpr (S::kMulticast > 1) release(count - 1);
     wait_for_predecessors();
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplitK > 1) {

@@ -29,7 +29,7 @@ inline void check_gemm(const char* op, const GemmParams& params, const GemmTile&
 [[noreturn]] inline void refuse_tile(const char* op, const GemmTile& tile, const char* kind) {
   refuse(op, "tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
                  std::to_string(tile.rows) + ", split_k " + std::to_string(tile.split_k) + ", multicast " +
-                 std::to_string(tile.multicast) + ", x_multicast " + std::to_string(tile.x_multicast) + kind);
+                 std::to_string(tile.multicast) + kind);
 }
 
 // Calls use(element) with an element of the dtype that the products are compiled for.
@@ -72,11 +72,10 @@ template <class S>
 void launch_gemm(const char* op, const GemmParams& p, typename S::Args args, bool static_weight,
                  bool programmatic, const Launch& launch) {
   const int64_t weight_rows = S::kGated ? 2 * p.out_features : p.out_features;
-  const int copied_tokens = copied_rows(ceil_div<int64_t>(p.num_tokens, S::kMulticast * S::kXMulticast));
-  const int box_tokens = copied_tokens * S::kXMulticast;
+  const int box_tokens = copied_rows(ceil_div<int64_t>(p.num_tokens, S::kMulticast));
   const CUtensorMap x_map =
       tensor_map<2>(op, "x", p.x, p.dtype, {p.in_features, p.num_tokens}, {p.x_row_stride},
-                    {S::kBlockK, copied_tokens}, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+                    {S::kBlockK, box_tokens}, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   args.out = p.out;
   args.bias = p.bias;
   args.out_row_stride = p.out_row_stride;
@@ -86,10 +85,8 @@ void launch_gemm(const char* op, const GemmParams& p, typename S::Args args, boo
   args.num_k_blocks = static_cast<int>(ceil_div<int64_t>(p.in_features, S::kBlockK));
   args.static_weight = static_weight;
 
-  // Whole clusters: tiles behind the weight's last row have nothing to write.
-  const int64_t clusters = ceil_div<int64_t>(weight_rows, S::kRows * S::kXMulticast);
-  const auto tiles = static_cast<unsigned>(clusters * S::kXMulticast);
-  const dim3 grid(tiles, S::kSplitK, S::kMulticast), cluster(S::kXMulticast, S::kSplitK, S::kMulticast);
+  const auto tiles = static_cast<unsigned>(ceil_div<int64_t>(weight_rows, S::kRows));
+  const dim3 grid(tiles, S::kSplitK, S::kMulticast), cluster(1, S::kSplitK, S::kMulticast);
   launch_kernel<gemm_kernel<S>>(op, launch, {grid, S::kThreads, S::kSharedBytes, programmatic, cluster},
                                 x_map, weight_map<S>(op, p, args), args);
 }

@@ -7,45 +7,35 @@ namespace {
 
 constexpr char kOp[] = "linear";
 
-// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, x_multicast, gated
-#define BBK_GEMM_SHAPES(V)     \
-  V(16, 1, 20, 1, 1, 1, false) \
-  V(64, 1, 13, 1, 1, 1, false) \
-  V(64, 1, 13, 2, 1, 1, false) \
-  V(128, 1, 9, 1, 1, 1, false) \
-  V(128, 1, 9, 2, 1, 1, false) \
-  V(128, 2, 6, 1, 1, 1, false) \
-  V(192, 1, 6, 2, 1, 1, false) \
-  V(192, 1, 6, 2, 1, 2, false) \
-  V(192, 2, 5, 1, 1, 1, false) \
-  V(192, 2, 5, 2, 1, 1, false) \
-  V(192, 2, 5, 3, 1, 1, false) \
-  V(256, 1, 5, 2, 1, 1, false) \
-  V(256, 1, 5, 2, 1, 2, false) \
-  V(256, 2, 4, 3, 1, 1, false) \
-  V(256, 2, 4, 4, 1, 1, false) \
-  V(128, 1, 9, 1, 2, 1, false) \
-  V(128, 1, 9, 1, 2, 2, false) \
-  V(128, 2, 6, 2, 2, 1, false) \
-  V(128, 3, 5, 1, 2, 1, false) \
-  V(128, 3, 5, 1, 2, 2, false) \
-  V(128, 3, 5, 2, 2, 1, false) \
-  V(16, 3, 8, 1, 1, 1, true)   \
-  V(64, 3, 7, 1, 1, 1, true)   \
-  V(128, 3, 5, 1, 1, 1, true)  \
-  V(192, 3, 4, 1, 1, 1, true)  \
-  V(256, 3, 4, 1, 1, 1, true)  \
-  V(192, 3, 4, 2, 1, 1, true)  \
-  V(256, 3, 4, 2, 1, 1, true)
+// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, gated
+#define BBK_GEMM_SHAPES(V)  \
+  V(16, 1, 20, 1, 1, false) \
+  V(64, 1, 13, 1, 1, false) \
+  V(64, 1, 13, 2, 1, false) \
+  V(128, 1, 9, 1, 1, false) \
+  V(128, 1, 9, 2, 1, false) \
+  V(128, 2, 6, 1, 1, false) \
+  V(192, 1, 6, 2, 1, false) \
+  V(192, 2, 5, 1, 1, false) \
+  V(256, 1, 5, 2, 1, false) \
+  V(128, 1, 9, 1, 2, false) \
+  V(128, 3, 5, 1, 2, false) \
+  V(16, 3, 8, 1, 1, true)   \
+  V(64, 3, 7, 1, 1, true)   \
+  V(128, 3, 5, 1, 1, true)  \
+  V(192, 3, 4, 1, 1, true)  \
+  V(256, 3, 4, 1, 1, true)  \
+  V(192, 3, 4, 2, 1, true)  \
+  V(256, 3, 4, 2, 1, true)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, bool gated, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST, GATED)                 \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, GATED)                              \
   if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == SPLIT_K && \
-      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST && gated == GATED) {         \
+      tile.multicast == MULTICAST && gated == GATED) {                                            \
     constexpr GemmUse kUse = GATED ? GemmUse::kSwiglu : GemmUse::kLinear;                         \
-    return use(GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, X_MULTICAST>());    \
+    return use(GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse>());                 \
   }
   BBK_GEMM_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE

@@ -6,23 +6,22 @@ namespace {
 
 constexpr char kOp[] = "linear_rope_kv_write";
 
-// tokens of a CTA, warpgroups, pipeline stages, multicast, x_multicast
+// tokens of a CTA, warpgroups, pipeline stages, multicast
 #define BBK_ROTATED_SHAPES(V) \
-  V(16, 1, 20, 1, 1)          \
-  V(64, 1, 13, 1, 1)          \
-  V(128, 1, 9, 1, 1)          \
-  V(128, 2, 6, 1, 1)          \
-  V(192, 2, 5, 1, 1)          \
-  V(128, 3, 5, 2, 1)          \
-  V(128, 3, 5, 2, 2)
+  V(16, 1, 20, 1)             \
+  V(64, 1, 13, 1)             \
+  V(128, 1, 9, 1)             \
+  V(128, 2, 6, 1)             \
+  V(192, 2, 5, 1)             \
+  V(128, 3, 5, 2)
 
 // Calls use(shape) with the compiled shape of this tile.
 template <typename T, typename Use>
 void dispatch_shape(const GemmTile& tile, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                                         \
-  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&               \
-      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST) {                                   \
-    return use(GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRopeKvWrite, X_MULTICAST>()); \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST)                                         \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&  \
+      tile.multicast == MULTICAST) {                                                         \
+    return use(GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRopeKvWrite>()); \
   }
   BBK_ROTATED_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE

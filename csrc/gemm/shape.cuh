@@ -34,7 +34,7 @@ struct RotatedGemmArgs : GemmArgs {
 // What a CTA computes. kTokens: columns of its tile. kGroups: consumer warpgroups, each with 64 rows of the
 // weight. kSplitK: CTAs of a cluster that share the sum of a tile, each over a stretch of K. kMulticast: CTAs
 // of a cluster that share one read of the weight, each with tokens of its own. kXMulticast: CTAs of a cluster
-// that share one read of the tokens, each with rows of the weight of its own.
+// that share one read of the tokens, each with rows of the weight of its own; for e4m3 alone.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
           GemmUse kUse, int kXMulticast_ = 1>
 struct GemmShape {
@@ -45,7 +45,6 @@ struct GemmShape {
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
   static constexpr int kXMulticast = kXMulticast_;
-  static constexpr int kShareX = kXMulticast;
   static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
   // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
   static constexpr int kSources = kMulticast + kXMulticast - 1;

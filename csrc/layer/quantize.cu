@@ -9,14 +9,20 @@
 namespace bbk {
 namespace {
 
-// As of the norm, whose sums are to be the same; rows of gates and ups are longer.
-template <QuantizeSource kSource>
-constexpr int kThreads = kSource == QuantizeSource::kSwiglu ? 512 : 256;
+// As of the norm, whose sums are to be the same; other rows, if they are long, may have more.
+constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVecs = 8;
 constexpr int kAnyThreads = 256;
 constexpr float kLargest = 448.0f;
 constexpr float kLeast = 1e-30f;
+
+// The next kernel is launched only now: its blocks, and those of the one behind it, would take the places of
+// some of this kernel's, and leave it to fewer processors.
+__device__ __forceinline__ void wait_then_let_next_start() {
+  wait_for_predecessors();
+  allow_successors();
+}
 
 template <typename T>
 __device__ __forceinline__ int magnitude(T value) {
@@ -34,7 +40,7 @@ __device__ __forceinline__ float multiplier(int most, const QuantizeParams& para
 // Rows of whole, aligned vectors, at most kVecs a thread.
 template <typename T, int kVecs, QuantizeSource kSource>
 __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams params) {
-  wait_and_let_next_start();
+  wait_then_let_next_start();
   constexpr int kSize = Vec<T>::kSize;
   const int64_t token = blockIdx.x;
   const int num_vecs = static_cast<int>(params.dim / kSize);
@@ -116,7 +122,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeParams pa
 // Rows of any length and alignment, element by element; each pass reads the row again.
 template <typename T, QuantizeSource kSource>
 __global__ void __launch_bounds__(kAnyThreads) quantize_any_kernel(QuantizeParams params) {
-  wait_and_let_next_start();
+  wait_then_let_next_start();
   const int64_t token = blockIdx.x;
   const T* x = static_cast<const T*>(params.x) + token * params.x_row_stride;
   const T* weight = static_cast<const T*>(params.weight);
@@ -170,8 +176,10 @@ void launch_quantize(const char* op, const QuantizeParams& params, bool programm
     return;
   }
   const int num_vecs = static_cast<int>(params.dim / Vec<T>::kSize);
+  const bool is_long =
+      kSource == QuantizeSource::kSwiglu || (kSource == QuantizeSource::kRows && num_vecs > 1024);
   int vecs = 1;
-  while (vecs < kMaxVecs && num_vecs > vecs * kThreads<kSource>) vecs *= 2;
+  while (vecs < kMaxVecs && num_vecs > vecs * (is_long ? kMaxThreads : kThreads)) vecs *= 2;
   const LaunchConfig config = {grid, ceil_div(ceil_div(num_vecs, vecs), 32) * 32, 0, programmatic};
   switch (vecs) {
     case 1:

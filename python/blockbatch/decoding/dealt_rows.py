@@ -65,6 +65,7 @@ class _LayerCache:
     def __init__(self, model, batch: Batch, own: _Dealt, num_pages: int) -> None:
         spec, cache = model.spec, batch.cache
         self.page_size, self.distinct_rows = cache.page_size, len(own.rows)
+        self.num_branches = 1  # no row has pages of another one
         shape = (2, num_pages, self.page_size, spec.num_kv_heads, spec.head_dim)
         self.kv = _Layers(spec.num_layers, shape, cache.kv)
         table = [[-1] * cache.page_table.shape[1] for _ in range(cache.page_table.shape[0])]

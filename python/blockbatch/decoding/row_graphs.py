@@ -79,13 +79,14 @@ class RowGraphs:
     Args:
         model: see `Session`.
         pool: that the graphs work in, with others of the batch.
+        most: graphs that are kept.
 
     Attributes:
         runs, replays: forwards so far, and those of them that a graph ran.
     """
 
-    def __init__(self, model, pool: GraphPool) -> None:
-        self._pool = pool
+    def __init__(self, model, pool: GraphPool, most: int = _MOST_GRAPHS) -> None:
+        self._pool, self._most = pool, most
         # Sums over ranks are captured with the device at rest, as those of steps are.
         self._alone = share_of(model).size == 1
         # The one used last stands last.
@@ -125,7 +126,7 @@ class RowGraphs:
     def _has_room(self) -> bool:
         if not self._can_capture:
             return False
-        if len(self._graphs) >= _MOST_GRAPHS:
+        if len(self._graphs) >= self._most:
             oldest = next(iter(self._graphs))
             if self.runs - self._graphs[oldest].last_run < _STALE:
                 return False
@@ -149,6 +150,6 @@ def _copied(kept: bbk.Predictions | None) -> bbk.Predictions | None:
     return bbk.Predictions(*(None if tensor is None else tensor.clone() for tensor in kept))
 
 
-def new_row_graphs(model, pool: GraphPool) -> RowGraphs | None:
+def new_row_graphs(model, pool: GraphPool, most: int = _MOST_GRAPHS) -> RowGraphs | None:
     """None: forwards of whole rows run side by side, which one memory of graphs cannot serve."""
-    return RowGraphs(model, pool) if share_of(model).num_lanes == 1 else None
+    return RowGraphs(model, pool, most) if share_of(model).num_lanes == 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,94 +11,22 @@ import blockbatch_kernels as bbk
 from blockbatch.decoding.confidences import Confidences
 from blockbatch.decoding.graph_pool import MAX_GRAPH_TOKENS, GraphPool
 from blockbatch.decoding.graphs import StepGraphs, packed_capacity
-from blockbatch.decoding.method import Method
 from blockbatch.decoding.row_graphs import RowSizes, new_row_graphs, row_sizes
-from blockbatch.decoding.rule import CommitRule, RuleRun
-from blockbatch.decoding.sampling import BatchSampling, SamplingKind
+from blockbatch.decoding.rule import RuleRun
+from blockbatch.decoding.sampling import BatchSampling
+from blockbatch.decoding.slot_layout import HostView, Layout, WholeRows
 from blockbatch.decoding.slot_packs import joined, side_by_side
 from blockbatch.decoding.slot_pages import PagesView, SlotPages
 from blockbatch.decoding.slot_plans import Group, SlotPlans
 from blockbatch.decoding.slots import STATUS, Sizes, Slots
-from blockbatch_kernels import PolicyParams, tuning
+from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
-# Captured steps of one layout that are kept.
-_MOST_GRAPHS = 64
-
-
-class Layout(NamedTuple):
-    """What slots must have in common.
-
-    Attributes:
-        params: settings that all requests share; None: any without drafts by LLaDA's rule.
-        num_branches, gen_length: of every request; None: up to what the slots have.
-        is_open: whether block steps compute open queries.
-        map_entries: see `bbk.BranchState.create`.
-        rule: a commit rule of one's own that all requests share.
-        sampling: what drawing tokens takes, the same for all requests; None: nobody draws.
-    """
-
-    params: PolicyParams | None
-    num_branches: int | None
-    gen_length: int | None
-    is_open: bool
-    map_entries: int = 0
-    rule: CommitRule | None = None
-    sampling: SamplingKind | None = None
-
-
-def layout_of(method: Method, gen_length: int) -> Layout:
-    """Drafts ask for an exact number of rows. Dream's rule looks at all rows and positions of a slot, and so
-    may a rule of one's own."""
-    params, sizes = method.params, method.block_sizes
-    common = dict(is_open=params.query_span == "open", rule=method.rule, sampling=method.sampling)
-    if params.policy == "dream_published":
-        common["map_entries"] = bbk.map_entries(sizes, gen_length)
-    if params.policy == "dream_published" or method.rule is not None:
-        return Layout(params, len(sizes), gen_length, **common)
-    if params.drafts:
-        return Layout(params, len(sizes), None, **common)
-    return Layout(None, None, None, **common)
-
-
-class WholeRows(NamedTuple):
-    """Whole rows of a forward, as the host says.
-
-    Attributes:
-        rows: that are computed now.
-        starting: slots whose full forward begins with them.
-        ending: slots whose full forward they complete, by phase.
-        tokens: of the rows.
-        inits_left: whether requests are before their init afterwards.
-    """
-
-    rows: list[int]
-    starting: list[int]
-    ending: dict[int, list[int]]
-    tokens: int
-    inits_left: bool
-
-
-class HostView(NamedTuple):
-    """What the host reads behind a forward, lists by row or by request.
-
-    Attributes:
-        status: [Q] a list for each request, see `slots.STATUS`.
-        tokens: [Q, G] what the first branch holds, a tensor of the host: few of them are looked at.
-        usage: entries of the page table that have a page, and pages in use.
-    """
-
-    block_start: list[int]
-    block_end: list[int]
-    full_start: list[int]
-    full_end: list[int]
-    full_source: list[int]
-    sync_source: list[int]
-    blocking: list[int]
-    refreshing: list[int]
-    status: list[list[int]]
-    tokens: Tensor
-    usage: list[int]
+# Captured steps of one layout that are kept, and captured forwards of windows with whole rows.
+_MOST_GRAPHS, _MOST_MIXED_GRAPHS = 64, 32
+# Of the latter, those of more tokens keep the GPU busy for longer than the host needs to launch them. Tokens
+# and predictions are rounded up to few sizes.
+_MOST_MIXED, _TOKEN_STEP, _PREDICTION_STEP = 1280, 64, 128
 
 
 class SlotForward:
@@ -149,7 +77,11 @@ class SlotForward:
         """What captured steps refer to has moved."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = GraphPool(self.device)
-        self._row_graphs = new_row_graphs(self._model, self._pool) if self._possible else None
+        self._row_graphs = self._mixed_graphs = None
+        if self._possible:
+            self._row_graphs = new_row_graphs(self._model, self._pool)
+        if self._can_capture:
+            self._mixed_graphs = new_row_graphs(self._model, self._pool, _MOST_MIXED_GRAPHS)
 
     def grow(self, sizes: Sizes) -> Tensor:
         """Makes room; gives the new number of each old row, for the page table."""
@@ -198,7 +130,7 @@ class SlotForward:
         """What the last `run` left for the host, which has waited for the device before."""
         rows, requests = self.slots.num_rows, self.slots.sizes.requests
         sizes = [
-            *[rows] * 6,
+            *[rows] * 8,
             requests,
             requests,
             requests * len(STATUS),
@@ -225,9 +157,11 @@ class SlotForward:
     def _host_part(self) -> Tensor:
         block, full, slots = self.plans.block, self.plans.full, self.slots
         parts = (block.query_start, block.query_end, full.query_start, full.query_end, full.source_row)
+        # Of windows nearly all tokens might predict, of whole rows the generation region: often few do.
+        predicted = (block.predict.sum(1, dtype=torch.int32), full.predict.sum(1, dtype=torch.int32))
         masks = (self.plans.blocking.int(), self.plans.refreshing.int())
         status, tokens = slots.status().flatten(), slots.first_rows().flatten()
-        return torch.cat((*parts, self._sync_source, *masks, status, tokens, self.pages.usage()))
+        return torch.cat((*parts, *predicted, self._sync_source, *masks, status, tokens, self.pages.usage()))
 
     def _run_windows(self, capacity: int, predict_capacity: int, distinct_rows: int, inits: bool) -> None:
         """A block step alone. Sizes decide what is launched, so that it can be captured."""
@@ -237,12 +171,7 @@ class SlotForward:
         self.refresh_host()
 
     def _run_captured(self, capacity: int, distinct_rows: int, inits: bool) -> None:
-        spec, pages = self._model.spec, self.pages
-        heads = (spec.num_heads, spec.num_kv_heads)
-        columns = pages.page_table.shape[1]
-        units = tuning.plans_units(
-            *heads, pages.page_size, columns, distinct_rows, self.device, num_tokens=capacity
-        )
+        units = self._plans_units(capacity, distinct_rows)
         # With the settings: a group's number is given again, and a graph has its settings inside.
         key = capacity, units, inits, tuple(self.groups), self.recording
         if key in self._graphs:
@@ -258,6 +187,11 @@ class SlotForward:
             self._run_windows(capacity, capacity, distinct_rows, inits)
 
         self._graphs[key], _ = self._pool.capture(step)
+
+    def _plans_units(self, capacity: int, distinct_rows: int) -> bool:
+        spec, pages = self._model.spec, self.pages
+        sizes = spec.num_heads, spec.num_kv_heads, pages.page_size, pages.page_table.shape[1]
+        return tuning.plans_units(*sizes, distinct_rows, self.device, num_tokens=capacity)
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)
@@ -279,39 +213,59 @@ class SlotForward:
         self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
     ) -> bbk.Predictions:
         """Windows of some requests and the rows that `now` [R] marks in one plan."""
-        plan = self.plans.mixed(now)
-        self.pages.make_private(self.rows, plan.query_start, plan.query_end)
         together = tokens + whole.tokens
-        most = min(together, len(whole.rows) * self.slots.state.gen_length + predictions)
-        return self._predict(plan, together, most, distinct_rows, scattered=False)
+        most = min(together, whole.predictions + predictions)
+        captured = self._mixed_graphs is not None and together <= _MOST_MIXED
+        if captured:
+            now, together = self._chosen_rows.copy_(now), _up(together, _TOKEN_STEP)
+            most = min(_up(most, _PREDICTION_STEP), together)
+
+        def compute() -> bbk.Predictions:
+            plan = self.plans.mixed(now)
+            self.pages.make_private(self.rows, plan.query_start, plan.query_end)
+            return self._predict(plan, together, most, distinct_rows, scattered=False)
+
+        return self._by_graph((together, most), distinct_rows, compute) if captured else compute()
 
     def _together(
         self, tokens: int, predictions: int, now: Tensor, whole: WholeRows, distinct_rows: int
     ) -> bbk.Predictions:
         """The same with open queries, whose positions are no range: packed apart, computed as one."""
-        block, alone = self.plans.block, self.plans.whole(now)
-        self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
-        self.pages.make_private(self.rows, alone.query_start, alone.query_end)
-        most = min(len(whole.rows) * self.slots.state.gen_length, whole.tokens)
-        packs = (
-            self._pack(block, tokens, predictions, scattered=True),
-            self._pack(
-                alone,
-                self._whole_pieces(tokens + whole.tokens) - tokens,
-                self._whole_pieces(predictions + most) - predictions,
-                scattered=False,
-            ),
+        size, most = whole.tokens, min(whole.predictions, whole.tokens)
+        captured = self._mixed_graphs is not None and tokens + size <= _MOST_MIXED
+        if captured:
+            now, tokens, size = self._chosen_rows.copy_(now), _up(tokens, _TOKEN_STEP), _up(size, _TOKEN_STEP)
+            predictions, most = tokens, min(_up(most, _PREDICTION_STEP), size)
+        room = (
+            self._whole_pieces(tokens + size) - tokens,
+            self._whole_pieces(predictions + most) - predictions,
         )
-        view = self._view(distinct_rows)
-        return self._forward(*side_by_side(*packs, view, self.slots.seqlens_k))
+
+        def compute() -> bbk.Predictions:
+            block, alone = self.plans.block, self.plans.whole(now)
+            self.pages.make_private(self.rows, block.query_start, block.query_end, block.query_position)
+            self.pages.make_private(self.rows, alone.query_start, alone.query_end)
+            windows = self._pack(block, tokens, predictions, scattered=True)
+            rows = self._pack(alone, *room, scattered=False)
+            view = self._view(distinct_rows)
+            return self._forward(*side_by_side(windows, rows, view, self.slots.seqlens_k))
+
+        return self._by_graph((tokens, predictions, *room), distinct_rows, compute) if captured else compute()
+
+    def _by_graph(
+        self, sizes: tuple[int, ...], distinct_rows: int, compute: Callable[[], bbk.Predictions]
+    ) -> bbk.Predictions:
+        units = self._plans_units(sizes[0] + (sizes[2] if self.layout.is_open else 0), distinct_rows)
+        # With the settings: those of some ask for probabilities of EOS.
+        return self._mixed_graphs.run((sizes, units, tuple(self.groups)), compute)
 
     def _whole_rows(self, now: Tensor, whole: WholeRows) -> bbk.Predictions:
         """The forward of whole rows alone, which `now` [R] marks."""
         count = len(whole.rows)
         most = count * self.slots.state.gen_length
-        sizes = RowSizes(whole.tokens, min(most, whole.tokens), count, captured=False)
+        sizes = RowSizes(whole.tokens, min(whole.predictions, whole.tokens), count, captured=False)
         if self._row_graphs is not None:
-            sizes = row_sizes(whole.tokens, most, count, most)
+            sizes = row_sizes(whole.tokens, whole.predictions, count, most)
         if sizes.captured:
             now = self._chosen_rows.copy_(now)
 
@@ -435,3 +389,8 @@ class SlotForward:
         mask = torch.zeros(size, dtype=torch.bool, device="cpu", pin_memory=self.device.type == "cuda")
         mask[members] = True
         return mask.to(self.device, non_blocking=True)
+
+
+def _up(size: int, step: int) -> int:
+    """The next multiple."""
+    return -(-size // step) * step

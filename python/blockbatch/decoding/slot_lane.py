@@ -18,7 +18,8 @@ from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.decoding.session import ROW_TOKENS
-from blockbatch.decoding.slot_forward import HostView, Layout, SlotForward, WholeRows, layout_of
+from blockbatch.decoding.slot_forward import SlotForward
+from blockbatch.decoding.slot_layout import HostView, Layout, WholeRows, layout_of
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slots import Sizes
 from blockbatch.models import transformer
@@ -50,7 +51,8 @@ class Place:
         group: number of its settings among those in use.
         windows: tokens of its planned block step; None: it waits for a full forward.
         phase: of the forward that it waits for.
-        waiting: rows that its full forward still has to compute, with their tokens.
+        predictions: of its planned block step.
+        waiting: rows that its full forward still has to compute, with their tokens and predictions.
         since: turn of the engine in which it came to wait.
         started: whether some of them are computed.
         sources: of each row, whose K/V it shared behind the last full forward.
@@ -62,7 +64,8 @@ class Place:
     group: int
     windows: int | None = None
     phase: int = PHASE_INIT
-    waiting: list[tuple[int, int]] = field(default_factory=list)
+    predictions: int = 0
+    waiting: list[tuple[int, int, int]] = field(default_factory=list)
     since: int = 0
     started: bool = False
     sources: dict[int, int] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class SlotLane:
             forward.sampling.write(slot, [drawn], [len(prompt)])
         self._set_groups(forward)
         forward.plans.plan_inits(forward.groups)
-        seat.place.waiting = [(0, len(prompt) + gen_length)]
+        seat.place.waiting = [(0, len(prompt) + gen_length, gen_length)]
         seat.place.sources = dict.fromkeys(seat.place.rows, 0)
 
     @torch.inference_mode()
@@ -166,28 +169,32 @@ class SlotLane:
             key=lambda seat: (seat.place.since, seat.request.id),
         )
         windows = sum(seat.place.windows or 0 for seat in self._seats)
-        tokens = [[tokens for _, tokens in seat.place.waiting] for seat in waiting]
+        tokens = [[tokens for _, tokens, _ in seat.place.waiting] for seat in waiting]
         return dict(zip(waiting, rows_within(tokens, self._budget - windows), strict=True))
 
     def _run(self, forward: SlotForward, blocking: list[Seat], picked: dict[Seat, int]) -> list[Seat]:
         """Starts a forward; gives the seats whose full forward it completes."""
-        rows, tokens, ending, by_phase = [], 0, [], {PHASE_INIT: [], PHASE_REFRESH: []}
+        rows, ending, by_phase = [], [], {PHASE_INIT: [], PHASE_REFRESH: []}
+        tokens = predictions = 0
         starting = [seat.place.slot for seat in picked if not seat.place.started]
         for seat, count in picked.items():
             place = seat.place
             first = forward.slots.rows_of(place.slot).start
-            rows += [first + row for row, _ in place.waiting[:count]]
-            tokens += sum(size for _, size in place.waiting[:count])
+            rows += [first + row for row, _, _ in place.waiting[:count]]
+            tokens += sum(size for _, size, _ in place.waiting[:count])
+            predictions += sum(number for _, _, number in place.waiting[:count])
             if count == len(place.waiting):
                 ending.append(seat)
                 by_phase[place.phase].append(place.slot)
         windows = sum(seat.place.windows for seat in blocking)
+        predicted = sum(seat.place.predictions for seat in blocking)
         distinct = sum(len(set(seat.place.sources.values())) for seat in blocking)
         inits_left = any(
             seat.place.windows is None and seat.place.phase == PHASE_INIT and seat not in ending
             for seat in self._of(forward)
         )
-        forward.run(windows, windows, WholeRows(rows, starting, by_phase, tokens, inits_left), distinct)
+        whole = WholeRows(rows, starting, by_phase, tokens, predictions, inits_left)
+        forward.run(windows, predicted, whole, distinct)
         for seat, count in picked.items():
             seat.place.waiting, seat.place.started = seat.place.waiting[count:], True
         if not any(seat.place.started and seat.place.waiting for seat in self._of(forward)):
@@ -243,11 +250,12 @@ class SlotLane:
         own = [rows.start + row for row in place.rows]
         if view.blocking[place.slot]:
             place.windows = sum(view.block_end[row] - view.block_start[row] for row in own)
+            place.predictions = sum(view.block_predictions[row] for row in own)
             place.phase = PHASE_BLOCK
             return
         place.windows, place.phase, place.since = None, PHASE_REFRESH, self._turn
         place.waiting = [
-            (row - rows.start, view.full_end[row] - view.full_start[row])
+            (row - rows.start, view.full_end[row] - view.full_start[row], view.full_predictions[row])
             for row in own
             if view.full_end[row] > view.full_start[row]
         ]

@@ -14,22 +14,26 @@ def side_by_side(
 ) -> tuple[bbk.PackedQueries, PagesView, Tensor]:
     """Two packs of the same rows as one, whose rows are those of the first and then those of the second.
 
+    Between them stand the rows of a request without keys, which the padding of the first pack falls to.
+
     Args:
-        first: without padding among its tokens.
         view, seqlens_k: of the rows.
 
     Returns:
         The pack, and what its rows read.
     """
-    tokens, rows = first.input_ids.shape[0], view.page_table.shape[0]
+    tokens, between = first.input_ids.shape[0], view.num_branches
+    rows = view.page_table.shape[0] + between
+    no_tokens = first.cu_seqlens_q.new_full((between - 1,), tokens)
     second = second._replace(
         row_index=torch.where(second.row_index < 0, -1, second.row_index + rows),
-        cu_seqlens_q=second.cu_seqlens_q[1:] + tokens,
+        cu_seqlens_q=torch.cat((no_tokens, second.cu_seqlens_q + tokens)),
         predict_index=second.predict_index + tokens,
     )
     packed = bbk.PackedQueries(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
-    table = view.page_table.repeat(2, 1)
-    return packed, view._replace(page_table=table), seqlens_k.repeat(2)
+    table = torch.cat((view.page_table, view.page_table[:between], view.page_table))
+    lengths = torch.cat((seqlens_k, torch.zeros_like(seqlens_k[:between]), seqlens_k))
+    return packed, view._replace(page_table=table), lengths
 
 
 def joined(parts: list[bbk.Predictions]) -> bbk.Predictions:

@@ -23,15 +23,14 @@ from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
-from blockbatch.models.placement import device_of, dtype_of
+from blockbatch.models.placement import check_backend, device_of, dtype_of, limit_of
 from blockbatch.models.quantized_weights import QuantizedWeight
-from blockbatch.models.row_pack import packed_rows
+from blockbatch.models.row_pack import packed_rows, pages_of_rows
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
 from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
 from blockbatch.parallel import WHOLE, RankShare, Share, group
-from blockbatch.values import as_int
 
 if TYPE_CHECKING:
     from blockbatch.config import DecodeConfig
@@ -51,6 +50,7 @@ class Model:
         device, dtype: of the weights and activations.
         quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
         kv_scales: of K and V in e4m3 (`blockbatch.models.kv_scales`); None: the cache has the model's dtype.
+        kv_dtype: torch dtype of the K/V cache.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
         pool, block_forward: pages and captured steps of a block-causal model; None before the first decode.
         adapter: folder of the LoRA that the weights hold; None: of none.
@@ -89,7 +89,6 @@ class Model:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of the K/V cache."""
         return dtype_of_cache(self.kv_scales, self.dtype)
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> KVCache:
@@ -205,21 +204,16 @@ class Model:
             [n, hidden_size]: those of the wanted places.
         """
         # The layers take turns on the same memory, since none looks back.
-        kv = self._pages(1, ids, self.kv_dtype)
+        kv = pages_of_rows(1, ids, self.spec, self.kv_dtype)
         return self._whole_rows(ids, kv.expand(self.spec.num_layers, -1, -1, -1, -1, -1), wanted, block_size)
 
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """[layers, 2, rows, length, num_kv_heads, head_dim]: K after rotation and V of a forward of ids
         [rows, length], under the mask of the family."""
-        kv = self._pages(self.spec.num_layers, ids, self.kv_dtype)
+        kv = pages_of_rows(self.spec.num_layers, ids, self.spec, self.kv_dtype)
         with devices.turn(self.device), self.share.forward("keys_and_values"), torch.inference_mode():
             self._whole_rows(ids, kv, None, self.spec.block_size)
         return kv
-
-    def _pages(self, layers: int, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """A page for each row."""
-        shape = (layers, 2, *ids.shape, self.spec.num_kv_heads, self.spec.head_dim)
-        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _whole_rows(self, ids: Tensor, kv: Tensor, wanted: Tensor | None, block_size: int | None) -> Tensor:
         packed, page_table, seqlens_k = packed_rows(ids, block_size)
@@ -365,13 +359,8 @@ def load_model(
     device = group.device_of_rank(tensor_parallel, device)
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if backend not in (None, "reference", "triton", "cuda"):
-        raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
-    if cache_bytes is not None:
-        given, cache_bytes = cache_bytes, as_int(cache_bytes)
-        if cache_bytes is None or cache_bytes <= 0:
-            raise ValueError(f"cache_bytes: expected a positive number of bytes, got {given!r}")
-
+    check_backend(backend)
+    cache_bytes = limit_of(cache_bytes)
     if whole_rows and tensor_parallel == 1:
         raise ValueError("whole_rows: expected False for a model of one process, got True")
     if whole_rows and kv_dtype is not None:

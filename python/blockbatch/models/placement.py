@@ -1,8 +1,10 @@
-"""Where a model goes, and in which dtype, as callers name them."""
+"""Where a model goes, in which dtype, and within what memory, as callers name them."""
 
 from __future__ import annotations
 
 import torch
+
+from blockbatch.values import as_int
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,3 +47,22 @@ def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     if dtype not in _DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
     return dtype
+
+
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "reference", "triton", "cuda"):
+        raise ValueError(f"backend: expected None, 'reference', 'triton' or 'cuda', got {backend!r}")
+
+
+def limit_of(cache_bytes: int | None) -> int | None:
+    """The limit as a plain integer.
+
+    Raises:
+        ValueError: not a positive number of bytes.
+    """
+    if cache_bytes is None:
+        return None
+    limit = as_int(cache_bytes)
+    if limit is None or limit <= 0:
+        raise ValueError(f"cache_bytes: expected a positive number of bytes, got {cache_bytes!r}")
+    return limit

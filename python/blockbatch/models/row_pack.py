@@ -7,6 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.models.spec import ModelSpec
+
+
+def pages_of_rows(num_layers: int, ids: Tensor, spec: ModelSpec, dtype: torch.dtype) -> Tensor:
+    """[num_layers, 2, rows, length, num_kv_heads, head_dim]: a page for each of the rows [rows, length]."""
+    shape = (num_layers, 2, *ids.shape, spec.num_kv_heads, spec.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=ids.device)
 
 
 def packed_rows(ids: Tensor, block_size: int | None) -> tuple[bbk.PackedQueries, Tensor, Tensor]:
