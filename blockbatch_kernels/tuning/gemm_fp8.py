@@ -15,14 +15,6 @@ _FEW = (
     Fp8Tile(128, 128, split_k=2),
     *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
-_FEW_SHARING = (
-    *(Fp8Tile(tokens, rows, x_multicast=2) for tokens in (64, 128) for rows in (64, 128, 192)),
-    *(Fp8Tile(tokens, 64, split_k=2, x_multicast=2) for tokens in (64, 128)),
-    Fp8Tile(128, 128, split_k=2, x_multicast=2),
-    *(Fp8Tile(256, rows, multicast=2, x_multicast=2) for rows in (64, 128, 192)),
-    Fp8Tile(128, 128, split_k=4),
-    *(Fp8Tile(256, 128, split_k=2, multicast=2, x_multicast=count) for count in (1, 2)),
-)
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (
     *(
@@ -33,15 +25,11 @@ _WAVES = (
     Fp8Tile(256, 192, multicast=2, x_multicast=2, waves=True),
     Fp8Tile(320, 128, multicast=2, x_multicast=2, waves=True),
 )
-LINEAR_FP8_TILES = (*_FEW, *_FEW_SHARING, *_WAVES)
+LINEAR_FP8_TILES = (*_FEW, *_WAVES)
 # With the activation in the same kernel: csrc/gemm/linear_swiglu_fp8.cu.
 GATED_FP8_TILES = (
     *(Fp8Tile(tokens, 192) for tokens in (16, 32, 64, 128)),
-    Fp8Tile(64, 192, x_multicast=2),
-    Fp8Tile(128, 128, x_multicast=2),
-    Fp8Tile(128, 192, x_multicast=2),
     Fp8Tile(256, 192, multicast=2),
-    Fp8Tile(256, 192, multicast=2, x_multicast=2),
     *_WAVES,
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.

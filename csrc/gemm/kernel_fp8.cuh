@@ -198,79 +198,33 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
     const auto release = [&](int i) { release_stage<S>(empty + 8 * (i % S::kStages), sharing); };
     float sums[S::kTokens / 2] = {};
-    // Starts the products of block i; `fresh`: they replace the stretch.
-    const auto start = [&](float (&stretch)[S::kTokens / 2], int i, bool fresh) {
-      const int stage = i % S::kStages;
-      barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
-      const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
-      const uint64_t a = matrix_descriptor(weight);
-      const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
-      wgmma_fence();
+    float stretch[S::kTokens / 2];
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
+      const int end = min(begin + kBlocksOfAStretch, count);
+#pragma unroll 1
+      for (int i = begin; i < end; ++i) {
+        const int stage = i % S::kStages;
+        barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
+        const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
+        const uint64_t a = matrix_descriptor(weight);
+        const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-        // Descriptors count in 16 bytes: 32 elements of K are 2.
-        Product::run(stretch, a + 2 * k, b + 2 * k, !fresh || k > 0);
+        for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
+          // Descriptors count in 16 bytes: 32 elements of K are 2.
+          Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
+        }
+        wgmma_commit();
+        // Products of the block before are done: its stage may be filled again.
+        wgmma_wait<1>();
+        if (i > begin) release(i - 1);
       }
-    };
-    const auto add = [&](const float (&stretch)[S::kTokens / 2]) {
+      wgmma_wait<0>();
+      keep_in_registers(stretch);
+      release(end - 1);
 #pragma unroll
       for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
-    };
-    const auto end_of = [&](int begin) { return min(begin + kBlocksOfAStretch, count); };
-    if constexpr (S::kGroups == 1) {
-      // Nobody else keeps the tensor cores busy: while one stretch is added they compute another.
-      float even[S::kTokens / 2], odd[S::kTokens / 2];
-      const auto start_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
-#pragma unroll 1
-        for (int i = begin; i < end_of(begin); ++i) start(stretch, i, i == begin);
-        wgmma_fence();  // behind a loop the assembler would put one here itself
-        wgmma_commit();
-      };
-      const auto add_stretch = [&](float (&stretch)[S::kTokens / 2], int begin) {
-        keep_in_registers(stretch);
-        // Its stages may be filled again.
-        for (int i = begin; i < end_of(begin); ++i) release(i);
-        add(stretch);
-      };
-      start_stretch(even, 0);
-#pragma unroll 1
-      for (int begin = 0;; begin += 2 * kBlocksOfAStretch) {
-        const int next = begin + kBlocksOfAStretch, after = next + kBlocksOfAStretch;
-        if (next >= count) {
-          wgmma_wait<0>();
-          add_stretch(even, begin);
-          break;
-        }
-        start_stretch(odd, next);
-        wgmma_wait<1>();
-        add_stretch(even, begin);
-        if (after >= count) {
-          wgmma_wait<0>();
-          add_stretch(odd, next);
-          break;
-        }
-        start_stretch(even, after);
-        wgmma_wait<1>();
-        add_stretch(odd, next);
-      }
-    } else {
-      float stretch[S::kTokens / 2];
-#pragma unroll 1
-      for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-        const int end = end_of(begin);
-#pragma unroll 1
-        for (int i = begin; i < end; ++i) {
-          start(stretch, i, i == begin);
-          wgmma_commit();
-          // Products of the block before are done: its stage may be filled again.
-          wgmma_wait<1>();
-          if (i > begin) release(i - 1);
-        }
-        wgmma_wait<0>();
-        keep_in_registers(stretch);
-        release(end - 1);
-        add(stretch);
-      }
     }
     apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;

@@ -9,11 +9,7 @@ namespace bbk {
   V(32, 3, 7, 1, 1, 1)          \
   V(64, 3, 6, 1, 1, 1)          \
   V(128, 3, 5, 1, 1, 1)         \
-  V(64, 3, 6, 1, 1, 2)          \
-  V(128, 2, 6, 1, 1, 2)         \
-  V(128, 3, 5, 1, 1, 2)         \
-  V(128, 3, 5, 1, 2, 1)         \
-  V(128, 3, 5, 1, 2, 2)
+  V(128, 3, 5, 1, 2, 1)
 
 void gemm_fp8_gated(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight,
                     bool programmatic, const Launch& launch) {
