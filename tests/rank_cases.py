@@ -73,6 +73,12 @@ def logits_of(name, ids, **options):
     return blockbatch.load_model(name, device="cpu", tensor_parallel=size, **options).logits(ids)
 
 
+def scales_of(name):
+    """Of K and of V in e4m3, those of this rank's heads."""
+    model = blockbatch.load_model(name, device="cpu", tensor_parallel=place()[1], kv_dtype="fp8")
+    return model.kv_scales.k, model.kv_scales.v
+
+
 def fill(name, text):
     """The tokens of a text whose gaps are filled."""
     return blockbatch.fill(model_of(name), text, blockbatch.DecodeConfig(method="blockbatch")).tokens

@@ -19,8 +19,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_e4m3(), reason="needs 
 def in_e4m3(inputs):
     """The inputs with caches in e4m3 and the scales behind them; free slots hold NaN."""
     q, k_cache, v_cache, *where = inputs
-    powers = torch.arange(k_cache.shape[2], device="cuda") % 5
-    k_scale, v_scale = 2.0 ** (powers - 7), 2.0 ** (-5 - powers)
+    # Scales with room for all numbers: beyond 448 torch gives NaN or 448, by its version.
+    powers = torch.arange(k_cache.shape[2], device="cuda") % 4
+    k_scale, v_scale = 2.0 ** (powers - 6), 2.0 ** (-2 - powers)
     # As from one cache for both, whose strides they have.
     caches = torch.stack((k_cache.float() / k_scale[:, None], v_cache.float() / v_scale[:, None])).to(E4M3)
     return q, caches[0], caches[1], k_scale, v_scale, *where
@@ -101,7 +102,7 @@ def test_a_graph_gives_the_same_bits():
         out = ops.varlen_attention_fp8(*inputs, backend="cuda", plan=plan)
     out.fill_(float("nan"))
     graph.replay()
-    assert torch.equal(out, expected)
+    assert expected.isfinite().all() and torch.equal(out, expected)
 
 
 def test_caches_that_are_no_vectors():

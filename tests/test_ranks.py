@@ -118,6 +118,19 @@ def test_weights_in_e4m3(two, tiny):
     assert 0 < usual and error < 1.25 * usual
 
 
+def test_keys_and_values_in_e4m3(two):
+    """Each rank finds the scales of its heads: those of one process."""
+    ids = torch.randint(0, 1414, (4, 40), generator=torch.Generator().manual_seed(0))
+    first, second = two.values(rank_cases.logits_of, "tiny", ids, kv_dtype="fp8")
+    assert torch.equal(first, second)
+    whole = blockbatch.load_model("tiny", device="cpu", kv_dtype="fp8")
+    expected = whole.logits(ids)
+    assert (first - expected).norm() < 0.005 * expected.norm()
+    scales = two.values(rank_cases.scales_of, "tiny")
+    for place, name in enumerate("kv"):
+        assert torch.equal(torch.cat([found[place] for found in scales], 1), getattr(whole.kv_scales, name))
+
+
 def test_gaps_are_filled_as_by_one_process(two, tiny):
     text = "Divide with remainder until zero: 51 and 16.\n3*16={3}, 51-48={2}\n"
     expected = blockbatch.fill(tiny, text, blockbatch.DecodeConfig(method="blockbatch"))

@@ -30,6 +30,18 @@ def _rotated(pointer, half_offset, cos, sin, inside, norm, column, half, eps, NO
 
 
 @triton.jit
+def _store_halves(cache, target, half_offset, first, second, scale, is_head, inside, IN_E4M3: tl.constexpr):
+    """Both halves of [heads, head_dim / 2] into a cache."""
+    if IN_E4M3:
+        by = tl.load(scale, mask=is_head, other=1.0)
+        tl.store(target, stored_in_e4m3(first, by, cache.dtype.element_ty), mask=inside)
+        tl.store(target + half_offset, stored_in_e4m3(second, by, cache.dtype.element_ty), mask=inside)
+    else:
+        tl.store(target, first, mask=inside)
+        tl.store(target + half_offset, second, mask=inside)
+
+
+@triton.jit
 def _rope_kv_write_kernel(
     q,  # [tokens, num_heads, head_dim]; written
     k,  # [tokens, num_kv_heads, head_dim]
@@ -97,24 +109,34 @@ def _rope_kv_write_kernel(
         )
         target = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
         target += head * k_cache_strides[2] + column * k_cache_strides[3]
-        if IN_E4M3:
-            scale = tl.load(k_scale + head, mask=head < num_kv_heads, other=1.0)
-            first = stored_in_e4m3(first, scale, k_cache.dtype.element_ty)
-            second = stored_in_e4m3(second, scale, k_cache.dtype.element_ty)
-        tl.store(target, first, mask=inside)
-        tl.store(target + half * k_cache_strides[3], second, mask=inside)
+        _store_halves(
+            k_cache,
+            target,
+            half * k_cache_strides[3],
+            first,
+            second,
+            k_scale + head,
+            head < num_kv_heads,
+            inside,
+            IN_E4M3,
+        )
 
         pointer = v + token * v_strides[0] + head * v_strides[1] + column * v_strides[2]
         target = v_cache + page * v_cache_strides[0] + offset * v_cache_strides[1]
         target += head * v_cache_strides[2] + column * v_cache_strides[3]
         first = tl.load(pointer, mask=inside, other=0.0)
         second = tl.load(pointer + half * v_strides[2], mask=inside, other=0.0)
-        if IN_E4M3:
-            scale = tl.load(v_scale + head, mask=head < num_kv_heads, other=1.0)
-            first = stored_in_e4m3(first, scale, v_cache.dtype.element_ty)
-            second = stored_in_e4m3(second, scale, v_cache.dtype.element_ty)
-        tl.store(target, first, mask=inside)
-        tl.store(target + half * v_cache_strides[3], second, mask=inside)
+        _store_halves(
+            v_cache,
+            target,
+            half * v_cache_strides[3],
+            first,
+            second,
+            v_scale + head,
+            head < num_kv_heads,
+            inside,
+            IN_E4M3,
+        )
 
 
 @on_device_of_first

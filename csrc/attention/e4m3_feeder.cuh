@@ -79,28 +79,24 @@ class Feeder {
   static constexpr uint32_t kRawTileBytes = S::kStageKeys * kHeadDim;
 
  public:
-  // raw: kRawTiles tiles of e4m3 in shared memory, of this warpgroup alone.
+  // raw: S::kRawBytes of shared memory, of this warpgroup alone.
   __device__ __forceinline__ Feeder(const AttentionParams& params, Walk& walk, uint32_t raw)
       : params_(params), walk_(walk), raw_(raw + threadIdx.x % 128 * 16) {
     ahead_ = walk_.fetch();
   }
 
-  // Behind wait_for_predecessors(). Tiles of keys and values take turns in the order of the walk; four are
-  // on their way.
+  // Behind wait_for_predecessors(). Keys and values of three tiles are on their way.
   __device__ __forceinline__ void run(Ring<S>& keys, Ring<S>& values) {
-    int number = start_keys(0);
-    start_values(1, number);
-    int next = start_keys(2);
-    start_values(3, next);
-    for (int place = 0; number > 0; place ^= 2) {
-      wait_for_copies<3>();
-      hand_over(place, number, keys);
-      const int later = start_keys(place);
-      wait_for_copies<3>();
-      hand_over(place + 1, number, values);
-      start_values(place + 1, later);
+    int number = start(0);
+    int next = start(1);
+    int later = start(2);
+    for (int place = 0; number > 0; place = place == 2 ? 0 : place + 1) {
+      wait_for_copies<2>();
+      hand_over(2 * place, number, keys);
+      hand_over(2 * place + 1, number, values);
       number = next;
       next = later;
+      later = start(place);
     }
     wait_for_copies<0>();
   }
@@ -108,40 +104,29 @@ class Feeder {
  private:
   __device__ __forceinline__ uint32_t raw_tile(int place) const { return raw_ + place * kRawTileBytes; }
 
-  // Copies of the next tile's keys; returns how many there are.
-  __device__ __forceinline__ int start_keys(int place) {
+  // Copies of the next tile's keys and values; returns how many there are.
+  __device__ __forceinline__ int start(int place) {
     const int number = ahead_.num_keys;
     if (number > 0) {
       const uint32_t page_size = static_cast<uint32_t>(params_.page_size);
-      // Strides are whole 16 bytes, in which offsets are counted.
+      const auto* k_cache = static_cast<const unsigned char*>(params_.k_cache);
+      const auto* v_cache = static_cast<const unsigned char*>(params_.v_cache);
       const int64_t head = ahead_.kv_head * params_.k_head_stride + 16 * place_.chunk;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int key = place_.key + i * Place::kPassKeys;
-        const uint32_t slot = static_cast<uint32_t>(ahead_.first_slot + key) % page_size;
-        offsets_[i] = static_cast<uint32_t>(
-            (head + ahead_.pages[i] * params_.k_page_stride + slot * params_.k_token_stride) / 16);
+        if (key < number) {
+          const uint32_t slot = static_cast<uint32_t>(ahead_.first_slot + key) % page_size;
+          const int64_t offset =
+              head + ahead_.pages[i] * params_.k_page_stride + slot * params_.k_token_stride;
+          copy_16_async(raw_tile(2 * place) + i * 2048, k_cache + offset);
+          copy_16_async(raw_tile(2 * place + 1) + i * 2048, v_cache + offset);
+        }
       }
-      start(static_cast<const unsigned char*>(params_.k_cache), place, number);
       ahead_ = walk_.fetch();
     }
     commit_copies();
     return number;
-  }
-
-  // Of the values of the keys before.
-  __device__ __forceinline__ void start_values(int place, int number) {
-    if (number > 0) start(static_cast<const unsigned char*>(params_.v_cache), place, number);
-    commit_copies();
-  }
-
-  __device__ __forceinline__ void start(const unsigned char* cache, int place, int number) const {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      if (place_.key + i * Place::kPassKeys < number) {
-        copy_16_async(raw_tile(place) + i * 2048, cache + static_cast<uint64_t>(offsets_[i]) * 16);
-      }
-    }
   }
 
   // Converts a tile that has arrived into the ring's next one. Keys behind the last are left as they are: the
@@ -170,7 +155,6 @@ class Feeder {
   const uint32_t raw_;
   const Place place_;
   FeederTile<kPasses> ahead_;
-  uint32_t offsets_[kPasses];
 };
 
 #endif

@@ -318,8 +318,7 @@ bool e4m3_fits(const AttentionParams& params) {
          params.q_head_stride % 2 == 0 && whole(params.k_cache) && whole(params.v_cache) &&
          params.k_page_stride % 16 == 0 && params.k_token_stride % 16 == 0 &&
          params.k_head_stride % 16 == 0 && params.k_page_stride == params.v_page_stride &&
-         params.k_token_stride == params.v_token_stride && params.k_head_stride == params.v_head_stride &&
-         params.num_pages * params.k_page_stride / 16 <= UINT32_MAX;
+         params.k_token_stride == params.v_token_stride && params.k_head_stride == params.v_head_stride;
 }
 
 bool attention_sm90_serves(const AttentionParams& params, const Launch& launch) {

@@ -27,7 +27,7 @@ struct Shape {
   static constexpr int kBytesOnTheirWay =
       (kWarpgroups == 2 && kKeys == 64 && !kE4m3 ? 192 : 128) * 1024 / kHalves;
   static constexpr int kStages = kBytesOnTheirWay / kStageBytes;
-  static constexpr int kRawBytes = kE4m3 ? 4 * kKeys * kHeadDim : 0;
+  static constexpr int kRawBytes = kE4m3 ? 6 * kKeys * kHeadDim : 0;  // K and V of three tiles
   static constexpr int kSharedBytes = kHalves * (kStages * (kStageBytes + 32) + kRawBytes);
   // Who says that a tile has arrived: the thread that knows how many bytes, or all that convert.
   static constexpr int kArrivals = kE4m3 ? 128 : 1;

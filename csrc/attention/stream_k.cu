@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys,
   WorkRange range(p);
   Portion portion = range.take();
   if (threadIdx.x >= kStreamKThreads) {
-    give_registers<kE4m3 ? 56 : 40>();
+    give_registers<40>();
     if constexpr (kE4m3) {
       using Walk = UnitWalk<kHeadDim, S>;
       Walk walk(params, range, portion);
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys,
     }
     zero_padding<T>(p, threadIdx.x % 128, 128);
   } else {
-    take_registers<kE4m3 ? 224 : 232>();
+    take_registers<232>();
     wait_for_predecessors();
     allow_successors();
     Block<T, kHeadDim, kE4m3, S> block(p, shared_memory, keys, values);
