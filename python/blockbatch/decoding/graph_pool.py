@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -70,11 +71,23 @@ def capture(
         graph = torch.cuda.CUDAGraph()
         options = dict(pool=pool, capture_error_mode="thread_local")
         begun = torch.cuda.graph(graph, stream=stream, **options) if idle else _busy(graph, stream, options)
-        with begun:
+        with _without_collection(), begun:
             before = torch.cuda.memory_reserved(device)
             kept = run()
             held = max(0, torch.cuda.memory_reserved(device) - before)
     return graph, kept, held
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keeps Python from collecting garbage: graphs among it cannot be freed while another one is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
