@@ -1,12 +1,13 @@
 """What quantising to fp8 costs the built-in model in accuracy.
 
-    python bench/fp8_accuracy.py [--device cpu] [--count 600] [--methods blockbatch dual_cache ...]
+    python bench/fp8_accuracy.py [--of layers] [--device cpu] [--count 600] [--methods blockbatch ...]
 
-The same problems are decoded by every method with weights and activations in bf16, and with the layers in
-e4m3 (`load_model(quantization="fp8")`). Reported are right answers of both with a paired test (McNemar), the
-ratio of forwards, and how many canvases are the same; beside it the error of the hidden states behind each
-layer against fp32, of bf16 alone and with e4m3. The gate: at most 1 point fewer right answers and no
-significant difference, and forwards that change by at most 3%.
+The same problems are decoded by every method with everything in bf16, and with a part in e4m3: `--of layers`
+the layers (`load_model(quantization="fp8")`), `kv` the K/V cache (`kv_dtype="fp8"`), `both`. Reported are
+right answers of both with a paired test (McNemar), the ratio of forwards, and how many canvases are the same;
+beside it the error of the hidden states behind each layer against fp32, of bf16 alone and with e4m3. The
+gate: at most 1 point fewer right answers and no significant difference, and forwards that change by at most
+3%.
 
 On the CPU the reference operators compute, on a GPU the compiled ones: the same arithmetic with sums in
 another order, which tests/test_quantized.py holds. Errors by layer are always those of the reference.
@@ -30,16 +31,27 @@ from blockbatch.config import METHODS
 from blockbatch.environment import describe
 from blockbatch.evaluation.statistics import LEVEL, bootstrap_ratio, mcnemar, paired_difference
 
-RESULT = Path(__file__).parent / "results" / "fp8_accuracy.json"
+RESULTS = Path(__file__).parent / "results"
+FILES = {"layers": "fp8_accuracy.json", "kv": "fp8_kv_accuracy.json", "both": "fp8_both_accuracy.json"}
 DEFAULT_METHODS = tuple(name for name in METHODS if name != "vanilla")
-KINDS = {"bf16": dict(dtype="bfloat16"), "fp8": dict(dtype="bfloat16", quantization="fp8")}
+PARTS = {
+    "layers": dict(quantization="fp8"),
+    "kv": dict(kv_dtype="fp8"),
+    "both": dict(quantization="fp8", kv_dtype="fp8"),
+}
+KINDS = ("bf16", "fp8")
 MOST_POINTS, MOST_NFE = 1.0, 0.03
 
 
-def part_of(device: str, kind: str, method: str, count: int, first: int, size: int) -> list[dict]:
+def options_of(kind: str, part: str) -> dict[str, str]:
+    """Of `load_model`."""
+    return dict(dtype="bfloat16", **(PARTS[part] if kind == "fp8" else {}))
+
+
+def part_of(device: str, kind: str, part: str, method: str, count: int, first: int, size: int) -> list[dict]:
     """Decodes of `size` problems from `first` on, together; in a process of its own."""
     torch.set_num_threads(1)
-    model = blockbatch.load_model("tiny", device=device, **KINDS[kind])
+    model = blockbatch.load_model("tiny", device=device, **options_of(kind, part))
     config = blockbatch.DecodeConfig(method=method, gen_length=GEN_LENGTH)
     prompts = [problem.prompt for problem in problems(count)[first : first + size]]
     return [summary(result) for result in blockbatch.generate(model, prompts, config)]
@@ -75,12 +87,10 @@ def line(method: str, chosen: list, results: dict[str, list[dict]]) -> dict:
     }
 
 
-def layer_errors(count: int) -> list[dict]:
+def layer_errors(count: int, part: str) -> list[dict]:
     """Relative error of the normed hidden states behind each layer, on whole canvases that fp32 decoded."""
     models = {"fp32": blockbatch.load_model("tiny", device="cpu")}
-    models |= {
-        kind: blockbatch.load_model("tiny", device="cpu", **options) for kind, options in KINDS.items()
-    }
+    models |= {kind: blockbatch.load_model("tiny", device="cpu", **options_of(kind, part)) for kind in KINDS}
     config = blockbatch.DecodeConfig(gen_length=GEN_LENGTH)
     prompts = [problem.prompt for problem in problems(count)]
     canvases = []
@@ -94,7 +104,8 @@ def layer_errors(count: int) -> list[dict]:
         for kind, model in models.items():
             weights = dataclasses.replace(model.weights, layers=model.weights.layers[:depth])
             spec = dataclasses.replace(model.spec, num_layers=depth)
-            cut = blockbatch.Model(spec, weights, None, backend="reference")
+            scales = dict(kv_scales=model.kv_scales)
+            cut = blockbatch.Model(spec, weights, None, backend="reference", **scales)
             hidden[kind] = torch.cat([cut.hidden_states(ids).double() for ids in canvases])
         size = hidden["fp32"].norm()
         errors = {kind: float((hidden[kind] - hidden["fp32"]).norm() / size) for kind in KINDS}
@@ -108,13 +119,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--of", default="layers", choices=PARTS, help="what is in e4m3")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--count", type=int, default=600, help="problems by every method")
     parser.add_argument("--methods", nargs="*", default=list(DEFAULT_METHODS), choices=METHODS)
     parser.add_argument("--together", type=int, default=20, help="problems decoded at once")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layer-count", type=int, default=12, help="canvases for the errors by layer")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="a file of its own for each --of, if left out")
     options = parser.parse_args()
 
     chosen, lines = problems(options.count), []
@@ -122,7 +134,16 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         parts = {
             (method, kind): [
-                pool.submit(part_of, options.device, kind, method, options.count, first, options.together)
+                pool.submit(
+                    part_of,
+                    options.device,
+                    kind,
+                    options.of,
+                    method,
+                    options.count,
+                    first,
+                    options.together,
+                )
                 for first in range(0, options.count, options.together)
             ]
             for method in options.methods
@@ -134,8 +155,9 @@ def main() -> None:
             }
             lines.append(line(method, chosen, results))
             print(lines[-1], flush=True)
-    errors = layer_errors(options.layer_count)
-    command = ["python bench/fp8_accuracy.py", "--device", options.device, "--count", str(options.count)]
+    errors = layer_errors(options.layer_count, options.of)
+    command = ["python bench/fp8_accuracy.py", *([] if options.of == "layers" else ["--of", options.of])]
+    command += ["--device", options.device, "--count", str(options.count)]
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     report = {
         "command": " ".join([*command, "--methods", *options.methods]),
@@ -145,7 +167,8 @@ def main() -> None:
         "decodes": lines,
         "layers": errors,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    out = options.out or RESULTS / FILES[options.of]
+    out.write_text(json.dumps(report, indent=1) + "\n")
     missed = [one["method"] for one in lines if not (one["answers_hold"] and one["nfe_holds"])]
     print("within the gate" if not missed else f"beyond the gate: {', '.join(missed)}")
 

@@ -254,9 +254,8 @@ class FollowingModel:
     """
 
     def __init__(self, model: Any, memory: Tensor | None = None, *, computes: bool = True) -> None:
-        self.model, self._memory, self._computes = model, memory, computes
-        self.spec, self.dtype = model.spec, model.dtype
-        self.device, self.backend = model.device, model.backend
+        self.model, self.spec, self.dtype, self._memory = model, model.spec, model.dtype, memory
+        self.device, self.backend, self._computes = model.device, model.backend, computes
         self.state: bbk.BranchState | None = None
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> Any:

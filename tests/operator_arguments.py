@@ -148,8 +148,6 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     if operator in ("linear", "linear_swiglu"):
         x, weight, bias = (whole_numbers(shape, device, dtype) for shape in ((5, 64), (32, 64), (32,)))
         return dict(x=x, weight=weight, bias=bias) if operator == "linear" else dict(x=x / 16, weight=weight)
-    if operator.endswith("_fp8") or operator == "quantize_rows":
-        return quantized(operator, device, dtype)
     if operator == "rope_kv_write":
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "rope_kv_write_fp8":
@@ -165,6 +163,8 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         if operator == "varlen_attention_fp8":
             tensors = kv_in_e4m3(tensors)
         return {**tensors, "plan": bbk.attention_plan(**table)}
+    if operator.endswith("_fp8") or operator == "quantize_rows":
+        return quantized(operator, device, dtype)
     if operator == "lm_head_confidence":
         # Logits so small that their rounding hardly shows in the probabilities.
         probes = torch.arange(7, dtype=torch.int32, device=device)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bench_scripts import ROOT, run, start
 from blockbatch_kernels import tuning
 
@@ -54,10 +56,22 @@ def test_the_table_follows_from_the_results(monkeypatch):
     assert found["PRODUCTS"] == {tuning.H100: (row,)}
 
 
-def test_fp8_accuracy(tmp_path):
+def test_attention_fp8(tmp_path):
+    report = run(
+        "attention_fp8.py", tmp_path / "attention_fp8.json", "--device", "cpu", "--shapes", "small-llada",
+        "--quick",
+    )  # fmt: skip
+    lines = report["models"]["small-llada"]
+    assert [line["tokens"] for line in lines] == [12, 12, 64]
+    assert all({"units", "tiles", "triton", "16 bits", "write"} <= set(line["us"]) for line in lines)
+
+
+@pytest.mark.parametrize("part", ["layers", "kv"])
+def test_fp8_accuracy(tmp_path, part):
     out = tmp_path / "fp8_accuracy.json"
     start(
-        "fp8_accuracy.py", "--out", str(out), "--count", "2", "--together", "2", "--methods", "dual_cache",
+        "fp8_accuracy.py", "--of", part, "--out", str(out), "--count", "2", "--together", "2", "--methods",
+        "dual_cache",
         "--processes", "1", "--layer-count", "1",
     )  # fmt: skip
     report = json.loads(out.read_text())

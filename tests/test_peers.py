@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch.parallel.head import _merged
 from blockbatch_kernels.cuda import peers
 from cuda_float_checks import draw, strided
 
@@ -183,6 +184,50 @@ def test_a_part_that_looks_like_none(dtype):
         assert (sent.view(torch.int32) != -1).all()
         assert torch.equal(sent.isnan(), parts[rank].isnan())
         world.clear()
+
+
+def head_parts(ranks, rows):
+    """Of each rank, with ties, with ranks that have no logit above minus infinity, and with NaN."""
+    parts = []
+    for rank in range(ranks):
+        part = draw(rows, 4, scale=3.0, seed=rank).round()
+        part[:, 1] = draw(rows, seed=50 + rank).abs() + 1.0
+        part[:, 2] = 10_000 * rank + draw(rows, seed=90 + rank).abs().mul(100).round()
+        if rows > 2:
+            part[rank % rows, :2] = torch.tensor([float("-inf"), 0.0])
+            part[2, 0] = float("nan") if rank == 1 else 0.0
+        parts.append(part)
+    return parts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("probes", [False, True])
+@pytest.mark.parametrize("ranks, rows", [(2, 1), (2, 128), (3, 700), (8, 5)])
+def test_the_merged_head_of_each_rank(poisoned, ranks, rows, probes):
+    parts = head_parts(ranks, rows)
+    highest, total, token, probe = torch.stack(parts).unbind(-1)
+    top, right, whole = _merged(highest, total, token)
+    world = World(ranks, rows * 16 + 64)
+    for turn in (0, 1, 0):
+        for rank, inboxes in enumerate(world.inboxes):
+            world.clear()
+            for sender in range(ranks):
+                if sender != rank:
+                    world.place(sender, rank, turn, parts[sender]).copy_(parts[sender])
+            top_token, confidence, probability = peers.merge_head(parts[rank], inboxes, probes=probes)
+            known = ~top.isnan()
+            assert torch.equal(top_token[known], right.int()[known])
+            torch.testing.assert_close(confidence, 1.0 / whole, rtol=1e-5, atol=0.0, equal_nan=True)
+            if probes:
+                expected = (probe.amax(0) - top).exp() / whole
+                torch.testing.assert_close(probability, expected, rtol=1e-5, atol=0.0, equal_nan=True)
+            else:
+                assert probability is None
+            assert inboxes.turn.tolist() == [1 - turn, 0]
+            assert (world.memory[rank] == peers.NOT_THERE).all()
+            for receiver in set(range(ranks)) - {rank}:
+                pushed = world.place(rank, receiver, turn, parts[rank])
+                torch.testing.assert_close(pushed, parts[rank], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_rows_that_the_kernel_does_not_have():

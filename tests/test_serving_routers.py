@@ -71,9 +71,9 @@ def answered(server):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_two_replicas_and_one_that_is_killed(name):
     model = blockbatch.load_model("tiny", device="cpu")
-    config = blockbatch.DecodeConfig(method="dual_cache", eos_exit="prefix", threshold=0.999, gen_length=64)
+    config = blockbatch.DecodeConfig(method="dual_cache", eos_exit="prefix", threshold=0.999, gen_length=32)
     expected = blockbatch.generate(model, PROMPT, config).text
-    body = ask(PROMPT, model="tiny", max_tokens=64)
+    body = ask(PROMPT, model="tiny", max_tokens=32)
     with replica() as first, replica() as second, router(name, first, second) as server:
         for _ in range(4):
             answer = post(server, CHAT, body)
@@ -85,6 +85,7 @@ def test_two_replicas_and_one_that_is_killed(name):
         assert answered(first) > 1 and answered(second) > 1
 
         whole, broken, ended = [], [], threading.Event()
+        streamed = {**body, "stream": True}
 
         def ask_on():
             while not ended.is_set():
@@ -93,7 +94,7 @@ def test_two_replicas_and_one_that_is_killed(name):
         def listen_on():
             while not ended.is_set():
                 try:
-                    with HTTP.stream("POST", server.url + CHAT, json={**body, "stream": True}) as answer:
+                    with HTTP.stream("POST", server.url + CHAT, json=streamed, timeout=120) as answer:
                         if answer.status_code == 200:
                             content = answer.read().decode()
                             broken.append(not events_of(content.splitlines())[1])
@@ -103,13 +104,13 @@ def test_two_replicas_and_one_that_is_killed(name):
         threads = [threading.Thread(target=work) for work in (ask_on, ask_on, ask_on, listen_on)]
         for thread in threads:
             thread.start()
-        until(lambda: len(whole) > 6, seconds=60)
+        until(lambda: len(whole) > 6, seconds=300)
         before = len(whole)
         first.run.send_signal(signal.SIGKILL)
-        until(lambda: len(whole) > before + 9, seconds=120)
+        until(lambda: len(whole) > before + 9, seconds=300)
         ended.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(150)
         # Whole answers are asked for again; a stream that ran there breaks off, and says so.
         assert {answer.status_code for answer in whole} == {200}
         assert all(answer.json()["choices"][0]["message"]["content"] == expected for answer in whole)

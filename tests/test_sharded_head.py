@@ -15,6 +15,9 @@ class Gather:
     def __init__(self, size):
         self.size, self.parts = size, []
 
+    def merge_head(self, parts, *, probes):
+        """In two steps: what is gathered here is merged by the head."""
+
     def all_gather(self, x):
         if len(self.parts) < self.size:
             self.parts.append(x.clone())

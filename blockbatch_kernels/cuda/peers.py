@@ -1,4 +1,4 @@
-"""Sums of rows over GPUs that reach each other's memory, with the norm behind them, in one kernel."""
+"""What ranks put together whose GPUs reach each other's memory: sums of rows with the norm, the LM head."""
 
 from __future__ import annotations
 
@@ -113,6 +113,30 @@ def all_reduce_norm(
             stream=extension.stream_of(x),
         )
     return out if scale is None else (out, scale)
+
+
+def merge_head(parts: Tensor, inboxes: Inboxes, *, probes: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `lm_head_confidence` returns, from what `lm_head_parts` says on every rank; the same bits on all.
+
+    Args:
+        parts: [predictions, 4] fp32, this rank's; an equal number on all ranks.
+        probes: whether there were probes.
+    """
+    top_token = torch.empty(len(parts), dtype=torch.int32, device=parts.device)
+    confidence = torch.empty(len(parts), dtype=torch.float32, device=parts.device)
+    probe_probability = torch.empty_like(confidence) if probes else None
+    extension.load().lm_head_merge(
+        parts=parts,
+        top_token=top_token,
+        confidence=confidence,
+        probe_probability=probe_probability,
+        turn=inboxes.turn,
+        inboxes=inboxes.addresses,
+        rank=inboxes.rank,
+        source_bytes=inboxes.source_bytes,
+        stream=extension.stream_of(parts),
+    )
+    return top_token, confidence, probe_probability
 
 
 def _is_aligned(rows: Tensor) -> bool:

@@ -136,12 +136,12 @@ def ready(
     softmax_scale: float | None,
     plan: AttentionPlan | None,
     backend: str | None,
-    module_for: Callable[..., ModuleType] = dispatch.module_for,
+    module_for: Callable[..., ModuleType] | None = None,
     excluded: tuple[str, ...] = (),
 ) -> tuple[ModuleType, dict[str, Any]]:
     """The module that attends, with the scale and the plan that it takes: for both kinds of caches.
 
-    excluded: as of `dispatch.module_for`.
+    module_for, excluded: `dispatch.module_for`, or what stands in its place, and its argument.
     """
     where = (page_table, cu_seqlens_q, seqlens_k)
     head_dim = q.shape[2]
@@ -167,7 +167,7 @@ def ready(
         units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device, num_tokens=q.shape[0])
     else:
         units = plan.units.shape[0] > 0
-    module = module_for(
+    module = (module_for or dispatch.module_for)(
         backend,
         op,
         q,

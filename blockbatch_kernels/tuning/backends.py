@@ -47,8 +47,11 @@ def preference(op: str, **sizes: int) -> tuple[str, ...]:
     limits = _LIMITS.get(op)
     if limits is None:
         return order
-    return tuple(
-        name
-        for name in order
-        if all(sizes.get(size, 0) <= most for size, most in limits.get(name, {}).items())
-    )
+    kept = []
+    for name in order:  # no comprehensions: every layer's attention asks
+        for size, most in limits.get(name, {}).items():
+            if sizes.get(size, 0) > most:
+                break
+        else:
+            kept.append(name)
+    return tuple(kept)

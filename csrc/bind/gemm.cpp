@@ -157,6 +157,19 @@ void call_lm_head_parts(Call& call, const TensorView& partials, const TensorView
   lm_head_finish(params, call.launch_on_gpu());
 }
 
+void call_lm_head_merge(Call& call, const TensorView& parts, const TensorView& top_token,
+                        const TensorView& confidence, const TensorView& probe_probability,
+                        const TensorView& turn, const Inboxes& inboxes, int rank, int64_t source_bytes) {
+  LmHeadMergeParams params{};
+  params.parts = parts.contiguous().data<const float>();
+  params.peers = Peers{inboxes, rank, source_bytes, turn.contiguous().data<int32_t>()};
+  params.top_token = top_token.contiguous().data<int32_t>();
+  params.confidence = confidence.contiguous().data<float>();
+  params.probe_probability = probe_probability.contiguous().data_or_null<float>();
+  params.num_rows = parts.size(0);
+  lm_head_merge(params, call.launch_on_gpu());
+}
+
 // [rows, pieces, 12] floats
 LmHeadLikelyPartial* likely_partials_of(const TensorView& partials) {
   static_assert(sizeof(LmHeadLikelyPartial) == 12 * sizeof(float));
@@ -218,6 +231,9 @@ void bind_gemm(py::module_& module) {
   define<&call_lm_head_parts>(
       module, "lm_head_parts",
       {"partials", "probe_tokens", "parts", "first_token", "piece_tokens", "vocab_size"});
+  define<&call_lm_head_merge>(
+      module, "lm_head_merge",
+      {"parts", "top_token", "confidence", "probe_probability", "turn", "inboxes", "rank", "source_bytes"});
   define<&call_lm_head_finish>(module, "lm_head_finish",
                                {"partials", "probe_tokens", "top_token", "confidence", "probe_probability",
                                 "piece_tokens", "vocab_size"});

@@ -44,10 +44,7 @@ void call_all_reduce_norm(Call& call, const TensorView& x, const TensorView& wei
     params.out = out.contiguous().data<uint8_t>();
     params.scale = scale.contiguous().data<float>();
   }
-  params.turn = turn.contiguous().data<int32_t>();
-  params.inboxes = inboxes;
-  params.rank = rank;
-  params.source_bytes = source_bytes;
+  params.peers = Peers{inboxes, rank, source_bytes, turn.contiguous().data<int32_t>()};
   params.num_tokens = x.size(0);
   params.dim = x.size(1);
   params.x_row_stride = x.row_stride();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "layer/peers.h"
 
 namespace bbk {
 
@@ -47,6 +48,19 @@ struct LmHeadFinishParams {
   int64_t piece_tokens;  // of the vocabulary, in a piece
   int64_t vocab_size;
 };
+
+// Parts of every rank to what LmHeadFinishParams has of the whole vocabulary. Every rank launches it, with an
+// equal number of rows.
+struct LmHeadMergeParams {
+  const float* parts;  // [num_rows, 4], of this rank
+  Peers peers;         // with room for 16 bytes of a row
+  int32_t* top_token;
+  float* confidence;
+  float* probe_probability;  // or null
+  int64_t num_rows;
+};
+
+void lm_head_merge(const LmHeadMergeParams& params, const Launch& launch);
 
 // Vocabulary of a tile of the product below: each tile is a piece.
 constexpr int kLmHeadTileTokens = 192;

@@ -1,27 +1,11 @@
-// The sum of a row over GPUs with the residual add and the norm behind it, in one kernel.
-//
-// Each rank pushes its part of a row into the inboxes of all others over NVLink, and adds up what lies in its
-// own: every rank has all sums, and each computes all norms. Data says by itself that it is there: a word of
-// an inbox that was not written reads as kNotThere, a NaN that no part holds. So nobody waits for a flag
-// behind the data, and no fence is needed: every word is waited for by itself, and no other memory hangs on
-// it. What was read is set back to kNotThere by the thread that read it. (Published as the "Lamport"
-// all-reduce of TensorRT-LLM, with -0 in the place of the NaN and three buffers.)
-//
-// Two turns take turns. That is enough: a peer pushes its part of call n + 2 into what held call n only once
-// its kernel of call n + 1 has ended, which waited for this rank's part of call n + 1. This rank pushed that
-// behind the end of its own kernel of call n, and with it all of its reads and resets of that turn. Kernels
-// of one rank's calls follow each other in a stream, also where they are launched early: each waits for its
-// predecessor before it touches memory, and a grid's end makes its writes visible.
-//
-// No rank waits for a block that cannot run: all blocks of a grid are resident, with room beside them for the
-// grids of the other lanes. A successor in the stream may take its place on the processors while this kernel
-// waits (it loads its first weights meanwhile), unless another lane is at work: then it could take the room
-// of that lane's kernel, for which another rank may be waiting.
+// The sum of a row over GPUs with the residual add and the norm behind it, in one kernel: each rank adds up
+// the parts of all and computes all norms. How parts come to it: peers.cuh.
 #include <type_traits>
 
 #include "common/launch.cuh"
 #include "layer/all_reduce_norm.h"
 #include "layer/e4m3.cuh"
+#include "layer/peers.cuh"
 
 namespace bbk {
 namespace {
@@ -31,23 +15,6 @@ constexpr char kOp[] = "all_reduce_norm";
 constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVecs = 8;
-constexpr uint32_t kNotThere = AllReduceNormParams::kNotThere;
-
-// Four words, each by itself, past the cache of the processor.
-__device__ __forceinline__ uint4 load_words(const char* place) {
-  uint4 found;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-               : "l"(place)
-               : "memory");
-  return found;
-}
-
-__device__ __forceinline__ void store_words(char* place, const uint4& words) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(words.x),
-               "r"(words.y), "r"(words.z), "r"(words.w)
-               : "memory");
-}
 
 // The elements of a word: kept in words, they take as few registers as they have bytes.
 template <typename T>
@@ -124,24 +91,6 @@ __device__ __forceinline__ void prefetch_to_l2(const void* place) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
 }
 
-// Of a NaN with the sign another NaN.
-__device__ __forceinline__ uint32_t sendable(uint32_t word) {
-  return word == kNotThere ? kNotThere >> 1 : word;
-}
-
-__device__ __forceinline__ bool is_missing(const uint4& words) {
-  return words.x == kNotThere || words.y == kNotThere || words.z == kNotThere || words.w == kNotThere;
-}
-
-// In `receiver`'s inbox the first byte of what `sender` has to say in a turn.
-__device__ __forceinline__ char* place_of(const AllReduceNormParams& params, int turn, int sender,
-                                          int receiver) {
-  const int others = params.inboxes.count - 1;
-  const int source = sender - (sender > receiver ? 1 : 0);
-  return reinterpret_cast<char*>(params.inboxes.ids[receiver]) +
-         (static_cast<int64_t>(turn) * others + source) * params.source_bytes;
-}
-
 // Rows of whole, aligned vectors, at most kVecs a thread; parts of kAtOnce ranks are asked for together.
 template <typename T, int kVecs, int kAtOnce, bool kQuantized>
 __global__ void __launch_bounds__(kMaxThreads, 2)
@@ -153,9 +102,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   // A step's weights push those of its norms out of the L2 cache.
   for (int index = threadIdx.x; index < num_vecs; index += blockDim.x) prefetch_to_l2(weight + index);
   wait_for_predecessors();
-  const int ranks = params.inboxes.count, rank = params.rank;
+  const Peers& peers = params.peers;
+  const int ranks = peers.inboxes.count, rank = peers.rank;
   const int64_t row_bytes = params.dim * static_cast<int64_t>(sizeof(T));
-  const int turn = __ldcg(params.turn);
+  const int turn = turn_of(peers);
   const auto row_of = [](auto* rows, int64_t token, int64_t stride) {
     using Bytes =
         std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(rows)>>, const char, char>;
@@ -177,9 +127,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       const uint4 words = mine[i];
       mine[i] = make_uint4(sendable(words.x), sendable(words.y), sendable(words.z), sendable(words.w));
     }
-    for (int step = 1; step < ranks; ++step) {  // each rank begins with another one
-      const int receiver = rank + step < ranks ? rank + step : rank + step - ranks;
-      char* place = place_of(params, turn, rank, receiver) + token * row_bytes;
+    for (int step = 1; step < ranks; ++step) {
+      char* place = place_of(peers, turn, rank, receiver_of(peers, step)) + token * row_bytes;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         const int index = threadIdx.x + i * blockDim.x;
@@ -213,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           for (int p = 0; p < kAtOnce; ++p) {
             const int sender = first + p;
             if (sender >= ranks || sender == rank) continue;
-            const char* place = place_of(params, turn, sender, rank) + token * row_bytes;
+            const char* place = place_of(peers, turn, sender, rank) + token * row_bytes;
 #pragma unroll
             for (int i = 0; i < kTogether; ++i) {
               const int index = threadIdx.x + (begin + i) * blockDim.x;
@@ -234,15 +183,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           const int sender = first + p;
           if (sender >= ranks) continue;
           const bool is_mine = sender == rank;
-          char* place = is_mine ? nullptr : place_of(params, turn, sender, rank) + token * row_bytes;
+          char* place = is_mine ? nullptr : place_of(peers, turn, sender, rank) + token * row_bytes;
 #pragma unroll
           for (int i = 0; i < kTogether; ++i) {
             const int index = threadIdx.x + (begin + i) * blockDim.x;
             if (index >= num_vecs) continue;
             const uint4 part = is_mine ? mine[i] : parts[p][i];
-            if (!is_mine) {
-              store_words(place + 16 * index, make_uint4(kNotThere, kNotThere, kNotThere, kNotThere));
-            }
+            if (!is_mine) reset_words(place + 16 * index);
             uint4& total = row[begin + i];
             total = sender == 0 ? part : each_word(total, part, rounded_sum_of<T>);
           }
@@ -300,11 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     __syncthreads();  // the next row's reductions take the same memory
   }
 
-  // By the last block: none has yet to read the turn then.
-  if (threadIdx.x == 0 && atomicAdd(&params.turn[1], 1) == static_cast<int>(gridDim.x) - 1) {
-    params.turn[1] = 0;
-    params.turn[0] = turn ^ 1;
-  }
+  end_turn(peers, turn);
 }
 
 template <typename T, int kVecs, int kAtOnce, bool kQuantized>
@@ -322,7 +265,7 @@ template <typename T, int kVecs>
 void launch_as_needed(const AllReduceNormParams& params, int threads, bool programmatic,
                       const Launch& where) {
   const bool quantized = params.scale != nullptr;
-  if (params.inboxes.count <= 2) {
+  if (params.peers.inboxes.count <= 2) {
     return quantized ? launch<T, kVecs, 1, true>(params, threads, programmatic, where)
                      : launch<T, kVecs, 1, false>(params, threads, programmatic, where);
   }
@@ -346,9 +289,9 @@ void check_vectors(const AllReduceNormParams& params) {
   aligned("residual", params.residual, params.residual_row_stride);
   aligned("out", params.out, params.scale == nullptr ? params.out_row_stride : 0);
   const int64_t bytes = params.num_tokens * params.dim * static_cast<int64_t>(sizeof(T));
-  if (bytes > params.source_bytes) {
+  if (bytes > params.peers.source_bytes) {
     refuse(kOp, "source_bytes: expected at least " + std::to_string(bytes) + ", got " +
-                    std::to_string(params.source_bytes));
+                    std::to_string(params.peers.source_bytes));
   }
 }
 
@@ -377,8 +320,8 @@ void all_reduce_norm(const AllReduceNormParams& params, bool programmatic, const
   check_at_least(kOp, "num_tokens", params.num_tokens, 0);
   check_at_least(kOp, "dim", params.dim, 1);
   check_at_least(kOp, "lanes", params.lanes, 1);
-  check_at_least(kOp, "rank", params.rank, 0);
-  check_at_least(kOp, "inboxes", params.inboxes.count, params.rank + 1);
+  check_at_least(kOp, "rank", params.peers.rank, 0);
+  check_at_least(kOp, "inboxes", params.peers.inboxes.count, params.peers.rank + 1);
   if (params.num_tokens == 0) return;  // on every rank
   const DeviceGuard guard(launch.device, kOp);
   switch (params.dtype) {

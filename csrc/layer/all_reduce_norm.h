@@ -1,35 +1,20 @@
 #pragma once
 
 #include "common/params.h"
+#include "layer/peers.h"
 
 namespace bbk {
-
-// Addresses, one for each rank, which every rank reaches.
-struct Inboxes {
-  static constexpr int kMost = 16;
-  int32_t count;
-  int64_t ids[kMost];
-};
 
 // The sum of all ranks' x, added in the order of the ranks and rounded to the dtype after each addition; then
 // what RmsNormParams or, with `scale`, QuantizeParams of a norm say about it. Every rank launches it, in the
 // same order of calls, with an equal number of tokens.
-//
-// An inbox holds [2 turns][ranks - 1 others, in their order][source_bytes]: parts of rows as they arrive. An
-// element that has not arrived reads as kNotThere in each of its 32-bit words; all of it does before the
-// first call.
 struct AllReduceNormParams {
-  static constexpr uint32_t kNotThere = 0xFFFFFFFFu;
-
   const void* x;       // [num_tokens, dim]
   const void* weight;  // [dim], contiguous
   void* residual;      // [num_tokens, dim], written
   void* out;           // [num_tokens, dim], written: of the dtype, or with `scale` contiguous e4m3
   float* scale;        // [num_tokens] or null, written
-  int32_t* turn;  // [2] of this rank's own memory, zeros before the first call: the turn; blocks at its end
-  Inboxes inboxes;
-  int rank;
-  int64_t source_bytes;  // at least num_tokens * dim elements
+  Peers peers;         // with room for num_tokens * dim elements of a source
   int64_t num_tokens;
   int64_t dim;
   int64_t x_row_stride;
@@ -37,7 +22,7 @@ struct AllReduceNormParams {
   int64_t out_row_stride;
   float eps;
   int lanes;            // such kernels that may wait for other ranks at the same time on a GPU, at most
-  bool lets_next_wait;  // see all_reduce_norm.cu: only where no other lane is at work
+  bool lets_next_wait;  // see peers.cuh: only where no other lane is at work
   DType dtype;          // of x, weight and residual: fp32 or bf16
 };
 

@@ -114,6 +114,13 @@ class RankGroup:
         norm = bbk.rms_norm_fp8 if quantized else bbk.rms_norm
         return norm(self.all_reduce(x), weight, eps=eps, residual=residual, backend=backend)
 
+    def merge_head(self, parts: Tensor, *, probes: bool) -> Any:
+        """See `peers.merge_head`; None where the kernel does not run."""
+        inboxes = getattr(self._transport, "inboxes", None)
+        if inboxes is None or parts.nbytes > inboxes.source_bytes:
+            return None
+        return peers.merge_head(parts, inboxes, probes=probes)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape] fp32: the x of every rank, fp32 and of one shape."""
         return self._transport.all_gather(x)

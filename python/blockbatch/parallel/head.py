@@ -51,6 +51,10 @@ class ShardedHead:
         else:
             options["backend"] = backend
         parts = parts_of(hidden, weight, **options)
+        if parts.is_cuda and backend in (None, "cuda"):
+            found = self._group.merge_head(parts, probes=probe_tokens is not None)
+            if found is not None:
+                return found
         highest, total, token, probe = self._group.all_gather(parts).unbind(-1)  # each [ranks, predictions]
         top, top_token, whole = _merged(highest, total, token)
         probability = None

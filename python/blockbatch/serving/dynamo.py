@@ -211,6 +211,7 @@ async def _work(settings: Settings, load: Callable[[], tuple[Any, Any]]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_end, number)
     await _register(settings, worker, model, endpoint)
+    runtime.set_health_status(True)
     logs.event("ready", model=settings.model_name, endpoint=settings.endpoint)
     ends = [asyncio.ensure_future(event.wait()) for event in (told, worker.ended)]
     await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
