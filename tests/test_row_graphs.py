@@ -3,6 +3,8 @@
 Without a GPU a graph is stood for by the function that it captured, run again into the same results.
 """
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -293,3 +295,35 @@ def test_on_a_gpu_non_finite_logits_are_found_in_a_replay():
     assert runner.row_graphs.replays >= before + 2, "the forward that failed was a replay"
     weight.copy_(kept)
     assert blockbatch.generate(model, [5, 1, 2, 9], config).canvas == expected[0] == expected[2]
+
+
+class Circle:
+    """Garbage that only a collection frees."""
+
+    def __init__(self, held):
+        self.held, self.itself = held, self
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("idle", [True, False])
+def test_on_a_gpu_graphs_that_are_garbage_stay_until_a_capture_is_over(idle):
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool, values = GraphPool(device), torch.zeros(4, device=device)
+    gc.collect()
+    freed = []
+    circle = Circle(pool.capture(lambda: values.add_(1), idle=idle)[0])
+    weakref.finalize(circle, freed.append, True)
+    del circle
+
+    def run():
+        circles = [Circle(number) for number in range(100_000)]  # as many as call for a collection
+        assert len(circles) == 100_000 and not freed
+        values.add_(2)
+
+    graph, _ = pool.capture(run, idle=idle)
+    assert gc.isenabled()
+    gc.collect()
+    assert freed
+    before = values.clone()
+    graph.replay()
+    assert torch.equal(values, before + 2)
