@@ -276,6 +276,33 @@ def answered(run):
     return values
 
 
+def engine_line(report, setting, clients):
+    wanted = setting, clients
+    return next(line for line in report["lines"] if (line["setting"], line["at_a_time"]) == wanted)
+
+
+def loaded(setting):
+    def values(report):
+        few, many = (engine_line(report, setting, clients) for clients in (8, 32))
+        return [few["tokens_per_s"], many["tokens_per_s"], many["forwarded_per_token"]]
+
+    return values
+
+
+def forwarded(report):
+    line = engine_line(report, "dual_cache", 32)
+    return [line["tokens_per_s"] * line["forwarded_per_token"]]
+
+
+LOADED = [
+    (f"| {label} | {{:.0f}} | {{:.0f}} | {{:.1f}} |", ["serve_engine.json"], loaded(setting))
+    for label, setting in (
+        ("dual cache, as published", "dual_cache"),
+        ("`careful`, drafts by load", "careful, by load"),
+        ("dual cache, open queries, refreshes of the generation region", "dual_cache, open, generation"),
+        ("`fast`, branches by load", "fast, branches by load"),
+    )
+] + [("as published runs {:,.0f} tokens a second", ["serve_engine.json"], forwarded)]
 SERVING = [
     (f"| {label} | {{}} | {{:.2f}} | {{:.1f}} |", ["serve_accuracy.json"], answered(run))
     for label, run in (
@@ -295,3 +322,4 @@ SERVING = [
         ("server, 24 streams", "server", 24),
     )
 ]
+SERVING += LOADED
