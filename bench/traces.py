@@ -255,8 +255,12 @@ class FollowingModel:
 
     def __init__(self, model: Any, memory: Tensor | None = None, *, computes: bool = True) -> None:
         self.model, self._memory, self._computes = model, memory, computes
-        self.spec, self.dtype = model.spec, model.dtype
-        self.device, self.backend = model.device, model.backend
+        self.spec, self.dtype, self.device, self.backend = (
+            model.spec,
+            model.dtype,
+            model.device,
+            model.backend,
+        )
         self.state: bbk.BranchState | None = None
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> Any:
