@@ -238,20 +238,31 @@ def fp8_accuracy(method):
     return values
 
 
-QUANTIZATION += [
-    (
-        f"| {method} | {{}} | {{}} | {{:.2f}} [{{:.2f}}, {{:.2f}}] | {{:.3f}} | {{}} |",
-        ["fp8_accuracy.json"],
-        fp8_accuracy(method),
-    )
-    for method in ("blockbatch", "prefix_cache", "dual_cache", "local_leap")
-] + [
-    (
-        "behind all eight layers differ from fp32 by {:.1f}% in bf16 and {:.1f}% with e4m3",
-        ["fp8_accuracy.json"],
-        lambda report: [percent(report["layers"][-1][name]) for name in ("error_bf16", "error_fp8")],
-    )
-]
+QUANTIZATION += (
+    [
+        (
+            f"| {method} | {{}} | {{}} | {{:.2f}} [{{:.2f}}, {{:.2f}}] | {{:.3f}} | {{}} |",
+            ["fp8_accuracy.json"],
+            fp8_accuracy(method),
+        )
+        for method in ("blockbatch", "prefix_cache", "dual_cache", "local_leap")
+    ]
+    + [
+        (
+            f"| K/V, {method} | {{}} | {{}} | {{:.2f}} [{{:.2f}}, {{:.2f}}] | {{:.3f}} | {{}} |",
+            ["fp8_kv_accuracy.json"],
+            fp8_accuracy(method),
+        )
+        for method in ("blockbatch", "dual_cache")
+    ]
+    + [
+        (
+            "behind all eight layers differ from fp32 by {:.1f}% in bf16 and {:.1f}% with e4m3",
+            ["fp8_accuracy.json"],
+            lambda report: [percent(report["layers"][-1][name]) for name in ("error_bf16", "error_fp8")],
+        )
+    ]
+)
 
 
 def served(by, streams):
