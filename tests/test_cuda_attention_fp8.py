@@ -23,7 +23,8 @@ def in_e4m3(inputs):
     powers = torch.arange(k_cache.shape[2], device="cuda") % 4
     k_scale, v_scale = 2.0 ** (powers - 6), 2.0 ** (-2 - powers)
     # As from one cache for both, whose strides they have.
-    caches = torch.stack((k_cache.float() / k_scale[:, None], v_cache.float() / v_scale[:, None])).to(E4M3)
+    caches = torch.stack((k_cache.float() / k_scale[:, None], v_cache.float() / v_scale[:, None]))
+    caches = caches.clamp(-448, 448).to(E4M3)  # as rope_kv_write_fp8 stores them; free slots stay NaN
     return q, caches[0], caches[1], k_scale, v_scale, *where
 
 
