@@ -254,13 +254,8 @@ class FollowingModel:
     """
 
     def __init__(self, model: Any, memory: Tensor | None = None, *, computes: bool = True) -> None:
-        self.model, self._memory, self._computes = model, memory, computes
-        self.spec, self.dtype, self.device, self.backend = (
-            model.spec,
-            model.dtype,
-            model.device,
-            model.backend,
-        )
+        self.model, self.spec, self.dtype, self._memory = model, model.spec, model.dtype, memory
+        self.device, self.backend, self._computes = model.device, model.backend, computes
         self.state: bbk.BranchState | None = None
 
     def new_cache(self, num_requests: int, num_branches: int, canvas_length: int) -> Any:
@@ -306,8 +301,7 @@ class Follower:
 
     Args:
         following: the model; it serves this follower alone.
-        trace: any of the setting.
-        prompt: token ids; what they are changes nothing.
+        trace, prompt: any of the setting; any token ids, which change nothing.
     """
 
     def __init__(self, following: FollowingModel, trace: Trace, prompt: list[int]) -> None:
