@@ -314,23 +314,73 @@ LOADED = [
         ("`fast`, branches by load", "fast, branches by load"),
     )
 ] + [("as published runs {:,.0f} tokens a second", ["serve_engine.json"], forwarded)]
-SERVING = [
-    (f"| {label} | {{}} | {{:.2f}} | {{:.1f}} |", ["serve_accuracy.json"], answered(run))
-    for label, run in (
+
+
+def measured(setting, *lines, value="tokens_per_s"):
+    """Of serve.json: a value of the lines that (by, at_a_time) name."""
+
+    def values(report):
+        found = {(one["setting"], one["by"], one["at_a_time"]): one for one in report["lines"]}
+        return [found[setting, by, clients][value] for by, clients in lines]
+
+    return values
+
+
+def late(report):
+    """Seconds to the first text and to the end in the median, of 32 streams."""
+    line = lines(report, by="server", setting=_BY_LOAD, at_a_time=32)
+    return [line["first_s"]["p50"], line["whole_s"]["p50"]]
+
+
+_SERVE = ["serve.json"]
+_FEW = ("one by one", 1), ("engine", 8), ("server", 8), ("engine", 32)
+_BY_LOAD = "fast, branches by load"
+SERVED_ON_A_GPU = [
+    (f"| {label} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:.0f}} |", _SERVE, measured(setting, *_FEW))
+    for label, setting in (
         ("dual cache, as published", "dual_cache"),
-        ("dual cache, open queries, refreshes of the generation region", "dual_cache, open, generation"),
-        ("`fast`, one branch, as under load", "fast, one branch"),
-        ("`fast`, all branches", "fast"),
+        ("`fast`, branches by load", _BY_LOAD),
     )
 ] + [
-    (f"| {label} | {{:.0f}} | {{:.0f}} |", ["serve_cpu.json"], served(by, streams))
-    for label, by, streams in (
-        ("one by one", "one by one", 1),
-        ("batches of 8", "batches of 8", 8),
-        ("batches of 24", "batches of 24", 24),
-        ("server, 1 stream", "server", 1),
-        ("server, 8 streams", "server", 8),
-        ("server, 24 streams", "server", 24),
-    )
+    ("of `fast` gave {:.0f} tokens a second", _SERVE, measured(_BY_LOAD, ("server", 32))),
+    ("after {:.2f} s and the end of an answer after {:.2f} s", _SERVE, late),
+    (
+        "{:.0f} tokens a second in place of {:.0f} with 8 requests",
+        ["serve_fixed.json"],
+        lambda report: [line["tokens_per_s"] for line in reversed(report["lines"])],
+    ),
+    (
+        "gave {:.0f} tokens a second\nwith 32 of them, and no request's window waited longer than {:.1f} ms",
+        ["serve_budgets.json"],
+        lambda report: [report["lines"][0]["tokens_per_s"], report["lines"][0]["held_up_ms"]["longest"]],
+    ),
+    (
+        "with 2048 it was up to {:.1f} ms",
+        _SERVE,
+        lambda report: [measured("dual_cache", ("engine", 32), value="held_up_ms")(report)[0]["longest"]],
+    ),
 ]
+SERVING = (
+    SERVED_ON_A_GPU
+    + [
+        (f"| {label} | {{}} | {{:.2f}} | {{:.1f}} |", ["serve_accuracy.json"], answered(run))
+        for label, run in (
+            ("dual cache, as published", "dual_cache"),
+            ("dual cache, open queries, refreshes of the generation region", "dual_cache, open, generation"),
+            ("`fast`, one branch, as under load", "fast, one branch"),
+            ("`fast`, all branches", "fast"),
+        )
+    ]
+    + [
+        (f"| {label} | {{:.0f}} | {{:.0f}} |", ["serve_cpu.json"], served(by, streams))
+        for label, by, streams in (
+            ("one by one", "one by one", 1),
+            ("batches of 8", "batches of 8", 8),
+            ("batches of 24", "batches of 24", 24),
+            ("server, 1 stream", "server", 1),
+            ("server, 8 streams", "server", 8),
+            ("server, 24 streams", "server", 24),
+        )
+    ]
+)
 SERVING += LOADED

@@ -55,7 +55,8 @@ def test_smallest_activated(tile, on_tile):
 @pytest.mark.parametrize("tile", tuning.LINEAR_FP8_TILES, ids=names)
 def test_every_tile(tile, dtype, on_tile, poisoned):
     on_tile(tile)
-    # The bound of check_product is that of a usual sum: few results of millions may err further.
+    # The bound of check_product is that of a usual sum: few results of millions may err further. What waves
+    # compute of more is held by test_waves_give_the_bits_of_a_plain_tile.
     sizes = ((8, 272), (tile.rows + 8, 4096), (264 if tile.waves else 2048, 1040))
     for tokens in {1, tile.tokens - 3, tile.tokens}:
         for out, inner in sizes:
@@ -78,6 +79,22 @@ def test_several_tiles_each(tile, on_tile, poisoned):
     for tokens, out, inner in ((1301, 4096, 656), (700, 12296, 128)):
         check_product("cuda", DEVICE, torch.bfloat16, tokens, out, inner, True)
         check_activated(torch.bfloat16, tokens, out // 2 // 8 * 8, inner)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tile", WAVES, ids=names)
+def test_waves_give_the_bits_of_a_plain_tile(tile, dtype, on_tile, poisoned):
+    plain = tuning.Fp8Tile(128, 64)
+    assert plain in tuning.LINEAR_FP8_TILES
+    x, x_scale = quantised(384, 1040, DEVICE, 5)
+    weight, weight_scale = quantised(2048, 1040, DEVICE, 6)
+    options = dict(out_dtype=dtype, backend="cuda")
+    on_tile(tile)
+    got = bbk.linear_fp8(x, x_scale, weight, weight_scale, **options)
+    on_tile(plain)
+    for few in (slice(start, start + 128) for start in range(0, 384, 128)):
+        want = bbk.linear_fp8(x[few], x_scale[few], weight, weight_scale, **options)
+        assert torch.equal(got[few], want)
 
 
 @pytest.mark.parametrize("tile", WAVES, ids=names)

@@ -77,7 +77,8 @@ def test_two_gpus_decode_by_dealt_rows_what_one_process_decodes(ranks, row_token
     ]
     options = dict(row_tokens=row_tokens, timeout=WAIT)
     found = ranks.same(whole_row_cases.decode_all, "tiny", CASES, **options)
-    assert [outcome for outcome, _ in found] == expected
+    for (outcome, _), wanted, (prompt, settings) in zip(found, expected, CASES, strict=True):
+        assert outcome == wanted, (prompt, settings)
     assert {phase for phase, _ in found[1][1]} == {0, 2}
 
 

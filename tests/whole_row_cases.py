@@ -4,7 +4,10 @@ import torch
 
 import blockbatch
 from blockbatch.decoding import dealt_rows, forward, session
+from blockbatch.models import placement
 from rank_cases import decode, model_of, place
+
+placement.WHOLE_ROWS_ON_GPUS = True
 
 
 def decode_all(name, cases, dtype="float32", row_tokens=None, **more):
@@ -33,6 +36,8 @@ def first_forward(name, prompts, options, dtype="float32"):
     whole, kept = model.share.whole, []
 
     def noted(batch, predictions):
+        if kept:  # of later ones some are captured, which must not copy
+            return usual(batch, predictions)
         table = batch.cache.page_table.long()
         order = predictions.target.argsort()
         held = batch.cache.kv[:, :, table].float().cpu()  # [layers, 2, rows, pages, page_size, heads, dim]

@@ -42,7 +42,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--whole-rows",
         action="store_true",
-        help="under torchrun: each GPU holds all weights beside its part, and whole rows are dealt out",
+        help="under torchrun, on CPUs: processes hold all weights beside their part and deal out whole rows",
     )
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
 

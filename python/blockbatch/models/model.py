@@ -23,7 +23,7 @@ from blockbatch.models.head import head_in_pieces, head_predictions
 from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
-from blockbatch.models.placement import check_backend, device_of, dtype_of, limit_of
+from blockbatch.models.placement import check_backend, check_whole_rows, device_of, dtype_of, limit_of
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.row_pack import packed_rows, pages_of_rows
 from blockbatch.models.spec import ModelSpec
@@ -361,10 +361,7 @@ def load_model(
     dtype = dtype_of(dtype, device)
     check_backend(backend)
     cache_bytes = limit_of(cache_bytes)
-    if whole_rows and tensor_parallel == 1:
-        raise ValueError("whole_rows: expected False for a model of one process, got True")
-    if whole_rows and kv_dtype is not None:
-        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
+    check_whole_rows(whole_rows, tensor_parallel, kv_dtype, device)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)

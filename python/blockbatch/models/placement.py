@@ -6,6 +6,10 @@ import torch
 
 from blockbatch.values import as_int
 
+# On two GPUs the keys and values of dealt rows were those of one GPU, but decodes of several prompts were not
+# those of one process. Tests set it.
+WHOLE_ROWS_ON_GPUS = False
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,6 +51,23 @@ def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     if dtype not in _DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
     return dtype
+
+
+def check_whole_rows(
+    whole_rows: bool, tensor_parallel: int, kv_dtype: str | None, device: torch.device
+) -> None:
+    """Raises ValueError where rows cannot be dealt out."""
+    if not whole_rows:
+        return
+    if tensor_parallel == 1:
+        raise ValueError("whole_rows: expected False for a model of one process, got True")
+    if kv_dtype is not None:
+        raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
+    if device.type == "cuda" and not WHOLE_ROWS_ON_GPUS:
+        raise ValueError(
+            "whole_rows: expected False on GPUs, where decodes of several prompts with it were not those of "
+            "one process, got True"
+        )
 
 
 def check_backend(backend: str | None) -> None:
