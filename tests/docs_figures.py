@@ -5,7 +5,7 @@ function that takes their contents and gives the values of the fields. `WITHOUT_
 numbers that are no results, such as versions, for pages on which every other number stands in such a text.
 """
 
-from docs_figures_models import BLOCK_MODELS, DREAM, QUANTIZATION, SERVING
+from docs_figures_models import BLOCK_MODELS, DREAM, IN_SHORT, QUANTIZATION, SERVING
 from docs_figures_options import CUSTOM_RULES, SAMPLING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
 from docs_figures_ranks import RANKS
@@ -173,7 +173,7 @@ REAL_WEIGHTS = [
 ]
 
 FIGURES = {
-    "README.md": README,
+    "README.md": [*README, *IN_SHORT],
     "docs/performance.md": PERFORMANCE,
     "docs/terminal.md": TERMINAL,
     "docs/evaluation.md": EVALUATION,

@@ -335,6 +335,13 @@ def late(report):
 _SERVE = ["serve.json"]
 _FEW = ("one by one", 1), ("engine", 8), ("server", 8), ("engine", 32)
 _BY_LOAD = "fast, branches by load"
+IN_SHORT = [
+    (
+        "32 streams of the preset `fast` get {:.0f} tokens a second, one by one {:.0f}",
+        _SERVE,
+        measured(_BY_LOAD, ("server", 32), ("one by one", 1)),
+    )
+]
 SERVED_ON_A_GPU = [
     (f"| {label} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:.0f}} |", _SERVE, measured(setting, *_FEW))
     for label, setting in (
