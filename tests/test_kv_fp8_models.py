@@ -209,8 +209,12 @@ def test_on_a_gpu(tmp_path, quantization, backend):
     assert torch.equal(model.kv_scales.k, exact.kv_scales.k)
     ids = [[(3 * place) % 38 for place in range(100)]]
     got, want = model.logits(ids).float(), exact.logits(ids).float()
-    # Activations of 8 bits fall on the other side of a rounding now and then, which is a step of 6%.
-    assert (got - want).norm() < (0.03 if quantization is None else 0.06) * want.norm()
+    if quantization is None:
+        assert (got - want).norm() < 0.03 * want.norm()
+    else:  # activations of 8 bits fall on the other side of a rounding now and then, which is a step of 6%
+        plain = blockbatch.load_model(tmp_path, device="cuda", dtype="float32", backend="reference")
+        truth = plain.logits(ids)
+        assert (got - truth).norm() <= 2 * (want - truth).norm()
     config = blockbatch.DecodeConfig("blockbatch", gen_length=64)
     results = [blockbatch.generate(model, [PROMPT, PROMPT * 3], config) for _ in range(2)]
     assert [one.canvas for one in results[0]] == [one.canvas for one in results[1]]
