@@ -81,8 +81,8 @@ def test_bad_prompts_name_their_argument(model_folder, capsys, monkeypatch):
 
 
 REFUSED = {
-    ("generat", "x"): "COMMAND: expected one of generate, fill, compare, eval, ablate, picture, serve, dynamo, "
-    "got 'generat'; did you mean generate?",
+    ("generat", "x"): "COMMAND: expected one of generate, fill, compare, eval, ablate, picture, serve, "
+    "dynamo, got 'generat'; did you mean generate?",
     ("picture", "replays", "x"): "got 'replays'; did you mean replay?",
     ("generate", "x", "--tresh", "0.9"): "unrecognized arguments: --tresh 0.9; did you mean --threshold?",
     ("generate", "x", "--block_sizes=4"): "--block_sizes=4; did you mean --block-sizes?",
