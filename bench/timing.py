@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -143,7 +144,7 @@ def write_report(options: argparse.Namespace, device: torch.device, **results: A
         at = arguments.index("--out")
         del arguments[at : at + 2]
     report = {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments]),
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "dtype": options.dtype,
         "backend": options.backend or "fastest of each operator",
