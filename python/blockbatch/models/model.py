@@ -361,7 +361,7 @@ def load_model(
     dtype = dtype_of(dtype, device)
     check_backend(backend)
     cache_bytes = limit_of(cache_bytes)
-    check_whole_rows(whole_rows, tensor_parallel, kv_dtype, device)
+    check_whole_rows(whole_rows, tensor_parallel, kv_dtype)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)
