@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantization",
-        help="fp8: weights of the layers in 8 bits; fp8-all: the LM head too; left out: as the checkpoint has them",
+        help="fp8: layers in 8 bits; fp8-all: the LM head too; left out: as the checkpoint has them",
     )
     group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument(
