@@ -49,8 +49,8 @@ FP8_HEAD = [
         for base, shown in (("bf16", "bf16"), ("layers", "the layers alone"))
     ),
     (
-        "BlockBatch takes {:.0f}% more forwards than in bf16 on these problems, with an interval from {:.0f}% "
-        "to {:.0f}%",
+        "BlockBatch takes {:.0f}% more forwards than in bf16 on these problems, with an interval from "
+        "{:.0f}% to {:.0f}%",
         _ACCURACY,
         more_forwards("bf16", "blockbatch"),
     ),
