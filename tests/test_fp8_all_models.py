@@ -1,5 +1,6 @@
 """Models whose LM head is in e4m3 too: quantised while they are loaded, or stored so."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 import blockbatch
+import blockbatch_kernels as bbk
 import plain_models
 import rank_cases
 from block_models import write as write_block
 from blockbatch import memory
 from blockbatch.decoding import METHOD_BUILDERS, Session
 from blockbatch.methods import BLOCK_METHODS
-from blockbatch.models import checkpoint, weights
+from blockbatch.models import checkpoint, transformer, weights
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import CheckpointError
 from blockbatch.parallel.shards import Shard
@@ -183,6 +185,24 @@ def test_what_a_forward_takes_is_bounded(tmp_path, dtype, vocabulary, monkeypatc
         for _ in range(3):
             session.step()
     assert needed.cache < live.peak <= sum(needed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["lm_head_confidence_fp8", "lm_head_likely_fp8"])
+@pytest.mark.parametrize("predictions", [2, 300])
+def test_what_the_head_takes_is_bounded(tmp_path, predictions, operator, dtype, monkeypatch):
+    """Of few predictions a part of the weight in fp32 is the most."""
+    monkeypatch.setattr(library, "is_in_torch_dispatch_mode", lambda: False)
+    plain_models.write_llada(
+        tmp_path, d_model=256, n_heads=1, n_kv_heads=1, mlp_hidden_size=16, vocab_size=3000
+    )
+    model = load_all(tmp_path)
+    spec = dataclasses.replace(model.spec, head_dim=16)
+    hidden, head = torch.randn(predictions, 256).to(dtype), model.weights.lm_head
+    with LiveMemory() as live:
+        getattr(bbk, operator)(hidden, head.values, head.scale)
+    allowed = transformer.activation_bytes(spec, dtype, predictions, quantization="fp8-all")
+    assert 4 * 3000 * 256 < live.peak <= allowed
 
 
 def test_the_trace_says_it(tmp_path):
