@@ -1,6 +1,6 @@
-"""Products in e4m3 and block steps with weights in e4m3, beside bf16, in the shape of LLaDA-8B on a GPU.
+"""Products in e4m3 and block steps with layers in e4m3, beside bf16, in the shape of LLaDA-8B on a GPU.
 
-    python bench/fp8_step.py [--shapes llada-8b] [--tokens 32 128 252 1280] [--only heads steps] [--quick]
+    python bench/fp8_step.py [--shapes llada-8b] [--tokens 32 128 252 1280] [--quick]
 
 Everything is verified before it is timed: products against the reference operator, steps by verify.py. All
 layers' products of a kind run in one CUDA graph, so that every weight comes from memory. Columns of a
@@ -15,9 +15,7 @@ product, in ms for all layers:
 
 fp8_tiles.py compares the tiles of the extension's kernel.
 
-A step is one of bench/step_latency.py, with nothing in e4m3, with the layers ("fp8"), and with the LM head
-too ("fp8_all"). `heads` are times of the LM head with so many predictions: `bf16`, `fp8`, and of the latter
-the `product` and `quantize_rows` alone. `row_ms` is a forward of a whole row of 1280 positions.
+A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions.
 """
 
 from __future__ import annotations
@@ -45,7 +43,6 @@ MOST_ERROR = 5e-3
 # What is to be reached: ms of a step of so many tokens, and of a whole row.
 LIMITS = {128: 3.9, 252: 5.0}
 ROW_LIMIT = 18.0
-PARTS = ("products", "heads", "steps", "row")
 
 Product = Callable[[Tensor, Tensor, QuantizedWeight, Tensor], Tensor]
 
@@ -157,39 +154,8 @@ def measure_rows(model: Model, tokens: int, repeats: int) -> dict:
     return rounded(found)
 
 
-def measure_head(models: dict[str, Model], predictions: int, repeats: int) -> dict:
-    """ms of the LM head in bf16 and in e4m3, from hidden states to tokens and confidences."""
-    plain, model = models["bf16"], models["fp8_all"]
-    device, weight = model.device, model.weights.lm_head
-    hidden = torch.randn(predictions, model.spec.hidden_size, device=device).to(model.dtype)
-    rows = bbk.quantize_rows(hidden)
-    options = dict(out_dtype=torch.float32, backend="reference")
-    want = bbk.linear_fp8(*rows, weight.values, weight.scale, **options)
-    found = bbk.lm_head_confidence_fp8(hidden, weight.values, weight.scale)
-    missed = want.amax(-1) - want.gather(1, found[0].long()[:, None])[:, 0]
-    # Two logits that were rounded to the model's dtype, and what tensor cores leave out of a sum.
-    allowed = 2 * torch.finfo(model.dtype).eps * want.abs().amax(-1) + MOST_ERROR * want.std()
-    if not bool((missed <= allowed).all()):
-        raise Wrong(
-            f"the LM head in e4m3, {predictions} predictions: a top token misses by {missed.max():.3f}"
-        )
-    calls = {
-        "bf16": lambda: bbk.lm_head_confidence(hidden, plain.weights.lm_head)[:2],
-        "fp8": lambda: bbk.lm_head_confidence_fp8(hidden, weight.values, weight.scale)[:2],
-        "product": lambda: bbk.linear_fp8(*rows, weight.values, weight.scale, out_dtype=model.dtype),
-        "quantize_rows": lambda: bbk.quantize_rows(hidden),
-    }
-    runs = {name: as_graph(call, device) for name, call in calls.items()}
-    taken = in_turns([(run, None) for run in runs.values()], device, repeats)
-    line = {"predictions": predictions, "vocabulary": len(weight.values)}
-    line["ms"] = {name: ms for name, (ms, _) in zip(runs, taken, strict=True)}
-    line["gb_per_s"] = weight.nbytes / line["ms"]["fp8"] / 1e6
-    print(rounded(line), flush=True)
-    return rounded(line)
-
-
 def measure_step(models: dict[str, Model], tokens: int, length: int, repeats: int) -> list[dict]:
-    """The same step in bf16, with layers in e4m3 and with the LM head too, in turns."""
+    """The same step in bf16 and with layers in e4m3, in turns."""
     lines = []
     several = len(step_latency.BLOCK_SIZES[tokens]) > 1
     for pages in ("shared", "separate") if several else ("separate",):
@@ -228,34 +194,26 @@ def main() -> None:
     arguments.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     arguments.add_argument("--length", type=int, default=LENGTH)
     arguments.add_argument("--repeats", type=int, default=9)
-    arguments.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="what is measured")
     options = arguments.parse_args()
     device, repeats = device_of(options), 3 if options.quick else options.repeats
     report = []
     for shape in options.shapes:
         plain = random_model(shape, device, DTYPES[options.dtype], backend=options.backend)
         models = {"bf16": plain, "fp8": quantized(plain)}
-        models["fp8_all"] = quantized(models["fp8"], "fp8-all")
-        found = {"model": shape, "products": [], "rows": [], "heads": [], "steps": []}
+        found = {"model": shape, "products": [], "rows": [], "steps": []}
         for tokens in options.tokens:
-            is_step = tokens in step_latency.BLOCK_SIZES and tokens <= 512
-            if "products" in options.only:
-                found["products"] += measure_products(models["fp8"], plain, tokens, repeats)
-                found["rows"].append(measure_rows(models["fp8"], tokens, repeats))
-            if "heads" in options.only and is_step:
-                found["heads"].append(measure_head(models, tokens, repeats))
-            if "steps" in options.only and is_step:
+            found["products"] += measure_products(models["fp8"], plain, tokens, repeats)
+            found["rows"].append(measure_rows(models["fp8"], tokens, repeats))
+            if tokens in step_latency.BLOCK_SIZES and tokens <= 512:
                 found["steps"] += measure_step(models, tokens, options.length, repeats)
-        if "row" in options.only:
-            layers = {kind: models[kind] for kind in ("bf16", "fp8")}
-            found["row"] = measure_row(layers, options.length, repeats)
+        found["row"] = measure_row(models, options.length, repeats)
         report.append(found)
     targets = []
     for line in report[0]["steps"] if options.shapes[0] == "llada-8b" else ():
         if line["tokens"] in LIMITS and (line["pages"] == "shared" or line["tokens"] == 128):
             limit = LIMITS[line["tokens"]]
             targets.append(target(f"step of {line['tokens']} tokens, ms", line["fp8_ms"], limit))
-    if options.shapes[0] == "llada-8b" and options.length == LENGTH and "row" in options.only:
+    if options.shapes[0] == "llada-8b" and options.length == LENGTH:
         targets.append(target("a whole row of 1280, ms", report[0]["row"]["fp8_ms"], ROW_LIMIT))
     write_report(options, device, targets=targets, shapes=report)
 

@@ -64,22 +64,6 @@ def _attention_plan_symbols(
     )
 
 
-_ROPE = (
-    TensorArg("positions", "tokens", INT),
-    TensorArg("slot_mapping", "tokens", LONG),
-    TensorArg("cos", "max_positions head_dim/2", FLOAT),
-    TensorArg("sin", "max_positions head_dim/2", FLOAT),
-)
-
-
-_SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
-
-
-def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
-    shape = "pages page_size num_kv_heads head_dim"
-    return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
-
-
 # Of the LM head: hidden states and weights, in 16 or 32 bits or in e4m3; what else it takes; what it says.
 _HEAD = (
     TensorArg("hidden", "predictions dim", FLOATS),
@@ -109,6 +93,21 @@ _LIKELY = (
     Result(f"predictions {NUM_LIKELY}", torch.int32),
     Result(f"predictions {NUM_LIKELY}", torch.float32),
 )
+
+_ROPE = (
+    TensorArg("positions", "tokens", INT),
+    TensorArg("slot_mapping", "tokens", LONG),
+    TensorArg("cos", "max_positions head_dim/2", FLOAT),
+    TensorArg("sin", "max_positions head_dim/2", FLOAT),
+)
+
+
+_SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
+
+
+def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
+    shape = "pages page_size num_kv_heads head_dim"
+    return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
 
 
 _TABLE = (

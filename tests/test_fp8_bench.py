@@ -20,12 +20,9 @@ def test_fp8_step(tmp_path):
         (12, "separate"),
     ]
     assert len(shape["products"]) == 8
-    assert [line["predictions"] for line in shape["heads"]] == [8, 12]
-    assert all(line["vocabulary"] == 2048 and line["ms"]["fp8"] > 0 for line in shape["heads"])
     assert all({"ours", "bf16"} <= set(line["ms"]) for line in shape["products"])
     for line in shape["steps"]:
         assert all(0 < line["checks"][kind]["hidden_error"] < 0.02 for kind in ("bf16", "fp8"))
-        assert line["fp8_all_ms"] > 0
     assert shape["row"]["fp8_difference_from_reference"] < 1e-3
 
 

@@ -10,11 +10,11 @@ from blockbatch_kernels.cuda.extension import build_info, is_available, why_unav
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
 from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8, linear_swiglu_fp8
 from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
-from blockbatch_kernels.cuda.lm_head import (
-    lm_head_confidence,
+from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
+from blockbatch_kernels.cuda.lm_head_fp8 import (
     lm_head_confidence_fp8,
-    lm_head_likely,
     lm_head_likely_fp8,
+    lm_head_sample_fp8,
 )
 from blockbatch_kernels.cuda.norm import rms_norm
 from blockbatch_kernels.cuda.pack import pack_windows
@@ -22,7 +22,7 @@ from blockbatch_kernels.cuda.pages import copy_pages, share_pages
 from blockbatch_kernels.cuda.policy import decode_policy, initial_plan
 from blockbatch_kernels.cuda.quantized import quantize_rows, rms_norm_fp8, swiglu_fp8
 from blockbatch_kernels.cuda.rope import rope_kv_write, rope_kv_write_fp8
-from blockbatch_kernels.cuda.sampling import lm_head_sample, lm_head_sample_fp8
+from blockbatch_kernels.cuda.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",

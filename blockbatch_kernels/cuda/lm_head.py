@@ -7,7 +7,7 @@ import torch
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.cuda.gemm import is_aligned, kernel_exists
-from blockbatch_kernels.cuda.gemm_fp8 import product_into
+from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8
 from blockbatch_kernels.cuda.quantized import quantize_rows
 from blockbatch_kernels.shapes import NUM_LIKELY
 
@@ -63,19 +63,6 @@ def lm_head_confidence(
         stream=extension.stream_of(hidden),
     )
     return top_token, confidence, probe_probability
-
-
-def lm_head_confidence_fp8(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    *,
-    probe_tokens: torch.Tensor | None = None,
-    suppress_token: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See `lm_head_confidence`; where the extension has a tile for the product, it computes the logits."""
-    options = dict(probe_tokens=probe_tokens, suppress_token=suppress_token)
-    return lm_head_confidence(hidden, weight, weight_scale=weight_scale, **options)
 
 
 @torch.no_grad()
@@ -227,17 +214,6 @@ def lm_head_likely(
     return results
 
 
-def lm_head_likely_fp8(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    *,
-    suppress_token: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `lm_head_likely`."""
-    return lm_head_likely(hidden, weight, weight_scale=weight_scale, suppress_token=suppress_token)
-
-
 def empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> torch.Tensor:
     num_pieces = -(-weight.shape[0] // extension.load().LM_HEAD_PIECE_TOKENS)
     return torch.empty(hidden.shape[0], num_pieces, words, dtype=torch.float32, device=hidden.device)
@@ -264,5 +240,5 @@ def parts_of_logits(
             else:
                 own = (part[row : row + slice_rows] for part in quantised)
                 scale = weight_scale[token : token + chunk_tokens]
-                product_into(logits, *own, chunk, scale)
+                linear_fp8(*own, chunk, scale, out_dtype=logits.dtype, out=logits)
             yield slice(row, row + slice_rows), token, logits

@@ -4,11 +4,11 @@ from blockbatch_kernels.reference.attention import rope_kv_write, varlen_attenti
 from blockbatch_kernels.reference.attention_plan import attention_plan
 from blockbatch_kernels.reference.gemm import linear, linear_rope_kv_write, linear_swiglu
 from blockbatch_kernels.reference.kv_fp8 import rope_kv_write_fp8, varlen_attention_fp8
-from blockbatch_kernels.reference.lm_head import (
-    lm_head_confidence,
+from blockbatch_kernels.reference.lm_head import lm_head_confidence, lm_head_likely
+from blockbatch_kernels.reference.lm_head_fp8 import (
     lm_head_confidence_fp8,
-    lm_head_likely,
     lm_head_likely_fp8,
+    lm_head_sample_fp8,
 )
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
@@ -22,7 +22,7 @@ from blockbatch_kernels.reference.quantized import (
     rms_norm_fp8,
     swiglu_fp8,
 )
-from blockbatch_kernels.reference.sampling import lm_head_sample, lm_head_sample_fp8
+from blockbatch_kernels.reference.sampling import lm_head_sample
 
 __all__ = [
     "attention_plan",

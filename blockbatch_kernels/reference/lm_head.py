@@ -46,18 +46,6 @@ def lm_head_confidence(
     return top_token, confidence, probe_probability
 
 
-def lm_head_confidence_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    *,
-    probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    options = dict(probe_tokens=probe_tokens, suppress_token=suppress_token)
-    return lm_head_confidence(hidden, weight, weight_scale=weight_scale, **options)
-
-
 def lm_head_likely(
     hidden: Tensor,
     weight: Tensor,
@@ -83,9 +71,3 @@ def lm_head_likely(
             likely_probability[chunk, place : place + 1] = torch.where(is_likely, probability, 0.0)
             logits.scatter_(-1, token, float("-inf"))
     return top_token, confidence, likely_token, likely_probability
-
-
-def lm_head_likely_fp8(
-    hidden: Tensor, weight: Tensor, weight_scale: Tensor, *, suppress_token: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return lm_head_likely(hidden, weight, weight_scale=weight_scale, suppress_token=suppress_token)

@@ -71,31 +71,6 @@ def lm_head_sample(
     return token, sureness, probe_probability
 
 
-def lm_head_sample_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    rules: SamplingRules,
-    request: Tensor,
-    positions: Tensor,
-    *,
-    probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-    confidence: str = "probability",
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return lm_head_sample(
-        hidden,
-        weight,
-        rules,
-        request,
-        positions,
-        weight_scale=weight_scale,
-        probe_tokens=probe_tokens,
-        suppress_token=suppress_token,
-        confidence=confidence,
-    )
-
-
 def _change(logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor) -> None:
     """Adds the biases of the changed tokens, and bans those that are banned there."""
     if rules.changed_token.numel() == 0:

@@ -151,9 +151,3 @@ def lm_head_likely(
         num_warps=1,
     )
     return results
-
-
-def lm_head_likely_fp8(
-    hidden: Tensor, weight: Tensor, weight_scale: Tensor, *, suppress_token: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return lm_head_likely(hidden, weight, weight_scale=weight_scale, suppress_token=suppress_token)

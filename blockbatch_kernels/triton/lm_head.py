@@ -177,15 +177,3 @@ def lm_head_confidence(
         num_warps=1,
     )
     return top_token, confidence, probe_probability
-
-
-def lm_head_confidence_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    *,
-    probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    options = dict(probe_tokens=probe_tokens, suppress_token=suppress_token)
-    return lm_head_confidence(hidden, weight, weight_scale=weight_scale, **options)

@@ -256,28 +256,3 @@ def lm_head_sample(
         num_warps=1,
     )
     return token, sureness, probe_probability
-
-
-def lm_head_sample_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    rules: SamplingRules,
-    request: Tensor,
-    positions: Tensor,
-    *,
-    probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-    confidence: str = "probability",
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return lm_head_sample(
-        hidden,
-        weight,
-        rules,
-        request,
-        positions,
-        weight_scale=weight_scale,
-        probe_tokens=probe_tokens,
-        suppress_token=suppress_token,
-        confidence=confidence,
-    )
