@@ -30,10 +30,10 @@ def lm_head_confidence(
 
     `hidden` [predictions, dim] and `weight` [vocabulary, dim] (it may be a view of more rows) are CUDA
     tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. With
-    `weight_scale` [vocabulary] the weight is in e4m3. Returns top_token
-    [predictions] int32, confidence [predictions] fp32 and, with `probe_tokens` [predictions] int32,
-    probe_probability [predictions] fp32, else None. A probe outside of the vocabulary has probability NaN,
-    and so has everything of a row whose logits hold NaN or plus infinity, or are all minus infinity.
+    `weight_scale` [vocabulary] the weight is in e4m3. Returns top_token [predictions] int32, confidence
+    [predictions] fp32 and, with `probe_tokens` [predictions] int32, probe_probability [predictions] fp32,
+    else None. A probe outside of the vocabulary has probability NaN, and so has everything of a row whose
+    logits hold NaN or plus infinity, or are all minus infinity.
 
     What `tuning.lm_head_tile` has a tile for runs, without probes, where the extension's product exists
     (sm_90; fp16 or bf16; rows aligned to 16 bytes), with 16 bytes of memory per row and 192 tokens of the
