@@ -93,6 +93,25 @@ def test_two_waves_of_pairs_go_to_the_library():
     assert tuning.fp8_rule(128, 24576, 4096).multicast == 1
 
 
+def test_a_head_in_tiles_that_follow_each_other():
+    """LLaDA-8B's, whole and of two ranks: more tiles than twice the processors."""
+    for vocabulary in (126464, 63232):
+        found = [
+            tuning.fp8_rule(tokens, vocabulary, 4096) for tokens in (0, 1, 16, 33, 64, 65, 128, 129, 512)
+        ]
+        assert found[0] is None
+        assert [(tile.tokens, tile.rows, tile.waves) for tile in found[1:]] == [
+            (16, 192, False), (16, 192, False), (64, 192, False), (64, 192, False), (128, 192, True),
+            (128, 192, True), (256, 192, True), (256, 192, True),
+        ]  # fmt: skip
+        for tokens in (1, 64, 128, 252, 512):
+            tiles = tuning.fp8_candidates(tokens, vocabulary, 4096)
+            assert any(tile.waves for tile in tiles) and tuning.fp8_rule(tokens, vocabulary, 4096) in tiles
+    # No whole 8 rows, or no whole 16 columns: the library, or fp32.
+    assert tuning.fp8_rule(128, 126465, 4096) is None and tuning.fp8_rule(128, 126464, 4104) is None
+    assert not any(tile.waves for tile in tuning.fp8_candidates(128, 24576, 4096))
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100, 256, 5000])
 def test_the_triton_tile_fits_into_shared_memory(tokens):
     for most in (99 << 10, 227 << 10):

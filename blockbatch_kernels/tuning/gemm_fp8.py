@@ -39,6 +39,9 @@ _MOST_TOKENS = max(tile.tokens for tile in _FEW)
 _MIN_OUT_FEATURES, _MIN_SPLIT_IN_FEATURES = 1024, 2048
 # Waves of tiles: what fits into one is better off with a tile of its own.
 _MIN_WAVES_TOKENS = 129
+# An LM head: more rows than two of the largest tiles for each processor, so that one tile follows another
+# even for few tokens.
+_WIDE_OUT_FEATURES = 2 * 132 * 192
 
 
 def fp8_tile_name(tile: Fp8Tile) -> str:
@@ -57,10 +60,11 @@ def fp8_candidates(
     tiles = GATED_FP8_TILES if gated else LINEAR_FP8_TILES
     rooms = (tile.tokens for tile in tiles if not tile.waves and tile.tokens >= num_tokens)
     tokens = min(rooms, default=None)
+    takes_waves = num_tokens >= _MIN_WAVES_TOKENS or out_features > _WIDE_OUT_FEATURES
     return tuple(
         tile
         for tile in tiles
-        if (num_tokens >= _MIN_WAVES_TOKENS if tile.waves else tile.tokens == tokens)
+        if (takes_waves if tile.waves else tile.tokens == tokens)
         and (tile.split_k == 1 or in_features >= _MIN_SPLIT_IN_FEATURES)
     )
 
@@ -104,8 +108,11 @@ def fp8_rule(
 ) -> Fp8Tile | None:
     """`linear_fp8_tile` of sizes not measured.
 
-    The tile whose processors have the least to do, over all waves; of equals the largest.
+    The tile whose processors have the least to do, over all waves; of equals the largest. An LM head is so
+    wide that from 65 tokens on processors go from tile to tile.
     """
+    if out_features > _WIDE_OUT_FEATURES:
+        return _wide_rule(num_tokens, out_features, in_features)
     if num_tokens > _MOST_TOKENS or out_features < _MIN_OUT_FEATURES:
         return None
     ways = [tile for tile in fp8_candidates(num_tokens, out_features, in_features) if tile in _FEW]
@@ -115,6 +122,16 @@ def fp8_rule(
     if best is not None and best.multicast > 1 and _ctas(best, out_features) > device_kind.num_sms:
         return None
     return best
+
+
+def _wide_rule(num_tokens: int, out_features: int, in_features: int) -> Fp8Tile | None:
+    if num_tokens <= 64:
+        best = Fp8Tile(next(tokens for tokens in (16, 32, 64) if num_tokens <= tokens), 192)
+    elif num_tokens < _MIN_WAVES_TOKENS:
+        best = Fp8Tile(128, 192, x_multicast=2, waves=True)
+    else:
+        best = Fp8Tile(256, 192, multicast=2, waves=True)
+    return best if best in fp8_candidates(num_tokens, out_features, in_features) else None
 
 
 def _ctas(tile: Fp8Tile, out_features: int) -> int:
