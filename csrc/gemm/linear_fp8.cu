@@ -27,6 +27,19 @@ namespace {
   V(128, 1, 9, 1, 2, 1)   \
   V(128, 2, 6, 1, 2, 1)   \
   V(128, 3, 5, 1, 2, 1)
+#define BBK_FP8_OVERLAPPING_SHAPES(V) \
+  V(64, 2, 9, 1, 1, 1, 2, 1)          \
+  V(128, 1, 9, 1, 1, 1, 2, 1)         \
+  V(128, 1, 9, 2, 1, 1, 2, 1)         \
+  V(128, 2, 6, 1, 1, 1, 1, 1)         \
+  V(128, 2, 6, 1, 1, 1, 2, 1)         \
+  V(128, 3, 5, 1, 1, 1, 1, 1)         \
+  V(128, 1, 9, 1, 2, 1, 2, 2)         \
+  V(128, 2, 6, 2, 1, 1, 0, 2)         \
+  V(128, 2, 6, 2, 1, 1, 1, 2)         \
+  V(128, 2, 6, 2, 1, 1, 2, 2)         \
+  V(128, 2, 6, 1, 2, 1, 2, 2)         \
+  V(128, 3, 5, 1, 2, 1, 1, 2)
 
 void check(const GemmFp8Params& params, const GemmFp8Tile& tile) {
   constexpr auto kOp = kLinearFp8;
@@ -67,6 +80,7 @@ void gemm_fp8(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_
     using T = decltype(zero);
     constexpr auto kUse = GemmUse::kLinear;
     BBK_FP8_SHAPES(BBK_FP8_SHAPE)
+    BBK_FP8_OVERLAPPING_SHAPES(BBK_FP8_SHAPE_OF)
     refuse_fp8_tile(tile, "");
   });
 }
