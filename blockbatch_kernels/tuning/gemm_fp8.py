@@ -25,6 +25,7 @@ _FEW_OVERLAPPING = (
     *(Fp8Tile(256, 128, split_k=2, overlap=overlap) for overlap in (0, 1, 2)),
     Fp8Tile(256, 128, multicast=2, overlap=2),
     Fp8Tile(256, 192, multicast=2, overlap=1),
+    *(Fp8Tile(256, 192, split_k=2, multicast=2, overlap=overlap) for overlap in (0, 1)),
 )
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (

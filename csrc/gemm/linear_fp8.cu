@@ -39,7 +39,9 @@ namespace {
   V(128, 2, 6, 2, 1, 1, 1, 2)         \
   V(128, 2, 6, 2, 1, 1, 2, 2)         \
   V(128, 2, 6, 1, 2, 1, 2, 2)         \
-  V(128, 3, 5, 1, 2, 1, 1, 2)
+  V(128, 3, 5, 1, 2, 1, 1, 2)         \
+  V(128, 3, 5, 2, 2, 1, 0, 2)         \
+  V(128, 3, 5, 2, 2, 1, 1, 2)
 
 void check(const GemmFp8Params& params, const GemmFp8Tile& tile) {
   constexpr auto kOp = kLinearFp8;
