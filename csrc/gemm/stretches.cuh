@@ -73,27 +73,39 @@ struct Stretches {
   // Adds the products of the next `count` blocks.
   __device__ __forceinline__ void add(Sums& sums, int count) {
     if constexpr (S::kOverlap == Overlap::kTurns) {
-      add_in_turns(sums, count);
+      add_each<true>(sums, count);
     } else if constexpr (S::kOverlap == Overlap::kAhead) {
       add_ahead(sums, count);
     } else {
-      add_waiting(sums, count);
+      add_each<false>(sums, count);
     }
   }
 
  private:
-  // Starts the products of the next block; `fresh`: they replace what was there.
-  __device__ __forceinline__ void start(Sums& stretch, bool fresh) {
-    barrier_wait(full + 8 * turn.stage, turn.parity);
-    // Descriptors count in 16 bytes: 32 elements of K are 2.
+  struct Operands {
+    uint64_t a, b;
+  };
+
+  // Waits for the next block.
+  __device__ __forceinline__ Operands next() const {
+    // Descriptors count in 16 bytes.
     const uint64_t offset = static_cast<uint32_t>(turn.stage * (S::kStageBytes / 16));
+    const Operands operands = {a + offset, b + offset};
+    barrier_wait(full + 8 * turn.stage, turn.parity);
+    return operands;
+  }
+
+  // Starts its products; `fresh`: they replace what was there.
+  static __device__ __forceinline__ void start(Sums& stretch, const Operands& of, bool fresh) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-      Product::run(stretch, a + offset + 2 * k, b + offset + 2 * k, !fresh || k > 0);
+      // 32 elements of K are 2.
+      Product::run(stretch, of.a + 2 * k, of.b + 2 * k, !fresh || k > 0);
     }
     wgmma_commit();
   }
+  __device__ __forceinline__ void start(Sums& stretch, bool fresh) const { start(stretch, next(), fresh); }
 
   // Says that the stage of the block before has been read.
   __device__ __forceinline__ void release_before() const {
@@ -116,42 +128,28 @@ struct Stretches {
     for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
   }
 
-  // The tensor cores stand still while the only warpgroup, or all at once, add.
-  __device__ __forceinline__ void add_waiting(Sums& sums, int count) {
+  // In turns: while one warpgroup adds a stretch, the tensor cores compute that of the next in the ring. Else
+  // they stand still while the only warpgroup adds, or all at once.
+  template <bool kInTurns>
+  __device__ __forceinline__ void add_each(Sums& sums, int count) {
     Sums stretch;
 #pragma unroll 1
-    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-      const int end = min(begin + kBlocksOfAStretch, count);
-#pragma unroll 1
-      for (int i = begin; i < end; ++i) {
-        start(stretch, i == begin);
-        // Products of the block before are done: its stage may be filled again.
+    for (int left = count; left > 0; left -= kBlocksOfAStretch) {
+      const Operands first = next();
+      if constexpr (kInTurns) ring.take();
+      start(stretch, first, true);
+      advance();
+      if (left > 1) {
+        start(stretch, false);
+        // Products of the first block are done: its stage may be filled again. What is still on its way keeps
+        // the tensor cores busy until the next in the ring has started.
         wgmma_wait<1>();
-        if (i > begin) release_before();
+        if constexpr (kInTurns) ring.pass();
+        release_before();
         advance();
+      } else {
+        if constexpr (kInTurns) ring.pass();
       }
-      wgmma_wait<0>();
-      release_before();
-      add_stretch(sums, stretch);
-    }
-  }
-
-  // While one warpgroup adds a stretch, the tensor cores compute that of the next in the ring.
-  __device__ __forceinline__ void add_in_turns(Sums& sums, int count) {
-    Sums stretch;
-#pragma unroll 1
-    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-      const int end = min(begin + kBlocksOfAStretch, count);
-      ring.take();
-#pragma unroll 1
-      for (int i = begin; i < end; ++i) {
-        start(stretch, i == begin);
-        wgmma_wait<1>();
-        if (i > begin) release_before();
-        advance();
-      }
-      // What is still on its way keeps the tensor cores busy until the next has started.
-      ring.pass();
       wgmma_wait<0>();
       release_before();
       add_stretch(sums, stretch);
@@ -194,7 +192,7 @@ struct Stretches {
       release_before();
       add_stretch(sums, odd);
     }
-    add_waiting(sums, count - i);
+    add_each<false>(sums, count - i);
   }
 };
 
