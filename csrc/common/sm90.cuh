@@ -84,6 +84,16 @@ __device__ __forceinline__ void store_remote(uint32_t remote, const float* value
                : "memory");
 }
 
+// The same, whose 16 bytes count towards a barrier there: a wait for it sees them.
+__device__ __forceinline__ void store_remote_counted(uint32_t remote, const float* values,
+                                                     uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          remote),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(remote_barrier)
+      : "memory");
+}
+
 // The copy engine
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {

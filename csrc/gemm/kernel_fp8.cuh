@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm/kernel.cuh"
+#include "gemm/parts.cuh"
 #include "gemm/stretches.cuh"
 
 namespace bbk {
@@ -113,11 +114,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                     const GemmFp8Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens <= 232448);
+  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens + 8 <= 232448);
   float* token_scales = reinterpret_cast<float*>(shared + S::kSharedBytes);
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
+  // Behind the scales.
+  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kSharedBytes + 4 * S::kTokens;
+  constexpr bool kCountsParts = S::kSplitK > 1 && S::kOverlap != Overlap::kNone;
   const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
@@ -134,6 +138,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
+    }
+    if constexpr (kCountsParts) {
+      barrier_init(parts_barrier, 1);
+      barrier_arrive_expecting(parts_barrier, bytes_of_parts<S>(split));
     }
     publish_barriers();
   }
@@ -182,29 +190,36 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     __syncwarp();
     if constexpr (S::kSplitK > 1) {
       cluster_barrier();
-      cluster_barrier_with_writes();
+      if constexpr (!kCountsParts) cluster_barrier_with_writes();
     }
   } else {
     take_registers<S::kConsumerRegisters>();
     wait_for_predecessors();  // the activations are waited for in any case
-    for (int i = threadIdx.x; i < S::kTokens; i += S::kGroups * 128) {
-      const int token = share * args.box_tokens + i;
-      token_scales[i] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
+    if (threadIdx.x < S::kTokens) {
+      const int token = share * args.box_tokens + threadIdx.x;
+      token_scales[threadIdx.x] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
     }
     named_barrier(1, S::kGroups * 128);
     float sums[S::kTokens / 2] = {};
+    // They come from memory while the tensor cores compute.
+    const float2 row_scales = scales_of_rows<S>(args, first_row, warpgroup);
     {
       Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
       stretches.add(sums, count);
       stretches.end();
     }
-    apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
+    apply_scales<S>(sums, token_scales, row_scales);
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      send_parts<S>(sums, stages, split, warpgroup);
-      cluster_barrier_with_writes();
+      if constexpr (kCountsParts) {
+        send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+        barrier_wait(parts_barrier, 0);
+      } else {
+        send_parts<S>(sums, stages, split, warpgroup);
+        cluster_barrier_with_writes();
+      }
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
