@@ -1,4 +1,4 @@
-"""Products that rotate and store q, k and v in e4m3: errors of the extension, a model's products in pieces."""
+"""Products that rotate and store q, k and v in e4m3: errors of the extension, a model's in pieces."""
 
 import pytest
 import torch

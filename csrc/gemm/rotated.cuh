@@ -178,9 +178,11 @@ struct RotatedRows {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         if (token_of(turn) >= num_tokens) break;
-        Eight* first = reinterpret_cast<Eight*>(staged(turn));
-        Eight* second = reinterpret_cast<Eight*>(staged(turn) + 32);
-        rotate(*first, *second, angles[turn]);
+        Eight first = *reinterpret_cast<const Eight*>(staged(turn));
+        Eight second = *reinterpret_cast<const Eight*>(staged(turn) + 32);
+        rotate(first, second, angles[turn]);
+        *reinterpret_cast<Eight*>(staged(turn)) = first;
+        *reinterpret_cast<Eight*>(staged(turn) + 32) = second;
       }
     }
 #pragma unroll 1
