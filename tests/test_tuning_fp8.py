@@ -41,6 +41,24 @@ def test_the_table_is_what_is_compiled():
     assert len(names) == len(set(names))
 
 
+def test_rotated_tiles_are_those_that_q_k_and_v_take():
+    """Each is compiled twice more, and none for nothing."""
+    source = "linear_rope_fp8.cu"
+    compiled = {
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast)
+        for tokens, groups, _, split_k, multicast in (shape for shape in shapes_in(source) if len(shape) == 5)
+    } | {
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, waves=True)
+        for tokens, groups, _, multicast in (shape for shape in shapes_in(source) if len(shape) == 4)
+    }
+    assert compiled == set(tuning.ROTATED_FP8_TILES) <= set(tuning.LINEAR_FP8_TILES)
+    # LLaDA-8B, half of it, Dream-7B
+    products = {(12288, 4096), (6144, 4096), (4608, 3584)}
+    served = {tuning.linear_fp8_tile(tokens, *sizes) for sizes in products for tokens in range(1, 2000)}
+    assert compiled <= served
+    assert all(tuning.linear_fp8_tile(tokens, 12288, 4096) in compiled for tokens in range(1, 2000))
+
+
 def test_the_measured_rows_name_tiles_with_room():
     for row in (row for rows in rows_fp8.PRODUCTS.values() for row in rows):
         tiles = gemm_fp8._tiles_by_name(row.gated)

@@ -22,6 +22,7 @@ from blockbatch_kernels.ops.layer import (
     rope_kv_write,
     swiglu,
 )
+from blockbatch_kernels.ops.linear_rope import linear_rope_kv_write_fp8
 from blockbatch_kernels.ops.quantized import (
     linear_fp8,
     linear_swiglu_fp8,
@@ -48,6 +49,7 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_rope_kv_write",
+    "linear_rope_kv_write_fp8",
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",

@@ -51,6 +51,16 @@ GATED_FP8_TILES = (
     Fp8Tile(256, 192, multicast=2),
     *_WAVES,
 )
+# Those that can rotate q and k and write the cache behind the product of q, k and v, as far as that product
+# takes them: csrc/gemm/linear_rope_fp8.cu.
+ROTATED_FP8_TILES = (
+    *(Fp8Tile(tokens, rows) for tokens in (16, 32, 64) for rows in (64, 128)),
+    Fp8Tile(128, 128),
+    Fp8Tile(128, 128, split_k=2),
+    Fp8Tile(256, 128, multicast=2),
+    Fp8Tile(256, 128, multicast=2, waves=True),
+    Fp8Tile(256, 192, multicast=2, waves=True),
+)
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
 FP8_PIECE = 1 << 24
 _OVERLAPS = ("", " turns", " ahead")

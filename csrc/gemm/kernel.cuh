@@ -117,11 +117,11 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   }
 }
 
-// Adds what the other CTAs sent, in the order of K, and writes the result.
-template <class S, int kPart = 0>
+// Adds what the other CTAs sent, in the order of K, and writes the result; `rows`: see RotatedRows.
+template <class S, int kPart = 0, class Args, class Rows>
 __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const unsigned char* parts,
-                                            unsigned char* staging, const GemmArgs& args, int split,
-                                            int first_row, int group) {
+                                            unsigned char* staging, const Args& args, int split,
+                                            int first_row, int group, Rows& rows) {
   if constexpr (kPart < S::kSplitK) {
     if (kPart == split) {
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
@@ -142,9 +142,13 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
         }
         d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
       }
-      write_out<S, kPart>(sums, staging, args, first_row, group);
+      if constexpr (S::kRotated) {
+        rows.template write<kPart>(sums, staging, args, group, rows.bias(args));
+      } else {
+        write_out<S, kPart>(sums, staging, args, first_row, group);
+      }
     }
-    finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group);
+    finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group, rows);
   }
 }
 
@@ -310,11 +314,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       cluster_barrier();  // nobody reads a pipeline any more
       send_parts<S>(sums, stages, split, warpgroup);
       cluster_barrier_with_writes();
-      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
+      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
       if constexpr (S::kRotated) {
-        rows.write(sums, staging, args, warpgroup);
+        rows.write(sums, staging, args, warpgroup, rows.bias(args));
       } else {
         write_out<S, 0>(sums, staging, args, first_row, warpgroup);
       }

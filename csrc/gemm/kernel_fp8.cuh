@@ -14,6 +14,13 @@ struct GemmFp8Args : GemmArgs {
   int up_distance;            // with an activation: rows of the weight from a gate to its up
 };
 
+struct RotatedGemmFp8Args : GemmFp8Args {
+  RopeKvWriteParams rope;  // its q and caches are written instead of `out`
+};
+
+template <class S>
+using Fp8Args = std::conditional_t<S::kRotated, RotatedGemmFp8Args, GemmFp8Args>;
+
 // The scales of a thread's two rows; with an activation, of its gate and its up.
 template <class S>
 __device__ __forceinline__ float2 scales_of_rows(const GemmFp8Args& args, int first_row, int group) {
@@ -26,15 +33,25 @@ __device__ __forceinline__ float2 scales_of_rows(const GemmFp8Args& args, int fi
                      has_other ? args.weight_scale[other] : 0.0f);
 }
 
-// Multiplies the sums with the scales of their rows and tokens.
+// The same of a thread's two places of a head.
+template <class Rows>
+__device__ __forceinline__ float2 scales_of_places(const RotatedGemmFp8Args& args, const Rows& rows) {
+  if (!rows.exists(args.rope)) return make_float2(0.0f, 0.0f);
+  const float* place = rows.of_row(args.weight_scale, args.rope);
+  return make_float2(place[0], place[args.rope.head_dim / 2]);
+}
+
+// Multiplies the sums with the scales of their rows and tokens. Rounded before a bias is added: what the
+// compiler contracts would depend on the kernel around it.
 template <class S>
 __device__ __forceinline__ void apply_scales(float (&sums)[S::kTokens / 2], const float* token_scales,
                                              float2 rows) {
 #pragma unroll
   for (int j = 0; j < S::kTokens / 8; ++j) {
     const float2 scale = *reinterpret_cast<const float2*>(token_scales + 8 * j + threadIdx.x % 4 * 2);
-    sums[4 * j] *= scale.x * rows.x, sums[4 * j + 1] *= scale.y * rows.x;
-    sums[4 * j + 2] *= scale.x * rows.y, sums[4 * j + 3] *= scale.y * rows.y;
+    float* d = &sums[4 * j];
+    d[0] = __fmul_rn(d[0], scale.x * rows.x), d[1] = __fmul_rn(d[1], scale.y * rows.x);
+    d[2] = __fmul_rn(d[2], scale.x * rows.y), d[3] = __fmul_rn(d[3], scale.y * rows.y);
   }
 }
 
@@ -65,13 +82,28 @@ struct Sharing {
 };
 
 // Brings a part of the weight's tile for block `k` (in pairs of elements) into the CTAs that share it.
-template <class S>
+template <class S, class Args>
 __device__ __forceinline__ void copy_weight(uint32_t target, const CUtensorMap* map, int k, int first_row,
-                                            uint32_t barrier, const Sharing<S>& sharing, uint64_t policy) {
+                                            uint32_t barrier, const Sharing<S>& sharing, uint64_t policy,
+                                            [[maybe_unused]] const Args& args) {
   constexpr int kRowsEach = S::kRows / S::kMulticast;
   const int row = first_row + sharing.z * kRowsEach;
   const uint32_t part = target + sharing.z * kRowsEach * kSwizzledRowBytes;
-  if constexpr (S::kGated && S::kMulticast > 1) {
+  if constexpr (S::kRotated) {
+    // As many first as second places of one head in each copy.
+    const int eights = args.rope.head_dim / 16;
+#pragma unroll
+    for (int box = 0; box < kRowsEach; box += S::kHeadBoxRows) {
+      const int eight = (row + box) / 16;
+      const int from[5] = {k, 0, 0, eight % eights, eight / eights};
+      if constexpr (S::kMulticast > 1) {
+        copy_box_multicast(part + box * kSwizzledRowBytes, map, from, barrier, sharing.mask_of_weight(),
+                           policy);
+      } else {
+        copy_box(part + box * kSwizzledRowBytes, map, from, barrier, policy);
+      }
+    }
+  } else if constexpr (S::kGated && S::kMulticast > 1) {
     copy_box_multicast(part, map, {k, 0, 0, row / 16}, barrier, sharing.mask_of_weight(), policy);
   } else if constexpr (S::kGated) {
     copy_box(part, map, {k, 0, 0, row / 16}, barrier, policy);
@@ -111,7 +143,7 @@ __device__ __forceinline__ uint32_t empty_of_lane(uint32_t empty, const Sharing<
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
-                    const GemmFp8Args args) {
+                    const Fp8Args<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
   static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens + 8 <= 232448);
@@ -159,7 +191,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * kSwizzledRowBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, (k_begin + i) * S::kBlockK, first_row,
-                       barrier, sharing, read_once);
+                       barrier, sharing, read_once, args);
       };
       const auto fetch_x = [&](int i) {
         const int stage = i % S::kStages;
@@ -199,10 +231,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const int token = share * args.box_tokens + threadIdx.x;
       token_scales[threadIdx.x] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
     }
+    [[maybe_unused]] std::conditional_t<S::kRotated, RotatedRows<S>, int> rows;
+    if constexpr (S::kRotated) rows.load(args, first_row, warpgroup);
     named_barrier(1, S::kGroups * 128);
     float sums[S::kTokens / 2] = {};
     // They come from memory while the tensor cores compute.
-    const float2 row_scales = scales_of_rows<S>(args, first_row, warpgroup);
+    float2 row_scales;
+    if constexpr (S::kRotated) {
+      row_scales = scales_of_places(args, rows);
+    } else {
+      row_scales = scales_of_rows<S>(args, first_row, warpgroup);
+    }
     {
       Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
       stretches.add(sums, count);
@@ -220,10 +259,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         send_parts<S>(sums, stages, split, warpgroup);
         cluster_barrier_with_writes();
       }
-      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
+      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
-      write_out<S, 0>(sums, staging, args, first_row, warpgroup);
+      if constexpr (S::kRotated) {
+        rows.write(sums, staging, args, warpgroup, rows.bias(args));
+      } else {
+        write_out<S, 0>(sums, staging, args, first_row, warpgroup);
+      }
     }
   }
 #endif

@@ -8,17 +8,18 @@
 
 namespace bbk {
 
-struct GemmFp8WavesArgs : GemmFp8Args {
+template <class S>
+struct GemmFp8WavesArgs : Fp8Args<S> {
   int token_groups;  // tiles of a cluster along the tokens
   int num_tiles;     // of a cluster
 };
 
-// Shared memory behind the pipeline: what leaves, a box for each warpgroup; the pipeline's barriers; the
-// scales of the tokens, for each warpgroup.
+// Shared memory behind the pipeline: what leaves, a box for each warpgroup, or what is to be rotated; the
+// pipeline's barriers; the scales of the tokens, for each warpgroup.
 template <class S>
 struct WavesLayout {
   static constexpr int kBoxRowBytes = 2 * S::kOutColumns;
-  static constexpr int kBoxBytes = S::kTokens * kBoxRowBytes;
+  static constexpr int kBoxBytes = S::kRotated ? S::kStagingBytes : S::kTokens * kBoxRowBytes;
   static constexpr int kBarriers = S::kPipelineBytes + S::kGroups * kBoxBytes;
   static constexpr int kScales = kBarriers + 2 * S::kStages * 8;
   static constexpr int kSharedBytes = kScales + S::kGroups * S::kTokens * 4;
@@ -51,12 +52,42 @@ __device__ __forceinline__ void fill_box(const float (&sums)[S::kTokens / 2], ui
   }
 }
 
+// Where a tile of heads goes: a thread holds position and slot of one token while the sums are made.
+template <class S>
+struct HeldPlaces {
+  RotatedRows<S, true> rows;
+  int first_token, position, slot;
+
+  template <class Args>
+  __device__ __forceinline__ void load(const Args& args, int first_row, int from_token, int group) {
+    rows.load_head(args.rope, first_row, group);
+    first_token = from_token;
+    const int token = first_token + threadIdx.x % 128;
+    const bool exists = token < args.num_tokens;
+    position = exists ? args.rope.positions[token] : -1;
+    const int64_t slots = args.rope.num_pages * args.rope.page_size;
+    slot = rows.checked_slot(exists ? args.rope.slots[token] : -1, slots);
+  }
+
+  template <class Args>
+  __device__ __forceinline__ void write(const float (&sums)[S::kTokens / 2], unsigned char* staging,
+                                        const Args& args, float2 bias, int group) {
+#pragma unroll
+    for (int turn = 0; turn < rows.kTurns; ++turn) {
+      const int lane = threadIdx.x % 32 / 4 + 8 * turn;
+      rows.position[turn] = __shfl_sync(~0u, position, lane);
+      rows.slot[turn] = __shfl_sync(~0u, slot, lane);
+    }
+    rows.write_from(sums, staging, args, group, bias, first_token);
+  }
+};
+
 // Grid: (kXMulticast CTAs of each cluster, 1, kMulticast); clusters of (kXMulticast, 1, kMulticast).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_waves_kernel(const __grid_constant__ CUtensorMap x_map,
                           const __grid_constant__ CUtensorMap weight_map,
-                          const __grid_constant__ CUtensorMap out_map, const GemmFp8WavesArgs args) {
+                          const __grid_constant__ CUtensorMap out_map, const GemmFp8WavesArgs<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = WavesLayout<S>;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -78,7 +109,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     prefetch_map(&weight_map);
-    prefetch_map(&out_map);
+    if constexpr (!S::kRotated) prefetch_map(&out_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
@@ -99,7 +130,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kStageBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, i * S::kBlockK, row, barrier, sharing,
-                       read_once);
+                       read_once, args);
       };
       const auto fetch_x = [&](int stage, int i, int token) {
         copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, i * S::kBlockK, token,
@@ -144,6 +175,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     using T = typename S::T;
     const int thread = threadIdx.x % 128;
     constexpr int kHeldScales = (S::kTokens + 127) / 128;
+    const int own_barrier = (S::kRotated ? 2 : 1) + warpgroup;
     float* token_scales = reinterpret_cast<float*>(shared + L::kScales) + warpgroup * S::kTokens;
     const uint32_t box = stages + S::kPipelineBytes + warpgroup * L::kBoxBytes;
     Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
@@ -157,9 +189,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int token = first_token + 128 * turn + thread;
         held_scales[turn] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
       }
-      const float2 row_scales = scales_of_rows<S>(args, first_row, warpgroup);
-      float2 bias = make_float2(0.0f, 0.0f);
-      if (!S::kGated && args.bias != nullptr) {
+      [[maybe_unused]] std::conditional_t<S::kRotated, HeldPlaces<S>, int> held;
+      float2 row_scales, bias = make_float2(0.0f, 0.0f);
+      if constexpr (S::kRotated) {
+        held.load(args, first_row, first_token, warpgroup);
+        row_scales = scales_of_places(args, held.rows);
+        bias = held.rows.bias(args);
+      } else {
+        row_scales = scales_of_rows<S>(args, first_row, warpgroup);
+      }
+      if (!S::kGated && !S::kRotated && args.bias != nullptr) {
         const int row = first_row + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
         if (row < args.out_features) bias.x = to_float(static_cast<const T*>(args.bias)[row]);
         if (row + 8 < args.out_features) bias.y = to_float(static_cast<const T*>(args.bias)[row + 8]);
@@ -174,19 +213,23 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
       }
       // The box before has left, and the tokens' scales are there.
-      if (thread == 0) wait_until_boxes_are_read();
-      named_barrier(1 + warpgroup, 128);
+      if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
+      named_barrier(own_barrier, 128);
       apply_scales<S>(sums, token_scales, row_scales);
-      fill_box<S>(sums, box, bias);
-      publish_stores();
-      named_barrier(1 + warpgroup, 128);
-      const int column = (S::kGated ? first_row / 2 : first_row) + warpgroup * S::kOutColumns;
-      if (thread == 0 && column < args.out_features && first_token < args.num_tokens) {
-        store_box(&out_map, {column, first_token}, box);
-        commit_boxes();
+      if constexpr (S::kRotated) {
+        held.write(sums, shared + S::kPipelineBytes + warpgroup * L::kBoxBytes, args, bias, warpgroup);
+      } else {
+        fill_box<S>(sums, box, bias);
+        publish_stores();
+        named_barrier(own_barrier, 128);
+        const int column = (S::kGated ? first_row / 2 : first_row) + warpgroup * S::kOutColumns;
+        if (thread == 0 && column < args.out_features && first_token < args.num_tokens) {
+          store_box(&out_map, {column, first_token}, box);
+          commit_boxes();
+        }
       }
     }
-    if (thread == 0) wait_until_boxes_are_read();
+    if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
     stretches.end();
   }
 #endif
