@@ -8,6 +8,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.models import Model
+from blockbatch.models.kv_scales import calibrate
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import TransformerWeights, allocate
@@ -179,9 +180,16 @@ def quantized(model: Model, quantization: str = "fp8") -> Model:
     return Model(model.spec, weights, None, backend=model.backend, name=model.name)
 
 
+def with_kv_in_e4m3(model: Model) -> Model:
+    """The same weights, with a K/V cache in e4m3, by scales as they are found when a model is loaded."""
+    options = dict(backend=model.backend, name=model.name, kv_scales=calibrate(model))
+    return Model(model.spec, model.weights, None, **options)
+
+
 def with_backend(model: Model, backend: str | None) -> Model:
-    """The same weights, computed by another backend."""
-    return Model(model.spec, model.weights, None, backend=backend, name=model.name)
+    """The same weights and scales of the cache, computed by another backend."""
+    options = dict(backend=backend, name=model.name, kv_scales=model.kv_scales)
+    return Model(model.spec, model.weights, None, **options)
 
 
 def random_prompt(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:

@@ -37,6 +37,7 @@ initial_plan = traceable(ops.initial_plan)
 linear = traceable(ops.linear)
 linear_fp8 = traceable(ops.linear_fp8)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
+linear_rope_kv_write_fp8 = traceable(ops.linear_rope_kv_write_fp8)
 linear_swiglu = traceable(ops.linear_swiglu)
 linear_swiglu_fp8 = traceable(ops.linear_swiglu_fp8)
 lm_head_confidence = traceable(ops.lm_head_confidence)
@@ -84,6 +85,7 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_rope_kv_write",
+    "linear_rope_kv_write_fp8",
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",

@@ -7,6 +7,8 @@ its docstring there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from blockbatch_kernels import tuning
@@ -105,9 +107,19 @@ _ROPE = (
 _SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
 
 
+# Of a cache in e4m3; a cache in the dtype of the model has none.
+_OPTIONAL_SCALES = tuple(replace(scale, optional=True) for scale in _SCALES)
+
+
 def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
     shape = "pages page_size num_kv_heads head_dim"
     return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
+
+
+def _any_caches(**options) -> tuple[TensorArg, TensorArg]:
+    """In e4m3, or in the dtype of the model, which `ops` compares with that of the results."""
+    k_cache, v_cache = _caches((*FLOATS, E4M3), **options)
+    return k_cache, replace(v_cache, dtype="k_cache")
 
 
 _TABLE = (
@@ -224,11 +236,29 @@ _TABLE = (
             TensorArg("weight", "out_features in_features", "x"),
             TensorArg("bias", "out_features", "x", optional=True),
             *_ROPE,
-            *_caches("x", written=True, pinned="whole"),
+            *_any_caches(written=True, pinned="whole"),
+            *_OPTIONAL_SCALES,
             Scalar("num_heads", int, least=1),
             Scalar("static_weight", bool, False),
         ),
         (Result("tokens num_heads head_dim", "x"),),
+    ),
+    Operator(
+        "linear_rope_kv_write_fp8",
+        (
+            TensorArg("x", "tokens in_features", FP8),
+            TensorArg("x_scale", "tokens", FLOAT),
+            TensorArg("weight", "out_features in_features", FP8),
+            TensorArg("weight_scale", "out_features", FLOAT),
+            TensorArg("bias", "out_features", FLOATS, optional=True),
+            *_ROPE,
+            *_any_caches(written=True, pinned="whole"),
+            *_OPTIONAL_SCALES,
+            Scalar("num_heads", int, least=1),
+            Scalar("out_dtype", torch.dtype),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens num_heads head_dim", "out_dtype"),),
     ),
     Operator(
         "attention_plan",

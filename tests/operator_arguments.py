@@ -5,6 +5,7 @@ import torch
 import blockbatch_kernels as bbk
 
 MASK, EOS, VOCABULARY = 49, 48, 50
+ROTATED_OPERATORS = ("linear_rope_kv_write", "linear_rope_kv_write_fp8")
 QUANTIZED_OPERATORS = ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8", "linear_swiglu_fp8")
 PARAMS = bbk.PolicyParams(mask_token_id=MASK, eos_token_ids=(EOS,))
 
@@ -73,6 +74,16 @@ def linear_rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
         **arguments,
         num_heads=heads,
     )
+
+
+def linear_rope_fp8(device, dtype, **sizes):
+    """The same by values in e4m3 and scales that are powers of two."""
+    arguments = linear_rope(device, dtype, **sizes)
+    rows = len(arguments["weight"])
+    x, weight = (arguments.pop(name).to(torch.float8_e4m3fn) for name in ("x", "weight"))
+    x_scale, weight_scale = torch.full((len(x),), 0.5), 2.0 ** -(torch.arange(rows) % 3)
+    scales = dict(x_scale=x_scale.to(device), weight_scale=weight_scale.to(device))
+    return dict(x=x, weight=weight, **scales, **arguments, out_dtype=dtype)
 
 
 def e4m3(shape, device):
@@ -165,8 +176,8 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "rope_kv_write_fp8":
         return kv_in_e4m3(rope(device, dtype)) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
-    if operator == "linear_rope_kv_write":
-        return linear_rope(device, dtype)
+    if operator in ROTATED_OPERATORS:
+        return kv_in_e4m3((linear_rope_fp8 if operator.endswith("fp8") else linear_rope)(device, dtype))
     if operator in ("attention_plan", "varlen_attention", "varlen_attention_fp8"):
         tensors = attention(device, dtype)
         table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}

@@ -11,7 +11,7 @@ from blockbatch_kernels import tuning
 def test_fp8_step(tmp_path):
     report = run(
         "fp8_step.py", tmp_path / "fp8_step.json", "--device", "cpu", "--shapes", "small-llada", "--tokens",
-        "8", "12", "--length", "64", "--repeats", "2",
+        "8", "12", "--length", "64", "--repeats", "2", "--kv-dtype", "fp8",
     )  # fmt: skip
     (shape,) = report["shapes"]
     assert [(line["tokens"], line["pages"]) for line in shape["steps"]] == [
@@ -22,7 +22,13 @@ def test_fp8_step(tmp_path):
     assert len(shape["products"]) == 8
     assert all({"ours", "bf16"} <= set(line["ms"]) for line in shape["products"])
     for line in shape["steps"]:
-        assert all(0 < line["checks"][kind]["hidden_error"] < 0.02 for kind in ("bf16", "fp8"))
+        kinds = ("bf16", "fp8", "fp8_apart", "bf16_kv8", "fp8_kv8")
+        assert all(line[f"{kind}_ms"] > 0 for kind in kinds)
+        assert all(0 < line["checks"][kind]["hidden_error"] < 0.02 for kind in kinds)
+    assert [line["tokens"] for line in shape["rotated"]] == [8, 12]
+    for line in shape["rotated"]:
+        kinds = {f"{kind}, cache in {cache}" for kind in ("bf16", "fp8") for cache in ("16 bits", "e4m3")}
+        assert set(line["ms"]) == {f"{kind}, {way}" for kind in kinds for way in ("together", "apart")}
     assert shape["row"]["fp8_difference_from_reference"] < 1e-3
 
 

@@ -9,7 +9,7 @@ from blockbatch_kernels.cuda.attention import attention_plan, varlen_attention, 
 from blockbatch_kernels.cuda.extension import build_info, is_available, why_unavailable
 from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
 from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8, linear_swiglu_fp8
-from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write
+from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write, linear_rope_kv_write_fp8
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
 from blockbatch_kernels.cuda.lm_head_fp8 import (
     lm_head_confidence_fp8,
@@ -34,6 +34,7 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_rope_kv_write",
+    "linear_rope_kv_write_fp8",
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",

@@ -105,7 +105,7 @@ def _on_tile(
     gated: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    x = x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     features = len(weight) // 2 if gated else len(weight)
     out = torch.empty(len(x), features, dtype=out_dtype, device=x.device) if out is None else out
     extension.load().linear_fp8(
@@ -128,6 +128,11 @@ def _at_16_bytes(x: Tensor) -> Tensor:
     """The same where the library reads it: without gaps, from whole 16 bytes on."""
     fits = x.is_contiguous() and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Rows of bytes, or a copy that the copy engine can read."""
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_aligned(matrix: Tensor) -> bool:

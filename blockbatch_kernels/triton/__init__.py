@@ -23,6 +23,7 @@ _OPERATORS = {
     "linear": "gemm",
     "linear_fp8": "gemm_fp8",
     "linear_rope_kv_write": "gemm",
+    "linear_rope_kv_write_fp8": "gemm",
     "linear_swiglu": "gemm",
     "linear_swiglu_fp8": "gemm_fp8",
     "lm_head_confidence": "lm_head",
