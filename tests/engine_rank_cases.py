@@ -139,6 +139,10 @@ def idle(name, prompt, options, seconds):
     """A request, a pause that is longer than any forward may take, and another request; what each rank's
     processor did meanwhile."""
     model = load(name)
+    with engine_on(model) as engine:  # loads what the first forwards load
+        if engine is not None:
+            engine.submit(prompt, blockbatch.DecodeConfig(**options))
+            engine.run_until_idle()
     model.share.group.watch._stall_seconds = seconds / 4
     found, used = [], 0.0
     engine = Engine(model, cache_tokens=1 << 12)
