@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from importlib.util import find_spec
 from typing import Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.arguments import add_decoding, add_own, given_options, methods_note
 from blockbatch.cli.arguments import load as load_named
 from blockbatch.cli.help import examples
@@ -28,6 +30,7 @@ def add_parser(commands: Any) -> None:
             "blockbatch serve tiny",
             "blockbatch serve GSAI-ML/LLaDA-8B-Instruct --preset careful --port 8000",
             "blockbatch serve tiny --api-key SECRET --max-requests 32 --branches load",
+            "torchrun --nproc-per-node 2 -m blockbatch serve GSAI-ML/LLaDA-8B-Instruct",
         ),
     )
     parser.set_defaults(run=run)
@@ -117,6 +120,10 @@ def add_engine(parser: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until it is told to end; leaves by SystemExit where the status is not 0."""
+    rank, size = ranks.process()
+    if rank > 0:
+        follow(options)
+        return
     lacking = [name for name in _NEEDED if find_spec(name) is None]
     if lacking:
         raise RuntimeError(
@@ -138,7 +145,7 @@ def run(options: argparse.Namespace) -> None:
         drain_seconds=options.drain_seconds,
         max_body_bytes=options.max_body_bytes,
         log_prompts=options.log_prompts,
-        page=not options.no_page,
+        page=not options.no_page and size == 1,  # it decodes beside the engine
     )
 
     status = serve(
@@ -153,12 +160,29 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
+def follow(options: argparse.Namespace) -> None:
+    """Takes part in what the first process decodes, until that ends."""
+    model = load_named(options)
+    # Who tells all processes to end means the first, whose requests then end before the others may.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        engine_of(model, options).follow()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def model_and_engine(options: argparse.Namespace) -> tuple[Any, Any]:
     """What the options name, loaded."""
+    model = load_named(options)
+    return model, engine_of(model, options)
+
+
+def engine_of(model: Any, options: argparse.Namespace) -> Any:
+    """The engine that the options name."""
     from blockbatch.decoding.engine import Engine
 
-    model = load_named(options)
-    engine = Engine(
+    return Engine(
         model,
         max_requests=options.max_requests,
         max_queue=options.max_queue,
@@ -167,7 +191,6 @@ def model_and_engine(options: argparse.Namespace) -> tuple[Any, Any]:
         deterministic=options.deterministic,
         cache_tokens=options.cache_tokens,
     )
-    return model, engine
 
 
 def seconds(text: str) -> float:

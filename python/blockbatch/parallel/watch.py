@@ -47,14 +47,8 @@ class Watch:
         # What this rank is in, for messages, and since when; None: nothing that waits for the others.
         self._busy: tuple[str, float] | None = None
         self._closed = False
-        self._peers: dict[int, connection.Connection] = {}
-        if rank == 0:
-            self._meet(size, exchange)
-        else:
-            port, key = json.loads(exchange(""))
-            peer = connection.Client(("127.0.0.1", port), authkey=key.encode())
-            peer.send_bytes(str(rank).encode())
-            self._peers[0] = peer
+        self._listeners: list[Callable[[str], None]] = []
+        self._peers = meet(rank, size, exchange)
         self._thread = threading.Thread(target=self._run, name="blockbatch-ranks", daemon=True)
         self._thread.start()
 
@@ -79,6 +73,14 @@ class Watch:
         """Tells the others that this rank cannot go on."""
         self._fail(f"rank {self.rank}: {message}")
 
+    def when_failed(self, call: Callable[[str], None]) -> None:
+        """`call` gets the failure once there is one, on whatever thread finds it."""
+        with self._lock:
+            self._listeners.append(call)
+            failure = self.failure
+        if failure is not None:
+            call(failure)
+
     def wait_for_failure(self, seconds: float) -> str | None:
         """The failure, which may come some moments behind what it causes."""
         end = time.monotonic() + seconds
@@ -96,25 +98,6 @@ class Watch:
                 except OSError:
                     pass
 
-    def _meet(self, size: int, exchange: Callable[[str], str]) -> None:
-        """Waits until every other rank is connected to this one, the first."""
-        key = secrets.token_hex(16)
-        with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
-            exchange(json.dumps([listener.address[1], key]))
-
-            def accept() -> None:
-                for _ in range(size - 1):
-                    peer = listener.accept()
-                    self._peers[int(peer.recv_bytes())] = peer
-
-            # Nothing else bounds how long it waits for a connection.
-            accepting = threading.Thread(target=accept, daemon=True)
-            accepting.start()
-            accepting.join(_MEET_SECONDS)
-            if len(self._peers) < size - 1:
-                others, found = size - 1, len(self._peers)
-                raise RankError(f"rank 0: expected {others} others within {_MEET_SECONDS:g} s, got {found}")
-
     def _fail(self, message: str, source: int | None = None) -> None:
         with self._lock:
             if self.failure is not None:
@@ -126,6 +109,8 @@ class Watch:
                         peer.send_bytes(json.dumps({"failed": message}).encode())
                     except OSError:
                         pass
+        for call in self._listeners:
+            call(message)
 
     def _run(self) -> None:
         peers = {peer: rank for rank, peer in self._peers.items()}
@@ -166,3 +151,37 @@ class Watch:
         """Ends a process whose main thread waits for ranks that never come, in a call that nothing breaks."""
         print(f"blockbatch: error: {self.failure}", file=sys.stderr, flush=True)
         os._exit(EXIT_STATUS)
+
+
+def meet(rank: int, size: int, exchange: Callable[[str], str]) -> dict[int, connection.Connection]:
+    """Connections from rank 0 to each of the others, by their ranks; theirs to rank 0.
+
+    Args:
+        rank, size: of this process.
+        exchange: gives every rank the text that rank 0 passed to it.
+
+    Raises:
+        RankError: on rank 0, when the others did not come.
+    """
+    if rank > 0:
+        port, key = json.loads(exchange(""))
+        peer = connection.Client(("127.0.0.1", port), authkey=key.encode())
+        peer.send_bytes(str(rank).encode())
+        return {0: peer}
+    key, peers = secrets.token_hex(16), {}
+    with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
+        exchange(json.dumps([listener.address[1], key]))
+
+        def accept() -> None:
+            for _ in range(size - 1):
+                peer = listener.accept()
+                peers[int(peer.recv_bytes())] = peer
+
+        # Nothing else bounds how long it waits for a connection.
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        accepting.join(_MEET_SECONDS)
+        if len(peers) < size - 1:
+            others, found = size - 1, len(peers)
+            raise RankError(f"rank 0: expected {others} others within {_MEET_SECONDS:g} s, got {found}")
+    return peers
