@@ -17,7 +17,9 @@ _FEW = (
 )
 _FEW_OVERLAPPING = (
     *(Fp8Tile(tokens, 64, split_k=2, overlap=2) for tokens in (16, 32, 64)),
-    *(Fp8Tile(tokens, rows, overlap=2) for tokens in (16, 32, 64) for rows in (128, 192)),
+    *(Fp8Tile(tokens, 128, overlap=2) for tokens in (16, 32, 64)),
+    *(Fp8Tile(tokens, 192, overlap=2) for tokens in (16, 32)),
+    Fp8Tile(64, 192, overlap=1),
     Fp8Tile(128, 64, overlap=2),
     Fp8Tile(128, 64, split_k=2, overlap=2),
     *(Fp8Tile(128, 128, overlap=overlap) for overlap in (1, 2)),
