@@ -227,7 +227,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       token_scales[i] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
     }
     [[maybe_unused]] std::conditional_t<S::kRotated, RotatedRows<S>, int> rows;
-    if constexpr (S::kRotated) rows.load(args, first_row, warpgroup);
+    [[maybe_unused]] float2 place_scales;
+    if constexpr (S::kRotated) {
+      rows.load(args, first_row, warpgroup);
+      place_scales = scales_of_places(args, rows);
+    }
     named_barrier(1, S::kGroups * 128);
     using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
     const auto release = [&](int i) { release_stage<S>(empty + 8 * (i % S::kStages), sharing); };
@@ -261,7 +265,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
     }
     if constexpr (S::kRotated) {
-      apply_scales<S>(sums, token_scales, scales_of_places(args, rows));
+      apply_scales<S>(sums, token_scales, place_scales);
     } else {
       apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
     }
