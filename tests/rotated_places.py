@@ -20,8 +20,10 @@ def places(num_tokens, kv_heads, head_dim, dtype, device="cuda", in_e4m3=False, 
     slots = torch.randperm(pages * PAGE_SIZE, generator=generator)[:num_tokens]
     slots[1::5] = -1
     caches = torch.full((2, pages, PAGE_SIZE, kv_heads, head_dim), math.nan).to(E4M3 if in_e4m3 else dtype)
-    # No powers of two, so that divisions round; some numbers are beyond what e4m3 holds.
+    # Some numbers are beyond what e4m3 holds. Powers of two divide exactly, the others round.
     scales = [0.3 * torch.rand(kv_heads, generator=generator) + 1e-3 for _ in range(2)] if in_e4m3 else []
+    for first, scale in enumerate(scales):
+        scale[first::2] = 2.0 ** -torch.randint(1, 9, (len(scale[first::2]),), generator=generator)
     tensors = (positions, slots, angle.cos(), angle.sin(), caches)
     return *(tensor.to(device) for tensor in tensors), tuple(scale.to(device) for scale in scales)
 

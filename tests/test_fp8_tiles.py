@@ -90,12 +90,13 @@ def test_waves_give_the_bits_of_a_plain_tile(tile, dtype, on_tile, poisoned):
     x, x_scale = quantised(384, 1040, DEVICE, 5)
     weight, weight_scale = quantised(2048, 1040, DEVICE, 6)
     options = dict(out_dtype=dtype, backend="cuda")
-    on_tile(tile)
-    got = bbk.linear_fp8(x, x_scale, weight, weight_scale, **options)
-    on_tile(plain)
-    for few in (slice(start, start + 128) for start in range(0, 384, 128)):
-        want = bbk.linear_fp8(x[few], x_scale[few], weight, weight_scale, **options)
-        assert torch.equal(got[few], want)
+    for bias in (None, 100 * torch.randn(2048, device=DEVICE).to(dtype)):
+        on_tile(tile)
+        got = bbk.linear_fp8(x, x_scale, weight, weight_scale, bias, **options)
+        on_tile(plain)
+        for few in (slice(start, start + 128) for start in range(0, 384, 128)):
+            want = bbk.linear_fp8(x[few], x_scale[few], weight, weight_scale, bias, **options)
+            assert torch.equal(got[few], want)
 
 
 @pytest.mark.parametrize("inner", [16, 144, 656, 1040, 2320, 4096])

@@ -16,7 +16,10 @@ _FEW = (
     *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
 _FEW_OVERLAPPING = (
-    Fp8Tile(64, 128, overlap=2),
+    *(Fp8Tile(tokens, 64, split_k=2, overlap=2) for tokens in (16, 32, 64)),
+    *(Fp8Tile(tokens, 128, overlap=2) for tokens in (16, 32, 64)),
+    *(Fp8Tile(tokens, 192, overlap=2) for tokens in (16, 32)),
+    Fp8Tile(64, 192, overlap=1),
     Fp8Tile(128, 64, overlap=2),
     Fp8Tile(128, 64, split_k=2, overlap=2),
     *(Fp8Tile(128, 128, overlap=overlap) for overlap in (1, 2)),

@@ -185,15 +185,28 @@ struct RotatedRows {
         *reinterpret_cast<Eight*>(staged(turn) + 32) = second;
       }
     }
+    if (is_power_of_two(scale)) {
+      store_turns<true>(staging, args, head, first_token, num_tokens, __frcp_rn(scale));
+    } else {
+      store_turns<false>(staging, args, head, first_token, num_tokens, scale);
+    }
+  }
+
+  template <bool kInverse, class Args>
+  __device__ __forceinline__ void store_turns(const unsigned char* staging, const Args& args,
+                                              const RopeHead& head, int first_token, int num_tokens,
+                                              float scale) {
 #pragma unroll 1
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (token_of(turn) >= num_tokens) break;
+      const int token = token_of(turn);
+      if (token >= num_tokens) break;
       int own_slot = slot[0];
 #pragma unroll
       for (int other = 1; other < kTurns; ++other) own_slot = turn == other ? slot[other] : own_slot;
-      write_halves<true>(rope, first_token + token_of(turn), own_slot, head, first_place + column(),
-                         *reinterpret_cast<const Eight*>(staged(turn)),
-                         *reinterpret_cast<const Eight*>(staged(turn) + 32), scale);
+      const T* staged = reinterpret_cast<const T*>(staging) + token * S::kStagingPitch + column();
+      write_halves<true, kInverse>(args.rope, first_token + token, own_slot, head, first_place + column(),
+                                   *reinterpret_cast<const Eight*>(staged),
+                                   *reinterpret_cast<const Eight*>(staged + 32), scale);
     }
   }
 };

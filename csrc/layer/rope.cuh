@@ -87,6 +87,29 @@ __device__ __forceinline__ Run<E4m3, kWidth> in_e4m3(const Run<T, kWidth>& run, 
   return stored;
 }
 
+// A normal number whose product with its inverse is what a division by it gives, bit for bit.
+__device__ __forceinline__ bool is_power_of_two(float scale) {
+  const uint32_t bits = __float_as_uint(scale);
+  return (bits & 0x7fffff) == 0 && bits >= 0x800000 && bits < 0x7f800000;
+}
+
+// As in_e4m3 by a power of two, of which `inverse` is the inverse: without divisions.
+template <typename T, int kWidth>
+__device__ __forceinline__ Run<E4m3, kWidth> in_e4m3_by_inverse(const Run<T, kWidth>& run, float inverse) {
+  Run<E4m3, kWidth> stored;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += 2) {
+    const float first = __fmul_rn(to_float(run.values[i]), inverse);
+    const float second = __fmul_rn(to_float(run.values[i + 1]), inverse);
+    // Infinity times zero: what is infinite becomes NaN, everything else stays.
+    const float2 pair = make_float2(__fmaf_rn(first, 0.0f, first), __fmaf_rn(second, 0.0f, second));
+    const uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+    stored.values[i].bits = static_cast<uint8_t>(two);
+    stored.values[i + 1].bits = static_cast<uint8_t>(two >> 8);
+  }
+  return stored;
+}
+
 // What a cache in e4m3 divides a head of k or v by; of q, and with other caches, nothing is read.
 template <bool kE4m3>
 __device__ __forceinline__ float cache_scale(const RopeKvWriteParams& params, const RopeHead& head) {
@@ -94,8 +117,9 @@ __device__ __forceinline__ float cache_scale(const RopeKvWriteParams& params, co
   return (head.is_v ? params.v_scale : params.k_scale)[head.index];
 }
 
-// Writes both halves from `place` on to q or into the cache, which kE4m3 says the elements of.
-template <bool kE4m3, typename T, int kWidth>
+// Writes both halves from `place` on to q or into the cache, which kE4m3 says the elements of. With kInverse
+// `scale` is the inverse of one that is a power of two.
+template <bool kE4m3, bool kInverse = false, typename T, int kWidth>
 __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, int64_t token, int64_t slot,
                                              const RopeHead& head, int place, const Run<T, kWidth>& first,
                                              const Run<T, kWidth>& second, float scale) {
@@ -112,8 +136,15 @@ __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, in
     if constexpr (kE4m3) {
       E4m3* stored = static_cast<E4m3*>(cache.data) + page * cache.page_stride + offset * cache.token_stride +
                      head.index * cache.head_stride + place;
-      *reinterpret_cast<Run<E4m3, kWidth>*>(stored) = in_e4m3(first, scale);
-      *reinterpret_cast<Run<E4m3, kWidth>*>(stored + params.head_dim / 2) = in_e4m3(second, scale);
+      const auto convert = [scale](const Run<T, kWidth>& run) {
+        if constexpr (kInverse) {
+          return in_e4m3_by_inverse(run, scale);
+        } else {
+          return in_e4m3(run, scale);
+        }
+      };
+      *reinterpret_cast<Run<E4m3, kWidth>*>(stored) = convert(first);
+      *reinterpret_cast<Run<E4m3, kWidth>*>(stored + params.head_dim / 2) = convert(second);
       return;
     }
     target = static_cast<T*>(cache.data) + page * cache.page_stride + offset * cache.token_stride +
