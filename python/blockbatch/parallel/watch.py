@@ -74,8 +74,8 @@ class Watch:
         self._fail(f"rank {self.rank}: {message}")
 
     def when_failed(self, call: Callable[[str], None]) -> None:
-        """`call` gets, on the watch's thread, the failure that another rank tells, or that this one finds while
-        it waits for others."""
+        """`call` gets, on the watch's thread, the failure that another rank tells, or that this one finds
+        while it waits for others."""
         with self._lock:
             self._listeners.append(call)
             failure = self.failure
