@@ -1,6 +1,6 @@
 """Products in e4m3 and block steps with layers in e4m3, beside bf16, in the shape of LLaDA-8B on a GPU.
 
-    python bench/fp8_step.py [--shapes llada-8b] [--tokens 32 128 252 1280] [--quick]
+    python bench/fp8_step.py [--shapes llada-8b] [--tokens 32 128 252 1280] [--kv-dtype fp8] [--quick]
 
 Everything is verified before it is timed: products against the reference operator, steps by verify.py. All
 layers' products of a kind run in one CUDA graph, so that every weight comes from memory. Columns of a
@@ -15,7 +15,10 @@ product, in ms for all layers:
 
 fp8_tiles.py compares the tiles of the extension's kernel.
 
-A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions.
+A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions. Columns of a
+step: `bf16` and `fp8` say the kind of the weights, `fp8_apart` computes q, k and v by two launches instead of
+one (rotated.py; `rotated` has that product alone), and with --kv-dtype fp8 `bf16_kv8` and `fp8_kv8` have a
+K/V cache in e4m3.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import rotated
 import step_latency
 import torch
-from random_models import DTYPES, quantized, random_model
+from random_models import DTYPES, quantized, random_model, with_kv_in_e4m3
 from timing import as_graph, clean, device_of, event_ms, in_turns, parser, rounded, target, write_report
 from torch import Tensor
 from verify import Wrong, check_step, relative_error
@@ -43,6 +48,9 @@ MOST_ERROR = 5e-3
 # What is to be reached: ms of a step of so many tokens, and of a whole row.
 LIMITS = {128: 3.9, 252: 5.0}
 ROW_LIMIT = 18.0
+# The kind of a step whose product of q, k and v is apart from what follows it.
+APART = "fp8_apart"
+PARTS = ("products", "rows", "rotated", "steps", "row")
 
 Product = Callable[[Tensor, Tensor, QuantizedWeight, Tensor], Tensor]
 
@@ -155,14 +163,15 @@ def measure_rows(model: Model, tokens: int, repeats: int) -> dict:
 
 
 def measure_step(models: dict[str, Model], tokens: int, length: int, repeats: int) -> list[dict]:
-    """The same step in bf16 and with layers in e4m3, in turns."""
+    """The same step by the models of all kinds, in turns."""
     lines = []
     several = len(step_latency.BLOCK_SIZES[tokens]) > 1
     for pages in ("shared", "separate") if several else ("separate",):
         cases, checks = {}, {}
         for kind, model in models.items():
-            cases[kind] = step_latency.make_case(model, tokens, length, pages)
-            checks[kind] = check_step(cases[kind])
+            with rotated.apart() if kind == APART else nullcontext():  # a graph keeps what it captured
+                cases[kind] = step_latency.make_case(model, tokens, length, pages)
+                checks[kind] = check_step(cases[kind])
         taken = in_turns([(case.run, case.restore) for case in cases.values()], model.device, repeats)
         line = {"tokens": tokens, "length": length, "pages": pages, "checks": checks}
         line |= {f"{kind}_ms": ms for kind, (ms, _) in zip(cases, taken, strict=True)}
@@ -194,26 +203,36 @@ def main() -> None:
     arguments.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     arguments.add_argument("--length", type=int, default=LENGTH)
     arguments.add_argument("--repeats", type=int, default=9)
+    arguments.add_argument("--kv-dtype", choices=("fp8",), help="steps with a K/V cache in e4m3, too")
+    arguments.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     options = arguments.parse_args()
     device, repeats = device_of(options), 3 if options.quick else options.repeats
     report = []
     for shape in options.shapes:
         plain = random_model(shape, device, DTYPES[options.dtype], backend=options.backend)
         models = {"bf16": plain, "fp8": quantized(plain)}
-        found = {"model": shape, "products": [], "rows": [], "steps": []}
+        steps = {**models, APART: models["fp8"]}
+        if options.kv_dtype == "fp8":
+            steps |= {f"{kind}_kv8": with_kv_in_e4m3(model) for kind, model in models.items()}
+        found = {"model": shape, "products": [], "rows": [], "rotated": [], "steps": []}
         for tokens in options.tokens:
-            found["products"] += measure_products(models["fp8"], plain, tokens, repeats)
-            found["rows"].append(measure_rows(models["fp8"], tokens, repeats))
-            if tokens in step_latency.BLOCK_SIZES and tokens <= 512:
-                found["steps"] += measure_step(models, tokens, options.length, repeats)
-        found["row"] = measure_row(models, options.length, repeats)
+            if "products" in options.only:
+                found["products"] += measure_products(models["fp8"], plain, tokens, repeats)
+            if "rows" in options.only:
+                found["rows"].append(measure_rows(models["fp8"], tokens, repeats))
+            if "rotated" in options.only:
+                found["rotated"].append(rotated.measure_rotated(models, tokens, repeats))
+            if "steps" in options.only and tokens in step_latency.BLOCK_SIZES and tokens <= 512:
+                found["steps"] += measure_step(steps, tokens, options.length, repeats)
+        if "row" in options.only:
+            found["row"] = measure_row(models, options.length, repeats)
         report.append(found)
     targets = []
     for line in report[0]["steps"] if options.shapes[0] == "llada-8b" else ():
         if line["tokens"] in LIMITS and (line["pages"] == "shared" or line["tokens"] == 128):
             limit = LIMITS[line["tokens"]]
             targets.append(target(f"step of {line['tokens']} tokens, ms", line["fp8_ms"], limit))
-    if options.shapes[0] == "llada-8b" and options.length == LENGTH:
+    if options.shapes[0] == "llada-8b" and options.length == LENGTH and "row" in report[0]:
         targets.append(target("a whole row of 1280, ms", report[0]["row"]["fp8_ms"], ROW_LIMIT))
     write_report(options, device, targets=targets, shapes=report)
 

@@ -8,6 +8,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch.models import Model
+from blockbatch.models.kv_scales import calibrate
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import TransformerWeights, allocate
@@ -159,10 +160,12 @@ def random_model(
     return Model(spec, weights, None, backend=backend, name=name)
 
 
-def quantized(model: Model) -> Model:
-    """The same model with the weights of its layers in e4m3."""
+def quantized(model: Model, quantization: str = "fp8") -> Model:
+    """The same model with the weights of its layers in e4m3, by "fp8-all" its LM head too."""
 
-    def in_e4m3(weight: torch.Tensor) -> QuantizedWeight:
+    def in_e4m3(weight: torch.Tensor | QuantizedWeight) -> QuantizedWeight:
+        if isinstance(weight, QuantizedWeight):
+            return weight
         return QuantizedWeight(*bbk.quantize_rows(weight, backend="reference"))
 
     names = ("qkv_weight", "out_weight", "gate_up_weight", "down_weight")
@@ -170,13 +173,23 @@ def quantized(model: Model) -> Model:
         replace(layer, **{name: in_e4m3(getattr(layer, name)) for name in names})
         for layer in model.weights.layers
     ]
-    weights = replace(model.weights, layers=layers)
+    lm_head = model.weights.lm_head
+    weights = replace(
+        model.weights, layers=layers, lm_head=in_e4m3(lm_head) if quantization == "fp8-all" else lm_head
+    )
     return Model(model.spec, weights, None, backend=model.backend, name=model.name)
 
 
+def with_kv_in_e4m3(model: Model) -> Model:
+    """The same weights, with a K/V cache in e4m3, by scales as they are found when a model is loaded."""
+    options = dict(backend=model.backend, name=model.name, kv_scales=calibrate(model))
+    return Model(model.spec, model.weights, None, **options)
+
+
 def with_backend(model: Model, backend: str | None) -> Model:
-    """The same weights, computed by another backend."""
-    return Model(model.spec, model.weights, None, backend=backend, name=model.name)
+    """The same weights and scales of the cache, computed by another backend."""
+    options = dict(backend=backend, name=model.name, kv_scales=model.kv_scales)
+    return Model(model.spec, model.weights, None, **options)
 
 
 def random_prompt(spec: ModelSpec, length: int, seed: int = 0) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 import blockbatch_kernels as bbk
 from blockbatch.decoding.batch import Batch
 from blockbatch.models import Model, transformer
+from blockbatch.models.kv_scales import KVScales
 from blockbatch.models.weights import LayerWeights, TransformerWeights
 
 # An error may be twice the reference's own, and this much for a rounding more or less.
@@ -61,13 +62,18 @@ class _UpcastLayers:
 
 
 class _UpcastCache:
-    """A K/V cache in fp32, one layer at a time; what is written there is forgotten with the layer."""
+    """A K/V cache in fp32, one layer at a time, as numbers that it stands for; what is written there is
+    forgotten with the layer."""
 
-    def __init__(self, kv: Tensor) -> None:
-        self._kv, self.device, self.shape = kv, kv.device, kv.shape
+    def __init__(self, kv: Tensor, scales: KVScales | None) -> None:
+        self._kv, self.device, self.shape, self._scales = kv, kv.device, kv.shape, scales
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._kv[index].float()
+        exact = self._kv[index].float()
+        if self._scales is not None:
+            for side, scale in enumerate((self._scales.k[index], self._scales.v[index])):
+                exact[side] *= scale[:, None]
+        return exact
 
 
 @dataclass
@@ -105,6 +111,7 @@ def _forward(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
         batch.seqlens_k,
         distinct_rows=batch.cache.distinct_rows,
         backend=model.backend,
+        kv_scales=model.kv_scales,
     )[: case.tokens]
 
 
@@ -115,7 +122,7 @@ def _truth(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
         upcast(model.weights),
         transformer.rope_table(model.spec, model.device),
         packed,
-        _UpcastCache(batch.cache.kv),
+        _UpcastCache(batch.cache.kv, model.kv_scales),
         batch.cache.page_table,
         batch.seqlens_k,
         backend="reference",
@@ -174,6 +181,10 @@ def check_predictions(case: Case, hidden: Hidden, top_token: Tensor, confidence:
         top_token, confidence: of the timed forward at `hidden.predict_target`.
     """
     spec, weight = case.model.spec, case.model.weights.lm_head
+    read = hidden.reference
+    if not isinstance(weight, Tensor):  # in e4m3: its product rounds the hidden states to e4m3
+        values, of_row = bbk.quantize_rows(read, backend="reference")
+        read = values.float() * of_row[:, None]
     logits = F.linear(hidden.truth[hidden.predict_index], weight.float())
     if spec.suppress_mask:
         logits[:, spec.mask_token_id] = float("-inf")
@@ -181,10 +192,10 @@ def check_predictions(case: Case, hidden: Hidden, top_token: Tensor, confidence:
     gap = best - logits.gather(-1, top_token.long().unsqueeze(-1)).squeeze(-1)
     finite = logits.isfinite()
     scale = float(logits[finite].square().mean().sqrt())
-    error = relative_error(hidden.reference, hidden.truth)
+    error = relative_error(read, hidden.truth)
     # A logit of unit scale errs by about the hidden states' relative error; 8 of those are out of reach of
     # chance over some hundred predictions, and the products round their logits once more.
-    allowed = 8 * error * scale + 2 * float(torch.finfo(weight.dtype).eps) * float(best.abs().max())
+    allowed = 8 * error * scale + 2 * float(torch.finfo(hidden.ours.dtype).eps) * float(best.abs().max())
     if not float(gap.max()) <= allowed:
         raise Wrong(
             f"top tokens: expected logits within {allowed:.3f} of the best, got {float(gap.max()):.3f}"

@@ -37,11 +37,15 @@ initial_plan = traceable(ops.initial_plan)
 linear = traceable(ops.linear)
 linear_fp8 = traceable(ops.linear_fp8)
 linear_rope_kv_write = traceable(ops.linear_rope_kv_write)
+linear_rope_kv_write_fp8 = traceable(ops.linear_rope_kv_write_fp8)
 linear_swiglu = traceable(ops.linear_swiglu)
 linear_swiglu_fp8 = traceable(ops.linear_swiglu_fp8)
 lm_head_confidence = traceable(ops.lm_head_confidence)
+lm_head_confidence_fp8 = traceable(ops.lm_head_confidence_fp8)
 lm_head_likely = traceable(ops.lm_head_likely)
+lm_head_likely_fp8 = traceable(ops.lm_head_likely_fp8)
 lm_head_sample = traceable(ops.lm_head_sample)
+lm_head_sample_fp8 = traceable(ops.lm_head_sample_fp8)
 pack_windows = traceable(ops.pack_windows)
 quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
@@ -81,11 +85,15 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_rope_kv_write",
+    "linear_rope_kv_write_fp8",
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",
+    "lm_head_confidence_fp8",
     "lm_head_likely",
+    "lm_head_likely_fp8",
     "lm_head_sample",
+    "lm_head_sample_fp8",
     "map_entries",
     "pack_windows",
     "quantize_rows",

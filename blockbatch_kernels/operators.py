@@ -7,6 +7,8 @@ its docstring there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from blockbatch_kernels import tuning
@@ -64,6 +66,36 @@ def _attention_plan_symbols(
     )
 
 
+# Of the LM head: hidden states and weights, in 16 or 32 bits or in e4m3; what else it takes; what it says.
+_HEAD = (
+    TensorArg("hidden", "predictions dim", FLOATS),
+    TensorArg("weight", "vocabulary dim", "hidden"),
+)
+_HEAD_FP8 = (
+    TensorArg("hidden", "predictions dim", FLOATS),
+    TensorArg("weight", "vocabulary dim", FP8),
+    TensorArg("weight_scale", "vocabulary", FLOAT),
+)
+_SUPPRESSED = Scalar("suppress_token", int, None)
+_PROBED = (TensorArg("probe_tokens", "predictions", INT, optional=True), _SUPPRESSED)
+_DRAWN = (
+    RecordArg("rules", SamplingRules),
+    TensorArg("request", "predictions", INT),
+    TensorArg("positions", "predictions", INT),
+)
+_CONFIDENCE = Scalar("confidence", str, "probability")
+_PREDICTED = (
+    Result("predictions", torch.int32),
+    Result("predictions", torch.float32),
+    Result("predictions", torch.float32, given="probe_tokens"),
+)
+_LIKELY = (
+    Result("predictions", torch.int32),
+    Result("predictions", torch.float32),
+    Result(f"predictions {NUM_LIKELY}", torch.int32),
+    Result(f"predictions {NUM_LIKELY}", torch.float32),
+)
+
 _ROPE = (
     TensorArg("positions", "tokens", INT),
     TensorArg("slot_mapping", "tokens", LONG),
@@ -75,9 +107,19 @@ _ROPE = (
 _SCALES = (TensorArg("k_scale", "num_kv_heads", FLOAT), TensorArg("v_scale", "num_kv_heads", FLOAT))
 
 
+# Of a cache in e4m3; a cache in the dtype of the model has none.
+_OPTIONAL_SCALES = tuple(replace(scale, optional=True) for scale in _SCALES)
+
+
 def _caches(dtype: str | tuple[torch.dtype, ...], **options) -> tuple[TensorArg, TensorArg]:
     shape = "pages page_size num_kv_heads head_dim"
     return TensorArg("k_cache", shape, dtype, **options), TensorArg("v_cache", shape, dtype, **options)
+
+
+def _any_caches(**options) -> tuple[TensorArg, TensorArg]:
+    """In e4m3, or in the dtype of the model, which `ops` compares with that of the results."""
+    k_cache, v_cache = _caches((*FLOATS, E4M3), **options)
+    return k_cache, replace(v_cache, dtype="k_cache")
 
 
 _TABLE = (
@@ -194,11 +236,29 @@ _TABLE = (
             TensorArg("weight", "out_features in_features", "x"),
             TensorArg("bias", "out_features", "x", optional=True),
             *_ROPE,
-            *_caches("x", written=True, pinned="whole"),
+            *_any_caches(written=True, pinned="whole"),
+            *_OPTIONAL_SCALES,
             Scalar("num_heads", int, least=1),
             Scalar("static_weight", bool, False),
         ),
         (Result("tokens num_heads head_dim", "x"),),
+    ),
+    Operator(
+        "linear_rope_kv_write_fp8",
+        (
+            TensorArg("x", "tokens in_features", FP8),
+            TensorArg("x_scale", "tokens", FLOAT),
+            TensorArg("weight", "out_features in_features", FP8),
+            TensorArg("weight_scale", "out_features", FLOAT),
+            TensorArg("bias", "out_features", FLOATS, optional=True),
+            *_ROPE,
+            *_any_caches(written=True, pinned="whole"),
+            *_OPTIONAL_SCALES,
+            Scalar("num_heads", int, least=1),
+            Scalar("out_dtype", torch.dtype),
+            Scalar("static_weight", bool, False),
+        ),
+        (Result("tokens num_heads head_dim", "out_dtype"),),
     ),
     Operator(
         "attention_plan",
@@ -244,52 +304,12 @@ _TABLE = (
         ),
         (Result("tokens num_heads head_dim", "q"),),
     ),
-    Operator(
-        "lm_head_confidence",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            TensorArg("probe_tokens", "predictions", INT, optional=True),
-            Scalar("suppress_token", int, None),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result("predictions", torch.float32, given="probe_tokens"),
-        ),
-    ),
-    Operator(
-        "lm_head_likely",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            Scalar("suppress_token", int, None),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result(f"predictions {NUM_LIKELY}", torch.int32),
-            Result(f"predictions {NUM_LIKELY}", torch.float32),
-        ),
-    ),
-    Operator(
-        "lm_head_sample",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            RecordArg("rules", SamplingRules),
-            TensorArg("request", "predictions", INT),
-            TensorArg("positions", "predictions", INT),
-            TensorArg("probe_tokens", "predictions", INT, optional=True),
-            Scalar("suppress_token", int, None),
-            Scalar("confidence", str, "probability"),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result("predictions", torch.float32, given="probe_tokens"),
-        ),
-    ),
+    Operator("lm_head_confidence", (*_HEAD, *_PROBED), _PREDICTED),
+    Operator("lm_head_confidence_fp8", (*_HEAD_FP8, *_PROBED), _PREDICTED),
+    Operator("lm_head_likely", (*_HEAD, _SUPPRESSED), _LIKELY),
+    Operator("lm_head_likely_fp8", (*_HEAD_FP8, _SUPPRESSED), _LIKELY),
+    Operator("lm_head_sample", (*_HEAD, *_DRAWN, *_PROBED, _CONFIDENCE), _PREDICTED),
+    Operator("lm_head_sample_fp8", (*_HEAD_FP8, *_DRAWN, *_PROBED, _CONFIDENCE), _PREDICTED),
     Operator(
         "pack_windows",
         (

@@ -34,8 +34,17 @@ def calls():
         yield name, "all arguments", lambda a: a
         optional = [argument.name for argument in row.arguments if getattr(argument, "optional", False)]
         if optional:
-            yield name, "without optional", lambda a, optional=optional: {**a, **dict.fromkeys(optional)}
+            yield name, "without optional", lambda a, optional=optional: without(a, optional)
     yield from OTHER_CALLS
+
+
+def without(arguments, optional):
+    """Caches without scales have the dtype of what the operator gives."""
+    left = {**arguments, **dict.fromkeys(optional)}
+    if "k_scale" in optional:
+        dtype = left.get("out_dtype", left["x"].dtype)
+        left |= {name: left[name].to(dtype) for name in ("k_cache", "v_cache")}
+    return left
 
 
 def tensors_of(value, name):

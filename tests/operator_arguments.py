@@ -5,6 +5,7 @@ import torch
 import blockbatch_kernels as bbk
 
 MASK, EOS, VOCABULARY = 49, 48, 50
+ROTATED_OPERATORS = ("linear_rope_kv_write", "linear_rope_kv_write_fp8")
 QUANTIZED_OPERATORS = ("quantize_rows", "rms_norm_fp8", "swiglu_fp8", "linear_fp8", "linear_swiglu_fp8")
 PARAMS = bbk.PolicyParams(mask_token_id=MASK, eos_token_ids=(EOS,))
 
@@ -75,6 +76,16 @@ def linear_rope(device, dtype, heads=4, kv_heads=2, head_dim=64, page_size=16):
     )
 
 
+def linear_rope_fp8(device, dtype, **sizes):
+    """The same by values in e4m3 and scales that are powers of two."""
+    arguments = linear_rope(device, dtype, **sizes)
+    rows = len(arguments["weight"])
+    x, weight = (arguments.pop(name).to(torch.float8_e4m3fn) for name in ("x", "weight"))
+    x_scale, weight_scale = torch.full((len(x),), 0.5), 2.0 ** -(torch.arange(rows) % 3)
+    scales = dict(x_scale=x_scale.to(device), weight_scale=weight_scale.to(device))
+    return dict(x=x, weight=weight, **scales, **arguments, out_dtype=dtype)
+
+
 def e4m3(shape, device):
     """Small whole numbers: their sums are exact."""
     return whole_numbers(shape, device, torch.float32).to(torch.float8_e4m3fn)
@@ -134,6 +145,16 @@ def sampling_rules(device):
     )
 
 
+def with_head_in_e4m3(arguments):
+    """The same with whole numbers, a head in e4m3 and scales of powers of two: logits are exact but for the
+    scale of their row."""
+    hidden, weight = arguments["hidden"], arguments["weight"]
+    arguments["hidden"] = whole_numbers(hidden.shape, hidden.device, hidden.dtype)
+    arguments["weight"] = e4m3(weight.shape, hidden.device)
+    powers = torch.randint(-5, -3, (len(weight),)).to(hidden.device)
+    return dict(arguments, weight_scale=2.0**powers)
+
+
 def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     """Keyword arguments that the operator takes, all of them; float tensors in `dtype`."""
     torch.manual_seed(seed)
@@ -155,8 +176,8 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         return rope(device, dtype) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
     if operator == "rope_kv_write_fp8":
         return kv_in_e4m3(rope(device, dtype)) | dict(q_norm=rand(64), k_norm=rand(64), norm_eps=1e-5)
-    if operator == "linear_rope_kv_write":
-        return linear_rope(device, dtype)
+    if operator in ROTATED_OPERATORS:
+        return kv_in_e4m3((linear_rope_fp8 if operator.endswith("fp8") else linear_rope)(device, dtype))
     if operator in ("attention_plan", "varlen_attention", "varlen_attention_fp8"):
         tensors = attention(device, dtype)
         table = {name: tensors[name] for name in ("page_table", "cu_seqlens_q", "seqlens_k")}
@@ -166,6 +187,9 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         if operator == "varlen_attention_fp8":
             tensors = kv_in_e4m3(tensors)
         return {**tensors, "plan": bbk.attention_plan(**table)}
+    if operator.startswith("lm_head") and operator.endswith("_fp8"):
+        arguments = arguments_of(operator.removesuffix("_fp8"), device, dtype, seed)
+        return with_head_in_e4m3(arguments)
     if operator == "lm_head_confidence":
         # Logits so small that their rounding hardly shows in the probabilities.
         probes = torch.arange(7, dtype=torch.int32, device=device)

@@ -78,13 +78,21 @@ WRONG_VALUES = [
     ("linear_rope_kv_write", dict(x=torch.zeros(8, 64)), r"positions: expected shape \[8\], got \[9\]"),
     (
         "linear_rope_kv_write",
-        dict(v_cache=torch.zeros(3, 16, 1, 64)),
+        dict(v_cache=torch.zeros(3, 16, 1, 64).to(torch.float8_e4m3fn)),
         r"v_cache: expected shape \[3, 16, 2, 64\], got \[3, 16, 1, 64\]",
     ),
     (
         "linear_rope_kv_write",
         dict(k_cache=torch.zeros(3, 16, 2, 63), v_cache=torch.zeros(3, 16, 2, 63)),
         "k_cache: expected an even head_dim, got 63",
+    ),
+    ("linear_rope_kv_write", dict(v_scale=None), "v_scale: expected a tensor beside k_scale, got None"),
+    ("linear_rope_kv_write_fp8", dict(k_scale=None), "k_scale: expected a tensor beside v_scale, got None"),
+    ("linear_rope_kv_write_fp8", dict(v_scale=torch.ones(3)), r"v_scale: expected shape \[2\], got \[3\]"),
+    (
+        "linear_rope_kv_write_fp8",
+        dict(num_heads=5),
+        r"weight: expected 576 rows \(5 heads of q and 2 each of k and v, of 64\), got 512",
     ),
     (
         "varlen_attention",
@@ -116,13 +124,40 @@ def test_wrong_sizes(operator, change, message, backend):
         getattr(bbk, operator)(**{**arguments_of(operator), **change}, backend=backend)
 
 
+WITHOUT_SCALES = dict(k_scale=None, v_scale=None)
+HALF_CACHES = {name: torch.zeros(3, 16, 2, 64).half() for name in ("k_cache", "v_cache")}
 WRONG_TYPES = [
     ("linear", dict(static_weight=1), "static_weight: expected True or False, got 1"),
     ("linear_rope_kv_write", dict(num_heads=4.0), "num_heads: expected an int, got 4.0"),
     (
         "linear_rope_kv_write",
-        dict(k_cache=torch.zeros(3, 16, 2, 64).half()),
-        "k_cache: expected torch.float32, got torch.float16",
+        WITHOUT_SCALES | HALF_CACHES,
+        "k_cache: expected torch.float32 without scales, got torch.float16",
+    ),
+    (
+        "linear_rope_kv_write",
+        WITHOUT_SCALES,
+        "k_cache: expected torch.float32 without scales, got torch.float8_e4m3fn",
+    ),
+    (
+        "linear_rope_kv_write_fp8",
+        HALF_CACHES,
+        "k_cache: expected torch.float8_e4m3fn beside scales, got torch.float16",
+    ),
+    (
+        "linear_rope_kv_write_fp8",
+        dict(v_cache=torch.zeros(3, 16, 2, 64)),
+        "v_cache: expected torch.float8_e4m3fn, got torch.float32",
+    ),
+    (
+        "linear_rope_kv_write_fp8",
+        dict(out_dtype=torch.float64),
+        "out_dtype: expected torch.float32 or .*, got torch.float64",
+    ),
+    (
+        "linear_rope_kv_write_fp8",
+        dict(bias=torch.zeros(512).half()),
+        "bias: expected torch.float32, the dtype of the result, got torch.float16",
     ),
 ]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import blockbatch
 import blockbatch_kernels as bbk
-from operator_arguments import MASK, arguments_of
+from operator_arguments import MASK, ROTATED_OPERATORS, arguments_of, linear_rope
 from standalone_dual_cache import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +48,12 @@ def test_every_operator_is_shown():
         ("rope_kv_write", ["q", "k_cache", "v_cache"]),
         ("rope_kv_write_fp8", ["q", "k_cache", "v_cache"]),
         ("linear_rope_kv_write", ["q", "k_cache", "v_cache"]),
+        ("linear_rope_kv_write_fp8", ["q", "k_cache", "v_cache"]),
         ("varlen_attention", ["attended"]),
         ("varlen_attention_fp8", ["attended"]),
         ("lm_head_confidence", ["top_token", "confidence", "probe"]),
         ("lm_head_likely", ["top_token", "confidence", "likely_token", "likely_probability"]),
+        ("lm_head_confidence_fp8", ["top_token", "confidence", "probe"]),
         ("share_pages", ["page_table"]),
     ],
 )
@@ -62,6 +64,8 @@ def test_the_same_in_torch(operator, results):
     if operator in ("rope_kv_write", "rope_kv_write_fp8"):
         names["slot_mapping"] = torch.arange(9) * 5
     if operator == "linear_rope_kv_write":
+        names |= linear_rope("cpu", torch.float32)
+    if operator in ROTATED_OPERATORS:
         names |= dict(qkv_weight=names["weight"], qkv_bias=names["bias"])
     if operator == "share_pages":
         names["source_row"] = torch.tensor([0, 0, 3, 2], dtype=torch.int32)

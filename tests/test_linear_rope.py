@@ -35,6 +35,8 @@ def arguments():
         q=Described((16, 1, 64), half),
         k_cache=Described((1, 1, 1, 64), half),
         v_cache=Described((1, 1, 1, 64), half),
+        k_scale=None,
+        v_scale=None,
         positions=Described((16,), index),
         slot_mapping=Described((16,), torch.int64),
         cos=Described((8, 32)),

@@ -49,6 +49,8 @@ WRONG = [
     ("rope_kv_write", "slot_mapping", put(3, 48), "slot_mapping: expected values below 48, got 48"),
     ("linear_rope_kv_write", "positions", put(3, 40), "positions: expected values from 0 to 39, got 40"),
     ("linear_rope_kv_write", "slot_mapping", put(3, 48), "slot_mapping: expected values below 48, got 48"),
+    ("linear_rope_kv_write_fp8", "positions", put(3, 40), "positions: expected values from 0 to 39, got 40"),
+    ("linear_rope_kv_write_fp8", "slot_mapping", put(3, 48), "slot_mapping: expected values below 48, got"),
     ("lm_head_confidence", "probe_tokens", put(3, 50), "probe_tokens: expected values from 0 to 49, got 50"),
     ("lm_head_confidence", "probe_tokens", put(3, -1), "probe_tokens: expected values from 0 to 49, got -1"),
     (
@@ -99,6 +101,8 @@ FREE = {
     ("rope_kv_write", "slot_mapping"),
     ("linear_rope_kv_write", "positions"),
     ("linear_rope_kv_write", "slot_mapping"),
+    ("linear_rope_kv_write_fp8", "positions"),
+    ("linear_rope_kv_write_fp8", "slot_mapping"),
     ("copy_pages", "page_table"),
 }
 

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-API = 13  # kApi in csrc/bind/module.cpp
+API = 14  # kApi in csrc/bind/module.cpp
 
 
 @functools.cache

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
 from blockbatch_kernels.ops import dispatch, values
+from blockbatch_kernels.shapes import E4M3
 
 _check_rms_norm = checker("rms_norm")
 _check_swiglu = checker("swiglu")
@@ -162,6 +164,8 @@ def linear_rope_kv_write(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     num_heads: int,
     static_weight: bool = False,
@@ -169,9 +173,10 @@ def linear_rope_kv_write(
 ) -> Tensor:
     """The heads of q, k and v from one product, then `rope_kv_write` on them; returns q.
 
-    The results are those of the two operators bit for bit: the product is rounded before the rotation. Where
-    the kernel of our own serves the sizes (see `linear`; heads of 64 or 128 elements), all happens in one
-    launch; elsewhere it is the two operators.
+    With `k_scale` and `v_scale` it is `rope_kv_write_fp8`, into caches in e4m3. The results are those of the
+    two operators bit for bit: the product is rounded before the rotation. Where the kernel of our own serves
+    the sizes (see `linear`; heads of 64 or 128 elements), all happens in one launch; elsewhere it is the two
+    operators.
 
     Args:
         x: [tokens, in], fp32, bf16 or fp16.
@@ -181,16 +186,29 @@ def linear_rope_kv_write(
         positions: [tokens] int32.
         slot_mapping: [tokens] int64, page * page_size + offset; -1: not stored.
         cos, sin: [max positions, head_dim / 2] fp32.
-        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim], same dtype as x; *written* at the slots,
-            k after rotation.
+        k_cache, v_cache: [pages, page_size, num_kv_heads, head_dim], same dtype as x, with scales
+            float8_e4m3fn; *written* at the slots, k after rotation.
+        k_scale, v_scale: [num_kv_heads] fp32, above 0, or both None.
         num_heads: of q.
         static_weight: see `linear`.
 
     Returns:
         [tokens, num_heads, head_dim], q after rotation, same dtype; may be a view of the whole product.
     """
-    where = (positions, slot_mapping, cos, sin, k_cache, v_cache)
+    where = (positions, slot_mapping, cos, sin, k_cache, v_cache, k_scale, v_scale)
     _check_linear_rope_kv_write(x, weight, bias, *where, num_heads, static_weight)
+    check_heads(weight, num_heads, k_cache)
+    check_cache_dtype(x.dtype, k_cache, k_scale, v_scale)
+    if values.ENABLED:
+        values.check_rope(positions, slot_mapping, cos, k_cache)
+    module_for = dispatch.module_for if k_scale is None else dispatch.module_for_e4m3
+    return module_for(backend, "linear_rope_kv_write", x).linear_rope_kv_write(
+        x, weight, bias, *where, num_heads=num_heads, static_weight=static_weight
+    )
+
+
+def check_heads(weight: Tensor, num_heads: int, k_cache: Tensor) -> None:
+    """A row of the weight of q, k and v for each element of their heads."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     rows = (num_heads + 2 * num_kv_heads) * head_dim
     if weight.shape[0] != rows:
@@ -198,12 +216,18 @@ def linear_rope_kv_write(
             f"weight: expected {rows} rows ({num_heads} heads of q and {num_kv_heads} each of k and v, of "
             f"{head_dim}), got {weight.shape[0]}"
         )
-    if values.ENABLED:
-        values.check_rope(positions, slot_mapping, cos, k_cache)
-    module = dispatch.module_for(backend, "linear_rope_kv_write", x)
-    return module.linear_rope_kv_write(
-        x, weight, bias, *where, num_heads=num_heads, static_weight=static_weight
-    )
+
+
+def check_cache_dtype(
+    dtype: torch.dtype, k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Caches in the `dtype` of q, with scales in e4m3. That of V has the dtype of K's."""
+    if (k_scale is None) != (v_scale is None):
+        given, absent = ("k_scale", "v_scale") if v_scale is None else ("v_scale", "k_scale")
+        raise ValueError(f"{absent}: expected a tensor beside {given}, got None")
+    expected, why = (dtype, "without scales") if k_scale is None else (E4M3, "beside scales")
+    if k_cache.dtype != expected:
+        raise TypeError(f"k_cache: expected {expected} {why}, got {k_cache.dtype}")
 
 
 def lm_head_confidence(

@@ -107,9 +107,7 @@ def linear_fp8(
         [tokens, out] in `out_dtype`.
     """
     _check_linear_fp8(x, x_scale, weight, weight_scale, bias, out_dtype, static_weight)
-    _check_out_dtype(out_dtype)
-    if bias is not None and bias.dtype != out_dtype:
-        raise TypeError(f"bias: expected {out_dtype}, the dtype of the result, got {bias.dtype}")
+    check_out_dtype(out_dtype, bias)
     module = _module_for(backend, "linear_fp8", x)
     return module.linear_fp8(
         x, x_scale, weight, weight_scale, bias, out_dtype=out_dtype, static_weight=static_weight
@@ -143,7 +141,7 @@ def linear_swiglu_fp8(
         values [tokens, intermediate] float8_e4m3fn, scale [tokens] fp32.
     """
     _check_linear_swiglu_fp8(x, x_scale, weight, weight_scale, out_dtype, static_weight)
-    _check_out_dtype(out_dtype)
+    check_out_dtype(out_dtype)
     if weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows (gate and up), got {weight.shape[0]}")
     _check_columns("intermediate", weight.shape[0] // 2)
@@ -153,10 +151,13 @@ def linear_swiglu_fp8(
     )
 
 
-def _check_out_dtype(out_dtype: torch.dtype) -> None:
+def check_out_dtype(out_dtype: torch.dtype, bias: Tensor | None = None) -> None:
+    """A dtype that results may have, and a bias in it."""
     if out_dtype not in _OUT_DTYPES:
         expected = " or ".join(str(dtype) for dtype in _OUT_DTYPES)
         raise TypeError(f"out_dtype: expected {expected}, got {out_dtype}")
+    if bias is not None and bias.dtype != out_dtype:
+        raise TypeError(f"bias: expected {out_dtype}, the dtype of the result, got {bias.dtype}")
 
 
 def _check_columns(name: str, columns: int) -> None:

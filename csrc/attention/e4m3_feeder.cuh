@@ -139,10 +139,10 @@ class Feeder {
       if (place_.key + i * Place::kPassKeys < number) {
         const uint4 x = load_shared(raw_tile(place) + i * 2048);
         const uint32_t row = target + i * Place::kPassKeys * kSwizzledRowBytes;
-        store_shared(row, pair_of_e4m3<T>(x.x & 0xffff), pair_of_e4m3<T>(x.x >> 16),
-                     pair_of_e4m3<T>(x.y & 0xffff), pair_of_e4m3<T>(x.y >> 16));
-        store_shared(row ^ 16, pair_of_e4m3<T>(x.z & 0xffff), pair_of_e4m3<T>(x.z >> 16),
-                     pair_of_e4m3<T>(x.w & 0xffff), pair_of_e4m3<T>(x.w >> 16));
+        uint32_t wide[8];
+        widen_e4m3<T>(x, wide);
+        store_shared(row, wide[0], wide[1], wide[2], wide[3]);
+        store_shared(row ^ 16, wide[4], wide[5], wide[6], wide[7]);
       }
     }
     publish_stores();

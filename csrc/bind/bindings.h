@@ -18,8 +18,10 @@ void bind_gemm(pybind11::module_& module);
 void bind_layer(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
 
-// What rope_kv_write and the product that ends in it have in common.
+// What rope_kv_write and the products that end in it have in common. Caches are bytes where they have scales.
 struct RopeKvWriteParams;
+void read_cache_scales(const TensorView& k_scale, const TensorView& v_scale, const TensorView& q,
+                       const TensorView& k_cache, const TensorView& v_cache, RopeKvWriteParams* params);
 void read_rope(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                const TensorView& positions, const TensorView& slot_mapping, const TensorView& cos,
                const TensorView& sin, RopeKvWriteParams* params);

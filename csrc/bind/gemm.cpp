@@ -64,11 +64,13 @@ void call_linear_fp8(Call& call, const TensorView& x, const TensorView& x_scale,
 
 void call_linear_rope_kv_write(Call& call, const TensorView& x, const TensorView& weight,
                                const TensorView& bias, const TensorView& q, const TensorView& k_cache,
-                               const TensorView& v_cache, const TensorView& positions,
+                               const TensorView& v_cache, const TensorView& k_scale,
+                               const TensorView& v_scale, const TensorView& positions,
                                const TensorView& slot_mapping, const TensorView& cos, const TensorView& sin,
                                const Record& tile, bool static_weight, bool programmatic) {
   RopeKvWriteParams rope{};
-  rope.dtype = float_dtype({&x, &weight, &bias, &q, &k_cache, &v_cache});
+  rope.dtype = float_dtype({&x, &weight, &bias, &q});
+  read_cache_scales(k_scale, v_scale, q, k_cache, v_cache, &rope);
   read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &rope);
   GemmParams params{};
   params.dtype = rope.dtype;
@@ -81,6 +83,36 @@ void call_linear_rope_kv_write(Call& call, const TensorView& x, const TensorView
   params.x_row_stride = x.row_stride();
   params.weight_row_stride = weight.row_stride();
   linear_rope_kv_write(params, rope, tile_of(tile), static_weight, programmatic, call.launch_on_gpu());
+}
+
+// x and weight as bytes.
+void call_linear_rope_kv_write_fp8(Call& call, const TensorView& x, const TensorView& x_scale,
+                                   const TensorView& weight, const TensorView& weight_scale,
+                                   const TensorView& bias, const TensorView& q, const TensorView& k_cache,
+                                   const TensorView& v_cache, const TensorView& k_scale,
+                                   const TensorView& v_scale, const TensorView& positions,
+                                   const TensorView& slot_mapping, const TensorView& cos,
+                                   const TensorView& sin, const Record& tile, bool static_weight,
+                                   bool programmatic) {
+  RopeKvWriteParams rope{};
+  rope.dtype = float_dtype({&q, &bias});
+  read_cache_scales(k_scale, v_scale, q, k_cache, v_cache, &rope);
+  read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &rope);
+  GemmFp8Params params{};
+  params.dtype = rope.dtype;
+  params.x = x.data<const uint8_t>();
+  params.x_scale = x_scale.contiguous().data<const float>();
+  params.weight = weight.data<const uint8_t>();
+  params.weight_scale = weight_scale.contiguous().data<const float>();
+  params.bias = bias.contiguous().data_or_null<const void>();
+  params.num_tokens = x.size(0);
+  params.in_features = x.size(1);
+  params.out_features = (rope.num_heads + 2LL * rope.num_kv_heads) * rope.head_dim;
+  params.x_row_stride = x.row_stride();
+  params.weight_row_stride = weight.row_stride();
+  GemmFp8Tile cut{};
+  read_record(tile, &cut);
+  linear_rope_kv_write_fp8(params, rope, cut, static_weight, programmatic, call.launch_on_gpu());
 }
 
 // [rows, pieces, 4] floats
@@ -216,9 +248,14 @@ void bind_gemm(py::module_& module) {
   define<&call_linear_fp8>(module, "linear_fp8",
                            {"x", "x_scale", "weight", "weight_scale", "bias", "out", "tile", "gated",
                             "static_weight", "programmatic"});
-  define<&call_linear_rope_kv_write>(module, "linear_rope_kv_write",
-                                     {"x", "weight", "bias", "q", "k_cache", "v_cache", "positions",
-                                      "slot_mapping", "cos", "sin", "tile", "static_weight", "programmatic"});
+  define<&call_linear_rope_kv_write>(
+      module, "linear_rope_kv_write",
+      {"x", "weight", "bias", "q", "k_cache", "v_cache", "k_scale", "v_scale", "positions", "slot_mapping",
+       "cos", "sin", "tile", "static_weight", "programmatic"});
+  define<&call_linear_rope_kv_write_fp8>(
+      module, "linear_rope_kv_write_fp8",
+      {"x", "x_scale", "weight", "weight_scale", "bias", "q", "k_cache", "v_cache", "k_scale", "v_scale",
+       "positions", "slot_mapping", "cos", "sin", "tile", "static_weight", "programmatic"});
   define<&call_lm_head_product>(module, "lm_head_product",
                                 {"hidden", "weight", "partials", "suppress_token", "tile_rows"});
   define<&call_lm_head_reduce>(module, "lm_head_reduce",

@@ -119,10 +119,8 @@ void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, co
                         const TensorView& q_norm, const TensorView& k_norm, float norm_eps,
                         bool programmatic) {
   RopeKvWriteParams params{};
-  params.k_scale = k_scale.contiguous().data_or_null<const float>();
-  params.v_scale = v_scale.contiguous().data_or_null<const float>();
   params.dtype = float_dtype({&q, &k, &v, &q_norm, &k_norm});
-  check_caches(params.k_scale != nullptr, q, {&k_cache, &v_cache});
+  read_cache_scales(k_scale, v_scale, q, k_cache, v_cache, &params);
   read_rope(q, k_cache, v_cache, positions, slot_mapping, cos, sin, &params);
   params.k = heads_view(k);
   params.v = heads_view(v);
@@ -133,6 +131,13 @@ void call_rope_kv_write(Call& call, const TensorView& q, const TensorView& k, co
 }
 
 }  // namespace
+
+void read_cache_scales(const TensorView& k_scale, const TensorView& v_scale, const TensorView& q,
+                       const TensorView& k_cache, const TensorView& v_cache, RopeKvWriteParams* params) {
+  params->k_scale = k_scale.contiguous().data_or_null<const float>();
+  params->v_scale = v_scale.contiguous().data_or_null<const float>();
+  check_caches(params->k_scale != nullptr, q, {&k_cache, &v_cache});
+}
 
 void read_rope(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                const TensorView& positions, const TensorView& slot_mapping, const TensorView& cos,

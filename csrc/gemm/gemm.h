@@ -71,6 +71,7 @@ struct GemmFp8Params {
   X(int, split_k)     /* CTAs that share the sum of a tile, each over a stretch of K */           \
   X(int, multicast)   /* CTAs that share one read of the weight, each for a part of the tokens */ \
   X(int, x_multicast) /* CTAs that share one read of x, each with rows of its own */              \
+  X(int, overlap)     /* what hides the additions of stretches: Overlap of shape.cuh */           \
   X(bool, waves)      /* as many CTAs as fit go from tile to tile, over any number of tokens */
 
 struct GemmFp8Tile {
@@ -84,8 +85,14 @@ void gemm_fp8(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_
 
 // The product whose rows are the heads of q, then of k and of v, with `rope` behind it: q goes to rope.q, k
 // and v into the caches, and `out`, rope.k and rope.v are not used. Beyond what `gemm` needs: heads of a
-// multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin.
+// multiple of 64 elements, and 16 bytes of alignment of all that is written, and of cos and sin; of caches in
+// e4m3 8 bytes.
 void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rope, const GemmTile& tile,
                           bool static_weight, bool programmatic, const Launch& launch);
+
+// The same behind `gemm_fp8`, whose tiles it has in part: linear_rope_fp8.cu lists them.
+void linear_rope_kv_write_fp8(const GemmFp8Params& params, const RopeKvWriteParams& rope,
+                              const GemmFp8Tile& tile, bool static_weight, bool programmatic,
+                              const Launch& launch);
 
 }  // namespace bbk

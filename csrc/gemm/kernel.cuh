@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
-  const int share = S::kMulticast > 1 ? blockIdx.z : 0;
+  const int share = blockIdx.z;
   const int end_token = min(args.num_tokens, (share + 1) * args.box_tokens);
   const int first_token = share * args.box_tokens + 8 * kFirst;
   T* out = static_cast<T*>(args.out);
@@ -103,7 +103,8 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   if constexpr (kPart < S::kSplitK) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t rank = cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, blockIdx.z);
+      const uint32_t rank =
+          cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, S::kMulticast > 1 ? blockIdx.z : 0);
       const uint32_t remote = remote_address(parts, rank) + slot * S::kPartBytes;
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
@@ -116,11 +117,11 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   }
 }
 
-// Adds what the other CTAs sent, in the order of K, and writes the result.
-template <class S, int kPart = 0>
+// Adds what the other CTAs sent, in the order of K, and writes the result; `rows`: see RotatedRows.
+template <class S, int kPart = 0, class Args, class Rows>
 __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const unsigned char* parts,
-                                            unsigned char* staging, const GemmArgs& args, int split,
-                                            int first_row, int group) {
+                                            unsigned char* staging, const Args& args, int split,
+                                            int first_row, int group, Rows& rows) {
   if constexpr (kPart < S::kSplitK) {
     if (kPart == split) {
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
@@ -141,9 +142,13 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
         }
         d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
       }
-      write_out<S, kPart>(sums, staging, args, first_row, group);
+      if constexpr (S::kRotated) {
+        rows.template write<kPart>(sums, staging, args, group, rows.bias(args));
+      } else {
+        write_out<S, kPart>(sums, staging, args, first_row, group);
+      }
     }
-    finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group);
+    finish_part<S, kPart + 1>(sums, parts, staging, args, split, first_row, group, rows);
   }
 }
 
@@ -309,11 +314,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       cluster_barrier();  // nobody reads a pipeline any more
       send_parts<S>(sums, stages, split, warpgroup);
       cluster_barrier_with_writes();
-      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup);
+      finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
       if constexpr (S::kRotated) {
-        rows.write(sums, staging, args, warpgroup);
+        rows.write(sums, staging, args, warpgroup, rows.bias(args));
       } else {
         write_out<S, 0>(sums, staging, args, first_row, warpgroup);
       }

@@ -8,34 +8,24 @@
 
 namespace bbk {
 
-struct GemmFp8WavesArgs : GemmFp8Args {
+template <class S>
+struct GemmFp8WavesArgs : Fp8Args<S> {
   int token_groups;  // tiles of a cluster along the tokens
   int num_tiles;     // of a cluster
 };
 
-// Shared memory behind the pipeline: what leaves, a box for each warpgroup; the pipeline's barriers; the
-// scales of the tokens, for each warpgroup.
+// Shared memory behind the pipeline: what leaves, a box for each warpgroup, or what is to be rotated; the
+// pipeline's barriers; the scales of the tokens, for each warpgroup.
 template <class S>
 struct WavesLayout {
   static constexpr int kBoxRowBytes = 2 * S::kOutColumns;
-  static constexpr int kBoxBytes = S::kTokens * kBoxRowBytes;
+  static constexpr int kBoxBytes = S::kRotated ? S::kStagingBytes : S::kTokens * kBoxRowBytes;
   static constexpr int kBarriers = S::kPipelineBytes + S::kGroups * kBoxBytes;
   static constexpr int kScales = kBarriers + 2 * S::kStages * 8;
   static constexpr int kSharedBytes = kScales + S::kGroups * S::kTokens * 4;
   static_assert(kSharedBytes <= 232448, "shared memory of an sm_90 CTA");
   static_assert(S::kSplitK == 1 && S::kProducer);
   static_assert(S::kPipelineBytes % 1024 == 0 && kBoxBytes % 1024 == 0, "where a swizzle starts");
-};
-
-// A stage of the pipeline, and the parity of the round through all stages.
-template <class S>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == S::kStages) stage = 0, parity ^= 1;
-  }
 };
 
 // Rounds a warpgroup's sums into its box, in the order of the copy engine's swizzle.
@@ -62,19 +52,49 @@ __device__ __forceinline__ void fill_box(const float (&sums)[S::kTokens / 2], ui
   }
 }
 
+// Where a tile of heads goes: a thread holds position and slot of one token while the sums are made.
+template <class S>
+struct HeldPlaces {
+  RotatedRows<S, true> rows;
+  int first_token, position, slot;
+
+  template <class Args>
+  __device__ __forceinline__ void load(const Args& args, int first_row, int from_token, int group) {
+    rows.load_head(args.rope, first_row, group);
+    first_token = from_token;
+    const int token = first_token + threadIdx.x % 128;
+    const bool exists = token < args.num_tokens;
+    position = exists ? args.rope.positions[token] : -1;
+    const int64_t slots = args.rope.num_pages * args.rope.page_size;
+    slot = rows.checked_slot(exists ? args.rope.slots[token] : -1, slots);
+  }
+
+  template <class Args>
+  __device__ __forceinline__ void write(const float (&sums)[S::kTokens / 2], unsigned char* staging,
+                                        const Args& args, float2 bias, int group) {
+#pragma unroll
+    for (int turn = 0; turn < rows.kTurns; ++turn) {
+      const int lane = threadIdx.x % 32 / 4 + 8 * turn;
+      rows.position[turn] = __shfl_sync(~0u, position, lane);
+      rows.slot[turn] = __shfl_sync(~0u, slot, lane);
+    }
+    rows.write_from(sums, staging, args, group, bias, first_token);
+  }
+};
+
 // Grid: (kXMulticast CTAs of each cluster, 1, kMulticast); clusters of (kXMulticast, 1, kMulticast).
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_waves_kernel(const __grid_constant__ CUtensorMap x_map,
                           const __grid_constant__ CUtensorMap weight_map,
-                          const __grid_constant__ CUtensorMap out_map, const GemmFp8WavesArgs args) {
+                          const __grid_constant__ CUtensorMap out_map, const GemmFp8WavesArgs<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = WavesLayout<S>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + L::kBarriers;
   const uint32_t empty = full + 8 * S::kStages;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0, 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int first_tile = blockIdx.x / S::kXMulticast;
@@ -89,7 +109,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     prefetch_map(&weight_map);
-    prefetch_map(&out_map);
+    if constexpr (!S::kRotated) prefetch_map(&out_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
@@ -110,7 +130,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kStageBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, i * S::kBlockK, row, barrier, sharing,
-                       read_once);
+                       read_once, args);
       };
       const auto fetch_x = [&](int stage, int i, int token) {
         copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, i * S::kBlockK, token,
@@ -152,70 +172,65 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   } else {
     take_registers<S::kConsumerRegisters>();
     wait_for_predecessors();  // the activations are waited for in any case
-    using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
     using T = typename S::T;
     const int thread = threadIdx.x % 128;
+    constexpr int kHeldScales = (S::kTokens + 127) / 128;
+    const int own_barrier = (S::kRotated ? 2 : 1) + warpgroup;
     float* token_scales = reinterpret_cast<float*>(shared + L::kScales) + warpgroup * S::kTokens;
     const uint32_t box = stages + S::kPipelineBytes + warpgroup * L::kBoxBytes;
-    Turn<S> turn;
+    Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
 #pragma unroll 1
     for (int tile = first_tile; tile < args.num_tiles; tile += num_clusters) {
       const int first_row = row_of(tile), first_token = token_of(tile);
-      for (int i = thread; i < S::kTokens; i += 128) {
-        token_scales[i] = first_token + i < args.num_tokens ? args.x_scale[first_token + i] : 0.0f;
+      // They arrive while the tensor cores compute.
+      float held_scales[kHeldScales];
+#pragma unroll
+      for (int turn = 0; turn < kHeldScales; ++turn) {
+        const int token = first_token + 128 * turn + thread;
+        held_scales[turn] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
       }
-      const float2 row_scales = scales_of_rows<S>(args, first_row, warpgroup);
-      float2 bias = make_float2(0.0f, 0.0f);
-      if (!S::kGated && args.bias != nullptr) {
+      [[maybe_unused]] std::conditional_t<S::kRotated, HeldPlaces<S>, int> held;
+      float2 row_scales, bias = make_float2(0.0f, 0.0f);
+      if constexpr (S::kRotated) {
+        held.load(args, first_row, first_token, warpgroup);
+        row_scales = scales_of_places(args, held.rows);
+        bias = held.rows.bias(args);
+      } else {
+        row_scales = scales_of_rows<S>(args, first_row, warpgroup);
+      }
+      if (!S::kGated && !S::kRotated && args.bias != nullptr) {
         const int row = first_row + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
         if (row < args.out_features) bias.x = to_float(static_cast<const T*>(args.bias)[row]);
         if (row + 8 < args.out_features) bias.y = to_float(static_cast<const T*>(args.bias)[row + 8]);
       }
       float sums[S::kTokens / 2] = {};
-      float stretch[S::kTokens / 2];
-#pragma unroll 1
-      for (int begin = 0; begin < args.num_k_blocks; begin += kBlocksOfAStretch) {
-        const int end = min(begin + kBlocksOfAStretch, args.num_k_blocks);
-        uint32_t before = 0;
-#pragma unroll 1
-        for (int i = begin; i < end; ++i) {
-          barrier_wait(full + 8 * turn.stage, turn.parity);
-          const uint32_t stage = stages + turn.stage * S::kStageBytes;
-          const uint64_t a = matrix_descriptor(stage + warpgroup * 64 * kSwizzledRowBytes);
-          const uint64_t b = matrix_descriptor(stage + S::kWeightBytes);
-          wgmma_fence();
+      {
+        stretches.add(sums, args.num_k_blocks);
 #pragma unroll
-          for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-            // Descriptors count in 16 bytes: 32 elements of K are 2.
-            Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
-          }
-          wgmma_commit();
-          // Products of the block before are done: its stage may be filled again.
-          wgmma_wait<1>();
-          if (i > begin) release_stage<S>(before, sharing);
-          before = empty + 8 * turn.stage;
-          turn.advance();
+        for (int turn = 0; turn < kHeldScales; ++turn) {
+          const int i = 128 * turn + thread;
+          if (i < S::kTokens) token_scales[i] = held_scales[turn];
         }
-        wgmma_wait<0>();
-        keep_in_registers(stretch);
-        release_stage<S>(before, sharing);
-#pragma unroll
-        for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
       }
       // The box before has left, and the tokens' scales are there.
-      if (thread == 0) wait_until_boxes_are_read();
-      named_barrier(1 + warpgroup, 128);
+      if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
+      named_barrier(own_barrier, 128);
       apply_scales<S>(sums, token_scales, row_scales);
-      fill_box<S>(sums, box, bias);
-      publish_stores();
-      named_barrier(1 + warpgroup, 128);
-      const int column = (S::kGated ? first_row / 2 : first_row) + warpgroup * S::kOutColumns;
-      if (thread == 0 && column < args.out_features && first_token < args.num_tokens) {
-        store_box(&out_map, {column, first_token}, box);
-        commit_boxes();
+      if constexpr (S::kRotated) {
+        held.write(sums, shared + S::kPipelineBytes + warpgroup * L::kBoxBytes, args, bias, warpgroup);
+      } else {
+        fill_box<S>(sums, box, bias);
+        publish_stores();
+        named_barrier(own_barrier, 128);
+        const int column = (S::kGated ? first_row / 2 : first_row) + warpgroup * S::kOutColumns;
+        if (thread == 0 && column < args.out_features && first_token < args.num_tokens) {
+          store_box(&out_map, {column, first_token}, box);
+          commit_boxes();
+        }
       }
     }
-    if (thread == 0) wait_until_boxes_are_read();
+    if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
+    stretches.end();
   }
 #endif
 }

@@ -27,37 +27,29 @@ namespace {
   V(128, 1, 9, 1, 2, 1)   \
   V(128, 2, 6, 1, 2, 1)   \
   V(128, 3, 5, 1, 2, 1)
-
-void check(const GemmFp8Params& params, const GemmFp8Tile& tile) {
-  constexpr auto kOp = kLinearFp8;
-  check_at_least(kOp, "num_tokens", params.num_tokens, 0);
-  check_at_least(kOp, "in_features", params.in_features, 1);
-  check_at_least(kOp, "out_features", params.out_features, 0);
-  if (!tile.waves && params.num_tokens > tile.tokens) {
-    refuse(kOp, "num_tokens: expected at most the tile's " + std::to_string(tile.tokens) + ", got " +
-                    std::to_string(params.num_tokens));
-  }
-  if (params.in_features % 16 != 0) {
-    refuse(kOp, "in_features: expected a multiple of 16, got " + std::to_string(params.in_features));
-  }
-  if (params.out_features % 8 != 0) {
-    refuse(kOp, "out_features: expected a multiple of 8, got " + std::to_string(params.out_features));
-  }
-  if (params.x_row_stride % 16 != 0 || params.weight_row_stride % 16 != 0) {
-    refuse(kOp, "x and weight: expected row strides of a multiple of 16, got " +
-                    std::to_string(params.x_row_stride) + " and " + std::to_string(params.weight_row_stride));
-  }
-  if (params.gated && params.bias != nullptr) refuse(kOp, "bias: expected none with gated, got one");
-  check_aligned(kOp, "x", params.x, 0);
-  check_aligned(kOp, "weight", params.weight, 0);
-  check_aligned(kOp, "out", params.out, params.out_row_stride);
-}
+#define BBK_FP8_OVERLAPPING_SHAPES(V) \
+  V(64, 2, 9, 1, 1, 1, 2, 1)          \
+  V(128, 1, 9, 1, 1, 1, 2, 1)         \
+  V(128, 1, 9, 2, 1, 1, 2, 1)         \
+  V(128, 2, 6, 1, 1, 1, 1, 1)         \
+  V(128, 2, 6, 1, 1, 1, 2, 1)         \
+  V(128, 3, 5, 1, 1, 1, 1, 1)         \
+  V(128, 1, 9, 1, 2, 1, 2, 2)         \
+  V(128, 2, 6, 2, 1, 1, 0, 2)         \
+  V(128, 2, 6, 2, 1, 1, 1, 2)         \
+  V(128, 2, 6, 2, 1, 1, 2, 2)         \
+  V(128, 2, 6, 1, 2, 1, 2, 2)         \
+  V(128, 3, 5, 1, 2, 1, 1, 2)         \
+  V(128, 3, 5, 2, 2, 1, 0, 2)         \
+  V(128, 3, 5, 2, 2, 1, 1, 2)
 
 }  // namespace
 
 void gemm_fp8(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight, bool programmatic,
               const Launch& launch) {
-  check(params, tile);
+  check_gemm_fp8(kLinearFp8, params, tile);
+  check_aligned(kLinearFp8, "out", params.out, params.out_row_stride);
+  if (params.gated && params.bias != nullptr) refuse(kLinearFp8, "bias: expected none with gated, got one");
   if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
   const DeviceGuard guard(launch.device, kLinearFp8);
   check_sm90a(kLinearFp8, launch.device);
@@ -67,6 +59,7 @@ void gemm_fp8(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_
     using T = decltype(zero);
     constexpr auto kUse = GemmUse::kLinear;
     BBK_FP8_SHAPES(BBK_FP8_SHAPE)
+    BBK_FP8_OVERLAPPING_SHAPES(BBK_FP8_SHAPE_OF)
     refuse_fp8_tile(tile, "");
   });
 }

@@ -1,5 +1,6 @@
 // The product of q, k and v that rotates and stores them itself: kernel.cuh with heads for rows.
 #include "gemm/launch.cuh"
+#include "gemm/launch_rope.cuh"
 
 namespace bbk {
 namespace {
@@ -16,31 +17,16 @@ constexpr char kOp[] = "linear_rope_kv_write";
   V(128, 3, 5, 2)
 
 // Calls use(shape) with the compiled shape of this tile.
-template <typename T, typename Use>
+template <typename T, GemmUse kUse, typename Use>
 void dispatch_shape(const GemmTile& tile, Use&& use) {
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST)                                         \
-  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&  \
-      tile.multicast == MULTICAST) {                                                         \
-    return use(GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kRopeKvWrite>()); \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST)                                        \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 && \
+      tile.multicast == MULTICAST) {                                                        \
+    return use(GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse>());                 \
   }
   BBK_ROTATED_SHAPES(BBK_SHAPE)
 #undef BBK_SHAPE
   refuse_tile(kOp, tile, "");
-}
-
-void check(const GemmParams& params, const RopeKvWriteParams& rope) {
-  check_rope(kOp, rope);
-  if (rope.head_dim % 64 != 0) {
-    refuse(kOp, "head_dim: expected a multiple of 64, got " + std::to_string(rope.head_dim));
-  }
-  const int64_t rows = (rope.num_heads + 2LL * rope.num_kv_heads) * rope.head_dim;
-  if (params.out_features != rows) {
-    refuse(kOp,
-           "out_features: expected " + std::to_string(rows) + ", got " + std::to_string(params.out_features));
-  }
-  if (params.num_tokens != rope.num_tokens || params.dtype != rope.dtype) {
-    refuse(kOp, "rope: expected the tokens and dtype of the product");
-  }
 }
 
 }  // namespace
@@ -48,20 +34,21 @@ void check(const GemmParams& params, const RopeKvWriteParams& rope) {
 void linear_rope_kv_write(const GemmParams& params, const RopeKvWriteParams& rope, const GemmTile& tile,
                           bool static_weight, bool programmatic, const Launch& launch) {
   check_gemm(kOp, params, tile);
-  check(params, rope);
+  check_rotated(kOp, params.num_tokens, params.out_features, params.dtype, rope);
   dispatch_gemm_dtype(kOp, params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_shape<T>(tile, [&](auto shape) {
-      if (!writes_vectors<T>(rope)) {
-        refuse(kOp, "q, k_cache, v_cache, cos, sin: expected addresses and strides of whole 16 bytes");
-      }
+    const auto use = [&](auto shape) {
+      check_vectors<T>(kOp, rope);
       if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
       const DeviceGuard guard(launch.device, kOp);
       check_sm90a(kOp, launch.device);
       RotatedGemmArgs args;
       args.rope = rope;
       launch_gemm<decltype(shape)>(kOp, params, args, static_weight, programmatic, launch);
-    });
+    };
+    // Caches in the dtype of the product have kernels that know no others.
+    if (rope.k_scale == nullptr) return dispatch_shape<T, GemmUse::kRopeKvWrite>(tile, use);
+    dispatch_shape<T, GemmUse::kRopeKvWriteAny>(tile, use);
   });
 }
 

@@ -13,8 +13,14 @@ namespace bbk {
 // What becomes of the sums. kLinear: the product itself. kSwiglu: the rows of the tile are gates and ups in
 // turns of 8, a thread's two rows a gate and its up. kRopeKvWrite: they are the first and the second half of
 // heads of q, k and v in turns of 8, a thread's two rows two places that rotate into each other.
-// kRoundedSwiglu: as kSwiglu, of gates and ups that are rounded first.
-enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite, kRoundedSwiglu };
+// kRoundedSwiglu: as kSwiglu, of gates and ups that are rounded first. kRopeKvWriteAny: as kRopeKvWrite, into
+// caches in e4m3 where `rope` has their scales.
+enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite, kRoundedSwiglu, kRopeKvWriteAny };
+
+// What the tensor cores do while a warpgroup adds the sums of a stretch of K, in e4m3 (stretches.cuh). kNone:
+// nothing, if the others add, too. kTurns: warpgroups start their stretches in turns, so that others compute.
+// kAhead: the first block of the next stretch, whose sums have registers of their own.
+enum class Overlap { kNone, kTurns, kAhead };
 
 struct GemmArgs {
   void* out;         // [num_tokens, out_features]
@@ -36,7 +42,7 @@ struct RotatedGemmArgs : GemmArgs {
 // of a cluster that share one read of the weight, each with tokens of its own. kXMulticast: CTAs of a cluster
 // that share one read of the tokens, each with rows of the weight of its own; for e4m3 alone.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
-          GemmUse kUse, int kXMulticast_ = 1>
+          GemmUse kUse, int kXMulticast_ = 1, Overlap kOverlap_ = Overlap::kNone>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
@@ -45,12 +51,14 @@ struct GemmShape {
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
   static constexpr int kXMulticast = kXMulticast_;
+  static constexpr Overlap kOverlap = kOverlap_;
   static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
   // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
   static constexpr int kSources = kMulticast + kXMulticast - 1;
   static constexpr bool kRoundedGates = kUse == GemmUse::kRoundedSwiglu;
   static constexpr bool kGated = kUse == GemmUse::kSwiglu || kRoundedGates;
-  static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite;
+  static constexpr bool kAnyCache = kUse == GemmUse::kRopeKvWriteAny;
+  static constexpr bool kRotated = kUse == GemmUse::kRopeKvWrite || kAnyCache;
   using Args = std::conditional_t<kRotated, RotatedGemmArgs, GemmArgs>;
 
   static constexpr int kBlockK = 64;  // 128 bytes: a row of the swizzle
@@ -85,7 +93,8 @@ struct GemmShape {
   static_assert(kCluster <= 8, "CTAs of a cluster, on every GPU of the architecture");
   static_assert(kMulticast == 1 || kUse != GemmUse::kSwiglu, "its map of gates and ups has whole tiles");
   static_assert(kProducer || kSources == 1, "a consumer that waited for others would hold up its own");
-  static_assert(kSplitK == 1 || !kRotated, "heads are written by the CTA that has their whole sums");
+  static_assert(!kRotated || kSplitK == 1 || kTokens / kSplitK % 32 == 0,
+                "heads are written by the CTA that has their whole sums, in turns of 32 tokens");
 
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;

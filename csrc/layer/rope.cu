@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(RopeKvWritePara
   Part first = *reinterpret_cast<const Part*>(source);
   Part second = *reinterpret_cast<const Part*>(source + half);
   if (!head.is_v) rotate(first, second, load_angles<kWidth>(params, position, place));
-  write_halves<kE4m3>(params, token, slot, head, place, first, second);
+  write_halves<kE4m3>(params, token, slot, head, place, first, second, cache_scale<kE4m3>(params, head));
 }
 
 // The same behind an RMSNorm over each head of q and k: kLanes threads of a warp take one head, and go over
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kThreads) normed_rope_kv_write_kernel(RopeKvWr
   const T* weight = static_cast<const T*>(head.is_q ? params.q_norm : params.k_norm);
   const int64_t position = params.positions[token];
   const int64_t slot = params.slots[token];
+  const float stored_by = cache_scale<kE4m3>(params, head);
   for (int place = first_place; place < half; place += kLanes * kWidth) {
     Part first = *reinterpret_cast<const Part*>(source + place);
     Part second = *reinterpret_cast<const Part*>(source + half + place);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) normed_rope_kv_write_kernel(RopeKvWr
       }
       rotate(first, second, load_angles<kWidth>(params, position, place));
     }
-    write_halves<kE4m3>(params, token, slot, head, place, first, second);
+    write_halves<kE4m3>(params, token, slot, head, place, first, second, stored_by);
   }
 }
 

@@ -87,11 +87,18 @@ __device__ __forceinline__ Run<E4m3, kWidth> in_e4m3(const Run<T, kWidth>& run, 
   return stored;
 }
 
+// What a cache in e4m3 divides a head of k or v by; of q, and with other caches, nothing is read.
+template <bool kE4m3>
+__device__ __forceinline__ float cache_scale(const RopeKvWriteParams& params, const RopeHead& head) {
+  if (!kE4m3 || head.is_q) return 1.0f;
+  return (head.is_v ? params.v_scale : params.k_scale)[head.index];
+}
+
 // Writes both halves from `place` on to q or into the cache, which kE4m3 says the elements of.
 template <bool kE4m3, typename T, int kWidth>
 __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, int64_t token, int64_t slot,
                                              const RopeHead& head, int place, const Run<T, kWidth>& first,
-                                             const Run<T, kWidth>& second) {
+                                             const Run<T, kWidth>& second, float scale) {
   T* target;
   if (head.is_q) {
     target =
@@ -103,7 +110,6 @@ __device__ __forceinline__ void write_halves(const RopeKvWriteParams& params, in
     const uint32_t offset = static_cast<uint32_t>(slot) % page_size;
     const CacheView& cache = head.is_v ? params.v_cache : params.k_cache;
     if constexpr (kE4m3) {
-      const float scale = (head.is_v ? params.v_scale : params.k_scale)[head.index];
       E4m3* stored = static_cast<E4m3*>(cache.data) + page * cache.page_stride + offset * cache.token_stride +
                      head.index * cache.head_stride + place;
       *reinterpret_cast<Run<E4m3, kWidth>*>(stored) = in_e4m3(first, scale);

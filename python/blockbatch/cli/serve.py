@@ -75,7 +75,8 @@ def add_model(parser: Any) -> None:
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument("--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere), float16")
     group.add_argument(
-        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+        "--quantization",
+        help="fp8: layers in 8 bits; fp8-all: the LM head too; left out: as the checkpoint has them",
     )
     group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")

@@ -381,8 +381,8 @@ class SlotLane:
         limit = model.cache_bytes
         if limit is None:
             # Of whole rows, of windows as they are and as they are captured, and what the state takes.
-            most, quantized = max(self._budget, MAX_GRAPH_TOKENS), model.quantization is not None
-            work = 4 * transformer.activation_bytes(spec, model.dtype, most, quantized=quantized)
+            most, kind = max(self._budget, MAX_GRAPH_TOKENS), model.quantization
+            work = 4 * transformer.activation_bytes(spec, model.dtype, most, quantization=kind)
             free = devices.free_bytes(self._device) - pool_bytes(self._device) - work
             limit = int(free * _CACHE_SHARE)
         most = self._max_requests * _USUAL_BRANCHES * kv_cache.pages_per_row(spec.max_length)

@@ -18,7 +18,6 @@ import blockbatch_kernels as bbk
 from blockbatch.models.quantized_weights import QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import LayerWeights, TransformerWeights
-from blockbatch_kernels.shapes import split_heads
 
 # Values and scales of rows, see `bbk.quantize_rows`; where weights are not quantised, a tensor.
 Rows = Any
@@ -35,7 +34,7 @@ def in_pieces(operator: Callable[..., Tensor], size: int | None) -> Callable[...
 
     def run(x: Tensor, *arguments: Tensor | None) -> Tensor:
         results = []
-        for first in range(0, len(x), size):
+        for first in range(0, max(1, len(x)), size):
             piece = slice(first, first + size)
             own = (value[piece] if _is_of_tokens(value) else value for value in arguments)
             results.append(operator(x[piece], *own))
@@ -119,17 +118,7 @@ class Products:
             where: what `bbk.rope_kv_write` takes behind v.
             scales: of a cache in e4m3, of K and of V; else empty.
         """
-        if not scales:
-            return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where)
-        return self._product_rotated(x, layer, where, scales)
-
-    def _product_rotated(
-        self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...], scales: tuple[Tensor, ...]
-    ) -> Tensor:
-        product = self.linear(x, layer.qkv_weight, layer.qkv_bias)
-        q, k, v = split_heads(product, self.spec.num_heads, where[-1])
-        write_heads(q, k, v, where, scales, backend=self.backend)
-        return q
+        return self._rotated(x, layer.qkv_weight, layer.qkv_bias, *where, *scales)
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
         """silu(gate) * up."""
@@ -161,7 +150,21 @@ class Fp8Products(Products):
     def rotated(
         self, x: Rows, layer: LayerWeights, where: tuple[Tensor, ...], scales: tuple[Tensor, ...] = ()
     ) -> Tensor:
-        return self._product_rotated(x, layer, where, scales)
+        values, scale = x
+        weight, bias = layer.qkv_weight, layer.qkv_bias
+        positions, slots, *places = where
+        size = max(1, len(values)) if self.fixed_tokens is None else self.fixed_tokens
+        options = dict(num_heads=self.spec.num_heads, out_dtype=self.dtype, static_weight=True)
+        results = []
+        for first in range(0, max(1, len(values)), size):
+            x, x_scale, *own = (part[first : first + size] for part in (values, scale, positions, slots))
+            product = (x, x_scale, weight.values, weight.scale, bias)
+            results.append(
+                bbk.linear_rope_kv_write_fp8(
+                    *product, *own, *places, *scales, **options, backend=self.backend
+                )
+            )
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def activated(self, x: Rows, layer: LayerWeights) -> Rows:
         values, scale = x

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
@@ -32,7 +31,7 @@ class Share:
         shard: the part of the checkpoint; None: all of it.
         vocabulary: token ids of the LM head here; None: all of them.
         all_reduce_norm: see `transformer.forward`.
-        head: has the operators `lm_head_confidence` and `lm_head_likely`.
+        head: has the operators `lm_head_confidence` and `lm_head_likely`, and both with `_fp8`.
         whole: the `Model` of all weights that this process holds beside its part; None: there is none, and
             all of them compute every row.
     """
@@ -79,9 +78,9 @@ class Share:
         """The least of what the processes found."""
         return value
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[n, vocab_size]: of hidden states [n, dim], with the LM head's rows that are here."""
-        return F.linear(hidden, weight)
+    def whole_logits(self, part: Tensor) -> Tensor:
+        """[n, vocab_size]: from those of the LM head's rows that are here."""
+        return part
 
 
 def _same_lane(number: int) -> AbstractContextManager:
@@ -166,8 +165,8 @@ class RankShare(Share):
         self._refuse_beside_engine()
         return self.group.least(what, value)
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return self.head.logits(hidden, weight)
+    def whole_logits(self, part: Tensor) -> Tensor:
+        return self.head.whole_logits(part)
 
     def _end_engine(self) -> None:
         self._engine = None
