@@ -26,6 +26,7 @@ def engine_on(model, **options):
         engine.follow()
         yield None
     # Nobody left anything behind, and the model is free again.
+    assert not model.share.group.watch._listeners
     assert engine._lane.pages_in_use() == 0
     model.logits([[1, 2, 3]])
 

@@ -87,6 +87,22 @@ def test_random_mixes(two, tmp_path, family, budget):
         assert one is None or one[0] == right, request
 
 
+def test_several_ranks_follow(tmp_path):
+    """A vocabulary that three does not divide."""
+    sizes = dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, intermediate_size=48)
+    write_dream(tmp_path, **sizes, sharpness=3.0)
+    model = blockbatch.load_model(tmp_path, device="cpu")
+    config = {"method": "blockbatch", **SHORT, "eos_exit": "window"}
+    requests = [([5, 1, 2 + number], config, {}) for number in range(6)]
+    three = RankProcesses(3)
+    try:
+        found, _ = three.values(cases.mix, str(tmp_path), requests, 3, cancel=0.2, timeout=WAIT)[0]
+    finally:
+        three.close()
+    for one, right in zip(found, alone(model, requests), strict=True):
+        assert one is None or one[0] == right
+
+
 def test_branches_by_load_and_fixed_pieces(two, tiny):
     """Rank 0 alone knows the load; the pieces of a deterministic engine."""
     options = {"method": "blockbatch", "gen_length": 64, "block_sizes": (8, 16, 32, 64)}

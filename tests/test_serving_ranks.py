@@ -7,16 +7,18 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import blockbatch
 from server_processes import process
-from serving_fakes import HTTP, ask, events_of, get, post, stream, until
+from serving_fakes import HTTP, ScriptedEngine, ask, events_of, get, post, serving, stream, until
 from test_serving_process import later
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Divide with remainder until zero: 51 and 16."
+RUNNING = 'num_requests_running{engine="0",model_name="tiny"} %d.0'
 pytestmark = pytest.mark.xdist_group("serving_ranks")
 
 
@@ -87,33 +89,58 @@ def test_streams_stop_texts_and_cancels(server):
     assert "=" in whole
     cut = post(server, CHAT, ask(PROMPT, stop="=")).json()["choices"][0]
     assert (cut["message"]["content"], cut["finish_reason"]) == (whole[: whole.index("=")], "stop")
-    with HTTP.stream("POST", server.url + CHAT, json=ask(PROMPT, stream=True)) as answer:
-        next(answer.iter_lines())
-    until(lambda: "num_requests_running" in get(server, "/metrics").text)
+
+
+def test_a_client_that_goes_ends_its_request(server):
+    endless = {"gen_length": 512, "method": "vanilla", "block_size": 512, "steps": 512}
+    with contextlib.suppress(Exception):
+        post(server, CHAT, ask(PROMPT, blockbatch=endless), timeout=1.0)
+    until(lambda: RUNNING % 0 in get(server, "/metrics").text)
+    aborted = 'request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 1.0'
+    until(lambda: aborted in get(server, "/metrics").text)
     assert post(server, CHAT, ask(PROMPT, max_tokens=32)).status_code == 200
 
 
 def test_what_is_refused(server):
     answer = post(server, CHAT, ask(PROMPT, temperature=0.5))
     assert answer.status_code == 400 and "a single process holds" in answer.json()["error"]["message"]
-    answer = post(server, "/live", {"prompt": PROMPT})
-    assert answer.status_code == 404
+    assert post(server, "/live", {"prompt": PROMPT}).status_code == 404
     assert post(server, CHAT, ask(PROMPT, max_tokens=32)).status_code == 200
+
+
+def processor_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_an_idle_server_costs_nothing(server):
-    ticks = [
-        sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
-        for pid in server.pids
-    ]
+    before = [processor_seconds(pid) for pid in server.pids]
     time.sleep(3)
-    after = [
-        sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
-        for pid in server.pids
-    ]
-    hertz = os.sysconf("SC_CLK_TCK")
-    assert all((new - old) / hertz < 1 for old, new in zip(ticks, after, strict=True))
+    after = [processor_seconds(pid) for pid in server.pids]
+    assert all(new - old < 1 for old, new in zip(before, after, strict=True))
     assert post(server, CHAT, ask(PROMPT, max_tokens=32)).status_code == 200
+
+
+def test_the_page_decodes_on_no_model_of_several_ranks(tiny, monkeypatch):
+    with serving(tiny, ScriptedEngine(tiny)) as server:
+        monkeypatch.setattr(tiny, "share", SimpleNamespace(size=2))
+        answer = post(server, "/live", {"prompt": "hi"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("live: expected a model of one process")
+
+
+def test_who_waits_for_a_forward_that_never_ends_hears_of_a_lost_rank(tiny):
+    engine, stuck = ScriptedEngine(tiny), threading.Event()
+    engine.script = lambda engine: stuck.wait(60) if engine.requests else None
+    with serving(tiny, engine) as server:
+        boxes = [later(post, server, CHAT, ask(stream=streamed)) for streamed in (False, True)]
+        until(lambda: len(engine.requests) == 2)
+        for _ in range(2):  # the engine's own error comes behind it
+            engine.rank_failed(blockbatch.RankError("rank 1 ended"))
+        assert [box.get(timeout=20).status_code for box in boxes] == [500, 500]
+        assert get(server, "/health").status_code == 503
+        assert post(server, CHAT, ask()).status_code == 500
+        stuck.set()
 
 
 @pytest.mark.parametrize("whom", ["rank 0", "torchrun"])
@@ -168,8 +195,7 @@ def test_a_rank_that_is_killed_ends_the_other(rank):
             later(_asked, server, ask(PROMPT, stream=streamed, blockbatch=sizes))
             for streamed in (False, True)
         ]
-        running = 'num_requests_running{engine="0",model_name="tiny"} 2.0'
-        until(lambda: running in get(server, "/metrics").text)
+        until(lambda: RUNNING % 2 in get(server, "/metrics").text)
         os.kill(server.pids[rank], signal.SIGKILL)
         begun = time.monotonic()
         answers = [box.get(timeout=30) for box in boxes]

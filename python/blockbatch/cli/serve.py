@@ -30,7 +30,6 @@ def add_parser(commands: Any) -> None:
             "blockbatch serve tiny",
             "blockbatch serve GSAI-ML/LLaDA-8B-Instruct --preset careful --port 8000",
             "blockbatch serve tiny --api-key SECRET --max-requests 32 --branches load",
-            "torchrun --nproc-per-node 2 -m blockbatch serve GSAI-ML/LLaDA-8B-Instruct",
         ),
     )
     parser.set_defaults(run=run)

@@ -44,6 +44,7 @@ class Plans:
         self._host = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._digests: list[tuple[Any, digest.StateDigest]] = []
         self._forwards, self._sampled = 0, -1
+        self._calls: list[Callable[[str], None]] = []
         self.settled = True
 
     def check(self) -> None:
@@ -51,8 +52,13 @@ class Plans:
         self._group.watch.check()
 
     def when_failed(self, call: Callable[[RankError], None]) -> None:
-        """`call` hears of the first failure of any rank, on a thread of the watch."""
-        self._group.watch.when_failed(lambda message: call(RankError(message)))
+        """`call` hears of the first failure of another rank, on a thread of the watch, until `close`."""
+
+        def tell(message: str) -> None:
+            call(RankError(message))
+
+        self._calls.append(tell)
+        self._group.watch.when_failed(tell)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this rank cannot go on."""
@@ -121,6 +127,9 @@ class Plans:
     def close(self) -> None:
         """The end of all plans."""
         peers, self._peers = self._peers, {}
+        calls, self._calls = self._calls, []
+        for call in calls:
+            self._group.watch.forget(call)
         for peer in peers.values():
             peer.close()
         if peers:

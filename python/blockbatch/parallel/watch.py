@@ -74,12 +74,18 @@ class Watch:
         self._fail(f"rank {self.rank}: {message}")
 
     def when_failed(self, call: Callable[[str], None]) -> None:
-        """`call` gets the failure once there is one, on whatever thread finds it."""
+        """`call` gets, on the watch's thread, the failure that another rank tells, or that this one finds
+        while it waits for others."""
         with self._lock:
             self._listeners.append(call)
             failure = self.failure
         if failure is not None:
             call(failure)
+
+    def forget(self, call: Callable[[str], None]) -> None:
+        """`call` is to hear nothing any more."""
+        with self._lock:
+            self._listeners = [other for other in self._listeners if other is not call]
 
     def wait_for_failure(self, seconds: float) -> str | None:
         """The failure, which may come some moments behind what it causes."""
@@ -109,8 +115,14 @@ class Watch:
                         peer.send_bytes(json.dumps({"failed": message}).encode())
                     except OSError:
                         pass
-        for call in self._listeners:
-            call(message)
+
+    def _found(self, message: str, source: int | None = None) -> None:
+        """A failure that the thread in the forward may not hear of."""
+        self._fail(message, source)
+        with self._lock:
+            told, self._listeners = self._listeners, []
+        for call in told:
+            call(self.failure)
 
     def _run(self) -> None:
         peers = {peer: rank for rank, peer in self._peers.items()}
@@ -122,7 +134,7 @@ class Watch:
                 time.sleep(_POLL_SECONDS)
             busy, now = self._busy, time.monotonic()
             if busy is not None and self.failure is None and now - busy[1] > self._stall_seconds:
-                self._fail(
+                self._found(
                     f"rank {self.rank}: expected {busy[0]} to end within {self._stall_seconds:g} s, it has "
                     "not: a rank stands still, or the ranks are at different forwards"
                 )
@@ -140,10 +152,10 @@ class Watch:
         except (EOFError, OSError):
             del peers[peer]
             if not self._closed:
-                self._fail(f"rank {rank} ended", source=rank)
+                self._found(f"rank {rank} ended", source=rank)
             return
         if "failed" in message:
-            self._fail(message["failed"], source=rank)
+            self._found(message["failed"], source=rank)
         elif "bye" in message:
             del peers[peer]
 
