@@ -53,7 +53,13 @@ def _attention_plan_symbols(
         units=backend == "cuda"
         and not sizes.get("fixed_cut")
         and tuning.plans_units(
-            *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=sizes["num_tokens"]
+            *heads,
+            page_size,
+            pages_per_row,
+            distinct_rows,
+            device,
+            num_tokens=sizes["num_tokens"],
+            e4m3=bool(sizes.get("e4m3")),
         ),
     )
     return dict(
@@ -273,6 +279,7 @@ _TABLE = (
             Scalar("distinct_rows", int, None, least=0, symbolic=True),
             Scalar("fixed_cut", bool, False),
             Scalar("num_branches", int, None, least=1),
+            Scalar("e4m3", bool, False),
         ),
         (AttentionPlan,),
         symbols=_attention_plan_symbols,

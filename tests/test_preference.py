@@ -37,6 +37,14 @@ def test_attention_by_shape(change, first):
 
 
 @pytest.mark.parametrize(
+    "change, first", [({}, "cuda"), (dict(element_size=4), "triton"), (dict(head_dim=96), "triton")]
+)
+def test_attention_over_e4m3_by_shape(change, first):
+    order = tuning.preference("varlen_attention_fp8", **STEP | change)
+    assert order[0] == first and sorted(order) == ["cuda", "triton"]
+
+
+@pytest.mark.parametrize(
     "change, planned",
     [
         (dict(distinct_rows=1), True),
@@ -45,6 +53,8 @@ def test_attention_by_shape(change, first):
         (dict(distinct_rows=6, num_tokens=252), True),  # windows
         (dict(distinct_rows=6, pages_per_row=32), True),  # which stay in L2
         (dict(distinct_rows=6, num_heads=28, num_kv_heads=4), True),
+        (dict(distinct_rows=6, num_tokens=252, e4m3=True), False),  # windows over caches in e4m3
+        (dict(distinct_rows=3, num_tokens=252, e4m3=True), True),
         (dict(distinct_rows=1, page_size=8), False),
         (dict(distinct_rows=1, num_heads=128, num_kv_heads=1), False),  # a token fills more than a block
     ],

@@ -231,3 +231,20 @@ def test_candidates_hold_every_tile_with_room(gated):
     assert len(short) > 1 and not any("split_k" in name for name in short)
     for sizes in ((0, 4096, 4096), (257, 4096, 4096), (8, 4097, 4096), (8, 4096, 4100)):
         assert tuning.candidates(*sizes, gated=gated) == {"cublas": ()}
+
+
+def test_attention_over_e4m3_takes_the_fastest_way(results, monkeypatch):
+    report = results.report_of("attention_fp8.json")
+    kind = tuning.H100
+    monkeypatch.setattr(tuning.attention, "device_kind", lambda device: kind)
+    slow = {}
+    for line in report["models"]["llada-8b"]:
+        pages = line["keys"] // 16
+        sizes = 32, 32, 16, pages, line["distinct_rows"], torch.device("cuda")
+        units = tuning.plans_units(*sizes, num_tokens=line["tokens"], e4m3=True)
+        way = "units" if units else "tiles"
+        times = {name: line["us"][name] for name in ("units", "tiles", "triton")}
+        # Its figures stand closer together, and none is worth another kernel.
+        if times[way] > 1.1 * min(times.values()):
+            slow[line["case"]] = way, times
+    assert not slow

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blockbatch_kernels import tuning
@@ -29,6 +30,7 @@ def attention_plan(
     distinct_rows: int | None = None,
     fixed_cut: bool = False,
     num_branches: int | None = None,
+    e4m3: bool = False,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Cuts the attention of a step into work, without a host wait; all layers of the step use the same plan.
@@ -52,10 +54,13 @@ def attention_plan(
         num_branches: consecutive rows that may share pages, the rows of a request; only they are compared, so
             that the plan takes time linear in the rows. Rows of different requests are attended apart even
             where they do share pages. None: any rows may share.
+        e4m3: whether the caches hold e4m3. As with `distinct_rows` the result does not depend on it, its
+            speed does.
     """
     tensors = (page_table, cu_seqlens_q, seqlens_k)
     heads = num_heads, num_kv_heads
-    _check_attention_plan(*tensors, page_size, num_tokens, *heads, distinct_rows, fixed_cut, num_branches)
+    options = distinct_rows, fixed_cut, num_branches, e4m3
+    _check_attention_plan(*tensors, page_size, num_tokens, *heads, *options)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
     if values.ENABLED:
@@ -74,7 +79,7 @@ def attention_plan(
         units=dispatch.is_backend(module, "cuda")
         and not fixed_cut
         and tuning.plans_units(
-            *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens
+            *heads, page_size, pages_per_row, distinct_rows, device, num_tokens=num_tokens, e4m3=e4m3
         ),
     )
     if num_branches is not None:
@@ -164,7 +169,15 @@ def ready(
     if plan is None:
         rows, pages_per_row = page_table.shape
         heads, page_size = (q.shape[1], k_cache.shape[2]), k_cache.shape[1]
-        units = tuning.plans_units(*heads, page_size, pages_per_row, rows, q.device, num_tokens=q.shape[0])
+        units = tuning.plans_units(
+            *heads,
+            page_size,
+            pages_per_row,
+            rows,
+            q.device,
+            num_tokens=q.shape[0],
+            e4m3=k_cache.dtype == torch.float8_e4m3fn,
+        )
     else:
         units = plan.units.shape[0] > 0
     module = (module_for or dispatch.module_for)(

@@ -80,8 +80,9 @@ def varlen_attention_fp8(
 ) -> Tensor:
     """`varlen_attention` over caches in e4m3: keys and values are `stored * scale`.
 
-    Queries and weights keep the dtype of q, to which e4m3 is turned without rounding. The scale of K joins
-    `softmax_scale`, that of V is multiplied in behind the sums, in fp32.
+    Queries and weights keep the dtype of q, to which e4m3 is turned without rounding; but CUDA C++ computes
+    in halves whatever q is: with three bits more than bf16, and NaN where a query is above 65504. The scale
+    of K joins `softmax_scale`, that of V is multiplied in behind the sums, in fp32.
 
     Args:
         q: [tokens, num_heads, head_dim], fp32, bf16 or fp16; tokens may exceed cu_seqlens_q[-1] (padding).

@@ -79,6 +79,7 @@ def plans_units(
     device: torch.device,
     *,
     num_tokens: int,
+    e4m3: bool = False,
 ) -> bool:
     """Whether the kernel that takes its work in units is the fastest for attention on `device`.
 
@@ -92,9 +93,13 @@ def plans_units(
         pages_per_row: pages that a row may have.
         distinct_rows: rows that read pages of their own; see `attention_plan`.
         num_tokens: packed queries.
+        e4m3: whether the caches hold e4m3. Then tiles of 64 rows are ahead as soon as several rows have pages
+            of their own, in windows too (attention_fp8.json).
     """
     if num_heads // num_kv_heads > _BLOCK_ROWS or page_size % 16 or not _runs_units(device):
         return False
+    if e4m3:
+        return distinct_rows <= _FEW_ROWS
     keys = distinct_rows * pages_per_row * page_size * num_kv_heads
     return num_tokens <= _FEW_TOKENS or distinct_rows <= _FEW_ROWS or keys <= _KEYS_IN_L2
 
@@ -143,12 +148,19 @@ def attention_shape(
 
 
 def cuda_attention_is_faster(
-    *, num_tokens: int = 0, num_keys: int = 0, head_dim: int = 0, element_size: int = 2, units: int = 0
+    *,
+    num_tokens: int = 0,
+    num_keys: int = 0,
+    head_dim: int = 0,
+    element_size: int = 2,
+    units: int = 0,
+    e4m3: bool = False,
 ) -> bool:
     """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
 
-    Where the plan has units it does, see `plans_units`; without, for packs of whole rows (`rows.ATTENTION`).
+    Where the plan has units it does, see `plans_units`; without, for packs of whole rows (`rows.ATTENTION`),
+    and over caches in e4m3 for all.
     """
     if element_size != 2 or head_dim not in (64, 128):
         return False  # not on the tensor cores
-    return units > 0 or num_tokens > 1024
+    return e4m3 or units > 0 or num_tokens > 1024

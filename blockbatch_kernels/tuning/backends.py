@@ -42,7 +42,8 @@ _ORDER = {row.op: row.order for row in DEFAULTS}
 def preference(op: str, **sizes: int) -> tuple[str, ...]:
     """The compiled backends that take `op` in these sizes, fastest first. A size not given is no obstacle."""
     order = _ORDER.get(op, _CUDA_FIRST)
-    if op in ("varlen_attention", "varlen_attention_fp8") and not cuda_attention_is_faster(**sizes):
+    e4m3 = op == "varlen_attention_fp8"
+    if (e4m3 or op == "varlen_attention") and not cuda_attention_is_faster(**sizes, e4m3=e4m3):
         order = ("triton", "cuda")
     limits = _LIMITS.get(op)
     if limits is None:

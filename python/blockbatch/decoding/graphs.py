@@ -78,6 +78,7 @@ class StepGraphs:
             cache.distinct_rows,
             self._batch.device,
             num_tokens=capacity,
+            e4m3=cache.kv.dtype == torch.float8_e4m3fn,
         )
 
     @property

@@ -191,7 +191,8 @@ class SlotForward:
     def _plans_units(self, capacity: int, distinct_rows: int) -> bool:
         spec, pages = self._model.spec, self.pages
         sizes = spec.num_heads, spec.num_kv_heads, pages.page_size, pages.page_table.shape[1]
-        return tuning.plans_units(*sizes, distinct_rows, self.device, num_tokens=capacity)
+        options = dict(num_tokens=capacity, e4m3=pages.kv.dtype == torch.float8_e4m3fn)
+        return tuning.plans_units(*sizes, distinct_rows, self.device, **options)
 
     def _run_with(self, tokens: int, predictions: int, whole: WholeRows, distinct_rows: int) -> None:
         now = self._mask(whole.rows, self.slots.num_rows)

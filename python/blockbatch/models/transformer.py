@@ -144,6 +144,7 @@ def forward(
             distinct_rows=distinct_rows,
             fixed_cut=fixed_tokens is not None,
             num_branches=num_branches,
+            e4m3=kv_scales is not None,
             backend=backend,
         )
     products = products_of(spec, weights, backend, fixed_tokens, all_reduce_norm)
