@@ -70,7 +70,7 @@ def test_what_is_said_is_that_of_the_logits_of_linear_fp8(dtype):
     for rows, vocab_size, dim in ((1, 1, 1), (7, 50, 33), (260, 43, 16), (5, 203, 100)):
         hidden, weight, scale = random_head(rows, vocab_size, dim, dtype, seed=rows)
         logits = bbk.linear_fp8(*bbk.quantize_rows(hidden), weight, scale, out_dtype=dtype)
-        for name, drawn, options in calls(rows, vocab_size, "cpu"):
+        for name, drawn, options in calls(rows, vocab_size, "cpu", rows):
             got = getattr(bbk, f"{name}_fp8")(hidden, weight, scale, *drawn, **options)
             want = getattr(bbk, name)(*heads_of(logits), *drawn, **options)
             for one, other in zip(got, want, strict=True):
