@@ -1,7 +1,5 @@
 """The product of q, k and v with rotary embedding and cache write behind it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -107,19 +105,36 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *where: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
     num_heads: int,
     tile: tuning.LinearTile,
     static_weight: bool,
 ) -> Tensor:
     x = aligned(x)
-    q = x.new_empty(x.shape[0], num_heads, where[4].shape[3])
+    q = x.new_empty(x.shape[0], num_heads, k_cache.shape[3])
+    if k_scale is not None:
+        k_cache, v_cache, k_scale, v_scale = _in_bytes(k_cache, v_cache, k_scale, v_scale)
     extension.load().linear_rope_kv_write(
         x=x,
         weight=weight,
         bias=None if bias is None else bias.contiguous(),
         q=q,
-        **_places(*where),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        positions=positions.contiguous(),
+        slot_mapping=slot_mapping.contiguous(),
+        cos=cos,
+        sin=sin,
         tile=tile,
         static_weight=static_weight,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
@@ -134,31 +149,6 @@ def _launch_fp8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    *where: Tensor | None,
-    num_heads: int,
-    out_dtype: torch.dtype,
-    tile: tuning.Fp8Tile,
-    static_weight: bool,
-) -> Tensor:
-    x = gemm_fp8.aligned(x)
-    q = torch.empty(len(x), num_heads, where[4].shape[3], dtype=out_dtype, device=x.device)
-    extension.load().linear_rope_kv_write_fp8(
-        x=x.view(torch.uint8),
-        x_scale=x_scale.contiguous(),
-        weight=weight.view(torch.uint8),
-        weight_scale=weight_scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        q=q,
-        **_places(*where),
-        tile=tile,
-        static_weight=static_weight,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        stream=extension.stream_of(x),
-    )
-    return q
-
-
-def _places(
     positions: Tensor,
     slot_mapping: Tensor,
     cos: Tensor,
@@ -167,12 +157,23 @@ def _places(
     v_cache: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-) -> dict[str, Any]:
-    """Where heads are rotated to and stored, as the extension takes it: caches in e4m3 as bytes."""
+    *,
+    num_heads: int,
+    out_dtype: torch.dtype,
+    tile: tuning.Fp8Tile,
+    static_weight: bool,
+) -> Tensor:
+    x = gemm_fp8.aligned(x)
+    q = torch.empty(len(x), num_heads, k_cache.shape[3], dtype=out_dtype, device=x.device)
     if k_scale is not None:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-        k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
-    return dict(
+        k_cache, v_cache, k_scale, v_scale = _in_bytes(k_cache, v_cache, k_scale, v_scale)
+    extension.load().linear_rope_kv_write_fp8(
+        x=x.view(torch.uint8),
+        x_scale=x_scale.contiguous(),
+        weight=weight.view(torch.uint8),
+        weight_scale=weight_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        q=q,
         k_cache=k_cache,
         v_cache=v_cache,
         k_scale=k_scale,
@@ -181,4 +182,16 @@ def _places(
         slot_mapping=slot_mapping.contiguous(),
         cos=cos,
         sin=sin,
+        tile=tile,
+        static_weight=static_weight,
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        stream=extension.stream_of(x),
     )
+    return q
+
+
+def _in_bytes(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Caches in e4m3 and their scales as the extension takes them."""
+    return k_cache.view(torch.uint8), v_cache.view(torch.uint8), k_scale.contiguous(), v_scale.contiguous()
