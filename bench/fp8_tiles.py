@@ -1,7 +1,9 @@
 """Every tile of the products in e4m3, and the table of `blockbatch_kernels.tuning.rows_fp8` that follows.
 
-    python bench/fp8_tiles.py [--shapes llada-8b] [--tokens 16 32 64 128 192 256 512 1280] [--write]
+    python bench/fp8_tiles.py [--of layers] [--shapes llada-8b] [--tokens 16 32 64 128 192 256 512] [--write]
 
+`--of` says which products: those of the `layers`, or that of the LM `head`, whose results stand in a file of
+their own; `--write` makes the table from the files of both.
 Every way is verified against the reference before it is timed. A call goes over several weights in one CUDA
 graph, so that each of them comes from memory. Lines of `gate_up` with `gated` compare the activation in the
 product's kernel (and a kernel that quantises its rows) with kernels for each ("apart", on the tile that is
@@ -19,7 +21,7 @@ from unittest import mock
 
 import torch
 from random_models import SHAPES
-from timing import as_graph, clean, device_of, in_turns, parser, write_report
+from timing import RESULTS, as_graph, clean, device_of, in_turns, parser, write_report
 from torch import Tensor
 from verify import relative_error
 
@@ -30,6 +32,10 @@ from blockbatch_kernels.cuda import extension, gemm_fp8
 TOKENS = (16, 32, 64, 128, 192, 256, 512, 1280)
 # A sum rounded to bf16; and steps of e4m3 that such a rounding moves.
 MOST_ERROR = {False: 5e-3, True: 2e-2}
+# What is measured, and the file of its results.
+FILES = {"layers": "fp8_tiles.json", "head": "fp8_tiles_head.json"}
+# Predictions whose logits exist at the same time, at most.
+MOST_HEAD_TOKENS = 512
 TABLE = Path(__file__).parents[1] / "blockbatch_kernels" / "tuning" / "rows_fp8.py"
 # Weights of a product that one measurement goes over: more than L2 holds of any GPU.
 _WEIGHT_BYTES = 300 << 20
@@ -40,9 +46,12 @@ Line = dict[str, Any]
 Way = tuple[tuning.Fp8Tile | None, tuning.Fp8Tile | None]  # with the activation, and of the product alone
 
 
-def products_of(shape: str) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of the weights of a layer."""
+def products_of(shape: str, of: str) -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of the weights of a layer, or of the LM head."""
     spec = SHAPES[shape]
+    if of == "head":
+        yield "lm_head", spec.vocab_size, spec.hidden_size
+        return
     dim, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     yield "qkv", heads + 2 * spec.num_kv_heads * spec.head_dim, dim
     yield "out", dim, heads
@@ -133,29 +142,38 @@ def best_of(times: dict[str, float]) -> str:
     return next((way for way in ("library", "apart") if times.get(way, float("inf")) <= limit), fastest)
 
 
-def rows_of(report: dict[str, Any]) -> list[tuning.Fp8Row]:
-    """The table that a report of this benchmark gives."""
+def rows_of(report: dict[str, Any], file: str = FILES["layers"]) -> list[tuning.Fp8Row]:
+    """The rows of the table that a report of this benchmark gives, which stands in `file`."""
     found: dict[tuple, list[tuple[int, str]]] = {}
     for model, lines in report["models"].items():
         for line in lines:
-            key = f"fp8_tiles.json: {model}/{line['product']}{'/gated' if line['gated'] else ''}"
+            key = f"{file}: {model}/{line['product']}{'/gated' if line['gated'] else ''}"
             sizes = line["out_features"], line["in_features"], line["gated"]
             found.setdefault((key, *sizes), []).append((line["tokens"], best_of(line["us"])))
     return [tuning.Fp8Row(*key, tuple(sorted(choices))) for key, choices in found.items()]
 
 
-def source_of(report: dict[str, Any]) -> str:
-    """The text of rows_fp8.py, as the formatter leaves it."""
-    kind = tuning.DeviceKind(**report["device_kind"])
+def source_of(reports: dict[str, dict[str, Any]]) -> str:
+    """The text of rows_fp8.py, as the formatter leaves it, from reports by their files.
+
+    All of them are of one kind of device.
+    """
+    kinds = {
+        tuning.DeviceKind(tuple(one["device_kind"]["capability"]), one["device_kind"]["num_sms"])
+        for one in reports.values()
+    }
+    if len(kinds) != 1:
+        raise RuntimeError(f"{', '.join(reports)}: expected results of one kind of device, got {kinds}")
+    (kind,) = kinds
     text = [
         '"""The fastest tiles of products in e4m3, by `python bench/fp8_tiles.py --write`."""',
         "",
         "from blockbatch_kernels.tuning.records import DeviceKind, Fp8Row",
         "",
         "PRODUCTS: dict[DeviceKind, tuple[Fp8Row, ...]] = {",
-        f"    DeviceKind({tuple(kind.capability)}, {kind.num_sms}): (",
+        f"    DeviceKind({kind.capability}, {kind.num_sms}): (",
     ]
-    for row in rows_of(report):
+    for row in (row for file, report in reports.items() for row in rows_of(report, file)):
         text += [" " * 8 + "Fp8Row(", f'{" " * 12}result="{row.result}",']
         sizes = ("out_features", "in_features", "gated")
         text += [f"{' ' * 12}{name}={getattr(row, name)}," for name in sizes]
@@ -165,22 +183,35 @@ def source_of(report: dict[str, Any]) -> str:
     return "\n".join([*text, "    ),", "}"]) + "\n"
 
 
+def stored_reports(**written: Path) -> dict[str, dict[str, Any]]:
+    """The reports that are there, by their files, those of the layers first.
+
+    written: where the one of `layers` or `head` is, if not among the results.
+    """
+    paths = {name: written.get(of, RESULTS / name) for of, name in FILES.items()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
 @torch.inference_mode()
 def main() -> None:
     arguments = parser(__doc__, "fp8_tiles", ["llada-8b"])
+    arguments.add_argument("--of", default="layers", choices=FILES, help="whose products")
     arguments.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     arguments.add_argument("--repeats", type=int, default=9)
     arguments.add_argument("--skip", nargs="*", default=[], help="words of names of ways to leave out")
-    arguments.add_argument("--write", action="store_true", help="write rows_fp8.py from the report")
+    arguments.add_argument("--write", action="store_true", help="write rows_fp8.py from the reports")
+    arguments.set_defaults(out=None)
     options = arguments.parse_args()
+    options.out = options.out or RESULTS / FILES[options.of]
     device, repeats = device_of(options), 3 if options.quick else options.repeats
     models: dict[str, list[Line]] = {}
     for shape in options.shapes:
         lines = models[shape] = []
-        for name, rows, columns in products_of(shape):
+        for name, rows, columns in products_of(shape, options.of):
             count = max(2, _WEIGHT_BYTES // (rows * columns)) if device.type == "cuda" else 1
             weights = [e4m3(rows, columns, device) for _ in range(count)]
-            for tokens in options.tokens:
+            most = MOST_HEAD_TOKENS if options.of == "head" else max(options.tokens)
+            for tokens in (tokens for tokens in options.tokens if tokens <= most):
                 of_all = device, repeats, tuple(options.skip)
                 line = measure(name, tokens, weights, False, "", *of_all)
                 lines.append(line)
@@ -191,7 +222,7 @@ def main() -> None:
     kind = tuning.device_kind(device)._asdict()
     write_report(options, device, device_kind=kind, models=models)
     if options.write:
-        TABLE.write_text(source_of(json.loads(options.out.read_text())))
+        TABLE.write_text(source_of(stored_reports(**{options.of: options.out})))
         print(f"written: {TABLE}")
 
 

@@ -160,10 +160,12 @@ def random_model(
     return Model(spec, weights, None, backend=backend, name=name)
 
 
-def quantized(model: Model) -> Model:
-    """The same model with the weights of its layers in e4m3."""
+def quantized(model: Model, quantization: str = "fp8") -> Model:
+    """The same model with the weights of its layers in e4m3, by "fp8-all" its LM head too."""
 
-    def in_e4m3(weight: torch.Tensor) -> QuantizedWeight:
+    def in_e4m3(weight: torch.Tensor | QuantizedWeight) -> QuantizedWeight:
+        if isinstance(weight, QuantizedWeight):
+            return weight
         return QuantizedWeight(*bbk.quantize_rows(weight, backend="reference"))
 
     names = ("qkv_weight", "out_weight", "gate_up_weight", "down_weight")
@@ -171,7 +173,10 @@ def quantized(model: Model) -> Model:
         replace(layer, **{name: in_e4m3(getattr(layer, name)) for name in names})
         for layer in model.weights.layers
     ]
-    weights = replace(model.weights, layers=layers)
+    lm_head = model.weights.lm_head
+    weights = replace(
+        model.weights, layers=layers, lm_head=in_e4m3(lm_head) if quantization == "fp8-all" else lm_head
+    )
     return Model(model.spec, weights, None, backend=model.backend, name=model.name)
 
 

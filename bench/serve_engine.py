@@ -255,7 +255,7 @@ def arguments(description: str, on_gpu: bool) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="llada-8b" if on_gpu else "tiny", help="tiny, or a shape")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--quantization", choices=("fp8",), help="of random weights")
+    parser.add_argument("--quantization", choices=("fp8", "fp8-all"), help="of random weights")
     parser.add_argument("--backend", choices=("reference", "triton", "cuda"))
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--clients", nargs="*", type=int, default=[1, 8, 32, 64])

@@ -96,6 +96,6 @@ def load(options: dict[str, Any]) -> tuple[Any, list[list[int]]]:
         raise SystemExit(f"--model: expected tiny or one of {', '.join(SHAPES)}, got {options['model']!r}")
     inner = random_model(options["model"], device, DTYPES[options["dtype"]], backend=options["backend"])
     if options.get("quantization"):
-        inner = quantized(inner)
+        inner = quantized(inner, options["quantization"])
     prompts = [random_prompt(inner.spec, length, seed) for seed in range(count)]
     return ScriptedPredictions(inner, length, options["gen_length"] * 3 // 4), prompts

@@ -41,9 +41,15 @@ from whole_rows import by_whole_rows
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graph_pool import capture
 from blockbatch.models import Model, transformer
-from blockbatch.models.quantized_weights import QuantizedWeight
+from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight, head_operator
 from blockbatch.models.spec import ModelSpec
-from blockbatch.models.weights import TransformerWeights, allocate, layer_destinations, model_destinations
+from blockbatch.models.weights import (
+    TransformerWeights,
+    allocate,
+    layer_destinations,
+    model_destinations,
+    quantization_of,
+)
 from blockbatch.parallel import RankShare
 from blockbatch.parallel.digest import StateDigest
 from blockbatch.parallel.group import device_of_rank
@@ -58,8 +64,7 @@ REDUCTIONS = 64  # in a step of LLaDA-8B
 
 def part_of(weights: TransformerWeights, spec: ModelSpec, shard: Shard) -> TransformerWeights:
     """A rank's part of weights in memory, as `load_weights` reads it from files."""
-    embedding = weights.embedding
-    kind = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
+    embedding, kind = weights.embedding, quantization_of(weights)
     part = allocate(shard.local_spec, embedding.device, embedding.dtype, shard.vocabulary, kind)
     places = list(model_destinations(spec).values())
     for layer in range(spec.num_layers):
@@ -255,7 +260,9 @@ def heads(one: Model, ranks: Model, predictions: int) -> dict[str, float]:
     for name, model in (("ranks", ranks), ("one", one)):
 
         def run(model: Model = model) -> Any:
-            return model.share.head.lm_head_confidence(hidden, model.weights.lm_head, backend=model.backend)
+            lm_head = model.weights.lm_head
+            operator, weight = head_operator(model.share.head, "lm_head_confidence", lm_head)
+            return operator(hidden, *weight, backend=model.backend)
 
         replay = as_graph(run, one.device)
         found[name] = 1e3 * min(event_ms(replay, one.device, 15) for _ in range(2))
@@ -268,7 +275,7 @@ def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> li
     share.most_lanes = 1
     one = random_model(name, device, dtype, backend=options.backend)
     if options.quantization:
-        one = quantized(one)
+        one = quantized(one, options.quantization)
     part = part_of(one.weights, spec, share.shard)
     ranks = Model(share.local_spec(spec), part, None, backend=options.backend, name=name, share=share)
     gen_length = min(256, length // 2)
@@ -360,7 +367,7 @@ def main() -> None:
     arguments.add_argument("--length", type=int, default=1280)
     arguments.add_argument("--repeats", type=int, default=15)
     arguments.add_argument("--ranks", type=int, default=2)
-    arguments.add_argument("--quantization", choices=("fp8",))
+    arguments.add_argument("--quantization", choices=QUANTIZATIONS)
     arguments.add_argument("--transport", choices=("symmetric", "nccl"))
     options = arguments.parse_args()
     device = torch.device(device_of_rank(options.ranks, options.device))

@@ -41,8 +41,11 @@ linear_rope_kv_write_fp8 = traceable(ops.linear_rope_kv_write_fp8)
 linear_swiglu = traceable(ops.linear_swiglu)
 linear_swiglu_fp8 = traceable(ops.linear_swiglu_fp8)
 lm_head_confidence = traceable(ops.lm_head_confidence)
+lm_head_confidence_fp8 = traceable(ops.lm_head_confidence_fp8)
 lm_head_likely = traceable(ops.lm_head_likely)
+lm_head_likely_fp8 = traceable(ops.lm_head_likely_fp8)
 lm_head_sample = traceable(ops.lm_head_sample)
+lm_head_sample_fp8 = traceable(ops.lm_head_sample_fp8)
 pack_windows = traceable(ops.pack_windows)
 quantize_rows = traceable(ops.quantize_rows)
 rms_norm = traceable(ops.rms_norm)
@@ -86,8 +89,11 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",
+    "lm_head_confidence_fp8",
     "lm_head_likely",
+    "lm_head_likely_fp8",
     "lm_head_sample",
+    "lm_head_sample_fp8",
     "map_entries",
     "pack_windows",
     "quantize_rows",

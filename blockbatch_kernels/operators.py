@@ -66,6 +66,36 @@ def _attention_plan_symbols(
     )
 
 
+# Of the LM head: hidden states and weights, in 16 or 32 bits or in e4m3; what else it takes; what it says.
+_HEAD = (
+    TensorArg("hidden", "predictions dim", FLOATS),
+    TensorArg("weight", "vocabulary dim", "hidden"),
+)
+_HEAD_FP8 = (
+    TensorArg("hidden", "predictions dim", FLOATS),
+    TensorArg("weight", "vocabulary dim", FP8),
+    TensorArg("weight_scale", "vocabulary", FLOAT),
+)
+_SUPPRESSED = Scalar("suppress_token", int, None)
+_PROBED = (TensorArg("probe_tokens", "predictions", INT, optional=True), _SUPPRESSED)
+_DRAWN = (
+    RecordArg("rules", SamplingRules),
+    TensorArg("request", "predictions", INT),
+    TensorArg("positions", "predictions", INT),
+)
+_CONFIDENCE = Scalar("confidence", str, "probability")
+_PREDICTED = (
+    Result("predictions", torch.int32),
+    Result("predictions", torch.float32),
+    Result("predictions", torch.float32, given="probe_tokens"),
+)
+_LIKELY = (
+    Result("predictions", torch.int32),
+    Result("predictions", torch.float32),
+    Result(f"predictions {NUM_LIKELY}", torch.int32),
+    Result(f"predictions {NUM_LIKELY}", torch.float32),
+)
+
 _ROPE = (
     TensorArg("positions", "tokens", INT),
     TensorArg("slot_mapping", "tokens", LONG),
@@ -274,52 +304,12 @@ _TABLE = (
         ),
         (Result("tokens num_heads head_dim", "q"),),
     ),
-    Operator(
-        "lm_head_confidence",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            TensorArg("probe_tokens", "predictions", INT, optional=True),
-            Scalar("suppress_token", int, None),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result("predictions", torch.float32, given="probe_tokens"),
-        ),
-    ),
-    Operator(
-        "lm_head_likely",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            Scalar("suppress_token", int, None),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result(f"predictions {NUM_LIKELY}", torch.int32),
-            Result(f"predictions {NUM_LIKELY}", torch.float32),
-        ),
-    ),
-    Operator(
-        "lm_head_sample",
-        (
-            TensorArg("hidden", "predictions dim", FLOATS),
-            TensorArg("weight", "vocabulary dim", "hidden"),
-            RecordArg("rules", SamplingRules),
-            TensorArg("request", "predictions", INT),
-            TensorArg("positions", "predictions", INT),
-            TensorArg("probe_tokens", "predictions", INT, optional=True),
-            Scalar("suppress_token", int, None),
-            Scalar("confidence", str, "probability"),
-        ),
-        (
-            Result("predictions", torch.int32),
-            Result("predictions", torch.float32),
-            Result("predictions", torch.float32, given="probe_tokens"),
-        ),
-    ),
+    Operator("lm_head_confidence", (*_HEAD, *_PROBED), _PREDICTED),
+    Operator("lm_head_confidence_fp8", (*_HEAD_FP8, *_PROBED), _PREDICTED),
+    Operator("lm_head_likely", (*_HEAD, _SUPPRESSED), _LIKELY),
+    Operator("lm_head_likely_fp8", (*_HEAD_FP8, _SUPPRESSED), _LIKELY),
+    Operator("lm_head_sample", (*_HEAD, *_DRAWN, *_PROBED, _CONFIDENCE), _PREDICTED),
+    Operator("lm_head_sample_fp8", (*_HEAD_FP8, *_DRAWN, *_PROBED, _CONFIDENCE), _PREDICTED),
     Operator(
         "pack_windows",
         (

@@ -5,6 +5,7 @@ function that takes their contents and gives the values of the fields. `WITHOUT_
 numbers that are no results, such as versions, for pages on which every other number stands in such a text.
 """
 
+from docs_figures_fp8 import FP8_HEAD
 from docs_figures_models import BLOCK_MODELS, DREAM, IN_SHORT, QUANTIZATION, SERVING
 from docs_figures_options import CUSTOM_RULES, SAMPLING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
@@ -180,7 +181,7 @@ FIGURES = {
     "docs/real_weights.md": REAL_WEIGHTS,
     "docs/block_models.md": BLOCK_MODELS,
     "docs/dream.md": DREAM,
-    "docs/quantization.md": QUANTIZATION,
+    "docs/quantization.md": [*QUANTIZATION, *FP8_HEAD],
     "docs/sampling.md": SAMPLING,
     "docs/custom_rules.md": CUSTOM_RULES,
     "docs/tensor_parallel.md": RANKS,

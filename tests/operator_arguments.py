@@ -145,6 +145,16 @@ def sampling_rules(device):
     )
 
 
+def with_head_in_e4m3(arguments):
+    """The same with whole numbers, a head in e4m3 and scales of powers of two: logits are exact but for the
+    scale of their row."""
+    hidden, weight = arguments["hidden"], arguments["weight"]
+    arguments["hidden"] = whole_numbers(hidden.shape, hidden.device, hidden.dtype)
+    arguments["weight"] = e4m3(weight.shape, hidden.device)
+    powers = torch.randint(-5, -3, (len(weight),)).to(hidden.device)
+    return dict(arguments, weight_scale=2.0**powers)
+
+
 def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
     """Keyword arguments that the operator takes, all of them; float tensors in `dtype`."""
     torch.manual_seed(seed)
@@ -177,6 +187,9 @@ def arguments_of(operator, device="cpu", dtype=torch.float32, seed=0):
         if operator == "varlen_attention_fp8":
             tensors = kv_in_e4m3(tensors)
         return {**tensors, "plan": bbk.attention_plan(**table)}
+    if operator.startswith("lm_head") and operator.endswith("_fp8"):
+        arguments = arguments_of(operator.removesuffix("_fp8"), device, dtype, seed)
+        return with_head_in_e4m3(arguments)
     if operator == "lm_head_confidence":
         # Logits so small that their rounding hardly shows in the probabilities.
         probes = torch.arange(7, dtype=torch.int32, device=device)

@@ -12,7 +12,6 @@ import blockbatch
 import blockbatch_kernels as bbk
 import rank_processes
 from blockbatch.decoding import session
-from blockbatch.decoding.engine import Engine
 from blockbatch.generation import build_result, open_session
 from blockbatch.models.checkpoint import load_weights, read_config, read_spec
 from blockbatch.models.safetensors_file import ITEM_SIZES
@@ -82,10 +81,6 @@ def scales_of(name):
 def fill(name, text):
     """The tokens of a text whose gaps are filled."""
     return blockbatch.fill(model_of(name), text, blockbatch.DecodeConfig(method="blockbatch")).tokens
-
-
-def engine(name):
-    Engine(model_of(name))
 
 
 def log_likelihood(name, prompt, answer):

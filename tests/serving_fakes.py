@@ -71,6 +71,9 @@ class ScriptedEngine:
     def running(self):
         return [request for request in self.requests if request.status == "running"]
 
+    def on_rank_failure(self, call):
+        self.rank_failed = call
+
     def cancel(self, request):
         with self._changed:
             self._cancels.append(request)

@@ -117,3 +117,22 @@ def test_caches_that_are_no_vectors():
     odd.copy_(k_cache)
     compare((q, k_cache, other, *rest), "strides")
     compare((q, odd, v_cache, *rest), "addresses")
+
+
+@pytest.mark.parametrize("fixed_cut", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_comes_out_as_it_is(dtype, fixed_cut):
+    """Of a single key's value attention makes itself: all 256 bytes, over two heads."""
+    every = torch.arange(256, dtype=torch.uint8, device="cuda").view(1, 1, 2, 128)
+    v_cache = torch.zeros(1, 16, 2, 128, dtype=torch.uint8, device="cuda")
+    v_cache[:, :1] = every
+    where = (torch.zeros(1, 1), torch.tensor([0, 1]), torch.tensor([1]))
+    where = [tensor.to("cuda", torch.int32) for tensor in where]
+    one = torch.ones(2, device="cuda")
+    q = torch.ones(1, 4, 128, dtype=dtype, device="cuda")
+    k_cache = torch.ones(1, 16, 2, 128, device="cuda").to(E4M3)
+    inputs = (q, k_cache, v_cache.view(E4M3), one, one, *where)
+    out = ops.varlen_attention_fp8(*inputs, backend="cuda", plan=plan_of(inputs, fixed_cut=fixed_cut))
+    expected = every.view(2, 128).view(E4M3).to(dtype).repeat_interleave(2, 0)
+    torch.testing.assert_close(out[0], expected, rtol=0, atol=0, equal_nan=True)
+    assert out.isnan().sum() == 4  # two bytes stand for NaN

@@ -53,6 +53,7 @@ def test_every_operator_is_shown():
         ("varlen_attention_fp8", ["attended"]),
         ("lm_head_confidence", ["top_token", "confidence", "probe"]),
         ("lm_head_likely", ["top_token", "confidence", "likely_token", "likely_probability"]),
+        ("lm_head_confidence_fp8", ["top_token", "confidence", "probe"]),
         ("share_pages", ["page_table"]),
     ],
 )

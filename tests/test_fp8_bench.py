@@ -42,15 +42,24 @@ def test_fp8_tiles(tmp_path):
     assert not any(line["failed"] for line in lines)
 
 
+def test_fp8_tiles_of_the_head(tmp_path):
+    report = run(
+        "fp8_tiles.py", tmp_path / "fp8_tiles_head.json", "--of", "head", "--device", "cpu", "--shapes",
+        "small-llada", "--tokens", "3", "1280", "--repeats", "2",
+    )  # fmt: skip
+    (line,) = report["models"]["small-llada"]
+    assert (line["product"], line["tokens"], line["out_features"]) == ("lm_head", 3, 2048)
+    assert line["best"] == "library" and not line["failed"]
+
+
 def test_the_table_follows_from_the_results(monkeypatch):
     """`python bench/fp8_tiles.py --write` brings it up to date."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import fp8_tiles as bench
 
-    result = ROOT / "bench" / "results" / "fp8_tiles.json"
     table = ROOT / "blockbatch_kernels" / "tuning" / "rows_fp8.py"
-    if result.is_file():
-        assert table.read_text() == bench.source_of(json.loads(result.read_text()))
+    if stored := bench.stored_reports():
+        assert table.read_text() == bench.source_of(stored)
     times = {"library": 10.05, "64x64": 10.0, "64x128": 11.0}
     line = dict(product="out", tokens=64, out_features=8, in_features=16, gated=False, us=times)
     report = {"models": {"m": [line, line | dict(tokens=32, us={"library": 12.0, "32x64": 9.0})]}}
@@ -58,8 +67,14 @@ def test_the_table_follows_from_the_results(monkeypatch):
     (row,) = bench.rows_of(report)
     assert row.choices == ((32, "32x64"), (64, "library"))
     found: dict = {}
-    exec(bench.source_of(report), found)
-    assert found["PRODUCTS"] == {tuning.H100: (row,)}
+    head = line | dict(product="lm_head", out_features=4096)
+    reports = {"fp8_tiles.json": report, "fp8_tiles_head.json": report | {"models": {"m": [head]}}}
+    exec(bench.source_of(reports), found)
+    last = tuning.Fp8Row("fp8_tiles_head.json: m/lm_head", 4096, 16, False, ((64, "library"),))
+    assert found["PRODUCTS"] == {tuning.H100: (row, last)}
+    other = report | {"device_kind": dict(capability=[9, 0], num_sms=114)}
+    with pytest.raises(RuntimeError, match="expected results of one kind of device"):
+        bench.source_of({**reports, "fp8_tiles_head.json": other})
 
 
 def test_attention_fp8(tmp_path):
@@ -72,7 +87,7 @@ def test_attention_fp8(tmp_path):
     assert all({"units", "tiles", "triton", "16 bits", "write"} <= set(line["us"]) for line in lines)
 
 
-@pytest.mark.parametrize("part", ["layers", "kv"])
+@pytest.mark.parametrize("part", ["layers", "kv", "head"])
 def test_fp8_accuracy(tmp_path, part):
     out = tmp_path / "fp8_accuracy.json"
     start(
@@ -81,6 +96,11 @@ def test_fp8_accuracy(tmp_path, part):
         "--processes", "1", "--layer-count", "1",
     )  # fmt: skip
     report = json.loads(out.read_text())
-    (line,) = report["decodes"]
+    line, *others = report["decodes"]
+    assert [one["right_fp8"] for one in others] == ([line["right_fp8"]] if part == "head" else [])
+    assert all(0 <= one["right_layers"] <= 2 for one in others)
+    errors = report.get("logits", {})
+    assert set(errors) == ({"error_bf16", "error_layers", "error_fp8"} if part == "head" else set())
+    assert part != "head" or errors["error_bf16"] < errors["error_layers"] < errors["error_fp8"] < 0.5
     assert line["problems"] == 2 and 0 <= line["right_fp8"] <= 2 and line["nfe_ratio"] > 0
     assert all(0 < layer["error_bf16"] < layer["error_fp8"] < 0.5 for layer in report["layers"])

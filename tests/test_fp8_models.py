@@ -147,7 +147,7 @@ def test_the_trace_says_it(tmp_path):
 @pytest.mark.parametrize("wrong", ["int8", "FP8", 8, ""])
 def test_another_quantisation_is_refused(tmp_path, wrong):
     plain_models.write_llada(tmp_path)
-    with pytest.raises(ValueError, match="quantization: expected None or one of 'fp8', got"):
+    with pytest.raises(ValueError, match="quantization: expected None or one of 'fp8', 'fp8-all', got"):
         load(tmp_path, quantization=wrong)
 
 

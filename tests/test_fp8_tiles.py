@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("sm90")]
 
 HALVES = (torch.bfloat16, torch.float16)
 WAVES = [tile for tile in tuning.LINEAR_FP8_TILES if tile.waves]
+OVERLAPPING = [tile for tile in tuning.LINEAR_FP8_TILES if tile.overlap]
 
 
 def names(value):
@@ -98,11 +99,29 @@ def test_waves_give_the_bits_of_a_plain_tile(tile, dtype, on_tile, poisoned):
             assert torch.equal(got[few], want)
 
 
-@pytest.mark.parametrize("tile", WAVES, ids=names)
+@pytest.mark.parametrize("inner", [16, 144, 656, 1040, 2320, 4096])
+@pytest.mark.parametrize("tile", OVERLAPPING, ids=names)
+def test_overlaps_change_no_bits(tile, inner, on_tile, poisoned):
+    """The same tile whose additions nothing hides, for one block of K up to many."""
+    twin = tile._replace(overlap=0)
+    assert twin in tuning.LINEAR_FP8_TILES
+    if inner <= 128 * (tile.split_k - 1):
+        inner += 128
+    tokens = 700 if tile.waves else tile.tokens - 5
+    x, x_scale = quantised(tokens, inner, DEVICE, 5)
+    weight, weight_scale = quantised(2056, inner, DEVICE, 6)
+    results = []
+    for each in (twin, tile):
+        on_tile(each)
+        results.append(bbk.linear_fp8(x, x_scale, weight, weight_scale, out_dtype=HALVES[0], backend="cuda"))
+    assert torch.equal(*results) and results[0].isfinite().all()
+
+
+@pytest.mark.parametrize("tile", [*WAVES, *(tile for tile in OVERLAPPING if not tile.waves)], ids=names)
 def test_the_same_bits_every_time(tile, on_tile):
     """A race of a tile with its neighbours would show."""
     on_tile(tile)
-    x, x_scale = quantised(700, 4096, DEVICE, 1)
+    x, x_scale = quantised(700 if tile.waves else tile.tokens, 4096, DEVICE, 1)
     weight, weight_scale = quantised(8192, 4096, DEVICE, 2)
     options = dict(out_dtype=torch.bfloat16, static_weight=True, backend="cuda")
     first = bbk.linear_fp8(x, x_scale, weight, weight_scale, **options)

@@ -118,12 +118,6 @@ def test_numbers_of_ranks_that_do_not_fit(ranks, tmp_path):
             assert answer.type == "ValueError" and answer.text.startswith(f"tensor_parallel: {message}")
 
 
-def test_an_engine_is_refused(ranks):
-    for answer in ranks.run(rank_cases.engine, str(DATA), timeout=WAIT):
-        assert answer.type == "ValueError"
-        assert answer.text.startswith("model: expected one that a single process holds")
-
-
 def test_a_process_alone_cannot_hold_a_part():
     with pytest.raises(ValueError, match="^tensor_parallel: expected 2 processes, of `torchrun "):
         blockbatch.load_model("tiny", device="cpu", tensor_parallel=2)
@@ -160,5 +154,5 @@ def test_commands_that_are_refused(monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert main(["eval", "--limit", "1"]) == 2
-    message = "torchrun: expected one of the commands generate, compare in 2 processes, got eval"
+    message = "torchrun: expected one of the commands generate, compare, serve in 2 processes, got eval"
     assert capsys.readouterr().err == f"blockbatch: error: {message}\n"

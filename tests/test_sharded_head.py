@@ -34,14 +34,17 @@ class Part:
         self.vocab_size = vocab_size
 
 
-def by_ranks(operator, hidden, weight, size, **options):
+def by_ranks(operator, hidden, weight, size, weight_scale=None, **options):
     """What every rank has in the end."""
     group, found = Gather(size), []
     shards = [Part(rank, size, len(weight)) for rank in range(size)]
+    whole = (weight,) if weight_scale is None else (weight, weight_scale)
     for _ in range(2):
         found = [
             getattr(ShardedHead(group, shard), operator)(
-                hidden, weight[shard.vocabulary.start : shard.vocabulary.stop], **options
+                hidden,
+                *(part[shard.vocabulary.start : shard.vocabulary.stop] for part in whole),
+                **options,
             )
             for shard in shards
         ]
@@ -123,8 +126,12 @@ def test_numbers_without_a_softmax(size, value, place):
 def test_logits(size):
     hidden, weight, _ = random_case(4, ties=False)
     for dtype in (torch.float32, torch.bfloat16):
-        for found in by_ranks("logits", hidden.to(dtype), weight.to(dtype), size):
-            assert found.dtype == dtype and torch.equal(found, (hidden @ weight.T).to(dtype))
+        group, whole = Gather(size), (hidden @ weight.T).to(dtype)
+        shards = [Part(rank, size, len(weight)) for rank in range(size)]
+        for _ in range(2):
+            parts = (whole[:, shard.vocabulary.start : shard.vocabulary.stop] for shard in shards)
+            found = [ShardedHead(group, shard).whole_logits(part) for shard, part in zip(shards, parts)]
+        assert all(one.dtype == dtype and torch.equal(one, whole) for one in found)
 
 
 @pytest.mark.gpu

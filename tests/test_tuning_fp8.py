@@ -21,15 +21,17 @@ def shapes_in(source):
 def few(source):
     """Tiles for few tokens."""
     return [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, x_multicast)
-        for tokens, groups, _, split_k, multicast, x_multicast in shapes_in(source)
+        tuning.Fp8Tile(
+            tokens * (more[1] if more else multicast), 64 * groups, split_k, multicast, x_multicast, *more[:1]
+        )
+        for tokens, groups, _, split_k, multicast, x_multicast, *more in shapes_in(source)
     ]
 
 
 def test_the_table_is_what_is_compiled():
     waves = [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, True)
-        for tokens, groups, _, multicast, x_multicast in shapes_in("linear_fp8_waves.cu")
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, *more, waves=True)
+        for tokens, groups, _, multicast, x_multicast, *more in shapes_in("linear_fp8_waves.cu")
     ]
     plain, gated = [few(source) + waves for source in ("linear_fp8.cu", "linear_swiglu_fp8.cu")]
     for compiled, table in ((plain, tuning.LINEAR_FP8_TILES), (gated, tuning.GATED_FP8_TILES)):
@@ -109,6 +111,25 @@ def test_two_waves_of_pairs_go_to_the_library():
     assert tuning.fp8_rule(252, 12288, 4096).multicast == 2
     assert tuning.fp8_rule(252, 24576, 4096) is None
     assert tuning.fp8_rule(128, 24576, 4096).multicast == 1
+
+
+def test_a_head_in_tiles_that_follow_each_other():
+    """LLaDA-8B's, whole and of two ranks: more tiles than twice the processors."""
+    for vocabulary in (126464, 63232):
+        found = [
+            tuning.fp8_rule(tokens, vocabulary, 4096) for tokens in (0, 1, 16, 33, 64, 65, 128, 129, 512)
+        ]
+        assert found[0] is None
+        assert [(tile.tokens, tile.rows, tile.waves) for tile in found[1:]] == [
+            (16, 192, False), (16, 192, False), (64, 192, False), (64, 192, False), (128, 192, True),
+            (128, 192, True), (256, 192, True), (256, 192, True),
+        ]  # fmt: skip
+        for tokens in (1, 64, 128, 252, 512):
+            tiles = tuning.fp8_candidates(tokens, vocabulary, 4096)
+            assert any(tile.waves for tile in tiles) and tuning.fp8_rule(tokens, vocabulary, 4096) in tiles
+    # No whole 8 rows, or no whole 16 columns: the library, or fp32.
+    assert tuning.fp8_rule(128, 126465, 4096) is None and tuning.fp8_rule(128, 126464, 4104) is None
+    assert not any(tile.waves for tile in tuning.fp8_candidates(128, 24576, 4096))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100, 256, 5000])

@@ -9,7 +9,6 @@ import test_conformance
 import test_dream_conformance
 import whole_row_cases
 from blockbatch.decoding.dealt_rows import _rounds
-from blockbatch.models import placement
 from plain_models import write_dream
 from rank_processes import RankProcesses
 from test_conformance import DATA
@@ -24,7 +23,9 @@ OPTIONS = {
     "block_sizes": (2, 4, 8, 16),
     "refresh_interval": 2,
 }
-PROMPTS = [PROMPT, OTHER, "Sort: 5 2 9", "Divide with remainder until zero: 63 and 18.", "Reverse: 9 8 7"]
+# None of them is near a tie: relative noise of 1e-5 in the weights changes no decode. For "Sort: 5 2 9" noise
+# of 1e-7 is enough, so that its canvas is up to the order of sums.
+PROMPTS = [PROMPT, OTHER, "Sort: 5 2 9 1", "Divide with remainder until zero: 63 and 18.", "Reverse: 9 8 7"]
 CASES = [
     (PROMPT, OPTIONS),
     (PROMPTS, OPTIONS),
@@ -140,14 +141,6 @@ def test_rounds():
     assert _rounds(rows, lengths, 2, 60) == [[[0, 2, 3, 5], [6, 7, 8, 9]]]
     assert _rounds(rows, lengths, 3, 5) == [[[0], [2], [3]], [[5], [6], [7]]]
     assert _rounds(rows[:1], lengths, 2, 60) == []
-
-
-def test_on_gpus_rows_are_not_dealt_out(monkeypatch):
-    monkeypatch.setattr(placement, "WHOLE_ROWS_ON_GPUS", False)
-    placement.check_whole_rows(False, 2, None, torch.device("cuda"))
-    placement.check_whole_rows(True, 2, None, torch.device("cpu"))
-    with pytest.raises(ValueError, match="^whole_rows: expected False on GPUs, .*, got True$"):
-        placement.check_whole_rows(True, 2, None, torch.device("cuda"))
 
 
 def test_one_process_has_no_rows_to_deal():

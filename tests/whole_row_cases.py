@@ -4,10 +4,7 @@ import torch
 
 import blockbatch
 from blockbatch.decoding import dealt_rows, forward, session
-from blockbatch.models import placement
 from rank_cases import decode, model_of, place
-
-placement.WHOLE_ROWS_ON_GPUS = True
 
 
 def decode_all(name, cases, dtype="float32", row_tokens=None, **more):

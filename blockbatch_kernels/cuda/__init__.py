@@ -11,6 +11,11 @@ from blockbatch_kernels.cuda.gemm import linear, linear_swiglu
 from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8, linear_swiglu_fp8
 from blockbatch_kernels.cuda.linear_rope import linear_rope_kv_write, linear_rope_kv_write_fp8
 from blockbatch_kernels.cuda.lm_head import lm_head_confidence, lm_head_likely
+from blockbatch_kernels.cuda.lm_head_fp8 import (
+    lm_head_confidence_fp8,
+    lm_head_likely_fp8,
+    lm_head_sample_fp8,
+)
 from blockbatch_kernels.cuda.norm import rms_norm
 from blockbatch_kernels.cuda.pack import pack_windows
 from blockbatch_kernels.cuda.pages import copy_pages, share_pages
@@ -33,8 +38,11 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",
+    "lm_head_confidence_fp8",
     "lm_head_likely",
+    "lm_head_likely_fp8",
     "lm_head_sample",
+    "lm_head_sample_fp8",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

@@ -22,23 +22,25 @@ def linear_fp8(
     *,
     out_dtype: torch.dtype,
     static_weight: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The product of e4m3 rows, on the current stream; see `ops.linear_fp8`.
 
     What `tuning.linear_fp8_tile` has a tile for runs on the extension's kernels where they exist (sm_90; fp16
     or bf16 results; rows aligned to 16 bytes). Everything else goes to `torch._scaled_mm`, which wants bf16
     results and whole 16 bytes, and what that refuses through fp32. With `static_weight` nobody writes the
-    weight in work that may still run: its first tiles are read before the kernels in front are done.
+    weight in work that may still run: its first tiles are read before the kernels in front are done. `out`
+    [tokens, out], contiguous and from whole 16 bytes on, is *written* and returned; None: a new tensor.
     """
     tile = tile_of(x, weight, out_dtype)
     if tile is not None:
-        return _on_tile(tile, x, x_scale, weight, weight_scale, bias, out_dtype, static_weight)
+        return _on_tile(tile, x, x_scale, weight, weight_scale, bias, out_dtype, static_weight, out=out)
     if library_takes(x, weight, out_dtype):
         x, x_scale, weight_scale = (_at_16_bytes(given) for given in (x, x_scale, weight_scale))
         bias = None if bias is None else _at_16_bytes(bias)
         scales = x_scale[:, None], weight_scale[None, :]
-        return torch._scaled_mm(x, weight.t(), *scales, bias=bias, out_dtype=out_dtype)
-    return _through_fp32(x, x_scale, weight, weight_scale, bias, out_dtype)
+        return torch._scaled_mm(x, weight.t(), *scales, bias=bias, out_dtype=out_dtype, out=out)
+    return _through_fp32(x, x_scale, weight, weight_scale, bias, out_dtype, out)
 
 
 def linear_swiglu_fp8(
@@ -101,10 +103,11 @@ def _on_tile(
     out_dtype: torch.dtype,
     static_weight: bool,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     x = aligned(x)
     features = len(weight) // 2 if gated else len(weight)
-    out = torch.empty(len(x), features, dtype=out_dtype, device=x.device)
+    out = torch.empty(len(x), features, dtype=out_dtype, device=x.device) if out is None else out
     extension.load().linear_fp8(
         x=x.view(torch.uint8),
         x_scale=x_scale.contiguous(),
@@ -145,9 +148,10 @@ def _through_fp32(
     weight_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    out: Tensor | None,
 ) -> Tensor:
     exact = x.float()
-    out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
+    out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device) if out is None else out
     rows = max(1, tuning.FP8_PIECE // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         piece = slice(start, start + rows)

@@ -7,6 +7,8 @@ import torch
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
 from blockbatch_kernels.cuda.gemm import is_aligned, kernel_exists
+from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8
+from blockbatch_kernels.cuda.quantized import quantize_rows
 from blockbatch_kernels.shapes import NUM_LIKELY
 
 # Rows whose logits exist at the same time.
@@ -20,22 +22,24 @@ def lm_head_confidence(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
+    weight_scale: torch.Tensor | None = None,
     probe_tokens: torch.Tensor | None = None,
     suppress_token: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The product and the reduction of its logits, on the current stream.
 
     `hidden` [predictions, dim] and `weight` [vocabulary, dim] (it may be a view of more rows) are CUDA
-    tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. Returns top_token
-    [predictions] int32, confidence [predictions] fp32 and, with `probe_tokens` [predictions] int32,
-    probe_probability [predictions] fp32, else None. A probe outside of the vocabulary has probability NaN,
-    and so has everything of a row whose logits hold NaN or plus infinity, or are all minus infinity.
+    tensors of one dtype (fp32, fp16 or bf16) and one device; the logits are rounded to it. With
+    `weight_scale` [vocabulary] the weight is in e4m3. Returns top_token [predictions] int32, confidence
+    [predictions] fp32 and, with `probe_tokens` [predictions] int32, probe_probability [predictions] fp32,
+    else None. A probe outside of the vocabulary has probability NaN, and so has everything of a row whose
+    logits hold NaN or plus infinity, or are all minus infinity.
 
     What `tuning.lm_head_tile` has a tile for runs, without probes, where the extension's product exists
     (sm_90; fp16 or bf16; rows aligned to 16 bytes), with 16 bytes of memory per row and 192 tokens of the
-    vocabulary. Everything else goes through torch's product in chunks of the vocabulary:
-    `tuning.LM_HEAD_LOGITS_BYTES` of logits, or those of 512 rows x 4096 tokens if that is more, and 16 bytes
-    per row and 4096 tokens.
+    vocabulary. Everything else goes through torch's product, or that of `linear_fp8`, in chunks of the
+    vocabulary: `tuning.LM_HEAD_LOGITS_BYTES` of logits, or those of 512 rows x 4096 tokens if that is more,
+    and 16 bytes per row and 4096 tokens.
     """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     top_token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
@@ -47,7 +51,7 @@ def lm_head_confidence(
         raise ValueError("weight: expected at least one row, got none")
     if probe_tokens is not None:
         probe_tokens = probe_tokens.contiguous()
-    partials, piece_tokens = _partials(hidden, weight, suppress_token, probe_tokens)
+    partials, piece_tokens = _partials(hidden, weight, weight_scale, suppress_token, probe_tokens)
     extension.load().lm_head_finish(
         partials=partials,
         probe_tokens=probe_tokens,
@@ -67,15 +71,16 @@ def lm_head_parts(
     weight: torch.Tensor,
     *,
     first_token: int,
+    weight_scale: torch.Tensor | None = None,
     probe_tokens: torch.Tensor | None = None,
     suppress_token: int | None = None,
 ) -> torch.Tensor:
     """What `lm_head_confidence` merges, of a part of the vocabulary that begins with `first_token`.
 
-    `weight` [tokens, dim] is that part; at least one token. Probes and the suppressed token are counted as
-    those of the whole vocabulary, and may lie outside of the part. Returns [predictions, 4] fp32: the highest
-    logit, the sum of exp(logit - highest), the lowest token that has it, and the probe's logit, or minus
-    infinity.
+    `weight` [tokens, dim] is that part, with `weight_scale` [tokens] in e4m3; at least one token. Probes and
+    the suppressed token are counted as those of the whole vocabulary, and may lie outside of the part.
+    Returns [predictions, 4] fp32: the highest logit, the sum of exp(logit - highest), the lowest token that
+    has it, and the probe's logit, or minus infinity.
     """
     parts = torch.empty(len(hidden), 4, dtype=torch.float32, device=hidden.device)
     if len(hidden) == 0:
@@ -87,7 +92,7 @@ def lm_head_parts(
     if suppress_token is not None:
         suppress_token -= first_token
         suppress_token = suppress_token if 0 <= suppress_token < len(weight) else None
-    partials, piece_tokens = _partials(hidden, weight, suppress_token, own_probes)
+    partials, piece_tokens = _partials(hidden, weight, weight_scale, suppress_token, own_probes)
     extension.load().lm_head_parts(
         partials=partials,
         probe_tokens=probe_tokens,
@@ -103,13 +108,14 @@ def lm_head_parts(
 def _partials(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     suppress_token: int | None,
     probe_tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """Reductions [rows, pieces, 4] of the logits, and tokens of a piece."""
-    if _product_takes(hidden, weight) and probe_tokens is None:
+    if weight_scale is None and probe_tokens is None and _product_takes(hidden, weight):
         return _partials_by_product(hidden, weight, suppress_token)
-    return _partials_of_logits(hidden, weight, suppress_token, probe_tokens)
+    return _partials_of_logits(hidden, weight, weight_scale, suppress_token, probe_tokens)
 
 
 def _product_takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -147,6 +153,7 @@ def _partials_by_product(
 def _partials_of_logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     suppress_token: int | None,
     probe_tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
@@ -154,7 +161,7 @@ def _partials_of_logits(
     library = extension.load()
     piece_tokens = library.LM_HEAD_PIECE_TOKENS
     partials = empty_partials(hidden, weight, _PARTIAL_WORDS)
-    for rows, token, logits in parts_of_logits(hidden, weight):
+    for rows, token, logits in parts_of_logits(hidden, weight, weight_scale):
         library.lm_head_reduce(
             logits=logits,
             probe_tokens=None if probe_tokens is None else probe_tokens[rows],
@@ -168,7 +175,11 @@ def _partials_of_logits(
 
 @torch.no_grad()
 def lm_head_likely(
-    hidden: torch.Tensor, weight: torch.Tensor, *, suppress_token: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    weight_scale: torch.Tensor | None = None,
+    suppress_token: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `blockbatch_kernels.ops.lm_head_likely`. Tensors as for `lm_head_confidence`, and the same way
     through torch's product in chunks of the vocabulary, with 48 bytes per row and 4096 tokens."""
@@ -184,7 +195,7 @@ def lm_head_likely(
         raise ValueError("weight: expected at least one row, got none")
     library, stream = extension.load(), extension.stream_of(hidden)
     partials = empty_partials(hidden, weight, _LIKELY_WORDS)
-    for rows, token, logits in parts_of_logits(hidden, weight):
+    for rows, token, logits in parts_of_logits(hidden, weight, weight_scale):
         library.lm_head_likely_reduce(
             logits=logits,
             partials=partials[rows],
@@ -208,8 +219,11 @@ def empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> to
     return torch.empty(hidden.shape[0], num_pieces, words, dtype=torch.float32, device=hidden.device)
 
 
-def parts_of_logits(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+def parts_of_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None = None
+) -> Iterator[tuple[slice, int, torch.Tensor]]:
     """Some rows, the first of some tokens, and their logits; the next ones overwrite them."""
+    quantised = None if weight_scale is None else quantize_rows(hidden)
     piece_tokens = extension.load().LM_HEAD_PIECE_TOKENS
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     slice_rows = min(num_rows, _SLICE_ROWS)
@@ -221,5 +235,10 @@ def parts_of_logits(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tupl
         for token in range(0, vocab_size, chunk_tokens):
             chunk = weight[token : token + chunk_tokens]
             logits = workspace[: rows.shape[0] * chunk.shape[0]].view(rows.shape[0], chunk.shape[0])
-            torch.mm(rows, chunk.t(), out=logits)
+            if quantised is None:
+                torch.mm(rows, chunk.t(), out=logits)
+            else:
+                own = (part[row : row + slice_rows] for part in quantised)
+                scale = weight_scale[token : token + chunk_tokens]
+                linear_fp8(*own, chunk, scale, out_dtype=logits.dtype, out=logits)
             yield slice(row, row + slice_rows), token, logits

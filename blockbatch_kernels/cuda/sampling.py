@@ -9,7 +9,9 @@ from torch import Tensor
 
 from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension
+from blockbatch_kernels.cuda.gemm_fp8 import linear_fp8
 from blockbatch_kernels.cuda.lm_head import empty_partials, parts_of_logits
+from blockbatch_kernels.cuda.quantized import quantize_rows
 from blockbatch_kernels.shapes import CONFIDENCES
 from blockbatch_kernels.structs import SamplingRules
 
@@ -24,12 +26,13 @@ def lm_head_sample(
     request: Tensor,
     positions: Tensor,
     *,
+    weight_scale: Tensor | None = None,
     probe_tokens: Tensor | None = None,
     suppress_token: int | None = None,
     confidence: str = "probability",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `blockbatch_kernels.ops.lm_head_sample`. Tensors as for `lm_head_confidence`, and the same way
-    through torch's product in chunks of the vocabulary, with 32 bytes per row and 4096 tokens; with `top_p`
+    through a product in chunks of the vocabulary, with 32 bytes per row and 4096 tokens; with `top_p`
     or `top_k` in the rules in chunks of rows, in fp32."""
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
@@ -50,10 +53,10 @@ def lm_head_sample(
     filters = rules.top_p is not None or rules.top_k is not None
     least, of_parts = None, changes
     if filters:  # the parts come changed
-        parts = _changed_rows(hidden, weight, rules, request, positions, suppress_token)
+        parts = _changed_rows(hidden, weight, weight_scale, rules, request, positions, suppress_token)
         of_parts = {name: value[..., :0].contiguous() for name, value in changes.items()}
     else:
-        parts = parts_of_logits(hidden, weight)
+        parts = parts_of_logits(hidden, weight, weight_scale)
     for rows, first_token, logits in parts:
         if filters:
             least = torch.empty(logits.shape[0], dtype=torch.float32, device=hidden.device)
@@ -96,6 +99,7 @@ def lm_head_sample(
 def _changed_rows(
     hidden: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
     rules: SamplingRules,
     request: Tensor,
     positions: Tensor,
@@ -107,7 +111,11 @@ def _changed_rows(
     tokens = rules.changed_token.long()
     for first in range(0, num_rows, part):
         rows = slice(first, first + part)
-        logits = torch.mm(hidden[rows], weight.t()).float()
+        if weight_scale is None:
+            logits = torch.mm(hidden[rows], weight.t()).float()
+        else:
+            own = quantize_rows(hidden[rows])
+            logits = linear_fp8(*own, weight, weight_scale, out_dtype=hidden.dtype).float()
         if suppress_token is not None:
             logits[:, suppress_token] = float("-inf")
         if tokens.numel():

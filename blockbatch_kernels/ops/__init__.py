@@ -23,6 +23,11 @@ from blockbatch_kernels.ops.layer import (
     swiglu,
 )
 from blockbatch_kernels.ops.linear_rope import linear_rope_kv_write_fp8
+from blockbatch_kernels.ops.lm_head_fp8 import (
+    lm_head_confidence_fp8,
+    lm_head_likely_fp8,
+    lm_head_sample_fp8,
+)
 from blockbatch_kernels.ops.quantized import (
     linear_fp8,
     linear_swiglu_fp8,
@@ -53,8 +58,11 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",
+    "lm_head_confidence_fp8",
     "lm_head_likely",
+    "lm_head_likely_fp8",
     "lm_head_sample",
+    "lm_head_sample_fp8",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

@@ -66,7 +66,8 @@ def backend_of(op: str, device: torch.device, backend: str | None = None, **size
             num_keys, head_dim and element_size of `varlen_attention`; num_branches of `copy_pages`, and with
             num_eos_tokens of `initial_plan` and `decode_policy`.
     """
-    module = module_for(backend, op, torch.empty(0, device=device), **sizes)
+    choose = module_for_e4m3 if op.endswith("_fp8") else module_for
+    module = choose(backend, op, torch.empty(0, device=device), **sizes)
     return next(name for name in MODULES if is_backend(module, name))
 
 

@@ -65,8 +65,7 @@ def lm_head_sample(
     _check_lm_head_sample(hidden, weight, rules, request, positions, probe_tokens, suppress_token, confidence)
     if suppress_token is not None and not 0 <= suppress_token < weight.shape[0]:
         raise ValueError(f"suppress_token: expected an id below {weight.shape[0]}, got {suppress_token}")
-    if confidence not in CONFIDENCES:
-        raise ValueError(f"confidence: expected one of {', '.join(CONFIDENCES)}, got {confidence!r}")
+    check_confidence(confidence)
     if values.ENABLED:
         values.check_sampling(rules, request, probe_tokens, weight.shape[0])
     return dispatch.module_for(backend, "lm_head_sample", hidden).lm_head_sample(
@@ -79,3 +78,8 @@ def lm_head_sample(
         suppress_token=suppress_token,
         confidence=confidence,
     )
+
+
+def check_confidence(confidence: str) -> None:
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"confidence: expected one of {', '.join(CONFIDENCES)}, got {confidence!r}")

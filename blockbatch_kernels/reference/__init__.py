@@ -10,6 +10,11 @@ from blockbatch_kernels.reference.gemm import (
 )
 from blockbatch_kernels.reference.kv_fp8 import rope_kv_write_fp8, varlen_attention_fp8
 from blockbatch_kernels.reference.lm_head import lm_head_confidence, lm_head_likely
+from blockbatch_kernels.reference.lm_head_fp8 import (
+    lm_head_confidence_fp8,
+    lm_head_likely_fp8,
+    lm_head_sample_fp8,
+)
 from blockbatch_kernels.reference.norm import rms_norm, swiglu
 from blockbatch_kernels.reference.pack import pack_windows
 from blockbatch_kernels.reference.pages import copy_pages, share_pages
@@ -36,8 +41,11 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_fp8",
     "lm_head_confidence",
+    "lm_head_confidence_fp8",
     "lm_head_likely",
+    "lm_head_likely_fp8",
     "lm_head_sample",
+    "lm_head_sample_fp8",
     "pack_windows",
     "quantize_rows",
     "rms_norm",

@@ -7,9 +7,9 @@ The noise is a function of the request's seed, the position, the forward and the
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from blockbatch_kernels.reference.lm_head import logits_of
 from blockbatch_kernels.shapes import KEY_STARTS, KEY_STEP
 from blockbatch_kernels.structs import SamplingRules
 
@@ -25,6 +25,7 @@ def lm_head_sample(
     request: Tensor,
     positions: Tensor,
     *,
+    weight_scale: Tensor | None = None,
     probe_tokens: Tensor | None = None,
     suppress_token: int | None = None,
     confidence: str = "probability",
@@ -36,7 +37,7 @@ def lm_head_sample(
     for start in range(0, num_rows, _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
         of_request = request[chunk].long()
-        logits = F.linear(hidden[chunk], weight).float()
+        logits = logits_of(hidden[chunk], weight, weight_scale)
         if suppress_token is not None:
             logits[:, suppress_token] = float("-inf")
         _change(logits, rules, of_request, positions[chunk])

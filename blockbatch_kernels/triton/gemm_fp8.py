@@ -83,13 +83,19 @@ def linear_fp8(
     static_weight: bool = False,
 ) -> Tensor:
     """Beyond `tuning.TRITON_FP8_TOKENS` tokens the library computes, where it takes the sizes."""
+    out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
+    return product_into(out, x, x_scale, weight, weight_scale, bias)
+
+
+def product_into(
+    out: Tensor, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`linear_fp8` into `out` [tokens, out], contiguous; *written*. On the device of a caller's first."""
     x, weight = _contiguous_rows(x), _contiguous_rows(weight)
     (num_tokens, in_features), out_features = x.shape, len(weight)
-    if num_tokens > tuning.TRITON_FP8_TOKENS and library_takes(x, weight, out_dtype):
-        return torch._scaled_mm(
-            x, weight.t(), x_scale[:, None], weight_scale[None, :], bias=bias, out_dtype=out_dtype
-        )
-    out = torch.empty(num_tokens, out_features, dtype=out_dtype, device=x.device)
+    if num_tokens > tuning.TRITON_FP8_TOKENS and library_takes(x, weight, out.dtype):
+        scales = x_scale[:, None], weight_scale[None, :]
+        return torch._scaled_mm(x, weight.t(), *scales, bias=bias, out_dtype=out.dtype, out=out)
     if out.numel() == 0:
         return out
     tile = tuning.triton_linear_fp8(num_tokens, shared_bytes(x.device))

@@ -106,7 +106,11 @@ def _combine_kernel(
 
 @on_device_of_first
 def lm_head_likely(
-    hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    suppress_token: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = hidden.detach(), weight.detach()  # products into a given tensor know no gradient
     num_rows, vocab_size, device = hidden.shape[0], weight.shape[0], hidden.device
@@ -125,7 +129,7 @@ def lm_head_likely(
     token_of = torch.empty_like(logit_of, dtype=torch.int32)
     suppressed = torch.empty_like(confidence)
     partials = (highest, total, top_of, logit_of, token_of, suppressed)
-    for first, chunk in parts_of_logits(hidden, weight):
+    for first, chunk in parts_of_logits(hidden, weight, weight_scale):
         columns = chunk.shape[1]
         _reduce_kernel[(num_rows, triton.cdiv(columns, block))](
             chunk,

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from blockbatch_kernels import tuning
+from blockbatch_kernels.triton.gemm_fp8 import product_into
 from blockbatch_kernels.triton.launch import on_device_of_first
+from blockbatch_kernels.triton.quantized import quantize_rows
 
 
 @triton.jit
@@ -92,7 +94,17 @@ def _combine_kernel(
         tl.store(probe_out + row, tl.exp(logit - top) / denominator)
 
 
-def parts_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+def product_of(hidden: Tensor, weight: Tensor, weight_scale: Tensor | None, out: Tensor) -> None:
+    """Logits of hidden states; `out` [rows, tokens] *written*."""
+    if weight_scale is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        product_into(out, *quantize_rows(hidden), weight, weight_scale)
+
+
+def parts_of_logits(
+    hidden: Tensor, weight: Tensor, weight_scale: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """The first token of each part of the vocabulary, and its logits; the next part overwrites them."""
     num_rows, vocab_size, block = hidden.shape[0], weight.shape[0], tuning.TRITON_LM_HEAD.block
     row_bytes = num_rows * hidden.element_size()
@@ -102,13 +114,19 @@ def parts_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tenso
     for first in range(0, vocab_size, part):
         columns = min(part, vocab_size - first)
         chunk = logits[: num_rows * columns].view(num_rows, columns)
-        torch.mm(hidden, weight[first : first + columns].t(), out=chunk)
+        tokens = slice(first, first + columns)
+        product_of(hidden, weight[tokens], None if weight_scale is None else weight_scale[tokens], chunk)
         yield first, chunk
 
 
 @on_device_of_first
 def lm_head_confidence(
-    hidden: Tensor, weight: Tensor, *, probe_tokens: Tensor | None = None, suppress_token: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    probe_tokens: Tensor | None = None,
+    suppress_token: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden, weight = hidden.detach(), weight.detach()  # products into a given tensor know no gradient
     (num_rows, _), vocab_size = hidden.shape, weight.shape[0]
@@ -124,7 +142,7 @@ def lm_head_confidence(
     top_of = torch.empty(num_blocks, num_rows, dtype=torch.int32, device=hidden.device)
     probe_logit = torch.empty_like(confidence)
     probe_stride = probe_tokens.stride(0) if has_probe else 0
-    for first, chunk in parts_of_logits(hidden, weight):
+    for first, chunk in parts_of_logits(hidden, weight, weight_scale):
         columns = chunk.shape[1]
         _reduce_kernel[(num_rows, triton.cdiv(columns, block))](
             chunk,

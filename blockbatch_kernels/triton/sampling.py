@@ -16,7 +16,7 @@ from torch import Tensor
 from blockbatch_kernels import tuning
 from blockbatch_kernels.structs import SamplingRules
 from blockbatch_kernels.triton.launch import on_device_of_first
-from blockbatch_kernels.triton.lm_head import highest_of, parts_of_logits
+from blockbatch_kernels.triton.lm_head import highest_of, parts_of_logits, product_of
 from blockbatch_kernels.triton.sampling_filter import least_logits
 from blockbatch_kernels.triton.sampling_math import changed_logits, gumbel, noise_key
 
@@ -156,7 +156,9 @@ def _combine_kernel(
         tl.store(probe_out + row, tl.exp(logit - top) / denominator)
 
 
-def whole_rows(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+def whole_rows(
+    hidden: Tensor, weight: Tensor, weight_scale: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """The first of some rows, and all of their logits; the next ones overwrite them."""
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     part = max(1, tuning.TRITON_LM_HEAD.part_bytes // (vocab_size * hidden.element_size()))
@@ -164,7 +166,7 @@ def whole_rows(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     for first in range(0, num_rows, part):
         rows = hidden[first : first + part]
         chunk = logits[: rows.shape[0] * vocab_size].view(rows.shape[0], vocab_size)
-        torch.mm(rows, weight.t(), out=chunk)
+        product_of(rows, weight, weight_scale, chunk)
         yield first, chunk
 
 
@@ -176,6 +178,7 @@ def lm_head_sample(
     request: Tensor,
     positions: Tensor,
     *,
+    weight_scale: Tensor | None = None,
     probe_tokens: Tensor | None = None,
     suppress_token: int | None = None,
     confidence: str = "probability",
@@ -203,7 +206,8 @@ def lm_head_sample(
     probe_logit = torch.empty_like(sureness)
     probe_stride = probe_tokens.stride(0) if has_probe else 0
     least = sureness
-    parts = whole_rows(hidden, weight) if filters else parts_of_logits(hidden, weight)
+    logits_of = whole_rows if filters else parts_of_logits
+    parts = logits_of(hidden, weight, weight_scale)
     for first, chunk in parts:
         first_row, first_token = (first, 0) if filters else (0, first)
         rows, columns = chunk.shape

@@ -15,6 +15,21 @@ _FEW = (
     Fp8Tile(128, 128, split_k=2),
     *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
+_FEW_OVERLAPPING = (
+    *(Fp8Tile(tokens, 64, split_k=2, overlap=2) for tokens in (16, 32, 64)),
+    *(Fp8Tile(tokens, 128, overlap=2) for tokens in (16, 32, 64)),
+    *(Fp8Tile(tokens, 192, overlap=2) for tokens in (16, 32)),
+    Fp8Tile(64, 192, overlap=1),
+    Fp8Tile(128, 64, overlap=2),
+    Fp8Tile(128, 64, split_k=2, overlap=2),
+    *(Fp8Tile(128, 128, overlap=overlap) for overlap in (1, 2)),
+    Fp8Tile(128, 192, overlap=1),
+    Fp8Tile(256, 64, multicast=2, overlap=2),
+    *(Fp8Tile(256, 128, split_k=2, overlap=overlap) for overlap in (0, 1, 2)),
+    Fp8Tile(256, 128, multicast=2, overlap=2),
+    Fp8Tile(256, 192, multicast=2, overlap=1),
+    *(Fp8Tile(256, 192, split_k=2, multicast=2, overlap=overlap) for overlap in (0, 1)),
+)
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (
     *(
@@ -24,8 +39,15 @@ _WAVES = (
     ),
     Fp8Tile(256, 192, multicast=2, x_multicast=2, waves=True),
     Fp8Tile(320, 128, multicast=2, x_multicast=2, waves=True),
+    *(
+        Fp8Tile(
+            tokens * multicast, rows, multicast=multicast, x_multicast=3 - multicast, overlap=1, waves=True
+        )
+        for tokens, rows in ((128, 128), (128, 192), (160, 128), (192, 128))
+        for multicast in (1, 2)
+    ),
 )
-LINEAR_FP8_TILES = (*_FEW, *_WAVES)
+LINEAR_FP8_TILES = (*_FEW, *_FEW_OVERLAPPING, *_WAVES)
 # With the activation in the same kernel: csrc/gemm/linear_swiglu_fp8.cu.
 GATED_FP8_TILES = (
     *(Fp8Tile(tokens, 192) for tokens in (16, 32, 64, 128)),
@@ -44,18 +66,22 @@ ROTATED_FP8_TILES = (
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
 FP8_PIECE = 1 << 24
+_OVERLAPS = ("", " turns", " ahead")
 _MOST_TOKENS = max(tile.tokens for tile in _FEW)
 # A launch that fills no processor, and a sum too short to be shared, are not worth a tile.
 _MIN_OUT_FEATURES, _MIN_SPLIT_IN_FEATURES = 1024, 2048
 # Waves of tiles: what fits into one is better off with a tile of its own.
 _MIN_WAVES_TOKENS = 129
+# An LM head: more rows than two of the largest tiles for each processor, so that one tile follows another
+# even for few tokens.
+_WIDE_OUT_FEATURES = 2 * 132 * 192
 
 
 def fp8_tile_name(tile: Fp8Tile) -> str:
-    """Tokens x rows, and what is shared, such as "256x192 multicast 2 waves"."""
+    """Tokens x rows, and what is shared, such as "256x192 multicast 2 turns waves"."""
     counts = {name: getattr(tile, name) for name in ("split_k", "multicast", "x_multicast")}
     shared = "".join(f" {name} {count}" for name, count in counts.items() if count > 1)
-    return f"{tile.tokens}x{tile.rows}{shared}{' waves' if tile.waves else ''}"
+    return f"{tile.tokens}x{tile.rows}{shared}{_OVERLAPS[tile.overlap]}{' waves' if tile.waves else ''}"
 
 
 def fp8_candidates(
@@ -67,10 +93,11 @@ def fp8_candidates(
     tiles = GATED_FP8_TILES if gated else LINEAR_FP8_TILES
     rooms = (tile.tokens for tile in tiles if not tile.waves and tile.tokens >= num_tokens)
     tokens = min(rooms, default=None)
+    takes_waves = num_tokens >= _MIN_WAVES_TOKENS or out_features > _WIDE_OUT_FEATURES
     return tuple(
         tile
         for tile in tiles
-        if (num_tokens >= _MIN_WAVES_TOKENS if tile.waves else tile.tokens == tokens)
+        if (takes_waves if tile.waves else tile.tokens == tokens)
         and (tile.split_k == 1 or in_features >= _MIN_SPLIT_IN_FEATURES)
     )
 
@@ -114,8 +141,11 @@ def fp8_rule(
 ) -> Fp8Tile | None:
     """`linear_fp8_tile` of sizes not measured.
 
-    The tile whose processors have the least to do, over all waves; of equals the largest.
+    The tile whose processors have the least to do, over all waves; of equals the largest. An LM head is so
+    wide that from 65 tokens on processors go from tile to tile.
     """
+    if out_features > _WIDE_OUT_FEATURES:
+        return _wide_rule(num_tokens, out_features, in_features)
     if num_tokens > _MOST_TOKENS or out_features < _MIN_OUT_FEATURES:
         return None
     ways = [tile for tile in fp8_candidates(num_tokens, out_features, in_features) if tile in _FEW]
@@ -125,6 +155,16 @@ def fp8_rule(
     if best is not None and best.multicast > 1 and _ctas(best, out_features) > device_kind.num_sms:
         return None
     return best
+
+
+def _wide_rule(num_tokens: int, out_features: int, in_features: int) -> Fp8Tile | None:
+    if num_tokens <= 64:
+        best = Fp8Tile(next(tokens for tokens in (16, 32, 64) if num_tokens <= tokens), 192)
+    elif num_tokens < _MIN_WAVES_TOKENS:
+        best = Fp8Tile(128, 192, x_multicast=2, waves=True)
+    else:
+        best = Fp8Tile(256, 192, multicast=2, waves=True)
+    return best if best in fp8_candidates(num_tokens, out_features, in_features) else None
 
 
 def _ctas(tile: Fp8Tile, out_features: int) -> int:

@@ -1,5 +1,5 @@
 // Fills the rings of keys and values from a cache in e4m3: a warpgroup of its own copies tiles as they are
-// stored, turns them into the 16 bits that the products take, and hands them over where the copy engine
+// stored, turns them into halves, which the products take, and hands them over where the copy engine
 // would. Every thread converts what it has copied itself, so that copies need no barrier.
 #pragma once
 
@@ -72,7 +72,7 @@ struct FeederTile {
 };
 
 // `Walk` has `FeederTile fetch()`, which is called by all threads of the warpgroup.
-template <typename T, int kHeadDim, class S, class Walk>
+template <int kHeadDim, class S, class Walk>
 class Feeder {
   using Place = FeederPlace<kHeadDim, S>;
   static constexpr int kPasses = Place::kPasses;
@@ -81,7 +81,11 @@ class Feeder {
  public:
   // raw: S::kRawBytes of shared memory, of this warpgroup alone.
   __device__ __forceinline__ Feeder(const AttentionParams& params, Walk& walk, uint32_t raw)
-      : params_(params), walk_(walk), raw_(raw + threadIdx.x % 128 * 16) {
+      : params_(params),
+        walk_(walk),
+        raw_(raw + threadIdx.x % 128 * 16),
+        page_stride_(static_cast<uint32_t>(params.k_page_stride)),
+        token_stride_(static_cast<uint32_t>(params.k_token_stride)) {
     ahead_ = walk_.fetch();
   }
 
@@ -108,19 +112,20 @@ class Feeder {
   __device__ __forceinline__ int start(int place) {
     const int number = ahead_.num_keys;
     if (number > 0) {
-      const uint32_t page_size = static_cast<uint32_t>(params_.page_size);
-      const auto* k_cache = static_cast<const unsigned char*>(params_.k_cache);
-      const auto* v_cache = static_cast<const unsigned char*>(params_.v_cache);
+      const uint32_t in_page = static_cast<uint32_t>(params_.page_size) - 1;
       const int64_t head = ahead_.kv_head * params_.k_head_stride + 16 * place_.chunk;
+      const unsigned char* keys = static_cast<const unsigned char*>(params_.k_cache) + head;
+      const unsigned char* values = static_cast<const unsigned char*>(params_.v_cache) + head;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int key = place_.key + i * Place::kPassKeys;
         if (key < number) {
-          const uint32_t slot = static_cast<uint32_t>(ahead_.first_slot + key) % page_size;
-          const int64_t offset =
-              head + ahead_.pages[i] * params_.k_page_stride + slot * params_.k_token_stride;
-          copy_16_async(raw_tile(2 * place) + i * 2048, k_cache + offset);
-          copy_16_async(raw_tile(2 * place + 1) + i * 2048, v_cache + offset);
+          // Each step of this runs for every 16 bytes: no division, and products of 32 bits.
+          const uint32_t slot = static_cast<uint32_t>(ahead_.first_slot + key) & in_page;
+          const uint64_t page = static_cast<uint64_t>(static_cast<uint32_t>(ahead_.pages[i])) * page_stride_;
+          const uint64_t offset = page + slot * token_stride_;
+          copy_16_async(raw_tile(2 * place) + i * 2048, keys + offset);
+          copy_16_async(raw_tile(2 * place + 1) + i * 2048, values + offset);
         }
       }
       ahead_ = walk_.fetch();
@@ -139,10 +144,10 @@ class Feeder {
       if (place_.key + i * Place::kPassKeys < number) {
         const uint4 x = load_shared(raw_tile(place) + i * 2048);
         const uint32_t row = target + i * Place::kPassKeys * kSwizzledRowBytes;
-        store_shared(row, pair_of_e4m3<T>(x.x & 0xffff), pair_of_e4m3<T>(x.x >> 16),
-                     pair_of_e4m3<T>(x.y & 0xffff), pair_of_e4m3<T>(x.y >> 16));
-        store_shared(row ^ 16, pair_of_e4m3<T>(x.z & 0xffff), pair_of_e4m3<T>(x.z >> 16),
-                     pair_of_e4m3<T>(x.w & 0xffff), pair_of_e4m3<T>(x.w >> 16));
+        const uint2 first = halves_of_e4m3(x.x), second = halves_of_e4m3(x.y);
+        const uint2 third = halves_of_e4m3(x.z), fourth = halves_of_e4m3(x.w);
+        store_shared(row, first.x, first.y, second.x, second.y);
+        store_shared(row ^ 16, third.x, third.y, fourth.x, fourth.y);
       }
     }
     publish_stores();
@@ -153,6 +158,7 @@ class Feeder {
   const AttentionParams& params_;
   Walk& walk_;
   const uint32_t raw_;
+  const uint32_t page_stride_, token_stride_;
   const Place place_;
   FeederTile<kPasses> ahead_;
 };

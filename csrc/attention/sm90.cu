@@ -99,10 +99,11 @@ class TileWalk {
     tile.first_slot = first_key_;
     tile.kv_head = work_.kv_head;
     const int32_t* pages = params_.page_table + work_.row * params_.page_table_stride;
+    const int page_shift = 31 - __clz(params_.page_size);
 #pragma unroll
     for (int i = 0; i < Place::kPasses; ++i) {
       const int key = keys_.key + i * Place::kPassKeys;
-      if (key < tile.num_keys) tile.pages[i] = pages[(first_key_ + key) / params_.page_size];
+      if (key < tile.num_keys) tile.pages[i] = pages[(first_key_ + key) >> page_shift];
     }
     first_key_ += kStageKeys;
     return tile;
@@ -140,9 +141,10 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Work
   const bool has_rows = row0 < work.num_rows;  // of this warp
   float scale = params.softmax_scale * kLog2e;
   if constexpr (kE4m3) scale *= params.k_scale[work.kv_head];
-  QueryRows<T, kHeadDim> rows;
+  using C = Computed<T, kE4m3>;
+  QueryRows<C, kHeadDim, T> rows;
   rows.load(params, work, row0);
-  RowState<T, kHeadDim> state;
+  RowState<C, kHeadDim, T> state;
   state.clear();
   float score[kStageKeys / 8][4];
   float correction[2];
@@ -157,7 +159,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Work
   if (has_rows) {
     if (first_key + kStageKeys > work.key_end) mask_scores(score, first_key, work.key_end);
     state.weigh(score, scale, correction);
-    pack_weights<T>(score, weights);
+    pack_weights<C>(score, weights);
   }
   for (; first_key + kStageKeys < work.key_end; first_key += kStageKeys) {
     barrier_wait(keys.full(), keys.phase);
@@ -176,7 +178,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, const Work
     keep_in_registers(flat(state.out));
     release(values);
     if (has_rows) {
-      pack_weights<T>(score, weights);
+      pack_weights<C>(score, weights);
       state.shrink(correction);
     }
   }
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kWarpgroups, kStageKeys, kE4m3
     if constexpr (kE4m3) {
       using Walk = TileWalk<kHeadDim, S>;
       Walk walk(p, num_work_tiles, half * gridDim.x + blockIdx.x, S::kHalves * gridDim.x);
-      Feeder<T, kHeadDim, S, Walk>(p, walk, raw + half * S::kRawBytes).run(keys, values);
+      Feeder<kHeadDim, S, Walk>(p, walk, raw + half * S::kRawBytes).run(keys, values);
     } else {
       for_each_work_tile([&](const WorkTile& work) { Loader<S>(params, work).run(keys, values); });
     }
@@ -310,9 +312,14 @@ Sm90Params sm90_params(const AttentionParams& params) {
 }
 
 // Whether the products take the sizes, and a cache in e4m3 can be copied 16 bytes at a time, values from the
-// same places as keys.
+// same places as keys, at addresses that take no division and no product of 64 bits.
 bool e4m3_fits(const AttentionParams& params) {
   const auto whole = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const auto short_enough = [](int64_t stride, int count) { return stride < (int64_t{1} << 32) / count; };
+  if ((params.page_size & (params.page_size - 1)) != 0 || !short_enough(params.k_page_stride, 1) ||
+      !short_enough(params.k_token_stride, params.page_size)) {
+    return false;
+  }
   return params.dtype != DType::kFloat32 && (params.head_dim == 64 || params.head_dim == 128) &&
          reinterpret_cast<uintptr_t>(params.q) % 4 == 0 && params.q_token_stride % 2 == 0 &&
          params.q_head_stride % 2 == 0 && whole(params.k_cache) && whole(params.v_cache) &&

@@ -33,6 +33,11 @@ struct Shape {
   static constexpr int kArrivals = kE4m3 ? 128 : 1;
 };
 
+// What the products compute in. A cache in e4m3 becomes halves, whatever the queries are, which are rounded
+// to halves: exact but below 2^-14, and infinite above 65504. Halves have three bits more than bf16.
+template <typename T, bool kE4m3>
+using Computed = std::conditional_t<kE4m3, __half, T>;
+
 struct Sm90Params {
   CUtensorMap k_map;  // dimensions: head_dim, key in its page, kv head, page
   CUtensorMap v_map;
@@ -85,9 +90,9 @@ __device__ __forceinline__ void clear_values(unsigned char* values, int num_keys
 }
 
 // Descriptors count in 16 bytes.
-template <class S, typename T, int kHeadDim>
+template <class S, typename T, int kHeadDim, typename Given>
 __device__ __forceinline__ void start_scores(float (&score)[S::kStageKeys / 8][4],
-                                             const QueryRows<T, kHeadDim>& rows, uint32_t keys) {
+                                             const QueryRows<T, kHeadDim, Given>& rows, uint32_t keys) {
   using Product = Wgmma<T, S::kStageKeys>;
   const uint64_t matrix = matrix_descriptor(keys);
   wgmma_fence();
@@ -98,8 +103,8 @@ __device__ __forceinline__ void start_scores(float (&score)[S::kStageKeys / 8][4
   wgmma_commit();
 }
 
-template <class S, typename T, int kHeadDim>
-__device__ __forceinline__ void start_weighing(RowState<T, kHeadDim>& state,
+template <class S, typename T, int kHeadDim, typename Given>
+__device__ __forceinline__ void start_weighing(RowState<T, kHeadDim, Given>& state,
                                                const uint32_t (&weights)[S::kStageKeys / 16][4],
                                                uint32_t values) {
   using Product = Wgmma<T, kHeadDim, /*kTransposedB=*/true>;

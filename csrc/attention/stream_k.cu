@@ -144,9 +144,10 @@ class UnitWalk {
     tile.num_keys = from.num_keys;
     tile.first_slot = from.first_slot;
     tile.kv_head = portion_.kv_head;
+    const int box_shift = 31 - __clz(params_.box_keys);  // a power of two
 #pragma unroll
     for (int i = 0; i < Place::kPasses; ++i) {
-      tile.pages[i] = from.pages[(keys_.key + i * Place::kPassKeys) / params_.box_keys];
+      tile.pages[i] = from.pages[(keys_.key + i * Place::kPassKeys) >> box_shift];
     }
     return tile;
   }
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kStreamKWarpgroups, kUnitKeys,
     if constexpr (kE4m3) {
       using Walk = UnitWalk<kHeadDim, S>;
       Walk walk(params, range, portion);
-      Feeder<T, kHeadDim, S, Walk> feeder(p, walk, raw);
+      Feeder<kHeadDim, S, Walk> feeder(p, walk, raw);
       wait_for_predecessors();
       feeder.run(keys, values);
     } else {

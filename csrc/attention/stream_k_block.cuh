@@ -11,6 +11,8 @@ namespace bbk {
 // A warpgroup's 64 rows of a tile, and what it does with the tile's units.
 template <typename T, int kHeadDim, bool kE4m3, class S>
 class Block {
+  using C = Computed<T, kE4m3>;
+
  public:
   __device__ __forceinline__ Block(const AttentionParams& params, unsigned char* shared_memory, Ring<S>& keys,
                                    Ring<S>& values)
@@ -218,7 +220,7 @@ class Block {
   // Weights of 0 for a warp without rows.
   __device__ __forceinline__ void pack(const float (&score)[kUnitKeys / 8][4], bool takes_part,
                                        uint32_t (&weights)[kUnitKeys / 16][4]) const {
-    pack_weights<T>(score, weights);
+    pack_weights<C>(score, weights);
     const uint32_t mask = takes_part ? 0xffffffffu : 0;
 #pragma unroll
     for (int k = 0; k < kUnitKeys / 16; ++k) {
@@ -285,8 +287,8 @@ class Block {
   float value_scale_ = 1.0f;  // of a cache in e4m3
   int end_ = 0;               // unit behind the portion's last one
   int slot_[2];               // token of the block that each half belongs to
-  QueryRows<T, kHeadDim> rows_;
-  RowState<T, kHeadDim> state_;
+  QueryRows<C, kHeadDim, T> rows_;
+  RowState<C, kHeadDim, T> state_;
 };
 
 #endif

@@ -2,6 +2,8 @@
 // l / 4 + 8 ("halves") of a 16 x 8 accumulator, columns 2 * (l % 4) + {0, 1}.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/work_tiles.cuh"
 
 namespace bbk {
@@ -24,7 +26,8 @@ __device__ __forceinline__ float row_sum(float value) {
 }
 
 // The queries of a warp's rows as left operands of 16 x 16, and where their results go.
-template <typename T, int kHeadDim>
+// Given: their dtype in memory, T or bf16.
+template <typename T, int kHeadDim, typename Given = T>
 struct QueryRows {
   int2 source[2];  // token and head of each half; token -1: no such row
   bool direct[2];  // the row reaches into one piece alone, so that the result is final
@@ -47,19 +50,30 @@ struct QueryRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool exists = source[half].x >= 0;
-      const T* from = static_cast<const T*>(params.q) + source[half].x * params.q_token_stride +
-                      source[half].y * params.q_head_stride + 2 * (threadIdx.x % 32 % 4);
+      const Given* from = static_cast<const Given*>(params.q) + source[half].x * params.q_token_stride +
+                          source[half].y * params.q_head_stride + 2 * (threadIdx.x % 32 % 4);
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
-        values[k][half] = exists ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0;
-        values[k][half + 2] = exists ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8) : 0;
+        values[k][half] = exists ? pair(from + 16 * k) : 0;
+        values[k][half + 2] = exists ? pair(from + 16 * k + 8) : 0;
       }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t pair(const Given* from) {
+    if constexpr (std::is_same_v<T, Given>) {
+      return *reinterpret_cast<const uint32_t*>(from);
+    } else {
+      const float2 both = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+      return pack_pair<T>(both.x, both.y);
     }
   }
 };
 
 // Softmax of a warp's rows so far: sums of weights and of weighted values, relative to the running maximum.
-template <typename T, int kHeadDim>
+// Given: the dtype of results in memory.
+template <typename T, int kHeadDim, typename Given = T>
 struct RowState {
   static constexpr int kTiles = kHeadDim / 8;
   float most[2];  // of the scores before the scale
@@ -123,7 +137,7 @@ struct RowState {
 
   // Writes the rows' results, or their part of them.
   __device__ __forceinline__ void store(const AttentionParams& params, const WorkTile& work,
-                                        const QueryRows<T, kHeadDim>& rows, float scale) const {
+                                        const QueryRows<T, kHeadDim, Given>& rows, float scale) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -132,11 +146,11 @@ struct RowState {
       const int64_t place = static_cast<int64_t>(token) * params.num_heads + rows.source[half].y;
       const float inverse = 1.0f / sum[half];
       if (rows.direct[half]) {
-        T* target = static_cast<T*>(params.out) + place * kHeadDim + 2 * (lane % 4);
+        Given* target = static_cast<Given*>(params.out) + place * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           *reinterpret_cast<uint32_t*>(target + 8 * n) =
-              pack_pair<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+              pack_pair<Given>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
         }
       } else {
         const int64_t partial =

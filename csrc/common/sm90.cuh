@@ -48,6 +48,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Arrives at it without waiting, as some of its threads.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Clusters
 
 // Arrives at a barrier of another CTA of the cluster. It orders no writes beyond the CTA, which would cost a
@@ -77,6 +82,16 @@ __device__ __forceinline__ void store_remote(uint32_t remote, const float* value
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(values[0]),
                "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
+}
+
+// The same, whose 16 bytes count towards a barrier there: a wait for it sees them.
+__device__ __forceinline__ void store_remote_counted(uint32_t remote, const float* values,
+                                                     uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          remote),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(remote_barrier)
+      : "memory");
 }
 
 // The copy engine

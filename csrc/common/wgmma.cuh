@@ -23,6 +23,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int slic
          (address & 0x3ffff) >> 4;
 }
 
+// The warpgroup of this thread, in a form that the compiler knows to be the same for a warp: descriptors that
+// depend on it are computed once for all its threads.
+__device__ __forceinline__ int warpgroup_of_thread() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+}
+
 // Between registers written by ordinary instructions and products that use them.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "gemm/kernel.cuh"
+#include "gemm/parts.cuh"
+#include "gemm/stretches.cuh"
 
 namespace bbk {
 
@@ -18,9 +20,6 @@ struct RotatedGemmFp8Args : GemmFp8Args {
 
 template <class S>
 using Fp8Args = std::conditional_t<S::kRotated, RotatedGemmFp8Args, GemmFp8Args>;
-
-// Blocks of K whose products the tensor cores add up before the sum is added in fp32: they keep fewer bits.
-constexpr int kBlocksOfAStretch = 2;
 
 // The scales of a thread's two rows; with an activation, of its gate and its up.
 template <class S>
@@ -129,36 +128,38 @@ __device__ __forceinline__ void copy_x(uint32_t target, const CUtensorMap* map, 
   }
 }
 
-// Says that a warp has read a stage, to all that may fill it again.
+// The barrier of the first stage that this lane tells of stages that its warp has read: that of a CTA which
+// may fill them again. 0: this lane tells none.
 template <class S>
-__device__ __forceinline__ void release_stage(uint32_t barrier, const Sharing<S>& sharing) {
+__device__ __forceinline__ uint32_t empty_of_lane(uint32_t empty, const Sharing<S>& sharing) {
   const int lane = threadIdx.x % 32;
-  if constexpr (S::kSources > 1) {
-    if (lane < S::kSources) barrier_arrive_remote(remote_address(barrier, sharing.peer(lane)));
-  } else {
-    if (lane == 0) barrier_arrive(barrier);
-  }
+  if (lane >= S::kSources) return 0;
+  return S::kSources > 1 ? remote_address(empty, sharing.peer(lane)) : empty;
 }
 
-// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
-// kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
+// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, groups of tokens, a multiple of kMulticast);
+// clusters of (kXMulticast, kSplitK, kMulticast). Behind the shared memory of gemm_kernel lie the scales of
+// the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                     const Fp8Args<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens <= 232448);
+  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens + 8 <= 232448);
   float* token_scales = reinterpret_cast<float*>(shared + S::kSharedBytes);
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
-  const int warpgroup = threadIdx.x / 128;
+  // Behind the scales.
+  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kSharedBytes + 4 * S::kTokens;
+  constexpr bool kCountsParts = S::kSplitK > 1 && S::kOverlap != Overlap::kNone;
+  const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int split = sharing.split;
-  const int share = sharing.z;
+  const int share = blockIdx.z;  // of the tokens
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplitK;
   const int count = (split + 1) * args.num_k_blocks / S::kSplitK - k_begin;
@@ -169,6 +170,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
+    }
+    if constexpr (kCountsParts) {
+      barrier_init(parts_barrier, 1);
+      barrier_arrive_expecting(parts_barrier, bytes_of_parts<S>(split));
     }
     publish_barriers();
   }
@@ -217,64 +222,43 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     __syncwarp();
     if constexpr (S::kSplitK > 1) {
       cluster_barrier();
-      cluster_barrier_with_writes();
+      if constexpr (!kCountsParts) cluster_barrier_with_writes();
     }
   } else {
     take_registers<S::kConsumerRegisters>();
     wait_for_predecessors();  // the activations are waited for in any case
-    for (int i = threadIdx.x; i < S::kTokens; i += S::kGroups * 128) {
-      const int token = share * args.box_tokens + i;
-      token_scales[i] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
+    if (threadIdx.x < S::kTokens) {
+      const int token = share * args.box_tokens + threadIdx.x;
+      token_scales[threadIdx.x] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
     }
     [[maybe_unused]] std::conditional_t<S::kRotated, RotatedRows<S>, int> rows;
-    [[maybe_unused]] float2 place_scales;
-    if constexpr (S::kRotated) {
-      rows.load(args, first_row, warpgroup);
-      place_scales = scales_of_places(args, rows);
-    }
+    if constexpr (S::kRotated) rows.load(args, first_row, warpgroup);
     named_barrier(1, S::kGroups * 128);
-    using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
-    const auto release = [&](int i) { release_stage<S>(empty + 8 * (i % S::kStages), sharing); };
     float sums[S::kTokens / 2] = {};
-    float stretch[S::kTokens / 2];
-#pragma unroll 1
-    for (int begin = 0; begin < count; begin += kBlocksOfAStretch) {
-      const int end = min(begin + kBlocksOfAStretch, count);
-#pragma unroll 1
-      for (int i = begin; i < end; ++i) {
-        const int stage = i % S::kStages;
-        barrier_wait(full + 8 * stage, (i / S::kStages) & 1);
-        const uint32_t weight = stages + stage * S::kStageBytes + warpgroup * 64 * kSwizzledRowBytes;
-        const uint64_t a = matrix_descriptor(weight);
-        const uint64_t b = matrix_descriptor(stages + stage * S::kStageBytes + S::kWeightBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-          // Descriptors count in 16 bytes: 32 elements of K are 2.
-          Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
-        }
-        wgmma_commit();
-        // Products of the block before are done: its stage may be filled again.
-        wgmma_wait<1>();
-        if (i > begin) release(i - 1);
-      }
-      wgmma_wait<0>();
-      keep_in_registers(stretch);
-      release(end - 1);
-#pragma unroll
-      for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
-    }
+    // They come from memory while the tensor cores compute.
+    float2 row_scales;
     if constexpr (S::kRotated) {
-      apply_scales<S>(sums, token_scales, place_scales);
+      row_scales = scales_of_places(args, rows);
     } else {
-      apply_scales<S>(sums, token_scales, scales_of_rows<S>(args, first_row, warpgroup));
+      row_scales = scales_of_rows<S>(args, first_row, warpgroup);
     }
+    {
+      Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
+      stretches.add(sums, count);
+      stretches.end();
+    }
+    apply_scales<S>(sums, token_scales, row_scales);
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      send_parts<S>(sums, stages, split, warpgroup);
-      cluster_barrier_with_writes();
+      if constexpr (kCountsParts) {
+        send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+        barrier_wait(parts_barrier, 0);
+      } else {
+        send_parts<S>(sums, stages, split, warpgroup);
+        cluster_barrier_with_writes();
+      }
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more

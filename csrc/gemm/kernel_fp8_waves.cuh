@@ -28,17 +28,6 @@ struct WavesLayout {
   static_assert(S::kPipelineBytes % 1024 == 0 && kBoxBytes % 1024 == 0, "where a swizzle starts");
 };
 
-// A stage of the pipeline, and the parity of the round through all stages.
-template <class S>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == S::kStages) stage = 0, parity ^= 1;
-  }
-};
-
 // Rounds a warpgroup's sums into its box, in the order of the copy engine's swizzle.
 template <class S>
 __device__ __forceinline__ void fill_box(const float (&sums)[S::kTokens / 2], uint32_t box, float2 bias) {
@@ -105,7 +94,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + L::kBarriers;
   const uint32_t empty = full + 8 * S::kStages;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0, 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int first_tile = blockIdx.x / S::kXMulticast;
@@ -183,18 +172,22 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   } else {
     take_registers<S::kConsumerRegisters>();
     wait_for_predecessors();  // the activations are waited for in any case
-    using Product = Wgmma<__nv_fp8_e4m3, S::kTokens>;
     using T = typename S::T;
     const int thread = threadIdx.x % 128;
+    constexpr int kHeldScales = (S::kTokens + 127) / 128;
     const int own_barrier = (S::kRotated ? 2 : 1) + warpgroup;
     float* token_scales = reinterpret_cast<float*>(shared + L::kScales) + warpgroup * S::kTokens;
     const uint32_t box = stages + S::kPipelineBytes + warpgroup * L::kBoxBytes;
-    Turn<S> turn;
+    Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
 #pragma unroll 1
     for (int tile = first_tile; tile < args.num_tiles; tile += num_clusters) {
       const int first_row = row_of(tile), first_token = token_of(tile);
-      for (int i = thread; i < S::kTokens; i += 128) {
-        token_scales[i] = first_token + i < args.num_tokens ? args.x_scale[first_token + i] : 0.0f;
+      // They arrive while the tensor cores compute.
+      float held_scales[kHeldScales];
+#pragma unroll
+      for (int turn = 0; turn < kHeldScales; ++turn) {
+        const int token = first_token + 128 * turn + thread;
+        held_scales[turn] = token < args.num_tokens ? args.x_scale[token] : 0.0f;
       }
       [[maybe_unused]] std::conditional_t<S::kRotated, HeldPlaces<S>, int> held;
       float2 row_scales, bias = make_float2(0.0f, 0.0f);
@@ -211,41 +204,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if (row + 8 < args.out_features) bias.y = to_float(static_cast<const T*>(args.bias)[row + 8]);
       }
       float sums[S::kTokens / 2] = {};
-      float stretch[S::kTokens / 2];
-      if constexpr (S::kRotated) {
-        // Without this an instruction that adds to them, or not, keeps them in registers from the tile before
-        // on, and what rotates it needs these.
+      {
+        stretches.add(sums, args.num_k_blocks);
 #pragma unroll
-        for (int i = 0; i < S::kTokens / 2; ++i) stretch[i] = 0.0f;
-      }
-#pragma unroll 1
-      for (int begin = 0; begin < args.num_k_blocks; begin += kBlocksOfAStretch) {
-        const int end = min(begin + kBlocksOfAStretch, args.num_k_blocks);
-        uint32_t before = 0;
-#pragma unroll 1
-        for (int i = begin; i < end; ++i) {
-          barrier_wait(full + 8 * turn.stage, turn.parity);
-          const uint32_t stage = stages + turn.stage * S::kStageBytes;
-          const uint64_t a = matrix_descriptor(stage + warpgroup * 64 * kSwizzledRowBytes);
-          const uint64_t b = matrix_descriptor(stage + S::kWeightBytes);
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kSwizzledRowBytes / Product::kK; ++k) {
-            // Descriptors count in 16 bytes: 32 elements of K are 2.
-            Product::run(stretch, a + 2 * k, b + 2 * k, i > begin || k > 0);
-          }
-          wgmma_commit();
-          // Products of the block before are done: its stage may be filled again.
-          wgmma_wait<1>();
-          if (i > begin) release_stage<S>(before, sharing);
-          before = empty + 8 * turn.stage;
-          turn.advance();
+        for (int turn = 0; turn < kHeldScales; ++turn) {
+          const int i = 128 * turn + thread;
+          if (i < S::kTokens) token_scales[i] = held_scales[turn];
         }
-        wgmma_wait<0>();
-        keep_in_registers(stretch);
-        release_stage<S>(before, sharing);
-#pragma unroll
-        for (int i = 0; i < S::kTokens / 2; ++i) sums[i] += stretch[i];
       }
       // The box before has left, and the tokens' scales are there.
       if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
@@ -265,6 +230,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
+    stretches.end();
   }
 #endif
 }

@@ -91,7 +91,7 @@ def needs(
     if config.policy == "dream_published":
         cache += rows * gen_length * bbk.map_entries(config.block_sizes, gen_length) * 8
     compiled = _compiled(model)
-    kinds = dict(compiled=compiled, quantized=model.quantization is not None)
+    kinds = dict(compiled=compiled, quantization=model.quantization)
     # Whole rows go in chunks; a block step is one piece, of at least every row's generation region here.
     chunk = min(rows * length, max(length, ROW_TOKENS[device.type]))
     whole = min(rows * length, share_of(model).num_lanes * chunk)
@@ -122,7 +122,7 @@ def needs(
 def _block_needs(model: Model, config: DecodeConfig, num_requests: int, longest: int, least: bool) -> Needs:
     method = method_for(model, config)
     on_gpu = model.device.type == "cuda"
-    kinds = dict(compiled=_compiled(model), quantized=model.quantization is not None)
+    kinds = dict(compiled=_compiled(model), quantization=model.quantization)
     tokens = block_memory.work_tokens(model, method, num_requests, longest)
     work = transformer.activation_bytes(model.spec, model.dtype, tokens, **kinds)
     cache = block_memory.cache_bytes(model, method, num_requests, longest, least=least)

@@ -36,7 +36,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere) or float16"
     )
     group.add_argument(
-        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+        "--quantization",
+        help="fp8: layers in 8 bits; fp8-all: the LM head too; left out: as the checkpoint has them",
     )
     group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument(

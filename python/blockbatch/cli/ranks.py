@@ -1,6 +1,7 @@
 """The command line as several processes of torchrun that hold one model together: the first alone is heard.
 
-All of them read the same arguments and decode the same; the others write nothing.
+All of them read the same arguments and decode the same, or follow the first, which serves; the others write
+nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
-# Commands that do nothing but decode and print.
-COMMANDS = ("generate", "compare")
+# Commands that do nothing but decode and print, or whose other processes follow the first.
+COMMANDS = ("generate", "compare", "serve")
 # How long a process that fails waits for the first to say why, upon which torchrun ends it.
 _GRACE_SECONDS = 5.0
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from importlib.util import find_spec
 from typing import Any
 
+from blockbatch.cli import ranks
 from blockbatch.cli.arguments import add_decoding, add_own, given_options, methods_note
 from blockbatch.cli.arguments import load as load_named
 from blockbatch.cli.help import examples
@@ -73,7 +75,8 @@ def add_model(parser: Any) -> None:
     group.add_argument("--device", help="cuda (default where there is a GPU), cuda:1, cpu")
     group.add_argument("--dtype", help="float32 (default on the CPU), bfloat16 (default elsewhere), float16")
     group.add_argument(
-        "--quantization", help="fp8: weights of the layers in 8 bits; left out: as the checkpoint has them"
+        "--quantization",
+        help="fp8: layers in 8 bits; fp8-all: the LM head too; left out: as the checkpoint has them",
     )
     group.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits; left out: as --dtype")
     group.add_argument("--backend", help="reference, triton or cuda; left out: the fastest that runs")
@@ -116,6 +119,10 @@ def add_engine(parser: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until it is told to end; leaves by SystemExit where the status is not 0."""
+    rank, size = ranks.process()
+    if rank > 0:
+        follow(options)
+        return
     lacking = [name for name in _NEEDED if find_spec(name) is None]
     if lacking:
         raise RuntimeError(
@@ -137,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
         drain_seconds=options.drain_seconds,
         max_body_bytes=options.max_body_bytes,
         log_prompts=options.log_prompts,
-        page=not options.no_page,
+        page=not options.no_page and size == 1,  # it decodes beside the engine
     )
 
     status = serve(
@@ -152,12 +159,29 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
+def follow(options: argparse.Namespace) -> None:
+    """Takes part in what the first process decodes, until that ends."""
+    model = load_named(options)
+    # Who tells all processes to end means the first, whose requests then end before the others may.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        engine_of(model, options).follow()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def model_and_engine(options: argparse.Namespace) -> tuple[Any, Any]:
     """What the options name, loaded."""
+    model = load_named(options)
+    return model, engine_of(model, options)
+
+
+def engine_of(model: Any, options: argparse.Namespace) -> Any:
+    """The engine that the options name."""
     from blockbatch.decoding.engine import Engine
 
-    model = load_named(options)
-    engine = Engine(
+    return Engine(
         model,
         max_requests=options.max_requests,
         max_queue=options.max_queue,
@@ -166,7 +190,6 @@ def model_and_engine(options: argparse.Namespace) -> tuple[Any, Any]:
         deterministic=options.deterministic,
         cache_tokens=options.cache_tokens,
     )
-    return model, engine
 
 
 def seconds(text: str) -> float:

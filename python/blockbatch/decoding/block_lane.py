@@ -56,9 +56,8 @@ class BlockLane:
         if cache_tokens is None:
             limit = model.cache_bytes
             if limit is None:
-                quantized = model.quantization is not None
                 work = transformer.activation_bytes(
-                    model.spec, model.dtype, self._budget, quantized=quantized
+                    model.spec, model.dtype, self._budget, quantization=model.quantization
                 )
                 free = devices.free_bytes(model.device) - pool_bytes(model.device)
                 limit = max(0, free - work) // GROWTH

@@ -11,6 +11,7 @@ from blockbatch.config import DecodeConfig
 from blockbatch.decoding.admission import Admission, branches_under_load, drafts_under_load, fewer_sizes
 from blockbatch.decoding.block_lane import BlockLane
 from blockbatch.decoding.choice import eos_token_ids, method_for
+from blockbatch.decoding.engine_ranks import check_model, part_of
 from blockbatch.decoding.lane import Lane, Seat, rules_of
 from blockbatch.decoding.method import Method
 from blockbatch.decoding.prompt_checks import check_prompt, check_stop
@@ -25,7 +26,6 @@ from blockbatch.decoding.results import before_eos, result_of
 from blockbatch.decoding.rule import try_rule
 from blockbatch.decoding.slot_lane import SlotLane
 from blockbatch.models.spec import is_block_causal
-from blockbatch.parallel import share_of
 from blockbatch.stops import PrefixReader
 from blockbatch.values import as_int, as_list
 
@@ -53,6 +53,9 @@ class Engine:
     in another order, and a token near a threshold may differ; see docs/engine.md.
 
     `submit`, `cancel`, `stats`, `wait_for_work` and `close` may be called by any thread, `step` by one.
+
+    Of a model of several ranks every rank makes an engine, with the same options; rank 0 uses it, the others
+    call `follow` alone. See docs/tensor_parallel.md.
 
     Args:
         model: from `load_model`.
@@ -85,20 +88,16 @@ class Engine:
                 _check_int(name, value, 1)
         if branches not in BRANCH_RULES:
             raise ValueError(f"branches: expected one of {', '.join(BRANCH_RULES)}, got {branches!r}")
-        if share_of(model).size > 1:
-            raise ValueError(
-                "model: expected one that a single process holds, since requests come to each at another "
-                f"moment, got one of {share_of(model).size} ranks"
-            )
+        check_model(model)
         self.model, self.branches, self.deterministic = model, branches, deterministic
         lane = BlockLane if is_block_causal(model.spec) else SlotLane
-        self._lane: Lane = lane(
-            model,
+        options = dict(
             max_requests=max_requests,
             max_tokens_per_step=max_tokens_per_step,
             deterministic=deterministic,
             cache_tokens=cache_tokens,
         )
+        self._lane: Lane = lane(model, **options)
         self._admission = Admission(max_requests, max_queue, self._lane.num_pages)
         self._changed = threading.Condition()
         self._running: list[Seat] = []
@@ -107,6 +106,8 @@ class Engine:
         self._number = self._commits = 0
         self._ends = dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._closed = False
+        self._part = part_of(model, self._lane, options)
+        self._part.when_failed(self._wake)
 
     def submit(
         self,
@@ -135,7 +136,9 @@ class Engine:
             RequestTooLargeError: it would not fit into an empty cache.
             QueueFullError: too many wait.
             EngineClosedError: the engine is closed.
+            RankError: another rank of the model failed.
         """
+        self._part.check()
         ids = [as_int(item) for item in as_list(prompt) or ()]
         if as_list(prompt) is None or None in ids:
             raise TypeError(f"prompt: expected token ids, got {prompt!r:.80}")
@@ -159,6 +162,7 @@ class Engine:
                 try_rule(method.rule, method.params, method.block_sizes, config.gen_length)
             request = Request(self._number + 1, ids, config, number, on_update)
             request.confidences = [] if confidences else None
+            self._part.check_request(request)
             seat = Seat(request, method, self._lane.pages_of(method, config, len(ids)))
             if config.stop:
                 ends = eos_token_ids(self.model, config)
@@ -198,14 +202,15 @@ class Engine:
         try:
             # Beside the loop: what joins before an error must fail with it.
             self._running += joining
-            for seat in joining:
-                seat.request.status, seat.request.started = "running", time.monotonic()
-                self._lane.join(seat)
-            took_part = self._lane.step(meanwhile) if self._running else meanwhile() or []
+            self._part.check()
+            took_part = self._forward(joining, meanwhile) if self._running else meanwhile() or []
             with self._changed:
                 updated += [seat.request for seat in took_part if self._note(seat)]
+            if not self._running:
+                self._part.rest()
             updated += [seat.request for seat in joining if seat.request not in updated]
         except BaseException as error:
+            self._part.fail(error)
             with self._changed:
                 updated += [seat.request for seat in self._running]
                 for seat in list(self._running):
@@ -216,6 +221,21 @@ class Engine:
         with self._changed:
             return bool(self._seats)
 
+    def follow(self) -> None:
+        """Takes part in every step until rank 0 closes its engine; for the other ranks of a model.
+
+        It waits for requests however long, at no cost.
+
+        Raises:
+            RankError: another rank ended or failed.
+            RuntimeError: on rank 0, or for a model of one process.
+        """
+        self._part.follow()
+
+    def on_rank_failure(self, call: Callable[[BaseException], None]) -> None:
+        """`call` hears of the first failure of another rank at once, on another thread, within a step too."""
+        self._part.when_failed(call)
+
     def run_until_idle(self) -> None:
         """Steps until nothing runs or waits."""
         while self.step():
@@ -225,7 +245,7 @@ class Engine:
         """Waits until something runs, waits or is to be cancelled; False: the time is over (seconds)."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: bool(self._seats) or bool(self._cancelled) or self._closed, timeout
+                lambda: self._seats or self._cancelled or self._closed or self._part.failed, timeout
             ) and bool(self._seats)
 
     def stats(self) -> EngineStats:
@@ -251,7 +271,8 @@ class Engine:
         Args:
             error: what they fail with.
         """
-        if error is None:
+        broken = error is not None
+        if not broken:
             error = EngineClosedError("engine: expected to run until its requests end, it was closed")
         with self._changed:
             self._closed = True
@@ -259,7 +280,19 @@ class Engine:
             for seat in seats:
                 self._end(seat, "failed", error)
             self._changed.notify_all()
+        self._part.close(error if broken else None)
         self._tell([seat.request for seat in seats])
+
+    def _wake(self, error: BaseException) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _forward(self, joining: list[Seat], meanwhile: Callable[[], None]) -> list[Seat]:
+        with self._part.step(joining, meanwhile) as meanwhile:
+            for seat in joining:
+                seat.request.status, seat.request.started = "running", time.monotonic()
+                self._lane.join(seat)
+            return self._lane.step(meanwhile)
 
     def _with_branches(self, config: DecodeConfig, asked: int | None):
         """The config with as many branches as a request gets, its method, and their number."""
@@ -340,6 +373,7 @@ class Engine:
         if seat in self._running:
             self._running.remove(seat)
             self._lane.leave(seat)
+            self._part.left(request)
             ran = time.monotonic() - request.started if status == "finished" else None
             self._admission.release(seat, ran)
         else:

@@ -101,3 +101,6 @@ class Lane(Protocol):
 
     def leave(self, seat: Seat) -> None:
         """Frees all that a request holds."""
+
+    def states(self) -> list[Any]:
+        """The records that all ranks of a model must have alike, where several can hold it."""

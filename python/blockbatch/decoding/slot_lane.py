@@ -22,6 +22,7 @@ from blockbatch.decoding.slot_layout import HostView, Layout, WholeRows, layout_
 from blockbatch.decoding.slot_pages import SlotPages
 from blockbatch.decoding.slots import Sizes
 from blockbatch.models import transformer
+from blockbatch.parallel import share_of
 from blockbatch_kernels import PolicyParams
 from blockbatch_kernels.structs import PHASE_BLOCK, PHASE_INIT, PHASE_REFRESH
 
@@ -294,6 +295,9 @@ class SlotLane:
             forward.plans.drop(place.slot)
             self._set_groups(forward)
 
+    def states(self) -> list[bbk.BranchState]:
+        return [forward.slots.state for forward in self._forwards.values()]
+
     def pages_in_use(self) -> int:
         """Pages that stand in the page table. Waits for the device."""
         return int(self._pages.usage()[1])
@@ -377,12 +381,12 @@ class SlotLane:
         limit = model.cache_bytes
         if limit is None:
             # Of whole rows, of windows as they are and as they are captured, and what the state takes.
-            most, quantized = max(self._budget, MAX_GRAPH_TOKENS), model.quantization is not None
-            work = 4 * transformer.activation_bytes(spec, model.dtype, most, quantized=quantized)
+            most, kind = max(self._budget, MAX_GRAPH_TOKENS), model.quantization
+            work = 4 * transformer.activation_bytes(spec, model.dtype, most, quantization=kind)
             free = devices.free_bytes(self._device) - pool_bytes(self._device) - work
             limit = int(free * _CACHE_SHARE)
         most = self._max_requests * _USUAL_BRANCHES * kv_cache.pages_per_row(spec.max_length)
-        return max(0, min(limit // each, most))
+        return share_of(model).least("pages of an engine's cache", max(0, min(limit // each, most)))
 
     def _join_stream(self) -> None:
         """Work of the current stream comes behind what another one may still run on these buffers."""

@@ -129,6 +129,19 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     return SPEC_READERS[model_type](checked(config, model_type))
 
 
+def stored_as(folder: Path, spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
+    """The quantisation that a folder's weights are stored in, as `load_model` takes it; None: in none.
+
+    Raises:
+        CheckpointError: they are quantised in a way that is not read; files as of `load_weights`.
+    """
+    if not stored_fp8.stored_fp8(config):
+        return None
+    entries, places = _read_headers(Path(folder)), TENSOR_MAPS[spec.family](spec)
+    head = next((name for name, place in places.items() if place.field == "lm_head"), None)
+    return "fp8-all" if head in entries and stored_fp8.is_e4m3(entries[head]) else "fp8"
+
+
 def load_weights(
     folder: Path,
     spec: ModelSpec,
@@ -152,8 +165,8 @@ def load_weights(
         shard: the part that is read; None: all of it. Of an LM head that is stored beside the embedding that
             it is tied to, all is compared.
         adapter: a LoRA to be merged into the weights, see `blockbatch.models.lora`.
-        quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read.
-            Not with a shard.
+        quantization: None, or "fp8": the weights of the layers' products become e4m3 while they are read;
+            "fp8-all": the LM head too, also one that is tied to the embedding.
         config: of a folder whose weights may be stored quantised (`stored_fp8` says how); then with a
             `quantization`. None: they may not.
 
@@ -170,21 +183,25 @@ def load_weights(
     places = tensor_map(whole)
     entries = _read_headers(folder)
     is_stored = config is not None and stored_fp8.stored_fp8(config)
-    scales = stored_fp8.take_scales(entries, places, config) if is_stored else {}
+    with_head = quantization == "fp8-all"
+    scales = stored_fp8.take_scales(entries, places, config, head=with_head) if is_stored else {}
     foreign_tensors.check_storage(folder, entries, places.keys() - scales.keys())
     tied = tied_head.resolve(places, entries, whole, tensor_map)
     _check_tensors(folder, entries, places, scales)
     updates = lora.match(adapter, places, tied=spec.tie_embeddings) if adapter else {}
     lora.check_values(updates.values())
     weights = allocate(spec, device, dtype, None if shard is None else shard.vocabulary, quantization)
+    reads = list(places.items())
+    if with_head and spec.tie_embeddings:
+        reads.append(tied_head.from_embedding(places, whole))
     if shard is not None:
-        places = {name: shard.cut(place) for name, place in places.items()}
+        reads = [(name, shard.cut(place)) for name, place in reads]
     # Four bytes an element hold any stored dtype; some weights are read by whole rows.
-    largest = 4 * max(place.rows(weights).numel() for place in places.values())
-    longest = 4 * max(place.shape[-1] for place in places.values())
+    largest = 4 * max(place.rows(weights).numel() for _, place in reads)
+    longest = 4 * max(place.shape[-1] for _, place in reads)
     staging = torch.empty(max(longest, min(STAGING_BYTES, largest)), dtype=torch.uint8, device="cpu")
-    for entry in sorted((entries[name] for name in places), key=lambda entry: (str(entry.path), entry.begin)):
-        place, update = places[entry.name], updates.get(entry.name)
+    for name, place in sorted(reads, key=lambda read: (str(entries[read[0]].path), entries[read[0]].begin)):
+        entry, update = entries[name], updates.get(name)
         written, part = place.rows(weights), (place.first_row, place.first_column)
         if isinstance(written, QuantizedWeight):
             stored_fp8.read_quantized(entry, written, staging, scales.get(entry.name), update, *part)

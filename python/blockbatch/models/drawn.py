@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import blockbatch_kernels as bbk
+from blockbatch.models.quantized_weights import QuantizedWeight, head_operator
 
 
 class Draw(NamedTuple):
@@ -21,7 +22,7 @@ class Draw(NamedTuple):
 
 def drawn_predictions(
     hidden: Tensor,
-    lm_head: Tensor,
+    lm_head: Tensor | QuantizedWeight,
     target: Tensor,
     draw: Draw,
     probe_tokens: Tensor | None,
@@ -35,9 +36,10 @@ def drawn_predictions(
     MASK is never drawn. What is likely is so by the logits before rules change them, but for banned tokens,
     which are left out.
     """
-    token, confidence, probe_probability = bbk.lm_head_sample(
+    operator, weight = head_operator(bbk, "lm_head_sample", lm_head)
+    token, confidence, probe_probability = operator(
         hidden,
-        lm_head,
+        *weight,
         draw.rules,
         draw.request,
         draw.positions,
@@ -48,7 +50,8 @@ def drawn_predictions(
     )
     if not likely:
         return bbk.Predictions(target, token, confidence, probe_probability)
-    found = bbk.lm_head_likely(hidden, lm_head, suppress_token=mask_token_id, backend=backend)
+    operator, weight = head_operator(bbk, "lm_head_likely", lm_head)
+    found = operator(hidden, *weight, suppress_token=mask_token_id, backend=backend)
     return bbk.Predictions(target, token, confidence, probe_probability, *_without_banned(draw, *found[2:]))
 
 

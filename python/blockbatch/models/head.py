@@ -6,17 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
 from blockbatch.models.drawn import Draw, drawn_predictions
+from blockbatch.models.quantized_weights import QuantizedWeight, head_operator
 from blockbatch.models.spec import ModelSpec
+
+
+def head_logits(lm_head: Tensor | QuantizedWeight, backend: str | None, hidden: Tensor) -> Tensor:
+    """[n, tokens]: of hidden states [n, hidden_size], in their dtype."""
+    if not isinstance(lm_head, QuantizedWeight):
+        return F.linear(hidden, lm_head)
+    rows = bbk.quantize_rows(hidden, backend=backend)
+    options = dict(out_dtype=hidden.dtype, static_weight=True, backend=backend)
+    return bbk.linear_fp8(*rows, lm_head.values, lm_head.scale, **options)
 
 
 def head_predictions(
     operators: Any,
     spec: ModelSpec,
-    lm_head: Tensor,
+    lm_head: Tensor | QuantizedWeight,
     likely: bool,
     backend: str | None,
     hidden: Tensor,
@@ -27,8 +38,8 @@ def head_predictions(
     """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`.
 
     Args:
-        operators: has `lm_head_confidence` and `lm_head_likely`: `blockbatch_kernels`, or what merges the
-            parts of several ranks.
+        operators: has `lm_head_confidence` and `lm_head_likely`, and both with `_fp8`: `blockbatch_kernels`,
+            or what merges the parts of several ranks.
     """
     suppress_token = spec.mask_token_id if spec.suppress_mask else None
     if sampling is not None:
@@ -43,12 +54,14 @@ def head_predictions(
             backend=backend,
         )
     if likely:
-        top_token, confidence, *likely_ones = operators.lm_head_likely(
-            hidden, lm_head, suppress_token=suppress_token, backend=backend
+        operator, weight = head_operator(operators, "lm_head_likely", lm_head)
+        top_token, confidence, *likely_ones = operator(
+            hidden, *weight, suppress_token=suppress_token, backend=backend
         )
         return bbk.Predictions(target, top_token, confidence, None, *likely_ones)
-    top_token, confidence, probe_probability = operators.lm_head_confidence(
-        hidden, lm_head, probe_tokens=probe_tokens, suppress_token=suppress_token, backend=backend
+    operator, weight = head_operator(operators, "lm_head_confidence", lm_head)
+    top_token, confidence, probe_probability = operator(
+        hidden, *weight, probe_tokens=probe_tokens, suppress_token=suppress_token, backend=backend
     )
     return bbk.Predictions(target, top_token, confidence, probe_probability)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blockbatch import devices
+from blockbatch.models.head import head_logits
 from blockbatch.parallel import share_of
 
 # Predictions whose logits exist at the same time.
@@ -144,6 +145,7 @@ def _log_probabilities(model, hidden: Tensor, tokens: Tensor) -> Tensor:
     """[n] float64: of each token by the whole vocabulary, softmax in fp32."""
     parts = []
     for states, chosen in zip(hidden.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS), strict=True):
-        logs = share_of(model).logits(states, model.weights.lm_head).float().log_softmax(-1)
+        part = head_logits(model.weights.lm_head, model.backend, states)
+        logs = share_of(model).whole_logits(part).float().log_softmax(-1)
         parts.append(logs.gather(1, chosen.unsqueeze(1)).squeeze(1).double())
     return torch.cat(parts)

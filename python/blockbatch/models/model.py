@@ -17,19 +17,18 @@ import blockbatch_kernels as bbk
 from blockbatch import devices
 from blockbatch.kv_cache import KVCache
 from blockbatch.models import likelihood, special_ids, transformer
-from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder
+from blockbatch.models.checkpoint import load_weights, read_config, read_spec, resolve_folder, stored_as
 from blockbatch.models.drawn import Draw
-from blockbatch.models.head import head_in_pieces, head_predictions
+from blockbatch.models.head import head_in_pieces, head_logits, head_predictions
 from blockbatch.models.kv_scales import KVScales, calibrate, check_kv_dtype, dtype_of_cache
 from blockbatch.models.likelihood import LogLikelihood
 from blockbatch.models.lora import read_adapter
 from blockbatch.models.placement import check_backend, check_whole_rows, device_of, dtype_of, limit_of
-from blockbatch.models.quantized_weights import QuantizedWeight
+from blockbatch.models.quantized_weights import QUANTIZATIONS
 from blockbatch.models.row_pack import packed_rows, pages_of_rows
 from blockbatch.models.spec import ModelSpec
-from blockbatch.models.stored_fp8 import stored_fp8
 from blockbatch.models.tokenizer import Tokenizer, has_tokenizer
-from blockbatch.models.weights import TransformerWeights, check_quantization, check_room
+from blockbatch.models.weights import TransformerWeights, check_quantization, check_room, quantization_of
 from blockbatch.parallel import WHOLE, RankShare, Share, group
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ class Model:
         tokenizer: None for a folder without one; prompts are then token ids.
         eos_token_ids: ids that end a text, unless a config names others.
         device, dtype: of the weights and activations.
-        quantization: "fp8" where the weights of the layers' products are in e4m3, else None.
+        quantization: "fp8" where the weights of the layers' products are in e4m3, "fp8-all" where the LM head
+            is, too; else None.
         kv_scales: of K and V in e4m3 (`blockbatch.models.kv_scales`); None: the cache has the model's dtype.
         kv_dtype: torch dtype of the K/V cache.
         cache_bytes: the most memory that the K/V cache of a batch may take; None: what the device has free.
@@ -73,7 +73,7 @@ class Model:
         self.spec, self.weights, self.tokenizer, self.backend = spec, weights, tokenizer, backend
         self.cache_bytes, self.name, self.share, self.kv_scales = cache_bytes, name, share, kv_scales
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.quantization = "fp8" if isinstance(weights.layers[0].qkv_weight, QuantizedWeight) else None
+        self.quantization = quantization_of(weights)
         self.eos_token_ids = special_ids.end_ids(spec, tokenizer)
         self.runners = None
         self.pool, self.block_forward = None, None
@@ -83,7 +83,7 @@ class Model:
     @property
     def numbers(self) -> str:
         """What the model computes with, in words: "bfloat16", "bfloat16, layers in fp8, K/V in fp8"."""
-        quantized = "" if self.quantization is None else f", layers in {self.quantization}"
+        quantized = "" if self.quantization is None else f", {QUANTIZATIONS[self.quantization]} in fp8"
         cached = "" if self.kv_scales is None else ", K/V in fp8"
         return str(self.dtype).removeprefix("torch.") + quantized + cached
 
@@ -188,7 +188,8 @@ class Model:
 
     def _logits(self, ids: Tensor, block_size: int | None) -> Tensor:
         hidden = self.hidden_states(ids, block_size=block_size)
-        return self.share.logits(hidden, self.weights.lm_head).view(*ids.shape, -1)
+        part = head_logits(self.weights.lm_head, self.backend, hidden)
+        return self.share.whole_logits(part).view(*ids.shape, -1)
 
     def hidden_states(
         self, ids: Tensor, wanted: Tensor | None = None, *, block_size: int | None = None
@@ -341,8 +342,9 @@ def load_model(
         adapter: folder of a LoRA of PEFT, merged into the weights while they are read
             (`blockbatch.models.lora`).
         quantization: "fp8": the weights of the layers' products become e4m3 with a scale for each row while
-            they are read, activations are quantised by token; embedding and LM head stay in `dtype`. None:
-            as the checkpoint has them, which may be stored in e4m3 (docs/quantization.md).
+            they are read, activations are quantised by token; embedding and LM head stay in `dtype`.
+            "fp8-all": the LM head too. None: as the checkpoint has them, which may be stored in e4m3
+            (docs/quantization.md).
         kv_dtype: "fp8": the K/V cache holds e4m3, with scales for each layer and kv head from a calibration
             on a few texts; None: it has `dtype` (docs/quantization.md).
         tensor_parallel: processes that hold the model together, each a part on its own GPU: above 1 every one
@@ -361,15 +363,15 @@ def load_model(
     dtype = dtype_of(dtype, device)
     check_backend(backend)
     cache_bytes = limit_of(cache_bytes)
-    check_whole_rows(whole_rows, tensor_parallel, kv_dtype, device)
+    check_whole_rows(whole_rows, tensor_parallel, kv_dtype)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)
     folder = BUILT_IN.get(name_or_path) or resolve_folder(name_or_path, revision=revision)
     config = read_config(folder)
     spec = read_spec(config)
-    if quantization is None and stored_fp8(config):
-        quantization = "fp8"
+    if quantization is None:
+        quantization = stored_as(folder, spec, config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
     with devices.current(device):

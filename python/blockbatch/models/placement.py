@@ -6,10 +6,6 @@ import torch
 
 from blockbatch.values import as_int
 
-# On two GPUs the keys and values of dealt rows were those of one GPU, but decodes of several prompts were not
-# those of one process. Tests set it.
-WHOLE_ROWS_ON_GPUS = False
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,9 +49,7 @@ def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     return dtype
 
 
-def check_whole_rows(
-    whole_rows: bool, tensor_parallel: int, kv_dtype: str | None, device: torch.device
-) -> None:
+def check_whole_rows(whole_rows: bool, tensor_parallel: int, kv_dtype: str | None) -> None:
     """Raises ValueError where rows cannot be dealt out."""
     if not whole_rows:
         return
@@ -63,11 +57,6 @@ def check_whole_rows(
         raise ValueError("whole_rows: expected False for a model of one process, got True")
     if kv_dtype is not None:
         raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
-    if device.type == "cuda" and not WHOLE_ROWS_ON_GPUS:
-        raise ValueError(
-            "whole_rows: expected False on GPUs, where decodes of several prompts with it were not those of "
-            "one process, got True"
-        )
 
 
 def check_backend(backend: str | None) -> None:

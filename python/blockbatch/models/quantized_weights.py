@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-QUANTIZATIONS = ("fp8",)
+# What `load_model` takes as `quantization`, and which weights are in e4m3 with it.
+QUANTIZATIONS = {"fp8": "layers", "fp8-all": "layers and LM head"}
 E4M3 = torch.float8_e4m3fn
 
 
@@ -46,3 +49,12 @@ class QuantizedWeight:
     def float(self) -> torch.Tensor:
         """[out, in] fp32: what the weight stands for."""
         return self.values.float() * self.scale[:, None]
+
+
+def head_operator(
+    operators: Any, name: str, lm_head: torch.Tensor | QuantizedWeight
+) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
+    """The operator `name` of the LM head for the kind of its weight, and the weight as that takes it."""
+    if isinstance(lm_head, QuantizedWeight):
+        return getattr(operators, f"{name}_fp8"), (lm_head.values, lm_head.scale)
+    return getattr(operators, name), (lm_head,)

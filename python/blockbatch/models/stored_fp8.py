@@ -113,8 +113,16 @@ def _block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def is_e4m3(entry: TensorEntry) -> bool:
+    return entry.dtype == _STORED
+
+
 def take_scales(
-    entries: dict[str, TensorEntry], places: Mapping[str, Destination], config: Mapping[str, Any]
+    entries: dict[str, TensorEntry],
+    places: Mapping[str, Destination],
+    config: Mapping[str, Any],
+    *,
+    head: bool = False,
 ) -> dict[str, StoredScale]:
     """The scales of every weight that is stored in e4m3, by the weight's name.
 
@@ -122,9 +130,11 @@ def take_scales(
 
     Args:
         entries: *written*: scales are taken out, also those of activations.
+        head: whether the LM head may be stored so, too.
 
     Raises:
-        CheckpointError: a weight without scales, scales without such a weight, or a wrong shape or dtype.
+        CheckpointError: a weight without scales, scales without such a weight, or a wrong shape or dtype; an
+            LM head that may not be stored so.
     """
     block, scales = _block_of(config), {}
     for name, place in places.items():
@@ -134,7 +144,13 @@ def take_scales(
         for unread in _UNREAD_NAMES:
             entries.pop(owner + unread, None)
         found = [entries.pop(owner + scale) for scale in _SCALE_NAMES if owner + scale in entries]
-        if entries[name].dtype != _STORED or place.field not in PRODUCTS:
+        is_stored = is_e4m3(entries[name])
+        if is_stored and place.field == "lm_head" and not head:
+            raise CheckpointError(
+                f"{entries[name].path}: tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)} with "
+                f"quantization 'fp8', got {_STORED}, which 'fp8-all' reads"
+            )
+        if not is_stored or place.field not in (*PRODUCTS, "lm_head"):
             if found:
                 raise CheckpointError(
                     f"{found[0].path}: tensor {found[0].name!r}: expected {name!r} in {_STORED} and the "

@@ -60,6 +60,12 @@ def resolve(
     return stored, table
 
 
+def from_embedding(places: Places, spec: ModelSpec) -> tuple[str, Destination]:
+    """The tensor that a tied head is read from where it is no part of the embedding, and where it belongs."""
+    name, place = next((name, place) for name, place in places.items() if place.field == "embedding")
+    return name, Destination(None, "lm_head", 0, spec.vocab_size, place.shape)
+
+
 def compare(head: TensorEntry, embedding: TensorEntry, rows: int, staging: torch.Tensor) -> None:
     """Check that two stored tensors have the same values in their first `rows` rows.
 

@@ -39,7 +39,7 @@ def activation_bytes(
     num_tokens: int,
     *,
     compiled: bool = False,
-    quantized: bool = False,
+    quantization: str | None = None,
 ) -> int:
     """Bytes that `forward` and the LM head need at most for their intermediate tensors, beside weights and
     cache.
@@ -47,7 +47,7 @@ def activation_bytes(
     Args:
         num_tokens: packed tokens; at most as many predictions.
         compiled: whether compiled operators run, which compute in fp32 without tensors of it.
-        quantized: whether the weights are in 8 bits.
+        quantization: of the weights, as `load_model` takes it.
     """
     size, d, inner = dtype.itemsize, spec.hidden_size, spec.intermediate_size
     query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -61,19 +61,25 @@ def activation_bytes(
     attention += upcast * (query_size + kv_size)
     token = max(mlp, attention) + _INDEX_BYTES
     copies = 0
-    if quantized:
+    if quantization is not None:
         token += inner + query_size  # rows in 8 bits beside those that they are made of
         if not compiled:  # fp32 copies of activations and of a part of the weight
             token += 4 * (inner + 3 * 2 * inner)
             copies = 2 * 4 * min(2 * inner * d, tuning.FP8_PIECE)
     pieces = -(-spec.vocab_size // _PIECE_TOKENS)
     token += d * size + _PARTIAL_BYTES * pieces  # of a prediction: its hidden state, and its reduced logits
+    rows = min(num_tokens, _HEAD_ROWS // 2)
+    if quantization == "fp8-all":
+        token += d + 4  # of a prediction, too
+        if not compiled:  # fp32 copies of a chunk's rows, of a part of the weight, and sums of that part
+            piece = min(spec.vocab_size, max(1, tuning.FP8_PIECE // d))
+            copies = max(copies, 4 * (piece * d + 3 * rows * (d + piece)))
     # Logits of some hundred predictions (the reference still has those of the chunk before), and attention's
     # partial results.
     if compiled:
         head = max(tuning.LM_HEAD_LOGITS_BYTES, _HEAD_ROWS * _PIECE_TOKENS * size)
     else:
-        head = 2 * min(num_tokens, _HEAD_ROWS // 2) * spec.vocab_size * (size + (4 if size == 4 else 8))
+        head = 2 * rows * spec.vocab_size * (size + (4 if size == 4 else 8))
     partials = tuning.MAX_PARTIALS * (query_size + spec.num_heads) * 4
     return num_tokens * token + max(head, partials) + copies
 

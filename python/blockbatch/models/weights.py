@@ -38,7 +38,8 @@ class TransformerWeights:
     embedding: torch.Tensor  # [embedding_size, d]
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [d]
-    lm_head: torch.Tensor  # [vocab_size, d]; tied: a view of rows of `embedding`
+    # [vocab_size, d]; tied and not quantised: a view of rows of `embedding`
+    lm_head: torch.Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def allocate(
 
     Args:
         vocabulary: token ids of the LM head; None: all of them.
-        quantization: None, or "fp8": the weights of the layers' products are in e4m3.
+        quantization: None, or "fp8": the weights of the layers' products are in e4m3; "fp8-all": the LM head
+            too, which then is no part of an embedding that it is tied to.
 
     Raises:
         ValueError: `dtype` is not float32, bfloat16 or float16, or the quantisation is not known.
@@ -154,12 +156,22 @@ def allocate(
     ]
     embedding = empty(spec.embedding_size, d)
     tokens = range(spec.vocab_size) if vocabulary is None else vocabulary
-    lm_head = embedding[tokens.start : tokens.stop] if spec.tie_embeddings else empty(len(tokens), d)
+    if quantization == "fp8-all":
+        lm_head = QuantizedWeight.empty(len(tokens), d, device)
+    else:
+        lm_head = embedding[tokens.start : tokens.stop] if spec.tie_embeddings else empty(len(tokens), d)
     return TransformerWeights(embedding=embedding, layers=layers, final_norm=empty(d), lm_head=lm_head)
 
 
+def quantization_of(weights: TransformerWeights) -> str | None:
+    """The quantisation of weights that `allocate` made; None: of none."""
+    if not isinstance(weights.layers[0].qkv_weight, QuantizedWeight):
+        return None
+    return "fp8-all" if isinstance(weights.lm_head, QuantizedWeight) else "fp8"
+
+
 def check_quantization(quantization: str | None) -> None:
-    if quantization is not None and quantization not in QUANTIZATIONS:
+    if quantization is not None and quantization not in tuple(QUANTIZATIONS):
         names = ", ".join(map(repr, QUANTIZATIONS))
         raise ValueError(f"quantization: expected None or one of {names}, got {quantization!r}")
 
@@ -177,7 +189,7 @@ def weight_bytes(
         weights.final_norm,
         *(tensor for layer in weights.layers for tensor in vars(layer).values() if tensor is not None),
     ]
-    if not spec.tie_embeddings:
+    if not spec.tie_embeddings or quantization == "fp8-all":
         tensors.append(weights.lm_head)
     return sum(tensor.nbytes for tensor in tensors)
 

@@ -69,7 +69,7 @@ class RankGroup:
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._lock = threading.Lock()
         seconds = _STALL_SECONDS[device.type] if stall_seconds is None else stall_seconds
-        self.watch = Watch(self.rank, self.size, self._from_first, stall_seconds=seconds)
+        self.watch = Watch(self.rank, self.size, self.from_first, stall_seconds=seconds)
         atexit.register(self.watch.close)
         self._host = HostTransport(self._control, self.watch.check)
         self._transport = self._host if device.type == "cpu" else self._on_gpus(dtype, transport)
@@ -229,17 +229,18 @@ class RankGroup:
         self.watch.failure = self.watch.failure or message
         return RankError(message)
 
+    def from_first(self, text: str) -> str:
+        """The text that rank 0 passed, on every rank."""
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, group=self._control)
+        return texts[0]
+
     def _blame(self, error: RuntimeError) -> None:
         """Raises RankError if another rank's failure is behind an error; else tells the others of it."""
         failure = self.watch.wait_for_failure(1.0)
         if failure is not None:
             raise RankError(failure) from error
         self.watch.fail(_first_line(error))
-
-    def _from_first(self, text: str) -> str:
-        texts = [text]
-        dist.broadcast_object_list(texts, src=0, group=self._control)
-        return texts[0]
 
     def _on_gpus(self, dtype: torch.dtype, wanted: str | None) -> SymmetricTransport | NcclTransport:
         devices = self.exchange("device", self.device.index)

@@ -8,6 +8,7 @@ order of the ranks, which is the order of the tokens: a tie goes to the lowest i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ _NONE = float("-inf")
 
 
 class ShardedHead:
-    """Stands for the operators of the same names; `weight` is this rank's part, [its tokens, dim].
+    """Stands for the operators of the same names; `weight` is this rank's part, [its tokens, dim], and
+    `weight_scale` [its tokens] that of one in e4m3.
 
     Token ids are those of the whole vocabulary. Results are the same bits on every rank.
     """
@@ -39,14 +41,16 @@ class ShardedHead:
         hidden: Tensor,
         weight: Tensor,
         *,
+        weight_scale: Tensor | None = None,
         probe_tokens: Tensor | None = None,
         suppress_token: int | None = None,
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `blockbatch_kernels.lm_head_confidence`."""
-        options = dict(probe_tokens=probe_tokens, suppress_token=suppress_token)
+        options = dict(weight_scale=weight_scale, probe_tokens=probe_tokens, suppress_token=suppress_token)
+        operator = "lm_head_confidence" if weight_scale is None else "lm_head_confidence_fp8"
         parts_of = self._parts
-        if hidden.is_cuda and bbk.backend_of("lm_head_confidence", hidden.device, backend) == "cuda":
+        if hidden.is_cuda and bbk.backend_of(operator, hidden.device, backend) == "cuda":
             parts_of, options["first_token"] = compiled.lm_head_parts, self._tokens.start
         else:
             options["backend"] = backend
@@ -62,18 +66,25 @@ class ShardedHead:
             probability = (probe.amax(0) - top).exp() / whole
         return top_token.int(), 1.0 / whole, probability
 
+    def lm_head_confidence_fp8(
+        self, hidden: Tensor, weight: Tensor, weight_scale: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `blockbatch_kernels.lm_head_confidence_fp8`."""
+        return self.lm_head_confidence(hidden, weight, weight_scale=weight_scale, **options)
+
     def _parts(
         self,
         hidden: Tensor,
         weight: Tensor,
         *,
+        weight_scale: Tensor | None,
         probe_tokens: Tensor | None,
         suppress_token: int | None,
         backend: str | None,
     ) -> Tensor:
         """See `blockbatch_kernels.cuda.lm_head.lm_head_parts`."""
         parts = hidden.new_empty(hidden.shape[0], 4, dtype=torch.float32)
-        for rows, logits in self._logits(hidden, weight, backend):
+        for rows, logits in self._logits(hidden, weight, weight_scale, backend):
             self._suppress(logits, suppress_token)
             highest, total, token = self._reduced(logits)
             probe = torch.full_like(highest, _NONE)
@@ -83,12 +94,18 @@ class ShardedHead:
         return parts
 
     def lm_head_likely(
-        self, hidden: Tensor, weight: Tensor, *, suppress_token: int | None = None, backend: str | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor | None = None,
+        suppress_token: int | None = None,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `blockbatch_kernels.lm_head_likely`."""
         places, count = bbk.NUM_LIKELY, hidden.shape[0]
         parts = hidden.new_empty(count, 5 + 2 * places, dtype=torch.float32)
-        for rows, logits in self._logits(hidden, weight, backend):
+        for rows, logits in self._logits(hidden, weight, weight_scale, backend):
             every, every_total, _ = self._reduced(logits)
             likely = every.new_full((logits.shape[0], 2 * places), _NONE)
             remaining = logits.clone()
@@ -112,9 +129,14 @@ class ShardedHead:
         likely_token = torch.where(is_likely, tokens.gather(1, order), -1.0).int()
         return top_token.int(), 1.0 / whole, likely_token, torch.where(is_likely, probability, 0.0)
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[n, vocab_size] in hidden's dtype: those of all ranks."""
-        part = F.linear(hidden, weight)
+    def lm_head_likely_fp8(
+        self, hidden: Tensor, weight: Tensor, weight_scale: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `blockbatch_kernels.lm_head_likely_fp8`."""
+        return self.lm_head_likely(hidden, weight, weight_scale=weight_scale, **options)
+
+    def whole_logits(self, part: Tensor) -> Tensor:
+        """[n, vocab_size]: of all ranks, from this rank's [n, its tokens]; in the dtype of these."""
         longest = -(-self._vocab_size // self._group.size)
         padded = F.pad(part, (0, longest - part.shape[1])).float()
         sizes = [
@@ -122,15 +144,22 @@ class ShardedHead:
             for rank in range(self._group.size)
         ]
         gathered = self._group.all_gather(padded)
-        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(hidden.dtype)
+        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(part.dtype)
 
-    def _logits(self, hidden: Tensor, weight: Tensor, backend: str | None) -> Iterator[tuple[slice, Tensor]]:
+    def _logits(
+        self, hidden: Tensor, weight: Tensor, weight_scale: Tensor | None, backend: str | None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Some rows and their logits, within the memory that the operators take for theirs."""
         row_bytes = max(1, len(self._tokens)) * (2 * hidden.element_size() + 4)
         count = max(1, min(_HEAD_ROWS, LM_HEAD_LOGITS_BYTES // row_bytes))
         for start in range(0, hidden.shape[0], count):
             rows = slice(start, start + count)
-            yield rows, bbk.linear(hidden[rows], weight, static_weight=True, backend=backend)
+            if weight_scale is None:
+                yield rows, bbk.linear(hidden[rows], weight, static_weight=True, backend=backend)
+            else:
+                options = dict(out_dtype=hidden.dtype, static_weight=True, backend=backend)
+                own = bbk.quantize_rows(hidden[rows], backend=backend)
+                yield rows, bbk.linear_fp8(*own, weight, weight_scale, **options)
 
     def _suppress(self, logits: Tensor, token: int | None) -> None:
         if token is not None and token in self._tokens:

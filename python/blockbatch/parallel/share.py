@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import blockbatch_kernels as bbk
@@ -15,6 +14,7 @@ from blockbatch.parallel import digest, group
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.head import ShardedHead
 from blockbatch.parallel.lanes import Lanes
+from blockbatch.parallel.plans import Plans
 from blockbatch.parallel.ranks import ALONE, Ranks
 from blockbatch.parallel.shards import Shard
 
@@ -31,7 +31,7 @@ class Share:
         shard: the part of the checkpoint; None: all of it.
         vocabulary: token ids of the LM head here; None: all of them.
         all_reduce_norm: see `transformer.forward`.
-        head: has the operators `lm_head_confidence` and `lm_head_likely`.
+        head: has the operators `lm_head_confidence` and `lm_head_likely`, and both with `_fp8`.
         whole: the `Model` of all weights that this process holds beside its part; None: there is none, and
             all of them compute every row.
     """
@@ -57,6 +57,14 @@ class Share:
         """What goes with every step of a decode: see `Ranks`."""
         return ALONE
 
+    def engine(self, what: str) -> Plans | None:
+        """What an engine tells the other processes; None: there are none.
+
+        Args:
+            what: its options, the same in all of them.
+        """
+        return None
+
     def lanes(self) -> AbstractContextManager:
         """For forwards that do not depend on each other: a function that gives a context for each of them."""
         return nullcontext(_same_lane)
@@ -70,9 +78,9 @@ class Share:
         """The least of what the processes found."""
         return value
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[n, vocab_size]: of hidden states [n, dim], with the LM head's rows that are here."""
-        return F.linear(hidden, weight)
+    def whole_logits(self, part: Tensor) -> Tensor:
+        """[n, vocab_size]: from those of the LM head's rows that are here."""
+        return part
 
 
 def _same_lane(number: int) -> AbstractContextManager:
@@ -115,6 +123,7 @@ class RankShare(Share):
         self.head = ShardedHead(self.group, self.shard)
         self.group.agree("the start of loading (model and dtype)", digest.of_text(f"{spec} {dtype}"))
         self.exchange: Any = None
+        self._engine: Plans | None = None
 
     def hold_whole(self, model: Any) -> None:
         """From now on rows are dealt out whole; every process calls it at the same time.
@@ -130,13 +139,20 @@ class RankShare(Share):
         return self.shard.local_spec
 
     def forward(self, what: str) -> AbstractContextManager:
+        self._refuse_beside_engine()
         return self.group.forward(what)
 
     def loading(self, what: str) -> AbstractContextManager:
         return self.group.loading(what)
 
     def decode(self, state: Any, what: tuple) -> Ranks:
+        self._refuse_beside_engine()
         return Ranks(self.group, state, what)
+
+    def engine(self, what: str) -> Plans:
+        self._refuse_beside_engine()
+        self._engine = Plans(self.group, what, self._end_engine)
+        return self._engine
 
     def lanes(self) -> AbstractContextManager:
         return self._lanes.open(self.most_lanes)
@@ -146,10 +162,22 @@ class RankShare(Share):
         return self._lanes.count
 
     def least(self, what: str, value: int) -> int:
+        self._refuse_beside_engine()
         return self.group.least(what, value)
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return self.head.logits(hidden, weight)
+    def whole_logits(self, part: Tensor) -> Tensor:
+        return self.head.whole_logits(part)
+
+    def _end_engine(self) -> None:
+        self._engine = None
+
+    def _refuse_beside_engine(self) -> None:
+        """The other ranks wait for what an engine tells them, and would come to nothing else."""
+        if self._engine is not None:
+            raise RuntimeError(
+                f"model: expected no open engine on its {self.size} ranks, got one: they decode what it is "
+                "given alone, until it is closed"
+            )
 
 
 def share_of(model: Any) -> Share:

@@ -47,14 +47,8 @@ class Watch:
         # What this rank is in, for messages, and since when; None: nothing that waits for the others.
         self._busy: tuple[str, float] | None = None
         self._closed = False
-        self._peers: dict[int, connection.Connection] = {}
-        if rank == 0:
-            self._meet(size, exchange)
-        else:
-            port, key = json.loads(exchange(""))
-            peer = connection.Client(("127.0.0.1", port), authkey=key.encode())
-            peer.send_bytes(str(rank).encode())
-            self._peers[0] = peer
+        self._listeners: list[Callable[[str], None]] = []
+        self._peers = meet(rank, size, exchange)
         self._thread = threading.Thread(target=self._run, name="blockbatch-ranks", daemon=True)
         self._thread.start()
 
@@ -79,6 +73,20 @@ class Watch:
         """Tells the others that this rank cannot go on."""
         self._fail(f"rank {self.rank}: {message}")
 
+    def when_failed(self, call: Callable[[str], None]) -> None:
+        """`call` gets, on the watch's thread, the failure that another rank tells, or that this one finds
+        while it waits for others."""
+        with self._lock:
+            self._listeners.append(call)
+            failure = self.failure
+        if failure is not None:
+            call(failure)
+
+    def forget(self, call: Callable[[str], None]) -> None:
+        """`call` is to hear nothing any more."""
+        with self._lock:
+            self._listeners = [other for other in self._listeners if other is not call]
+
     def wait_for_failure(self, seconds: float) -> str | None:
         """The failure, which may come some moments behind what it causes."""
         end = time.monotonic() + seconds
@@ -96,25 +104,6 @@ class Watch:
                 except OSError:
                     pass
 
-    def _meet(self, size: int, exchange: Callable[[str], str]) -> None:
-        """Waits until every other rank is connected to this one, the first."""
-        key = secrets.token_hex(16)
-        with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
-            exchange(json.dumps([listener.address[1], key]))
-
-            def accept() -> None:
-                for _ in range(size - 1):
-                    peer = listener.accept()
-                    self._peers[int(peer.recv_bytes())] = peer
-
-            # Nothing else bounds how long it waits for a connection.
-            accepting = threading.Thread(target=accept, daemon=True)
-            accepting.start()
-            accepting.join(_MEET_SECONDS)
-            if len(self._peers) < size - 1:
-                others, found = size - 1, len(self._peers)
-                raise RankError(f"rank 0: expected {others} others within {_MEET_SECONDS:g} s, got {found}")
-
     def _fail(self, message: str, source: int | None = None) -> None:
         with self._lock:
             if self.failure is not None:
@@ -127,6 +116,14 @@ class Watch:
                     except OSError:
                         pass
 
+    def _found(self, message: str, source: int | None = None) -> None:
+        """A failure that the thread in the forward may not hear of."""
+        self._fail(message, source)
+        with self._lock:
+            told, self._listeners = self._listeners, []
+        for call in told:
+            call(self.failure)
+
     def _run(self) -> None:
         peers = {peer: rank for rank, peer in self._peers.items()}
         failed_at = None
@@ -137,7 +134,7 @@ class Watch:
                 time.sleep(_POLL_SECONDS)
             busy, now = self._busy, time.monotonic()
             if busy is not None and self.failure is None and now - busy[1] > self._stall_seconds:
-                self._fail(
+                self._found(
                     f"rank {self.rank}: expected {busy[0]} to end within {self._stall_seconds:g} s, it has "
                     "not: a rank stands still, or the ranks are at different forwards"
                 )
@@ -155,10 +152,10 @@ class Watch:
         except (EOFError, OSError):
             del peers[peer]
             if not self._closed:
-                self._fail(f"rank {rank} ended", source=rank)
+                self._found(f"rank {rank} ended", source=rank)
             return
         if "failed" in message:
-            self._fail(message["failed"], source=rank)
+            self._found(message["failed"], source=rank)
         elif "bye" in message:
             del peers[peer]
 
@@ -166,3 +163,37 @@ class Watch:
         """Ends a process whose main thread waits for ranks that never come, in a call that nothing breaks."""
         print(f"blockbatch: error: {self.failure}", file=sys.stderr, flush=True)
         os._exit(EXIT_STATUS)
+
+
+def meet(rank: int, size: int, exchange: Callable[[str], str]) -> dict[int, connection.Connection]:
+    """Connections from rank 0 to each of the others, by their ranks; theirs to rank 0.
+
+    Args:
+        rank, size: of this process.
+        exchange: gives every rank the text that rank 0 passed to it.
+
+    Raises:
+        RankError: on rank 0, when the others did not come.
+    """
+    if rank > 0:
+        port, key = json.loads(exchange(""))
+        peer = connection.Client(("127.0.0.1", port), authkey=key.encode())
+        peer.send_bytes(str(rank).encode())
+        return {0: peer}
+    key, peers = secrets.token_hex(16), {}
+    with connection.Listener(("127.0.0.1", 0), authkey=key.encode(), backlog=size) as listener:
+        exchange(json.dumps([listener.address[1], key]))
+
+        def accept() -> None:
+            for _ in range(size - 1):
+                peer = listener.accept()
+                peers[int(peer.recv_bytes())] = peer
+
+        # Nothing else bounds how long it waits for a connection.
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        accepting.join(_MEET_SECONDS)
+        if len(peers) < size - 1:
+            others, found = size - 1, len(peers)
+            raise RankError(f"rank 0: expected {others} others within {_MEET_SECONDS:g} s, got {found}")
+    return peers

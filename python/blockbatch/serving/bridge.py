@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blockbatch.decoding.engine import EngineClosedError, QueueFullError, RequestTooLargeError
+from blockbatch.parallel import RankError
 from blockbatch.serving.errors import ApiError, engine_failed, unavailable
 from blockbatch.serving.reading import Job, named
 
@@ -22,6 +23,8 @@ _IDLE = 0.1
 
 class Bridge:
     """Runs an engine until `stop`, or until a forward raises anything but MemoryError.
+
+    Once another rank of the model fails all who wait are answered, though a forward may never end then.
 
     Args:
         engine: of `blockbatch.decoding.engine`; nobody else calls its `step`.
@@ -35,13 +38,14 @@ class Bridge:
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]) -> None:
         self.engine, self.error = engine, None
         self.refusal: ApiError | None = None
-        self._on_failure = on_failure
+        self._on_failure, self._failed = on_failure, False
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self._events: set[asyncio.Event] = set()
         # Of the last step: all owners are told by one call, since each costs the engine's thread time, and
         # while the device computes the next one, since their work would delay its launch.
         self._changed: list[asyncio.Event] = []
+        engine.on_rank_failure(lambda error: self._call(self._turn_to_failure, error))
         self._thread = threading.Thread(target=self._run, name="blockbatch-engine", daemon=True)
         self._thread.start()
 
@@ -68,7 +72,7 @@ class Bridge:
             raise unavailable(str(error), error.retry_after) from None
         except RequestTooLargeError as error:
             raise ApiError(413, str(error), code="request_too_large") from None
-        except EngineClosedError:
+        except (EngineClosedError, RankError):
             raise engine_failed() from None
         except (ValueError, TypeError) as error:
             raise named(error) from None
@@ -121,9 +125,15 @@ class Bridge:
         self.refusal = refusal
         _set_all(list(self._events))
 
+    def _turn_to_failure(self, error: BaseException) -> None:
+        """Answers all who wait, once; the engine's thread may still be in a forward that never ends."""
+        if not self._failed:
+            self._failed = True
+            self.turn_away(engine_failed())
+            self._on_failure(error)
+
     def _fail(self) -> None:
-        self.turn_away(engine_failed())
-        self._on_failure(self.error)
+        self._turn_to_failure(self.error)
         # Behind the answers: a broken device may let this wait.
         threading.Thread(target=self._close, daemon=True).start()
 

@@ -18,8 +18,9 @@ from starlette.responses import Response, StreamingResponse
 
 from blockbatch.generation import build_result, open_session
 from blockbatch.methods import METHOD_TABLE, PRESET_TABLE
+from blockbatch.parallel import share_of
 from blockbatch.serving.answers import phases
-from blockbatch.serving.errors import engine_failed, unavailable
+from blockbatch.serving.errors import bad_request, engine_failed, unavailable
 from blockbatch.serving.logs import event
 from blockbatch.serving.protocol import ChatRequest, LiveRequest
 from blockbatch.serving.reading import Job, named
@@ -55,8 +56,10 @@ async def respond(service: Service, body: LiveRequest) -> Response:
     """The events of one decode: `begin`, a `forward` each, then `end` or `error`.
 
     Raises:
-        ApiError: 400 for bad input, 503 while another is shown.
+        ApiError: 400 for bad input, or a model of several ranks; 503 while another is shown.
     """
+    if share_of(service.model).size > 1:
+        raise bad_request("live: expected a model of one process, since the page decodes beside the engine")
     asked = None if body.blockbatch is None else body.blockbatch.model_dump(exclude_unset=True)
     messages = [{"role": "user", "content": body.prompt}]
     chat = ChatRequest(messages=messages, max_tokens=body.max_tokens, blockbatch=asked)

@@ -81,7 +81,7 @@ def _loop_factory() -> Callable[[Any], int]:
 
 async def _serve(settings: Settings, load: Any, host: str, port: int, version: str, log_level: str) -> int:
     listener = _listen(host, port)
-    logs.event("listening", host=host, port=listener.getsockname()[1])
+    logs.event("listening", host=host, port=listener.getsockname()[1], pid=os.getpid())
     service = Service(settings, load)
     config = uvicorn.Config(
         create_app(service, version),
