@@ -66,12 +66,15 @@ def linear_rope_kv_write_fp8(
     out_dtype: torch.dtype,
     static_weight: bool = False,
 ) -> Tensor:
-    """The same of `linear_fp8`, in one launch by a tile of `tuning.ROTATED_FP8_TILES`."""
+    """The same of `linear_fp8`, in one launch where `tuning.rotated_fp8_tile` has one for its tile."""
     product = (x, x_scale, weight, weight_scale, bias)
     tile = gemm_fp8.tile_of(x, weight, out_dtype)
+    if tile is not None:
+        kind = tuning.device_kind(x.device)
+        tile = tuning.rotated_fp8_tile(tile, len(x), len(weight), device_kind=kind)
     cos, sin = last_contiguous(cos), last_contiguous(sin)
     where = (positions, slot_mapping, cos, sin, k_cache, v_cache, k_scale, v_scale)
-    if tile in tuning.ROTATED_FP8_TILES and _writes_vectors(cos, sin, k_cache, v_cache):
+    if tile is not None and _writes_vectors(cos, sin, k_cache, v_cache):
         options = dict(out_dtype=out_dtype, static_weight=static_weight)
         return _launch_fp8(*product, *where, num_heads=num_heads, tile=tile, **options)
     product = gemm_fp8.linear_fp8(*product, out_dtype=out_dtype, static_weight=static_weight)

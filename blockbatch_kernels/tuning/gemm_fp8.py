@@ -54,15 +54,17 @@ GATED_FP8_TILES = (
     Fp8Tile(256, 192, multicast=2),
     *_WAVES,
 )
-# Those that can rotate q and k and write the cache behind the product of q, k and v, as far as that product
-# takes them: csrc/gemm/linear_rope_fp8.cu.
+# Those that can rotate q and k and write the cache behind the product of q, k and v; which products take them
+# says `rotated_fp8_tile`: csrc/gemm/linear_rope_fp8.cu.
 ROTATED_FP8_TILES = (
     *(Fp8Tile(tokens, rows) for tokens in (16, 32, 64) for rows in (64, 128)),
-    Fp8Tile(128, 128),
+    Fp8Tile(128, 64),
+    Fp8Tile(128, 128, overlap=1),
     Fp8Tile(128, 128, split_k=2),
     Fp8Tile(256, 128, multicast=2),
     Fp8Tile(256, 128, multicast=2, waves=True),
     Fp8Tile(256, 192, multicast=2, waves=True),
+    Fp8Tile(128, 192, x_multicast=2, waves=True),
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
 FP8_PIECE = 1 << 24
@@ -122,6 +124,30 @@ def linear_fp8_tile(
         _, name = measured_at(row.choices, num_tokens)
         return _tiles_by_name(gated).get(name)
     return None if gated else fp8_rule(num_tokens, out_features, in_features, device_kind=device_kind)
+
+
+@functools.cache
+def rotated_fp8_tile(
+    tile: Fp8Tile | None, num_tokens: int, out_features: int, *, device_kind: DeviceKind = H100
+) -> Fp8Tile | None:
+    """What rotates and stores q, k and v behind the very sums that `tile` makes of them; None: nothing.
+
+    Which additions overlap changes no bit, and sums that are not shared along K are added in the same order
+    by every tile. So many tokens need no tile of their own: of two the one whose processors have less to do.
+    """
+    if tile is None:
+        return None
+    alike = (one for one in ROTATED_FP8_TILES if one._replace(overlap=0) == tile._replace(overlap=0))
+    found = next(alike, None)
+    if found is not None or tile.split_k > 1 or num_tokens < _MIN_WAVES_TOKENS:
+        return found
+
+    def cost(one: Fp8Tile) -> tuple[int, int]:
+        tiles = -(-out_features // one.rows) * -(-num_tokens // one.tokens)
+        rounds = -(-tiles * one.multicast // device_kind.num_sms)
+        return rounds * one.rows, -one.rows
+
+    return min((one for one in ROTATED_FP8_TILES if one.waves and one.multicast > 1), key=cost)
 
 
 @functools.cache

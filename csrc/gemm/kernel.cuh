@@ -143,7 +143,7 @@ __device__ __forceinline__ void finish_part(float (&sums)[S::kTokens / 2], const
         d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;
       }
       if constexpr (S::kRotated) {
-        rows.template write<kPart>(sums, staging, args, group, rows.bias(args));
+        rows.template write<kPart>(sums, staging, args, group);
       } else {
         write_out<S, kPart>(sums, staging, args, first_row, group);
       }
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
       if constexpr (S::kRotated) {
-        rows.write(sums, staging, args, warpgroup, rows.bias(args));
+        rows.write(sums, staging, args, warpgroup);
       } else {
         write_out<S, 0>(sums, staging, args, first_row, warpgroup);
       }

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more
       if constexpr (S::kRotated) {
-        rows.write(sums, staging, args, warpgroup, rows.bias(args));
+        rows.write(sums, staging, args, warpgroup);
       } else {
         write_out<S, 0>(sums, staging, args, first_row, warpgroup);
       }

@@ -133,6 +133,12 @@ struct Stretches {
   template <bool kInTurns>
   __device__ __forceinline__ void add_each(Sums& sums, int count) {
     Sums stretch;
+    if constexpr (S::kRotated) {
+      // Without this an instruction that adds to them, or not, keeps them in registers from the tile before
+      // on, and what rotates it needs these.
+#pragma unroll
+      for (int i = 0; i < S::kTokens / 2; ++i) stretch[i] = 0.0f;
+    }
 #pragma unroll 1
     for (int left = count; left > 0; left -= kBlocksOfAStretch) {
       const Operands first = next();
