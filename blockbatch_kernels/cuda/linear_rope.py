@@ -94,14 +94,21 @@ def _write(product: Tensor, num_heads: int, *where: Tensor | None) -> Tensor:
 
 def _writes_vectors(cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether the kernels that write behind a product can: heads of whole tiles, vectors of 16 bytes."""
-    return k_cache.shape[3] % 64 == 0 and all(_is_aligned(tensor) for tensor in (k_cache, v_cache, cos, sin))
+    if k_cache.shape[3] % 64:
+        return False
+    return _is_aligned(k_cache) and _is_aligned(v_cache) and _is_aligned(cos) and _is_aligned(sin)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether vectors of 16 bytes lie at whole multiples of 16 bytes; the last stride must be 1."""
+    *outer, last = tensor.stride()
+    if last != 1 or tensor.data_ptr() % 16:
+        return False
     vector = 16 // tensor.element_size()
-    strides = tensor.stride()
-    return tensor.data_ptr() % 16 == 0 and strides[-1] == 1 and all(s % vector == 0 for s in strides[:-1])
+    for stride in outer:  # no comprehension: every layer asks
+        if stride % vector:
+            return False
+    return True
 
 
 def _launch(
