@@ -3,7 +3,6 @@
 #pragma once
 
 #include "gemm/kernel.cuh"
-#include "gemm/parts.cuh"
 #include "gemm/stretches.cuh"
 
 namespace bbk {
@@ -146,13 +145,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                     const Fp8Args<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens + 8 <= 232448);
+  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens <= 232448);
   float* token_scales = reinterpret_cast<float*>(shared + S::kSharedBytes);
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
-  // Behind the scales.
-  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kSharedBytes + 4 * S::kTokens;
+  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kPartsBarrier;
   const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
@@ -252,7 +250,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+      send_parts<S>(sums, stages, parts_barrier, split, warpgroup);
       barrier_wait(parts_barrier, 0);
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
