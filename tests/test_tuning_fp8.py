@@ -10,6 +10,7 @@ from blockbatch_kernels import tuning
 from blockbatch_kernels.tuning import gemm_fp8, rows_fp8
 
 ROOT = Path(__file__).parents[1]
+WIDE = tuning.Fp8Tile(192, 128, x_multicast=2, waves=True)
 
 
 def shapes_in(source):
@@ -21,17 +22,15 @@ def shapes_in(source):
 def few(source):
     """Tiles for few tokens."""
     return [
-        tuning.Fp8Tile(
-            tokens * (more[1] if more else multicast), 64 * groups, split_k, multicast, x_multicast, *more[:1]
-        )
-        for tokens, groups, _, split_k, multicast, x_multicast, *more in shapes_in(source)
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, x_multicast)
+        for tokens, groups, _, split_k, multicast, x_multicast in shapes_in(source)
     ]
 
 
 def test_the_table_is_what_is_compiled():
     waves = [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, *more, waves=True)
-        for tokens, groups, _, multicast, x_multicast, *more in shapes_in("linear_fp8_waves.cu")
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, True)
+        for tokens, groups, _, multicast, x_multicast in shapes_in("linear_fp8_waves.cu")
     ]
     plain, gated = [few(source) + waves for source in ("linear_fp8.cu", "linear_swiglu_fp8.cu")]
     for compiled, table in ((plain, tuning.LINEAR_FP8_TILES), (gated, tuning.GATED_FP8_TILES)):
@@ -41,22 +40,42 @@ def test_the_table_is_what_is_compiled():
     assert len(names) == len(set(names))
 
 
-def test_rotated_tiles_are_those_that_q_k_and_v_take():
-    """Each is compiled twice more, and none for nothing."""
-    source = "linear_rope_fp8.cu"
-    compiled = {
+def test_rotated_tiles_are_what_is_compiled():
+    num_waves = sum(tile.waves for tile in tuning.ROTATED_FP8_TILES)
+    shapes = shapes_in("linear_rope_fp8.cu")  # those of waves stand behind the others
+    few = [
         tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast)
-        for tokens, groups, _, split_k, multicast in (shape for shape in shapes_in(source) if len(shape) == 5)
-    } | {
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, waves=True)
-        for tokens, groups, _, multicast in (shape for shape in shapes_in(source) if len(shape) == 4)
-    }
-    assert compiled == set(tuning.ROTATED_FP8_TILES) <= set(tuning.LINEAR_FP8_TILES)
-    # LLaDA-8B, half of it, Dream-7B
-    products = {(12288, 4096), (6144, 4096), (4608, 3584)}
-    served = {tuning.linear_fp8_tile(tokens, *sizes) for sizes in products for tokens in range(1, 2000)}
-    assert compiled <= served
-    assert all(tuning.linear_fp8_tile(tokens, 12288, 4096) in compiled for tokens in range(1, 2000))
+        for tokens, groups, _, split_k, multicast in shapes[:-num_waves]
+    ]
+    waves = [
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, waves=True)
+        for tokens, groups, _, multicast, x_multicast in shapes[-num_waves:]
+    ]
+    assert len(shapes) == len(set(tuning.ROTATED_FP8_TILES))
+    assert {*few, *waves} == set(tuning.ROTATED_FP8_TILES) <= set(tuning.LINEAR_FP8_TILES)
+
+
+def test_what_rotates_has_the_sums_of_the_product():
+    """Whatever the table says: the same split of K, and room for all tokens."""
+    assert tuning.rotated_fp8_tile(None, 8, 12288) is None
+    for tile in tuning.LINEAR_FP8_TILES:
+        for tokens in (1, 16, 64, 128, 129, 192, 256, 700, 1280):
+            if tokens > tile.tokens and not tile.waves:
+                continue
+            for out_features in (4608, 6144, 12288):
+                rotated = tuning.rotated_fp8_tile(tile, tokens, out_features)
+                if rotated is not None:
+                    assert rotated in tuning.ROTATED_FP8_TILES and rotated.split_k == tile.split_k
+                    assert rotated.waves or tokens <= rotated.tokens
+                elif tokens > 128:
+                    assert tile.split_k > 1
+    # LLaDA-8B, whole and on two GPUs: everything of one launch that is not shared along K.
+    for out_features in (12288, 6144):
+        for tokens in range(1, 2000):
+            tile = tuning.linear_fp8_tile(tokens, out_features, 4096)
+            assert tile is None or tuning.rotated_fp8_tile(tile, tokens, out_features) is not None
+    assert tuning.rotated_fp8_tile(WIDE, 192, 12288) == tuning.Fp8Tile(256, 192, multicast=2, waves=True)
+    assert tuning.rotated_fp8_tile(WIDE, 256, 6144) == tuning.Fp8Tile(256, 128, multicast=2, waves=True)
 
 
 def test_the_measured_rows_name_tiles_with_room():

@@ -1,7 +1,5 @@
 """The product of q, k and v with rotary embedding and cache write behind it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -68,12 +66,15 @@ def linear_rope_kv_write_fp8(
     out_dtype: torch.dtype,
     static_weight: bool = False,
 ) -> Tensor:
-    """The same of `linear_fp8`, in one launch by a tile of `tuning.ROTATED_FP8_TILES`."""
+    """The same of `linear_fp8`, in one launch where `tuning.rotated_fp8_tile` has one for its tile."""
     product = (x, x_scale, weight, weight_scale, bias)
     tile = gemm_fp8.tile_of(x, weight, out_dtype)
+    if tile is not None:
+        kind = tuning.device_kind(x.device)
+        tile = tuning.rotated_fp8_tile(tile, len(x), len(weight), device_kind=kind)
     cos, sin = last_contiguous(cos), last_contiguous(sin)
     where = (positions, slot_mapping, cos, sin, k_cache, v_cache, k_scale, v_scale)
-    if tile in tuning.ROTATED_FP8_TILES and _writes_vectors(cos, sin, k_cache, v_cache):
+    if tile is not None and _writes_vectors(cos, sin, k_cache, v_cache):
         options = dict(out_dtype=out_dtype, static_weight=static_weight)
         return _launch_fp8(*product, *where, num_heads=num_heads, tile=tile, **options)
     product = gemm_fp8.linear_fp8(*product, out_dtype=out_dtype, static_weight=static_weight)
@@ -93,33 +94,57 @@ def _write(product: Tensor, num_heads: int, *where: Tensor | None) -> Tensor:
 
 def _writes_vectors(cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether the kernels that write behind a product can: heads of whole tiles, vectors of 16 bytes."""
-    return k_cache.shape[3] % 64 == 0 and all(_is_aligned(tensor) for tensor in (k_cache, v_cache, cos, sin))
+    if k_cache.shape[3] % 64:
+        return False
+    return _is_aligned(k_cache) and _is_aligned(v_cache) and _is_aligned(cos) and _is_aligned(sin)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether vectors of 16 bytes lie at whole multiples of 16 bytes; the last stride must be 1."""
+    *outer, last = tensor.stride()
+    if last != 1 or tensor.data_ptr() % 16:
+        return False
     vector = 16 // tensor.element_size()
-    strides = tensor.stride()
-    return tensor.data_ptr() % 16 == 0 and strides[-1] == 1 and all(s % vector == 0 for s in strides[:-1])
+    for stride in outer:  # no comprehension: every layer asks
+        if stride % vector:
+            return False
+    return True
 
 
 def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *where: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
     num_heads: int,
     tile: tuning.LinearTile,
     static_weight: bool,
 ) -> Tensor:
     x = aligned(x)
-    q = x.new_empty(x.shape[0], num_heads, where[4].shape[3])
+    q = x.new_empty(x.shape[0], num_heads, k_cache.shape[3])
+    if k_scale is not None:
+        k_cache, v_cache, k_scale, v_scale = _in_bytes(k_cache, v_cache, k_scale, v_scale)
     extension.load().linear_rope_kv_write(
         x=x,
         weight=weight,
         bias=None if bias is None else bias.contiguous(),
         q=q,
-        **_places(*where),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        positions=positions.contiguous(),
+        slot_mapping=slot_mapping.contiguous(),
+        cos=cos,
+        sin=sin,
         tile=tile,
         static_weight=static_weight,
         programmatic=tuning.PROGRAMMATIC_LAUNCH,
@@ -134,31 +159,6 @@ def _launch_fp8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    *where: Tensor | None,
-    num_heads: int,
-    out_dtype: torch.dtype,
-    tile: tuning.Fp8Tile,
-    static_weight: bool,
-) -> Tensor:
-    x = gemm_fp8.aligned(x)
-    q = torch.empty(len(x), num_heads, where[4].shape[3], dtype=out_dtype, device=x.device)
-    extension.load().linear_rope_kv_write_fp8(
-        x=x.view(torch.uint8),
-        x_scale=x_scale.contiguous(),
-        weight=weight.view(torch.uint8),
-        weight_scale=weight_scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        q=q,
-        **_places(*where),
-        tile=tile,
-        static_weight=static_weight,
-        programmatic=tuning.PROGRAMMATIC_LAUNCH,
-        stream=extension.stream_of(x),
-    )
-    return q
-
-
-def _places(
     positions: Tensor,
     slot_mapping: Tensor,
     cos: Tensor,
@@ -167,12 +167,23 @@ def _places(
     v_cache: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-) -> dict[str, Any]:
-    """Where heads are rotated to and stored, as the extension takes it: caches in e4m3 as bytes."""
+    *,
+    num_heads: int,
+    out_dtype: torch.dtype,
+    tile: tuning.Fp8Tile,
+    static_weight: bool,
+) -> Tensor:
+    x = gemm_fp8.aligned(x)
+    q = torch.empty(len(x), num_heads, k_cache.shape[3], dtype=out_dtype, device=x.device)
     if k_scale is not None:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-        k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
-    return dict(
+        k_cache, v_cache, k_scale, v_scale = _in_bytes(k_cache, v_cache, k_scale, v_scale)
+    extension.load().linear_rope_kv_write_fp8(
+        x=x.view(torch.uint8),
+        x_scale=x_scale.contiguous(),
+        weight=weight.view(torch.uint8),
+        weight_scale=weight_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        q=q,
         k_cache=k_cache,
         v_cache=v_cache,
         k_scale=k_scale,
@@ -181,4 +192,16 @@ def _places(
         slot_mapping=slot_mapping.contiguous(),
         cos=cos,
         sin=sin,
+        tile=tile,
+        static_weight=static_weight,
+        programmatic=tuning.PROGRAMMATIC_LAUNCH,
+        stream=extension.stream_of(x),
     )
+    return q
+
+
+def _in_bytes(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Caches in e4m3 and their scales as the extension takes them."""
+    return k_cache.view(torch.uint8), v_cache.view(torch.uint8), k_scale.contiguous(), v_scale.contiguous()

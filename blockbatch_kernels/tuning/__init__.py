@@ -36,6 +36,7 @@ from blockbatch_kernels.tuning.gemm_fp8 import (
     fp8_rule,
     fp8_tile_name,
     linear_fp8_tile,
+    rotated_fp8_tile,
 )
 from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile, LinearPart, LinearTile
 from blockbatch_kernels.tuning.triton import (
@@ -105,6 +106,7 @@ __all__ = [
     "num_processors",
     "plans_units",
     "preference",
+    "rotated_fp8_tile",
     "triton_attention",
     "triton_linear_fp8",
     "triton_row_warps",

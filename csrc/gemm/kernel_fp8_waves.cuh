@@ -78,7 +78,7 @@ struct HeldPlaces {
       rows.position[turn] = __shfl_sync(~0u, position, lane);
       rows.slot[turn] = __shfl_sync(~0u, slot, lane);
     }
-    rows.write_from(sums, staging, args, group, bias, first_token);
+    rows.template write_from<0, true>(sums, staging, args, group, bias, first_token);
   }
 };
 
@@ -230,7 +230,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
-    stretches.end();
   }
 #endif
 }

@@ -16,16 +16,24 @@ constexpr char kOp[] = "linear_rope_kv_write_fp8";
   V(32, 2, 10, 1, 1)              \
   V(64, 1, 13, 1, 1)              \
   V(64, 2, 9, 1, 1)               \
+  V(128, 1, 9, 1, 1)              \
   V(128, 2, 6, 1, 1)              \
   V(128, 2, 6, 2, 1)              \
   V(128, 2, 6, 1, 2)
 
-// For any number of tokens: tokens of a CTA, warpgroups, pipeline stages, multicast
+// For any number of tokens: tokens of a CTA, warpgroups, pipeline stages, multicast, x_multicast
 #define BBK_ROTATED_FP8_WAVES(V) \
-  V(128, 2, 5, 2)                \
-  V(128, 3, 4, 2)
+  V(128, 2, 5, 2, 1)             \
+  V(128, 3, 4, 2, 1)             \
+  V(128, 3, 4, 1, 2)
 
 constexpr auto kUse = GemmUse::kRopeKvWriteAny;
+
+bool operator==(const GemmFp8Tile& one, const GemmFp8Tile& other) {
+#define BBK_SAME(TYPE, NAME) one.NAME == other.NAME&&
+  return BBK_GEMM_FP8_TILE(BBK_SAME) true;
+#undef BBK_SAME
+}
 
 }  // namespace
 
@@ -41,16 +49,14 @@ void linear_rope_kv_write_fp8(const GemmFp8Params& params, const RopeKvWritePara
     const DeviceGuard guard(launch.device, kOp);
     check_sm90a(kOp, launch.device);
 #define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST)                               \
-  if (!tile.waves && tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 &&       \
-      tile.split_k == SPLIT_K && tile.multicast == MULTICAST && tile.x_multicast == 1) {    \
+  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, SPLIT_K, MULTICAST, 1, false}) { \
     return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse>>( \
         params, static_weight, programmatic, launch, rope);                                 \
   }
-#define BBK_WAVES(TOKENS, GROUPS, STAGES, MULTICAST)                                                      \
-  if (tile.waves && tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 && \
-      tile.multicast == MULTICAST && tile.x_multicast == 1) {                                             \
-    return launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse>>(                        \
-        params, static_weight, programmatic, launch, rope);                                               \
+#define BBK_WAVES(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                               \
+  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, 1, MULTICAST, X_MULTICAST, true}) {  \
+    return launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse, X_MULTICAST>>( \
+        params, static_weight, programmatic, launch, rope);                                     \
   }
     BBK_ROTATED_FP8_SHAPES(BBK_SHAPE)
     BBK_ROTATED_FP8_WAVES(BBK_WAVES)

@@ -94,31 +94,32 @@ struct RotatedRows {
   template <class Args>
   __device__ __forceinline__ float2 bias(const Args& args) const {
     const T* bias = static_cast<const T*>(args.bias);
-    const bool is_there = exists(args.rope);
-    float low = 0.0f, high = 0.0f;
-    if (bias != nullptr && is_there) {
-      const T* place = of_row(bias, args.rope);
-      low = to_float(place[0]);
-      high = to_float(place[args.rope.head_dim / 2]);
-    }
-    return make_float2(low, high);
+    if (bias == nullptr || !exists(args.rope)) return make_float2(0.0f, 0.0f);
+    const T* place = of_row(bias, args.rope);
+    return make_float2(to_float(place[0]), to_float(place[args.rope.head_dim / 2]));
   }
 
   template <int kPart = 0, class Args>
   __device__ __forceinline__ void write(const float (&sums)[S::kTokens / 2], unsigned char* staging,
-                                        const Args& args, int group, float2 bias) {
-    write_from<kPart>(sums, staging, args, group, bias, first_token(args));
+                                        const Args& args, int group) {
+    write_from<kPart, false>(sums, staging, args, group, make_float2(0.0f, 0.0f), first_token(args));
   }
 
-  // Through shared memory, so that neighbouring places leave together.
-  template <int kPart = 0, class Args>
+  // Through shared memory, so that neighbouring places leave together. kHasBias: it is given.
+  template <int kPart, bool kHasBias, class Args>
   __device__ __forceinline__ void write_from(const float (&sums)[S::kTokens / 2], unsigned char* staging,
                                              const Args& args, int group, float2 bias, int first_token) {
     const RopeKvWriteParams& rope = args.rope;
     constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
+    const bool is_there = exists(rope);
     const int warp = threadIdx.x % 128 / 32;
     const int lane = threadIdx.x % 32;
     const int matrix = lane / 8;
+    if (const T* all = static_cast<const T*>(args.bias); !kHasBias && all != nullptr && is_there) {
+      const T* place = all + counted_head * rope.head_dim + first_place + warp * 8 + lane / 4;
+      bias.x = to_float(place[0]);
+      bias.y = to_float(place[rope.head_dim / 2]);
+    }
 #pragma unroll
     for (int j = 0; j < kTokens / 8; j += 2) {
       const float* d = &sums[4 * (kFirst + j)];
@@ -135,17 +136,18 @@ struct RotatedRows {
       if (rope.k_scale != nullptr && !head.is_q) {
         const float scale = exists(rope) ? cache_scale<true>(rope, head) : 1.0f;
         named_barrier(2 + group, 128);
-        return write_turns_in_e4m3(staging, args, head, first_token, scale);
+        if (!is_power_of_two(scale)) return write_turns_divided(staging, args, first_token, scale);
+        return write_turns<true>(staging, args, first_token, __frcp_rn(scale));
       }
     }
     named_barrier(2 + group, 128);
-    write_turns(staging, args, first_token);
+    write_turns<false>(staging, args, first_token, 1.0f);
   }
 
-  // What is staged, rotated, to where it goes.
-  template <class Args>
-  __device__ __forceinline__ void write_turns(const unsigned char* staging, const Args& args,
-                                              int first_token) {
+  // What is staged, rotated, to where it goes; kInverse: into a cache in e4m3, by the inverse of its scale.
+  template <bool kInverse, class Args>
+  __device__ __forceinline__ void write_turns(const unsigned char* staging, const Args& args, int first_token,
+                                              float scale) {
     const RopeKvWriteParams& rope = args.rope;
     if (!exists(rope)) return;
     const RopeHead head = rope_head(rope, counted_head);
@@ -158,18 +160,19 @@ struct RotatedRows {
       Eight first = *reinterpret_cast<const Eight*>(staged);
       Eight second = *reinterpret_cast<const Eight*>(staged + 32);
       if (!head.is_v) rotate(first, second, angles[turn]);
-      write_halves<false>(rope, first_token + token, slot[turn], head, first_place + column(), first, second,
-                          1.0f);
+      write_halves<kInverse, kInverse>(rope, first_token + token, slot[turn], head, first_place + column(),
+                                       first, second, scale);
     }
   }
 
-  // The same of k or v into a cache in e4m3. Divisions are many instructions: one copy of them serves all
-  // turns, which leave what they rotate where it was staged.
+  // The same of k or v by a scale that is no power of two. Divisions are many instructions: one copy of them
+  // serves all turns, which leave what they rotate where it was staged.
   template <class Args>
-  __device__ __forceinline__ void write_turns_in_e4m3(unsigned char* staging, const Args& args,
-                                                      const RopeHead& head, int first_token, float scale) {
+  __device__ __forceinline__ void write_turns_divided(unsigned char* staging, const Args& args,
+                                                      int first_token, float scale) {
     const RopeKvWriteParams& rope = args.rope;
     if (!exists(rope)) return;
+    const RopeHead head = rope_head(rope, counted_head);
     const int num_tokens = min(args.num_tokens - first_token, args.box_tokens);
     const auto staged = [&](int turn) {
       return reinterpret_cast<T*>(staging) + token_of(turn) * S::kStagingPitch + column();
@@ -185,28 +188,15 @@ struct RotatedRows {
         *reinterpret_cast<Eight*>(staged(turn) + 32) = second;
       }
     }
-    if (is_power_of_two(scale)) {
-      store_turns<true>(staging, args, head, first_token, num_tokens, __frcp_rn(scale));
-    } else {
-      store_turns<false>(staging, args, head, first_token, num_tokens, scale);
-    }
-  }
-
-  template <bool kInverse, class Args>
-  __device__ __forceinline__ void store_turns(const unsigned char* staging, const Args& args,
-                                              const RopeHead& head, int first_token, int num_tokens,
-                                              float scale) {
 #pragma unroll 1
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int token = token_of(turn);
-      if (token >= num_tokens) break;
+      if (token_of(turn) >= num_tokens) break;
       int own_slot = slot[0];
 #pragma unroll
       for (int other = 1; other < kTurns; ++other) own_slot = turn == other ? slot[other] : own_slot;
-      const T* staged = reinterpret_cast<const T*>(staging) + token * S::kStagingPitch + column();
-      write_halves<true, kInverse>(args.rope, first_token + token, own_slot, head, first_place + column(),
-                                   *reinterpret_cast<const Eight*>(staged),
-                                   *reinterpret_cast<const Eight*>(staged + 32), scale);
+      write_halves<true>(rope, first_token + token_of(turn), own_slot, head, first_place + column(),
+                         *reinterpret_cast<const Eight*>(staged(turn)),
+                         *reinterpret_cast<const Eight*>(staged(turn) + 32), scale);
     }
   }
 };
