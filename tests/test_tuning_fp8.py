@@ -21,17 +21,15 @@ def shapes_in(source):
 def few(source):
     """Tiles for few tokens."""
     return [
-        tuning.Fp8Tile(
-            tokens * (more[1] if more else multicast), 64 * groups, split_k, multicast, x_multicast, *more[:1]
-        )
-        for tokens, groups, _, split_k, multicast, x_multicast, *more in shapes_in(source)
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, split_k, multicast, x_multicast)
+        for tokens, groups, _, split_k, multicast, x_multicast in shapes_in(source)
     ]
 
 
 def test_the_table_is_what_is_compiled():
     waves = [
-        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, *more, waves=True)
-        for tokens, groups, _, multicast, x_multicast, *more in shapes_in("linear_fp8_waves.cu")
+        tuning.Fp8Tile(tokens * multicast, 64 * groups, 1, multicast, x_multicast, True)
+        for tokens, groups, _, multicast, x_multicast in shapes_in("linear_fp8_waves.cu")
     ]
     plain, gated = [few(source) + waves for source in ("linear_fp8.cu", "linear_swiglu_fp8.cu")]
     for compiled, table in ((plain, tuning.LINEAR_FP8_TILES), (gated, tuning.GATED_FP8_TILES)):

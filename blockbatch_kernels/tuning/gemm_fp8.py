@@ -15,21 +15,6 @@ _FEW = (
     Fp8Tile(128, 128, split_k=2),
     *(Fp8Tile(256, rows, multicast=2) for rows in (64, 128, 192)),
 )
-_FEW_OVERLAPPING = (
-    *(Fp8Tile(tokens, 64, split_k=2, overlap=2) for tokens in (16, 32, 64)),
-    *(Fp8Tile(tokens, 128, overlap=2) for tokens in (16, 32, 64)),
-    *(Fp8Tile(tokens, 192, overlap=2) for tokens in (16, 32)),
-    Fp8Tile(64, 192, overlap=1),
-    Fp8Tile(128, 64, overlap=2),
-    Fp8Tile(128, 64, split_k=2, overlap=2),
-    *(Fp8Tile(128, 128, overlap=overlap) for overlap in (1, 2)),
-    Fp8Tile(128, 192, overlap=1),
-    Fp8Tile(256, 64, multicast=2, overlap=2),
-    *(Fp8Tile(256, 128, split_k=2, overlap=overlap) for overlap in (0, 1, 2)),
-    Fp8Tile(256, 128, multicast=2, overlap=2),
-    Fp8Tile(256, 192, multicast=2, overlap=1),
-    *(Fp8Tile(256, 192, split_k=2, multicast=2, overlap=overlap) for overlap in (0, 1)),
-)
 # csrc/gemm/linear_fp8_waves.cu, with and without the activation.
 _WAVES = (
     *(
@@ -39,15 +24,8 @@ _WAVES = (
     ),
     Fp8Tile(256, 192, multicast=2, x_multicast=2, waves=True),
     Fp8Tile(320, 128, multicast=2, x_multicast=2, waves=True),
-    *(
-        Fp8Tile(
-            tokens * multicast, rows, multicast=multicast, x_multicast=3 - multicast, overlap=1, waves=True
-        )
-        for tokens, rows in ((128, 128), (128, 192), (160, 128), (192, 128))
-        for multicast in (1, 2)
-    ),
 )
-LINEAR_FP8_TILES = (*_FEW, *_FEW_OVERLAPPING, *_WAVES)
+LINEAR_FP8_TILES = (*_FEW, *_WAVES)
 # With the activation in the same kernel: csrc/gemm/linear_swiglu_fp8.cu.
 GATED_FP8_TILES = (
     *(Fp8Tile(tokens, 192) for tokens in (16, 32, 64, 128)),
@@ -66,7 +44,6 @@ ROTATED_FP8_TILES = (
 )
 # Elements of a weight that are there in fp32 at a time, where no kernel computes.
 FP8_PIECE = 1 << 24
-_OVERLAPS = ("", " turns", " ahead")
 _MOST_TOKENS = max(tile.tokens for tile in _FEW)
 # A launch that fills no processor, and a sum too short to be shared, are not worth a tile.
 _MIN_OUT_FEATURES, _MIN_SPLIT_IN_FEATURES = 1024, 2048
@@ -78,10 +55,10 @@ _WIDE_OUT_FEATURES = 2 * 132 * 192
 
 
 def fp8_tile_name(tile: Fp8Tile) -> str:
-    """Tokens x rows, and what is shared, such as "256x192 multicast 2 turns waves"."""
+    """Tokens x rows, and what is shared, such as "256x192 multicast 2 waves"."""
     counts = {name: getattr(tile, name) for name in ("split_k", "multicast", "x_multicast")}
     shared = "".join(f" {name} {count}" for name, count in counts.items() if count > 1)
-    return f"{tile.tokens}x{tile.rows}{shared}{_OVERLAPS[tile.overlap]}{' waves' if tile.waves else ''}"
+    return f"{tile.tokens}x{tile.rows}{shared}{' waves' if tile.waves else ''}"
 
 
 def fp8_candidates(

@@ -33,9 +33,6 @@ class Fp8Tile(NamedTuple):
     split_k: int = 1  # processors that share the sum of a tile
     multicast: int = 1  # processors that share one read of the weight, each for a part of the tokens
     x_multicast: int = 1  # processors that share one read of the tokens, each for rows of its own
-    overlap: int = (
-        0  # hides the additions of stretches: 1 warpgroups in turns, 2 the next stretch begun ahead
-    )
     waves: bool = False  # processors go from tile to tile, over any number of tokens
 
 

@@ -71,7 +71,6 @@ struct GemmFp8Params {
   X(int, split_k)     /* CTAs that share the sum of a tile, each over a stretch of K */           \
   X(int, multicast)   /* CTAs that share one read of the weight, each for a part of the tokens */ \
   X(int, x_multicast) /* CTAs that share one read of x, each with rows of its own */              \
-  X(int, overlap)     /* what hides the additions of stretches: Overlap of shape.cuh */           \
   X(bool, waves)      /* as many CTAs as fit go from tile to tile, over any number of tokens */
 
 struct GemmFp8Tile {

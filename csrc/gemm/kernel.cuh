@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_out(const float (&sums)[S::kTokens / 2], u
   named_barrier(2 + group, 128);
   constexpr int kVectors = S::kOutColumns / 8;
   const int first_column = (S::kGated ? first_row / 2 : first_row) + group * S::kOutColumns;
-  const int share = blockIdx.z;
+  const int share = S::kMulticast > 1 ? blockIdx.z : 0;
   const int end_token = min(args.num_tokens, (share + 1) * args.box_tokens);
   const int first_token = share * args.box_tokens + 8 * kFirst;
   T* out = static_cast<T*>(args.out);
@@ -103,8 +103,7 @@ __device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], 
   if constexpr (kPart < S::kSplitK) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t rank =
-          cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, S::kMulticast > 1 ? blockIdx.z : 0);
+      const uint32_t rank = cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, blockIdx.z);
       const uint32_t remote = remote_address(parts, rank) + slot * S::kPartBytes;
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;

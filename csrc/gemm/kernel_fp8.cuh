@@ -137,9 +137,8 @@ __device__ __forceinline__ uint32_t empty_of_lane(uint32_t empty, const Sharing<
   return S::kSources > 1 ? remote_address(empty, sharing.peer(lane)) : empty;
 }
 
-// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, groups of tokens, a multiple of kMulticast);
-// clusters of (kXMulticast, kSplitK, kMulticast). Behind the shared memory of gemm_kernel lie the scales of
-// the tile's tokens.
+// Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
+// kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
@@ -153,13 +152,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t empty = full + 8 * S::kStages;
   // Behind the scales.
   [[maybe_unused]] const uint32_t parts_barrier = stages + S::kSharedBytes + 4 * S::kTokens;
-  constexpr bool kCountsParts = S::kSplitK > 1 && S::kOverlap != Overlap::kNone;
   const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
                               S::kMulticast > 1 ? static_cast<int>(blockIdx.z) : 0};
   const int split = sharing.split;
-  const int share = blockIdx.z;  // of the tokens
+  const int share = sharing.z;
   const int first_row = blockIdx.x * S::kRows;
   const int k_begin = split * args.num_k_blocks / S::kSplitK;
   const int count = (split + 1) * args.num_k_blocks / S::kSplitK - k_begin;
@@ -171,7 +169,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kSources * S::kGroups * 4);
     }
-    if constexpr (kCountsParts) {
+    if constexpr (S::kSplitK > 1) {
       barrier_init(parts_barrier, 1);
       barrier_arrive_expecting(parts_barrier, bytes_of_parts<S>(split));
     }
@@ -220,10 +218,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     __syncwarp();
-    if constexpr (S::kSplitK > 1) {
-      cluster_barrier();
-      if constexpr (!kCountsParts) cluster_barrier_with_writes();
-    }
+    if constexpr (S::kSplitK > 1) cluster_barrier();
   } else {
     take_registers<S::kConsumerRegisters>();
     wait_for_predecessors();  // the activations are waited for in any case
@@ -245,20 +240,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     {
       Stretches<S> stretches(stages, full, empty_of_lane<S>(empty, sharing), warpgroup);
       stretches.add(sums, count);
-      stretches.end();
     }
     apply_scales<S>(sums, token_scales, row_scales);
     unsigned char* staging = shared + S::kPartsBytes + warpgroup * S::kStagingBytes;
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      if constexpr (kCountsParts) {
-        send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
-        barrier_wait(parts_barrier, 0);
-      } else {
-        send_parts<S>(sums, stages, split, warpgroup);
-        cluster_barrier_with_writes();
-      }
+      send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+      barrier_wait(parts_barrier, 0);
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more

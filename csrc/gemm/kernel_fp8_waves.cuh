@@ -230,7 +230,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     if (!S::kRotated && thread == 0) wait_until_boxes_are_read();
-    stretches.end();
   }
 #endif
 }

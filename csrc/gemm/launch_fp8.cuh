@@ -12,8 +12,7 @@ constexpr char kLinearFp8[] = "linear_fp8";
                                          const char* op = kLinearFp8) {
   refuse(op, "tile: expected a compiled one, got tokens " + std::to_string(tile.tokens) + ", rows " +
                  std::to_string(tile.rows) + ", split_k " + std::to_string(tile.split_k) + ", multicast " +
-                 std::to_string(tile.multicast) + ", x_multicast " + std::to_string(tile.x_multicast) +
-                 ", overlap " + std::to_string(tile.overlap) + kind);
+                 std::to_string(tile.multicast) + ", x_multicast " + std::to_string(tile.x_multicast) + kind);
 }
 
 // What all kernels of e4m3 need of x and of the weight.
@@ -104,11 +103,9 @@ void launch_gemm_fp8(const GemmFp8Params& p, bool static_weight, bool programmat
                            std::to_string((S::kSplitK - 1) * kSwizzledRowBytes) + " with " +
                            std::to_string(S::kSplitK) + " split_k, got " + std::to_string(p.in_features));
   }
-  // A second group of tokens shares no reads with the first, unless by kMulticast.
-  const int64_t groups = std::max<int64_t>(S::kMulticast, ceil_div<int64_t>(p.num_tokens, S::kTokens));
-  const int64_t each = ceil_div<int64_t>(p.num_tokens, groups * S::kXMulticast);
+  const int64_t each = ceil_div<int64_t>(p.num_tokens, S::kMulticast * S::kXMulticast);
   const int box_tokens = S::kXMulticast * copied_rows(each);
-  const dim3 grid(static_cast<unsigned>(fp8_row_tiles<S>(p)), S::kSplitK, static_cast<unsigned>(groups));
+  const dim3 grid(static_cast<unsigned>(fp8_row_tiles<S>(p)), S::kSplitK, S::kMulticast);
   const dim3 cluster(S::kXMulticast, S::kSplitK, S::kMulticast);
   constexpr int kSharedBytes = S::kSharedBytes + 4 * S::kTokens + 8;
   Fp8Args<S> args{fp8_args<S>(p, box_tokens, static_weight)};
@@ -124,15 +121,12 @@ void gemm_fp8_gated(const GemmFp8Params& params, const GemmFp8Tile& tile, bool s
 void gemm_fp8_waves(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight,
                     bool programmatic, const Launch& launch);
 
-// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, x_multicast, overlap, groups of tokens
-#define BBK_FP8_SHAPE_OF(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST, OVERLAP, TOKEN_GROUPS)  \
-  if (tile.tokens == TOKENS * TOKEN_GROUPS && tile.rows == GROUPS * 64 && tile.split_k == SPLIT_K &&      \
-      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST && tile.overlap == OVERLAP) {        \
-    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, X_MULTICAST,    \
-                                     static_cast<Overlap>(OVERLAP)>>(params, static_weight, programmatic, \
-                                                                     launch);                             \
+// tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, x_multicast
+#define BBK_FP8_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST)                           \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == SPLIT_K &&        \
+      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST) {                                  \
+    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, X_MULTICAST>>( \
+        params, static_weight, programmatic, launch);                                                    \
   }
-#define BBK_FP8_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST) \
-  BBK_FP8_SHAPE_OF(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, X_MULTICAST, 0, MULTICAST)
 
 }  // namespace bbk

@@ -17,16 +17,6 @@ namespace {
   V(160, 2, 5, 2, 2)     \
   V(192, 2, 4, 1, 2)     \
   V(192, 2, 4, 2, 1)
-// ... overlap
-#define BBK_FP8_WAVES_OVERLAPPING(V) \
-  V(128, 2, 6, 1, 2, 1)              \
-  V(128, 2, 6, 2, 1, 1)              \
-  V(128, 3, 4, 1, 2, 1)              \
-  V(128, 3, 4, 2, 1, 1)              \
-  V(160, 2, 5, 1, 2, 1)              \
-  V(160, 2, 5, 2, 1, 1)              \
-  V(192, 2, 4, 1, 2, 1)              \
-  V(192, 2, 4, 2, 1, 1)
 
 // Stages that fit beside the boxes of an activation's results, which are half as wide.
 constexpr int gated_stages(int tokens, int groups) {
@@ -38,28 +28,23 @@ constexpr int gated_stages(int tokens, int groups) {
 
 void gemm_fp8_waves(const GemmFp8Params& params, const GemmFp8Tile& tile, bool static_weight,
                     bool programmatic, const Launch& launch) {
-#define BBK_SHAPE_OF(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST, OVERLAP)                          \
-  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&            \
-      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST && tile.overlap == OVERLAP) {     \
-    constexpr auto kOverlap = static_cast<Overlap>(OVERLAP);                                           \
-    return params.gated                                                                                \
-               ? launch_waves<GemmShape<T, TOKENS, GROUPS, gated_stages(TOKENS, GROUPS), 1, MULTICAST, \
-                                        GemmUse::kRoundedSwiglu, X_MULTICAST, kOverlap>>(              \
-                     params, static_weight, programmatic, launch)                                      \
-               : launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kLinear,     \
-                                        X_MULTICAST, kOverlap>>(params, static_weight, programmatic,   \
-                                                                launch);                               \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                                        \
+  if (tile.tokens == TOKENS * MULTICAST && tile.rows == GROUPS * 64 && tile.split_k == 1 &&              \
+      tile.multicast == MULTICAST && tile.x_multicast == X_MULTICAST) {                                  \
+    return params.gated                                                                                  \
+               ? launch_waves<GemmShape<T, TOKENS, GROUPS, gated_stages(TOKENS, GROUPS), 1, MULTICAST,   \
+                                        GemmUse::kRoundedSwiglu, X_MULTICAST>>(params, static_weight,    \
+                                                                               programmatic, launch)     \
+               : launch_waves<                                                                           \
+                     GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, GemmUse::kLinear, X_MULTICAST>>( \
+                     params, static_weight, programmatic, launch);                                       \
   }
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST) \
-  BBK_SHAPE_OF(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST, 0)
   dispatch_gemm_dtype(kLinearFp8, params.dtype, [&](auto zero) {
     using T = decltype(zero);
     BBK_FP8_WAVES(BBK_SHAPE)
-    BBK_FP8_WAVES_OVERLAPPING(BBK_SHAPE_OF)
     refuse_fp8_tile(tile, ", waves");
   });
 #undef BBK_SHAPE
-#undef BBK_SHAPE_OF
 }
 
 }  // namespace bbk

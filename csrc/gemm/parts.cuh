@@ -21,8 +21,7 @@ __device__ __forceinline__ void send_counted_parts(const float (&sums)[S::kToken
   if constexpr (kPart < S::kSplitK) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
-      const uint32_t rank =
-          cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, S::kMulticast > 1 ? blockIdx.z : 0);
+      const uint32_t rank = cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, blockIdx.z);
       const uint32_t remote = remote_address(parts, rank) + slot * S::kPartBytes;
       const uint32_t remote_barrier = remote_address(barrier, rank);
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;

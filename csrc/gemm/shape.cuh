@@ -17,11 +17,6 @@ namespace bbk {
 // caches in e4m3 where `rope` has their scales.
 enum class GemmUse { kLinear, kSwiglu, kRopeKvWrite, kRoundedSwiglu, kRopeKvWriteAny };
 
-// What the tensor cores do while a warpgroup adds the sums of a stretch of K, in e4m3 (stretches.cuh). kNone:
-// nothing, if the others add, too. kTurns: warpgroups start their stretches in turns, so that others compute.
-// kAhead: the first block of the next stretch, whose sums have registers of their own.
-enum class Overlap { kNone, kTurns, kAhead };
-
 struct GemmArgs {
   void* out;         // [num_tokens, out_features]
   const void* bias;  // [rows of the weight] or null
@@ -42,7 +37,7 @@ struct RotatedGemmArgs : GemmArgs {
 // of a cluster that share one read of the weight, each with tokens of its own. kXMulticast: CTAs of a cluster
 // that share one read of the tokens, each with rows of the weight of its own; for e4m3 alone.
 template <typename Element, int kTokens_, int kGroups_, int kStages_, int kSplitK_, int kMulticast_,
-          GemmUse kUse, int kXMulticast_ = 1, Overlap kOverlap_ = Overlap::kNone>
+          GemmUse kUse, int kXMulticast_ = 1>
 struct GemmShape {
   using T = Element;
   static constexpr int kTokens = kTokens_;
@@ -51,7 +46,6 @@ struct GemmShape {
   static constexpr int kSplitK = kSplitK_;
   static constexpr int kMulticast = kMulticast_;
   static constexpr int kXMulticast = kXMulticast_;
-  static constexpr Overlap kOverlap = kOverlap_;
   static constexpr int kCluster = kXMulticast * kSplitK * kMulticast;
   // CTAs that copy into the pipeline of one: itself, and those with which it shares reads.
   static constexpr int kSources = kMulticast + kXMulticast - 1;
