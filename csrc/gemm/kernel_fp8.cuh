@@ -137,8 +137,7 @@ __device__ __forceinline__ uint32_t empty_of_lane(uint32_t empty, const Sharing<
 }
 
 // Grid: (tiles of kRows, a multiple of kXMulticast, kSplitK, kMulticast); clusters of (kXMulticast, kSplitK,
-// kMulticast). Behind the shared memory of gemm_kernel lie the scales of
-// the tile's tokens.
+// kMulticast). Behind the shared memory of gemm_kernel lie the scales of the tile's tokens.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
