@@ -28,7 +28,7 @@ class Plans:
 
     Attributes:
         rank, size: of this process.
-        settled: whether all states were compared since the last forward.
+        settled: whether there is no forward behind which states were not compared yet.
 
     Args:
         group: the model's.
@@ -136,6 +136,7 @@ class Plans:
 
     def close(self) -> None:
         """The end of all plans."""
+        self.settled = True  # nobody is left to compare with
         peers, self._peers = self._peers, {}
         calls, self._calls = self._calls, []
         for call in calls:
