@@ -258,4 +258,6 @@ def closed_at_work(name, prompt, options):
         request = engine.submit(prompt, blockbatch.DecodeConfig(**options))
         engine.step()
         engine.step()
+        engine.close()
+        assert not engine.step() and request.ended
     return request.status

@@ -149,6 +149,7 @@ class Leader(_Rank):
         else:
             with suppress(RankError):
                 self._plans.tell(_END)
+                self._plans.wait_for_others()
         self._plans.close()
 
     def follow(self) -> None:

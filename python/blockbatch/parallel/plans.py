@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import connection
 from typing import Any
 
@@ -17,6 +17,8 @@ from blockbatch.parallel.watch import RankError, meet
 
 # How often a rank that waits for a plan looks whether the others are still there.
 _LOOK_SECONDS = 0.25
+# That rank 0 waits at most until the others have taken note of the end.
+_LAST_SECONDS = 10.0
 
 
 class Plans:
@@ -26,7 +28,7 @@ class Plans:
 
     Attributes:
         rank, size: of this process.
-        settled: whether all states were compared since the last forward.
+        settled: whether there is no forward behind which states were not compared yet.
 
     Args:
         group: the model's.
@@ -124,8 +126,17 @@ class Plans:
         self._agree()
         self.settled = True
 
+    def wait_for_others(self) -> None:
+        """Behind the last plan, until the others have closed: a rank that ends sooner could take with it what
+        one of them has yet to read."""
+        for peer in self._peers.values():
+            with suppress(EOFError, OSError):
+                if peer.poll(_LAST_SECONDS):
+                    peer.recv_bytes()
+
     def close(self) -> None:
         """The end of all plans."""
+        self.settled = True  # nobody is left to compare with
         peers, self._peers = self._peers, {}
         calls, self._calls = self._calls, []
         for call in calls:
