@@ -59,7 +59,7 @@ GATED_FP8_TILES = (
 ROTATED_FP8_TILES = (
     *(Fp8Tile(tokens, rows) for tokens in (16, 32, 64) for rows in (64, 128)),
     Fp8Tile(128, 64),
-    Fp8Tile(128, 128, overlap=1),
+    Fp8Tile(128, 128),
     Fp8Tile(128, 128, split_k=2),
     Fp8Tile(256, 128, multicast=2),
     Fp8Tile(256, 128, multicast=2, waves=True),
@@ -132,15 +132,13 @@ def rotated_fp8_tile(
 ) -> Fp8Tile | None:
     """What rotates and stores q, k and v behind the very sums that `tile` makes of them; None: nothing.
 
-    Which additions overlap changes no bit, and sums that are not shared along K are added in the same order
-    by every tile. So many tokens need no tile of their own: of two the one whose processors have less to do.
+    Sums that are not shared along K are added in the same order by every tile. So many tokens need no tile of
+    their own: of two the one whose processors have less to do.
     """
-    if tile is None:
+    if tile in ROTATED_FP8_TILES:
+        return tile
+    if tile is None or tile.split_k > 1 or num_tokens < _MIN_WAVES_TOKENS:
         return None
-    alike = (one for one in ROTATED_FP8_TILES if one._replace(overlap=0) == tile._replace(overlap=0))
-    found = next(alike, None)
-    if found is not None or tile.split_k > 1 or num_tokens < _MIN_WAVES_TOKENS:
-        return found
 
     def cost(one: Fp8Tile) -> tuple[int, int]:
         tiles = -(-out_features // one.rows) * -(-num_tokens // one.tokens)

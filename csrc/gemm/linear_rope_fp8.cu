@@ -8,18 +8,18 @@ namespace {
 
 constexpr char kOp[] = "linear_rope_kv_write_fp8";
 
-// For few tokens: tokens of a CTA, warpgroups, pipeline stages, split_k, multicast, overlap
+// For few tokens: tokens of a CTA, warpgroups, pipeline stages, split_k, multicast
 #define BBK_ROTATED_FP8_SHAPES(V) \
-  V(16, 1, 20, 1, 1, 0)           \
-  V(16, 2, 11, 1, 1, 0)           \
-  V(32, 1, 17, 1, 1, 0)           \
-  V(32, 2, 10, 1, 1, 0)           \
-  V(64, 1, 13, 1, 1, 0)           \
-  V(64, 2, 9, 1, 1, 0)            \
-  V(128, 1, 9, 1, 1, 0)           \
-  V(128, 2, 6, 1, 1, 1)           \
-  V(128, 2, 6, 2, 1, 0)           \
-  V(128, 2, 6, 1, 2, 0)
+  V(16, 1, 20, 1, 1)              \
+  V(16, 2, 11, 1, 1)              \
+  V(32, 1, 17, 1, 1)              \
+  V(32, 2, 10, 1, 1)              \
+  V(64, 1, 13, 1, 1)              \
+  V(64, 2, 9, 1, 1)               \
+  V(128, 1, 9, 1, 1)              \
+  V(128, 2, 6, 1, 1)              \
+  V(128, 2, 6, 2, 1)              \
+  V(128, 2, 6, 1, 2)
 
 // For any number of tokens: tokens of a CTA, warpgroups, pipeline stages, multicast, x_multicast
 #define BBK_ROTATED_FP8_WAVES(V) \
@@ -29,10 +29,10 @@ constexpr char kOp[] = "linear_rope_kv_write_fp8";
 
 constexpr auto kUse = GemmUse::kRopeKvWriteAny;
 
-bool operator==(const GemmFp8Tile& one, const GemmFp8Tile& other) {
-#define BBK_SAME(TYPE, NAME) one.NAME == other.NAME&&
-  return BBK_GEMM_FP8_TILE(BBK_SAME) true;
-#undef BBK_SAME
+bool is_tile(const GemmFp8Tile& tile, int tokens, int rows, int split_k, int multicast, int x_multicast,
+             bool waves) {
+  return tile.tokens == tokens && tile.rows == rows && tile.split_k == split_k &&
+         tile.multicast == multicast && tile.x_multicast == x_multicast && tile.waves == waves;
 }
 
 }  // namespace
@@ -48,16 +48,15 @@ void linear_rope_kv_write_fp8(const GemmFp8Params& params, const RopeKvWritePara
     if (params.num_tokens == 0 || params.out_features == 0) return;  // an empty grid is a launch error
     const DeviceGuard guard(launch.device, kOp);
     check_sm90a(kOp, launch.device);
-#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, OVERLAP)                                   \
-  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, SPLIT_K, MULTICAST, 1, OVERLAP, false}) {     \
-    constexpr auto kOverlap = static_cast<Overlap>(OVERLAP);                                             \
-    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse, 1, kOverlap>>( \
-        params, static_weight, programmatic, launch, rope);                                              \
+#define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST)                               \
+  if (is_tile(tile, TOKENS * MULTICAST, GROUPS * 64, SPLIT_K, MULTICAST, 1, false)) {       \
+    return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse>>( \
+        params, static_weight, programmatic, launch, rope);                                 \
   }
-#define BBK_WAVES(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                                 \
-  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, 1, MULTICAST, X_MULTICAST, 0, true}) { \
-    return launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse, X_MULTICAST>>(   \
-        params, static_weight, programmatic, launch, rope);                                       \
+#define BBK_WAVES(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                               \
+  if (is_tile(tile, TOKENS * MULTICAST, GROUPS * 64, 1, MULTICAST, X_MULTICAST, true)) {        \
+    return launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse, X_MULTICAST>>( \
+        params, static_weight, programmatic, launch, rope);                                     \
   }
     BBK_ROTATED_FP8_SHAPES(BBK_SHAPE)
     BBK_ROTATED_FP8_WAVES(BBK_WAVES)
