@@ -16,9 +16,9 @@ product, in ms for all layers:
 fp8_tiles.py compares the tiles of the extension's kernel.
 
 A step is one of bench/step_latency.py; `row_ms` is a forward of a whole row of 1280 positions. Columns of a
-step: `bf16` and `fp8` say the kind of the weights, `fp8_apart` computes q, k and v by two launches instead of
-one (rotated.py; `rotated` has that product alone), and with --kv-dtype fp8 `bf16_kv8` and `fp8_kv8` have a
-K/V cache in e4m3.
+step: `bf16` and `fp8` say the kind of the weights, `bf16_apart` and `fp8_apart` compute q, k and v by two
+launches instead of one (rotated.py; `rotated` has that product alone), and with --kv-dtype fp8 `bf16_kv8` and
+`fp8_kv8` have a K/V cache in e4m3.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ MOST_ERROR = 5e-3
 # What is to be reached: ms of a step of so many tokens, and of a whole row.
 LIMITS = {128: 3.9, 252: 5.0}
 ROW_LIMIT = 18.0
-# The kind of a step whose product of q, k and v is apart from what follows it.
-APART = "fp8_apart"
+# Ends the kind of a step whose product of q, k and v is apart from what follows it.
+APART = "_apart"
 PARTS = ("products", "rows", "rotated", "steps", "row")
 
 Product = Callable[[Tensor, Tensor, QuantizedWeight, Tensor], Tensor]
@@ -169,7 +169,7 @@ def measure_step(models: dict[str, Model], tokens: int, length: int, repeats: in
     for pages in ("shared", "separate") if several else ("separate",):
         cases, checks = {}, {}
         for kind, model in models.items():
-            with rotated.apart() if kind == APART else nullcontext():  # a graph keeps what it captured
+            with rotated.apart() if kind.endswith(APART) else nullcontext():  # a graph keeps what it captured
                 cases[kind] = step_latency.make_case(model, tokens, length, pages)
                 checks[kind] = check_step(cases[kind])
         taken = in_turns([(case.run, case.restore) for case in cases.values()], model.device, repeats)
@@ -189,7 +189,7 @@ def measure_row(models: dict[str, Model], length: int, repeats: int) -> dict:
     for kind, model in models.items():
         ids = torch.arange(length, device=model.device)[None] % 1000
         theirs = Model(model.spec, model.weights, None, backend="reference").hidden_states(ids)
-        with rotated.apart() if kind == APART else nullcontext():
+        with rotated.apart() if kind.endswith(APART) else nullcontext():
             hidden = model.hidden_states(ids)
             line[f"{kind}_difference_from_reference"] = relative_error(hidden, theirs)
             run = functools.partial(model.hidden_states, ids)
@@ -212,7 +212,7 @@ def main() -> None:
     for shape in options.shapes:
         plain = random_model(shape, device, DTYPES[options.dtype], backend=options.backend)
         models = {"bf16": plain, "fp8": quantized(plain)}
-        steps = {**models, APART: models["fp8"]}
+        steps = models | {kind + APART: model for kind, model in models.items()}
         if options.kv_dtype == "fp8":
             steps |= {f"{kind}_kv8": with_kv_in_e4m3(model) for kind, model in models.items()}
         found = {"model": shape, "products": [], "rows": [], "rotated": [], "steps": []}
@@ -226,7 +226,8 @@ def main() -> None:
             if "steps" in options.only and tokens in step_latency.BLOCK_SIZES and tokens <= 512:
                 found["steps"] += measure_step(steps, tokens, options.length, repeats)
         if "row" in options.only:
-            found["row"] = measure_row({**models, APART: models["fp8"]}, options.length, repeats)
+            rows = models | {f"fp8{APART}": models["fp8"]}
+            found["row"] = measure_row(rows, options.length, repeats)
         report.append(found)
     targets = []
     for line in report[0]["steps"] if options.shapes[0] == "llada-8b" else ():

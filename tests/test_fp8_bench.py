@@ -22,7 +22,7 @@ def test_fp8_step(tmp_path):
     assert len(shape["products"]) == 8
     assert all({"ours", "bf16"} <= set(line["ms"]) for line in shape["products"])
     for line in shape["steps"]:
-        kinds = ("bf16", "fp8", "fp8_apart", "bf16_kv8", "fp8_kv8")
+        kinds = ("bf16", "fp8", "bf16_apart", "fp8_apart", "bf16_kv8", "fp8_kv8")
         assert all(line[f"{kind}_ms"] > 0 for kind in kinds)
         assert all(0 < line["checks"][kind]["hidden_error"] < 0.02 for kind in kinds)
     assert [line["tokens"] for line in shape["rotated"]] == [8, 12]

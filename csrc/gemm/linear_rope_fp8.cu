@@ -29,10 +29,10 @@ constexpr char kOp[] = "linear_rope_kv_write_fp8";
 
 constexpr auto kUse = GemmUse::kRopeKvWriteAny;
 
-bool operator==(const GemmFp8Tile& one, const GemmFp8Tile& other) {
-#define BBK_SAME(TYPE, NAME) one.NAME == other.NAME&&
-  return BBK_GEMM_FP8_TILE(BBK_SAME) true;
-#undef BBK_SAME
+bool is_tile(const GemmFp8Tile& tile, int tokens, int rows, int split_k, int multicast, int x_multicast,
+             bool waves) {
+  return tile.tokens == tokens && tile.rows == rows && tile.split_k == split_k &&
+         tile.multicast == multicast && tile.x_multicast == x_multicast && tile.waves == waves;
 }
 
 }  // namespace
