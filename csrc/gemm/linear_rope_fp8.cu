@@ -49,12 +49,12 @@ void linear_rope_kv_write_fp8(const GemmFp8Params& params, const RopeKvWritePara
     const DeviceGuard guard(launch.device, kOp);
     check_sm90a(kOp, launch.device);
 #define BBK_SHAPE(TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST)                               \
-  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, SPLIT_K, MULTICAST, 1, false}) { \
+  if (is_tile(tile, TOKENS * MULTICAST, GROUPS * 64, SPLIT_K, MULTICAST, 1, false)) {       \
     return launch_gemm_fp8<GemmShape<T, TOKENS, GROUPS, STAGES, SPLIT_K, MULTICAST, kUse>>( \
         params, static_weight, programmatic, launch, rope);                                 \
   }
 #define BBK_WAVES(TOKENS, GROUPS, STAGES, MULTICAST, X_MULTICAST)                               \
-  if (tile == GemmFp8Tile{TOKENS * MULTICAST, GROUPS * 64, 1, MULTICAST, X_MULTICAST, true}) {  \
+  if (is_tile(tile, TOKENS * MULTICAST, GROUPS * 64, 1, MULTICAST, X_MULTICAST, true)) {        \
     return launch_waves<GemmShape<T, TOKENS, GROUPS, STAGES, 1, MULTICAST, kUse, X_MULTICAST>>( \
         params, static_weight, programmatic, launch, rope);                                     \
   }
