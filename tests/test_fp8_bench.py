@@ -66,6 +66,11 @@ def test_the_table_follows_from_the_results(monkeypatch):
     report["device_kind"] = dict(capability=[9, 0], num_sms=132)
     (row,) = bench.rows_of(report)
     assert row.choices == ((32, "32x64"), (64, "library"))
+    # What rotates q and k may take 5% longer.
+    for us, choice in ((10.4, "64x128"), (10.6, "64x192")):
+        ways = {"64x192": 10.0, "64x128": us}
+        assert bench.choice_of(line | dict(product="qkv", us=ways)) == choice
+        assert bench.choice_of(line | dict(us=ways)) == "64x192"
     found: dict = {}
     head = line | dict(product="lm_head", out_features=4096)
     reports = {"fp8_tiles.json": report, "fp8_tiles_head.json": report | {"models": {"m": [head]}}}
