@@ -33,6 +33,7 @@ def _linear_fp8_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MOST_IMPRECISE: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Rows of the weight are the rows of the tile, tokens its columns: few tokens waste no arithmetic."""
@@ -57,8 +58,8 @@ def _linear_fp8_kernel(
         else:
             a = tl.load(weights + start, mask=start + k[None, :] < in_features, other=0.0)
             b = tl.load(activations + start, mask=start + k[:, None] < in_features, other=0.0)
-        # What the tensor cores add up of a block is added in fp32.
-        total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K)
+        # What the tensor cores add up of so many columns is added in fp32.
+        total = tl.dot(a, b, total, max_num_imprecise_acc=MOST_IMPRECISE)
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_launch_dependents()
     scale_of_row = tl.load(weight_scale + read_row * weight_scale_stride)
@@ -120,6 +121,8 @@ def product_into(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_TOKENS=tile.block_tokens,
         BLOCK_K=tile.block_k,
+        # Results in fp32 show what 16 bits round away: one instruction at a time.
+        MOST_IMPRECISE=32 if out.dtype == torch.float32 else tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **programmatic_launch(x.device),
