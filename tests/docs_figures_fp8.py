@@ -1,6 +1,6 @@
-"""The figures of docs/quantization.md on the LM head, as docs_figures.py says."""
+"""The figures of docs/quantization.md on the LM head, attention and decodes, as docs_figures.py says."""
 
-from docs_values import LLADA_PARAMETERS
+from docs_values import LLADA_PARAMETERS, lines, named
 
 _ACCURACY = ["fp8_head_accuracy.json"]
 
@@ -59,5 +59,67 @@ FP8_HEAD = [
         "head too",
         _ACCURACY,
         lambda report: [100 * report["logits"][f"error_{kind}"] for kind in ("bf16", "layers", "fp8")],
+    ),
+]
+
+
+def head_step(tokens, pages):
+    def values(report):
+        line = lines({"lines": report["shapes"][0]["steps"]}, tokens=tokens, pages=pages)
+        return [line[f"{kind}_ms"] for kind in ("bf16", "fp8", "fp8_all")]
+
+    return values
+
+
+def decode(prompt_length, setting):
+    def values(report):
+        line = lines(report, prompt_length=prompt_length, setting=setting)
+        times = line["times_as_fast_fp8"], *line["times_as_fast_fp8_95"], line["times_as_fast_fp8-all"]
+        return [line["ms"]["bf16"], line["ms"]["fp8"], *times]
+
+    return values
+
+
+def attention(way, case):
+    def values(report):
+        times = named(report["models"]["llada-8b"], "case", case)["us"]
+        return [times["16 bits"], times[way]]
+
+    return values
+
+
+_TIMES = " | {:.1f} | {:.1f} | {:.2f} [{:.2f}, {:.2f}] | {:.2f} |"
+_WINDOWS = "4+8+16+32+64+128 queries, "
+FP8_HEAD += [
+    *(
+        (f"| {shown} | {{:.2f}} | {{:.2f}} | {{:.2f}} |", ["fp8_head.json"], head_step(tokens, pages))
+        for shown, tokens, pages in (
+            ("32 tokens", 32, "separate"),
+            ("128 tokens", 128, "separate"),
+            ("252 tokens, prompt pages shared", 252, "shared"),
+        )
+    ),
+    *(
+        (
+            f"| prompt of {length}, {shown}{_TIMES}",
+            ["clock_fp8.json"],
+            decode(length, setting),
+        )
+        for length in (1024, 160)
+        for shown, setting in (
+            ("dual cache", "dual_cache"),
+            ("LocalLeap", "local_leap"),
+            ("BlockBatch as published", "blockbatch"),
+            ("preset `fast`", "blockbatch 4..64, leap, open"),
+        )
+    ),
+    *(
+        (f"| {shown} | {{:.1f}} | {{:.1f}} |", ["attention_fp8.json"], attention(way, case))
+        for shown, way, case in (
+            ("1280 keys, 1024 of them shared", "units", _WINDOWS + "1280 keys, 1024 shared"),
+            ("1280 keys, every row its own", "tiles", _WINDOWS + "1280 keys, 0 shared"),
+            ("4352 keys, every row its own", "tiles", _WINDOWS + "4352 keys, 0 shared"),
+            ("a whole row of 1280", "units", "1280 queries, 1280 keys, 0 shared"),
+        )
     ),
 ]
