@@ -61,11 +61,6 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same, and what a thread wrote to any of the CTAs is visible after it.
-__device__ __forceinline__ void cluster_barrier_with_writes() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // The address of this CTA's shared `address` in the CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
   uint32_t remote;
@@ -73,15 +68,9 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return remote;
 }
 
-__device__ __forceinline__ void store_remote(uint32_t remote, const float* values) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(values[0]),
-               "f"(values[1]), "f"(values[2]), "f"(values[3])
-               : "memory");
-}
-
-// The same, whose 16 bytes count towards a barrier there: a wait for it sees them.
-__device__ __forceinline__ void store_remote_counted(uint32_t remote, const float* values,
-                                                     uint32_t remote_barrier) {
+// Stores to another CTA's shared memory. The 16 bytes count towards a barrier there: a wait for it sees them.
+// A cluster's barrier that orders such writes would be a fence of the whole GPU.
+__device__ __forceinline__ void store_remote(uint32_t remote, const float* values, uint32_t remote_barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
           remote),

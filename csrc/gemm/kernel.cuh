@@ -96,23 +96,33 @@ __device__ __forceinline__ int part_index(int group, int vector) {
   return (group * 2 * S::kMaxPairs + vector) * 128 + threadIdx.x % 128;
 }
 
-// Sends the sums over this CTA's stretch of K to the CTAs that finish their tokens.
+// Bytes that all other CTAs send to split `split`.
+template <class S>
+__device__ __forceinline__ uint32_t bytes_of_parts(int split) {
+  constexpr int kPairs = S::kTokens / 16;
+  const int pairs = (split + 1) * kPairs / S::kSplitK - split * kPairs / S::kSplitK;
+  return (S::kSplitK - 1) * pairs * 2 * S::kGroups * 128 * 16;
+}
+
+// Sends the sums over this CTA's stretch of K to the CTAs that finish their tokens, whose `barrier` counts
+// what comes.
 template <class S, int kPart = 0>
-__device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], uint32_t parts, int split,
-                                           int group) {
+__device__ __forceinline__ void send_parts(const float (&sums)[S::kTokens / 2], uint32_t parts,
+                                           uint32_t barrier, int split, int group) {
   if constexpr (kPart < S::kSplitK) {
     if (kPart != split) {
       const int slot = split < kPart ? split : split - 1;
       const uint32_t rank = cluster_rank<S>(blockIdx.x % S::kXMulticast, kPart, blockIdx.z);
       const uint32_t remote = remote_address(parts, rank) + slot * S::kPartBytes;
+      const uint32_t remote_barrier = remote_address(barrier, rank);
       constexpr int kFirst = 2 * S::template kPartBegin<kPart>;
       constexpr int kCount = 2 * S::template kPartBegin<kPart + 1> - kFirst;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        store_remote(remote + part_index<S>(group, j) * 16, &sums[4 * (kFirst + j)]);
+        store_remote(remote + part_index<S>(group, j) * 16, &sums[4 * (kFirst + j)], remote_barrier);
       }
     }
-    send_parts<S, kPart + 1>(sums, parts, split, group);
+    send_parts<S, kPart + 1>(sums, parts, barrier, split, group);
   }
 }
 
@@ -162,6 +172,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
+  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kPartsBarrier;
   const int warpgroup = threadIdx.x / 128;
   const int split = S::kSplitK > 1 ? blockIdx.y : 0;
   const int share = S::kMulticast > 1 ? blockIdx.z : 0;
@@ -175,6 +186,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, S::kMulticast * S::kGroups * 4);
+    }
+    if constexpr (S::kSplitK > 1) {
+      barrier_init(parts_barrier, 1);
+      barrier_arrive_expecting(parts_barrier, bytes_of_parts<S>(split));
     }
     publish_barriers();
   }
@@ -253,10 +268,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     __syncwarp();
-    if constexpr (S::kSplitK > 1) {
-      cluster_barrier();
-      cluster_barrier_with_writes();
-    }
+    if constexpr (S::kSplitK > 1) cluster_barrier();
   } else {
     if constexpr (S::kProducer) {
       take_registers<S::kConsumerRegisters>();
@@ -311,8 +323,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      send_parts<S>(sums, stages, split, warpgroup);
-      cluster_barrier_with_writes();
+      send_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+      barrier_wait(parts_barrier, 0);
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {
       named_barrier(1, S::kGroups * 128);  // no warpgroup reads the pipeline any more

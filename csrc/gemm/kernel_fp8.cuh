@@ -3,7 +3,6 @@
 #pragma once
 
 #include "gemm/kernel.cuh"
-#include "gemm/parts.cuh"
 #include "gemm/stretches.cuh"
 
 namespace bbk {
@@ -145,13 +144,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                     const Fp8Args<S> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens + 8 <= 232448);
+  static_assert(S::kSharedBytes % 8 == 0 && S::kSharedBytes + 4 * S::kTokens <= 232448);
   float* token_scales = reinterpret_cast<float*>(shared + S::kSharedBytes);
   const uint32_t stages = shared_address(shared);
   const uint32_t full = stages + S::kPipelineBytes;
   const uint32_t empty = full + 8 * S::kStages;
-  // Behind the scales.
-  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kSharedBytes + 4 * S::kTokens;
+  [[maybe_unused]] const uint32_t parts_barrier = stages + S::kPartsBarrier;
   const int warpgroup = warpgroup_of_thread();
   const Sharing<S> sharing = {S::kXMulticast > 1 ? static_cast<int>(blockIdx.x) % S::kXMulticast : 0,
                               S::kSplitK > 1 ? static_cast<int>(blockIdx.y) : 0,
@@ -184,36 +182,41 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (threadIdx.x == S::kGroups * 128) {
       const uint64_t read_once = evict_first_policy();
       const uint64_t keep = evict_last_policy();
-      const auto fetch_weight = [&](int i) {
-        const int stage = i % S::kStages;
+      const auto fetch_weight = [&](int stage, int i) {
         const uint32_t barrier = full + 8 * stage;
         barrier_arrive_expecting(barrier, S::kWeightBytes + args.box_tokens * kSwizzledRowBytes);
         copy_weight<S>(stages + stage * S::kStageBytes, &weight_map, (k_begin + i) * S::kBlockK, first_row,
                        barrier, sharing, read_once, args);
       };
-      const auto fetch_x = [&](int i) {
-        const int stage = i % S::kStages;
+      const auto fetch_x = [&](int stage, int i) {
         copy_x<S>(stages + stage * S::kStageBytes + S::kWeightBytes, &x_map, (k_begin + i) * S::kBlockK,
                   share * args.box_tokens, args.box_tokens, full + 8 * stage, sharing, keep);
       };
       // A weight that nobody writes comes while the kernel before still runs.
       if (!args.static_weight) wait_for_predecessors();
       const int ahead = count < S::kStages ? count : S::kStages;
+      Turn<S> turn;
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) fetch_weight(i);
+      for (int i = 0; i < ahead; ++i) fetch_weight(i, i);
       wait_for_predecessors();
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) fetch_x(i);
+      for (int i = 0; i < ahead; ++i) {
+        fetch_x(i, i);
+        turn.advance();
+      }
 #pragma unroll 1
       for (int i = S::kStages; i < count; ++i) {
-        barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages + 1) & 1);
-        fetch_weight(i);
-        fetch_x(i);
+        barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+        fetch_weight(turn.stage, i);
+        fetch_x(turn.stage, i);
+        turn.advance();
       }
       if constexpr (S::kSources > 1) {
         // Other CTAs arrive at these barriers for the last time: they must still be there.
-        for (int i = count < S::kStages ? 0 : count - S::kStages; i < count; ++i) {
-          barrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages) & 1);
+#pragma unroll 1
+        for (int i = 0; i < S::kStages; ++i) {
+          barrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+          turn.advance();
         }
       }
     }
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (S::kSplitK > 1) {
       __syncwarp();
       cluster_barrier();  // nobody reads a pipeline any more
-      send_counted_parts<S>(sums, stages, parts_barrier, split, warpgroup);
+      send_parts<S>(sums, stages, parts_barrier, split, warpgroup);
       barrier_wait(parts_barrier, 0);
       finish_part<S>(sums, shared, staging, args, split, first_row, warpgroup, rows);
     } else {

@@ -107,7 +107,7 @@ void launch_gemm_fp8(const GemmFp8Params& p, bool static_weight, bool programmat
   const int box_tokens = S::kXMulticast * copied_rows(each);
   const dim3 grid(static_cast<unsigned>(fp8_row_tiles<S>(p)), S::kSplitK, S::kMulticast);
   const dim3 cluster(S::kXMulticast, S::kSplitK, S::kMulticast);
-  constexpr int kSharedBytes = S::kSharedBytes + 4 * S::kTokens + 8;
+  constexpr int kSharedBytes = S::kSharedBytes + 4 * S::kTokens;
   Fp8Args<S> args{fp8_args<S>(p, box_tokens, static_weight)};
   if constexpr (S::kRotated) args.rope = rope;
   launch_kernel<gemm_fp8_kernel<S>>(kLinearFp8, launch,

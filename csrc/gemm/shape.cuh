@@ -68,7 +68,9 @@ struct GemmShape {
   static constexpr int kXBytes = kTokens * kBlockK * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kPipelineBytes + 2 * kStages * 8;
+  // Behind the pipeline's barriers lies that of what other splits of a sum send.
+  static constexpr int kPartsBarrier = kPipelineBytes + 2 * kStages * 8;
+  static constexpr int kSharedBytes = kPartsBarrier + 8;
 
   // Where split `part` of the sum starts to finish it, in pairs of 8 tokens.
   template <int kPart>
