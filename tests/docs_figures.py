@@ -7,7 +7,7 @@ numbers that are no results, such as versions, for pages on which every other nu
 
 from docs_figures_fp8 import FP8_HEAD
 from docs_figures_models import BLOCK_MODELS, DREAM, IN_SHORT, QUANTIZATION, SERVING
-from docs_figures_options import CUSTOM_RULES, SAMPLING
+from docs_figures_options import CUSTOM_RULES, MANY_ROWS, SAMPLING
 from docs_figures_performance import PERFORMANCE, PERFORMANCE_WITHOUT_FILE
 from docs_figures_ranks import RANKS
 from docs_values import DREAM_PARAMETERS, LLADA_PARAMETERS, clock, memory, named
@@ -186,6 +186,7 @@ FIGURES = {
     "docs/custom_rules.md": CUSTOM_RULES,
     "docs/tensor_parallel.md": RANKS,
     "docs/serving.md": SERVING,
+    "docs/engine.md": MANY_ROWS,
 }
 WITHOUT_FILE = {
     "README.md": [

@@ -123,3 +123,25 @@ CUSTOM_RULES = [
         ],
     ),
 ]
+
+_ROW_OPS = ("attention_plan", "copy_pages", "pack_windows", "decode_policy", "share_pages")
+
+
+def many_rows(report):
+    """Microseconds of the CUDA C++ operators around the model."""
+    shape = "64 requests, 384 rows, 16128 tokens, 1280 positions"
+    ops = report["models"]["llada-8b"]
+    return [
+        next(op["versions"]["cuda"]["us"] for op in ops if (op["op"], op["shape"]) == (name, shape))
+        for name in _ROW_OPS
+    ]
+
+
+MANY_ROWS = [
+    (
+        "takes {:.0f} us to plan attention, {:.0f} for copy on write, {:.0f} to pack, {:.0f} for the policy and "
+        "{:.0f} to share pages",
+        ["ops_many_rows.json"],
+        many_rows,
+    )
+]
