@@ -1,4 +1,4 @@
-"""Figures of sampling.md and custom_rules.md, see `docs_figures.py`."""
+"""Figures of sampling.md, custom_rules.md and engine.md, see `docs_figures.py`."""
 
 from docs_values import named
 
@@ -139,8 +139,8 @@ def many_rows(report):
 
 MANY_ROWS = [
     (
-        "takes {:.0f} us to plan attention, {:.0f} for copy on write, {:.0f} to pack, {:.0f} for the policy and "
-        "{:.0f} to share pages",
+        "takes {:.0f} us to plan attention, {:.0f} for copy on write, {:.0f} to pack, {:.0f} for the policy "
+        "and {:.0f} to share pages",
         ["ops_many_rows.json"],
         many_rows,
     )
