@@ -1,8 +1,6 @@
 """`python -m blockbatch` is the command `blockbatch`."""
 
-import sys
-
-from blockbatch.cli import main
+from blockbatch.cli import main, ranks
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.end(main())
