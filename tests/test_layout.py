@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "registered": {"contracts", "shapes", "structs"},
     "library": {"contracts", "operators", "ops", "registered", "shapes"},
     "ops": {"checks", *SUPPORT},
-    "reference": SUPPORT,
-    "triton": SUPPORT,
-    "cuda": SUPPORT,
+    "scaled_head": {"structs"},
+    "reference": {"scaled_head", *SUPPORT},
+    "triton": {"scaled_head", *SUPPORT},
+    "cuda": {"scaled_head", *SUPPORT},
 }
 BACKENDS = {"reference", "triton", "cuda"}
 MAY_INCLUDE = {
