@@ -12,7 +12,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,6 +147,30 @@ def split_heads(product: Tensor, num_heads: int, k_cache: Tensor) -> tuple[Tenso
     """The heads of q, k and v as views of their product [tokens, all heads * head_dim]."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     return product.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+
+
+def rotate_heads(
+    product: Tensor,
+    num_heads: int,
+    where: Sequence[Tensor | None],
+    rope_kv_write: Callable[..., None],
+    rope_kv_write_fp8: Callable[..., None],
+) -> Tensor:
+    """q of a product of q, k and v, rotated in place; k and v are on their way into the caches.
+
+    Args:
+        product: [tokens, all heads * head_dim]; *written*.
+        where: the six that `rope_kv_write` takes behind v, then the scales of caches in e4m3: none, or None,
+            for others.
+        rope_kv_write, rope_kv_write_fp8: a backend's operators.
+    """
+    places, scales = where[:6], where[6:]
+    q, k, v = split_heads(product, num_heads, places[-1])
+    if not scales or scales[0] is None:
+        rope_kv_write(q, k, v, *places)
+    else:
+        rope_kv_write_fp8(q, k, v, *places, *scales)
+    return q
 
 
 def map_entries(block_sizes: Sequence[int], gen_length: int) -> int:

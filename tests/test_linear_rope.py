@@ -5,7 +5,7 @@ import torch
 
 from blockbatch_kernels import cuda, tuning
 from blockbatch_kernels.cuda import linear_rope
-from blockbatch_kernels.reference.gemm import split_heads
+from blockbatch_kernels.shapes import split_heads
 from described_tensors import Described, change
 from gemm_checks import DTYPES, name_of, poison_new_tensors, random_arguments, with_tile
 

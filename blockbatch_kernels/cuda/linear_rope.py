@@ -7,7 +7,7 @@ from blockbatch_kernels import tuning
 from blockbatch_kernels.cuda import extension, gemm_fp8
 from blockbatch_kernels.cuda.gemm import aligned, linear, parts_of
 from blockbatch_kernels.cuda.rope import last_contiguous, rope_kv_write, rope_kv_write_fp8
-from blockbatch_kernels.shapes import split_heads
+from blockbatch_kernels.shapes import rotate_heads
 
 
 def linear_rope_kv_write(
@@ -44,7 +44,8 @@ def linear_rope_kv_write(
         return _launch(
             x, weight, bias, *where, num_heads=num_heads, tile=parts[0].tile, static_weight=static_weight
         )
-    return _write(linear(x, weight, bias, static_weight=static_weight), num_heads, *where)
+    product = linear(x, weight, bias, static_weight=static_weight)
+    return rotate_heads(product, num_heads, where, rope_kv_write, rope_kv_write_fp8)
 
 
 def linear_rope_kv_write_fp8(
@@ -78,18 +79,7 @@ def linear_rope_kv_write_fp8(
         options = dict(out_dtype=out_dtype, static_weight=static_weight)
         return _launch_fp8(*product, *where, num_heads=num_heads, tile=tile, **options)
     product = gemm_fp8.linear_fp8(*product, out_dtype=out_dtype, static_weight=static_weight)
-    return _write(product, num_heads, *where)
-
-
-def _write(product: Tensor, num_heads: int, *where: Tensor | None) -> Tensor:
-    """Rotates and stores the heads of a product; those of q. `where`: the scales of caches are last."""
-    *plain, k_scale, v_scale = where
-    q, k, v = split_heads(product, num_heads, plain[-1])
-    if k_scale is None:
-        rope_kv_write(q, k, v, *plain)
-    else:
-        rope_kv_write_fp8(q, k, v, *plain, k_scale, v_scale)
-    return q
+    return rotate_heads(product, num_heads, where, rope_kv_write, rope_kv_write_fp8)
 
 
 def _writes_vectors(cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
