@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import cuda
-from cuda_float_checks import DTYPES, assert_no_worse_than_torch, draw, strided
+from cuda_float_checks import draw, strided
 from described_tensors import Described, change
+from float_errors import DTYPES, assert_no_worse_than_torch
 
 # Added to a row's length, and elements before the first row: aligned vectors, and three ways to have none.
 LAYOUTS = [(0, 0), (64, 0), (3, 0), (0, 1), (5, 3)]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import tuning
-from cuda_float_checks import DTYPES, assert_no_worse_than_torch, draw
+from cuda_float_checks import draw
 from described_tensors import Described
+from float_errors import DTYPES, assert_no_worse_than_torch
 
 
 def head_of(logits):

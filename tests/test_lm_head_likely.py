@@ -9,8 +9,9 @@ import blockbatch_kernels as bbk
 import fast_interpreter
 from blockbatch_kernels import reference, triton, tuning
 from blockbatch_kernels.shapes import LEAST_LIKELY, NUM_LIKELY
+from float_errors import DTYPES
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
-from triton_floats import DTYPES, poisoned
+from triton_floats import poisoned
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if triton.interpreted():

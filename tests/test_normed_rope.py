@@ -5,7 +5,7 @@ import torch
 
 import blockbatch_kernels as bbk
 from blockbatch_kernels import reference
-from cuda_float_checks import assert_no_worse_than_torch
+from float_errors import assert_no_worse_than_torch
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
 from operator_arguments import rope
 

@@ -7,20 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import blockbatch_kernels as bbk
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from float_errors import DTYPES, assert_no_worse_than_torch
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0):
     return (torch.randn(*shape) * scale).to(dtype)
-
-
-def assert_no_worse_than_torch(got, in_dtype, truth):
-    """Against an fp64 truth, at most twice the error of the same formula in plain torch and that dtype."""
-    assert torch.isfinite(got).all()
-    error = (got.double() - truth).abs().max().item()
-    allowed = 2 * (in_dtype.double() - truth).abs().max().item()
-    assert error <= allowed + 1e-6 * truth.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

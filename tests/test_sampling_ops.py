@@ -10,9 +10,10 @@ import fast_interpreter
 from blockbatch_kernels import triton, tuning
 from blockbatch_kernels.reference import sampling
 from described_tensors import Described
+from float_errors import DTYPES
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
 from sampling_cases import bits_of, check, draw_of, every_rule, rules_of, whole_numbers
-from triton_floats import DTYPES, poisoned
+from triton_floats import poisoned
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if triton.interpreted():

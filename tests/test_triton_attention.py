@@ -8,8 +8,9 @@ import torch
 
 from blockbatch_kernels import reference, triton, tuning
 from blockbatch_kernels.tuning import AttentionShape
+from float_errors import DTYPES, assert_no_worse_than_torch
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
-from triton_floats import DTYPES, assert_no_worse_than_torch, nan, poisoned, rand
+from triton_floats import nan, poisoned, rand
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 

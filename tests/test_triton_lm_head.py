@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from blockbatch_kernels import reference, triton, tuning
+from float_errors import DTYPES, assert_no_worse_than_torch
 from interpreter import DEVICE, in_interpreter, run_in_the_interpreter
-from triton_floats import DTYPES, assert_no_worse_than_torch, poisoned, rand
+from triton_floats import poisoned, rand
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 

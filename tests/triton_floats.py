@@ -6,8 +6,6 @@ import torch
 
 from interpreter import DEVICE
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 @contextlib.contextmanager
 def poisoned():
@@ -33,12 +31,3 @@ def rand(*shape, dtype=torch.float32, scale=1.0):
 
 def nan(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-
-
-def assert_no_worse_than_torch(got, in_dtype, truth):
-    """Against an fp64 truth, at most twice the error of torch in that dtype, and one rounding."""
-    assert got.dtype == in_dtype.dtype and got.shape == in_dtype.shape
-    error = (got.double() - truth).abs().max().item()  # NaN, and so a failure, where nothing was written
-    torch_error = (in_dtype.double() - truth).abs().max().item()
-    rounding = torch.finfo(got.dtype).eps * truth.abs().max().item()
-    assert error <= 2 * torch_error + rounding, f"{error=} {torch_error=} {rounding=}"
