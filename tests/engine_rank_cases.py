@@ -62,8 +62,8 @@ def mix(name, requests, seed, cancel=0.0, dtype="float32", **options):
     assert stats.cache_usage == 0 and stats.cancelled == sum(
         r.status == "cancelled" for r in handles.values()
     )
-    found = [handles[index] for index in range(len(requests))]
-    return [(outcomes(one.result), one.confidences) if one.result else None for one in found], stats.steps
+    found = [handles[index].result for index in range(len(requests))]
+    return [(outcomes(one), one.confidences) if one else None for one in found], stats.steps
 
 
 def graphs_of(name, prompt, options, count):
@@ -88,7 +88,6 @@ def refused(name, prompt):
         if engine is None:
             return None
         calls = [
-            lambda: engine.submit(prompt, blockbatch.DecodeConfig(temperature=0.5)),
             lambda: engine.submit([10**6]),
             lambda: engine.submit(prompt, blockbatch.DecodeConfig(gen_length=32), branches=9),
             lambda: blockbatch.generate(model, prompt),

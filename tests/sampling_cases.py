@@ -3,8 +3,10 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 import blockbatch_kernels as bbk
+from blockbatch_kernels.ops.sampling import sampling_of
 
 LOW = 0xFFFFFFFF
 
@@ -88,7 +90,22 @@ def check(hidden, weight, rules, request, positions, suppress, backend, **option
     torch.testing.assert_close(got[1], expected[1], rtol=2e-5, atol=1e-7, equal_nan=True)
     if expected[2] is not None:
         torch.testing.assert_close(got[2], expected[2], rtol=2e-5, atol=1e-30, equal_nan=True)
+    check_given_logits(arguments, options, got, backend)
     return got
+
+
+def check_given_logits(arguments, options, got, backend):
+    """The same from the logits themselves, which stay as they are."""
+    hidden, weight, *about = arguments
+    logits = F.linear(hidden, weight)
+    before = logits.clone()
+    found = sampling_of(hidden, backend).sample_logits(logits, *about, **options)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(found, got, strict=True):
+        if other is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def every_rule(device, vocab_size):

@@ -12,7 +12,7 @@ from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
 from test_engine_ranks import LONG, alone
-from test_ranks import OTHER, PROMPT, TINY
+from test_ranks import DRAWN, OTHER, PROMPT, TINY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def test_two_gpus_serve_what_one_decodes(ranks):
     model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     requests = [
         (model.tokenizer.encode(prompt), options, {"confidences": len(prompt) % 2 == 0})
-        for _, options in TINY
+        for _, options in (*TINY, *DRAWN)
         for prompt in (PROMPT, OTHER)
     ]
     options = dict(max_requests=8, timeout=WAIT)

@@ -259,9 +259,9 @@ def test_by_ranks(size, dtype):
     """Parts of uneven sizes; every rank says the same."""
     for seed in range(6):
         hidden, weight, scale = whole_head(9, 37, 24, dtype, seed=seed)
-        for name, _, options in calls(9, 37, "cpu", seed, with_drawn=False):
-            want = getattr(bbk, f"{name}_fp8")(hidden, weight, scale, **options)
-            for found in by_ranks(f"{name}_fp8", hidden, weight, size, scale, **options):
+        for name, about, options in calls(9, 37, "cpu", seed):
+            want = getattr(bbk, f"{name}_fp8")(hidden, weight, scale, *about, **options)
+            for found in by_ranks(f"{name}_fp8", hidden, weight, size, scale, about, **options):
                 assert_same(found, want)
 
 
@@ -270,7 +270,7 @@ def test_by_ranks(size, dtype):
 @pytest.mark.parametrize("vocab_size, rows", [(37, 9), (9001, 65), (60_032, 128), (60_032, 300)])
 def test_by_ranks_on_a_gpu(backend, vocab_size, rows, poisoned):
     hidden, weight, scale = whole_head(rows, vocab_size, 64, torch.bfloat16, "cuda")
-    for name, _, options in calls(rows, vocab_size, "cuda", with_drawn=False):
-        want = getattr(bbk, f"{name}_fp8")(hidden, weight, scale, **options, backend="reference")
-        for found in by_ranks(f"{name}_fp8", hidden, weight, 2, scale, **options, backend=backend):
+    for name, about, options in calls(rows, vocab_size, "cuda"):
+        want = getattr(bbk, f"{name}_fp8")(hidden, weight, scale, *about, **options, backend="reference")
+        for found in by_ranks(f"{name}_fp8", hidden, weight, 2, scale, about, **options, backend=backend):
             assert_same(found, want)

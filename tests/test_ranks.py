@@ -36,6 +36,19 @@ TINY = [
     (PROMPT, {"method": "dual_cache", **BASELINE, "drafts": (1, 2)}),
     (PROMPT, {"method": "local_leap", **BASELINE}),
 ]
+# Tokens are drawn, or logits changed.
+DRAWN = [
+    (PROMPT, {"method": "blockbatch", **SHORT, "temperature": 0.7, "seed": 5}),
+    ([PROMPT, OTHER], {"method": "blockbatch", **SHORT, "temperature": 1.0, "top_p": 0.9, "top_k": 40}),
+    (
+        PROMPT,
+        {"method": "blockbatch", **SHORT, "bad_token_ids": (3, 900), "min_tokens": 20, "eos_bias": -2.0},
+    ),
+    (PROMPT, {"method": "blockbatch", **SHORT, "temperature": 0.5, "eos_exit": "window"}),
+    (PROMPT, {"method": "dual_cache", **BASELINE, "temperature": 0.5, "confidence": "entropy"}),
+    (PROMPT, {"method": "dual_cache", **BASELINE, "drafts": (1, 2), "bad_token_ids": (7,)}),
+    (PROMPT, {"method": "local_leap", **BASELINE, "confidence": "margin"}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +153,17 @@ def test_gaps_are_filled_as_by_one_process(two, tiny):
 def test_every_operator_of_the_lm_head_has_its_counterpart():
     """An operator that is given a part of the vocabulary alone would be wrong without an error."""
     operators = {name for name in bbk.__all__ if name.startswith("lm_head")}
-    refused = {"lm_head_sample", "lm_head_sample_fp8"}
-    assert operators - refused == {name for name in vars(ShardedHead) if name.startswith("lm_head")}
+    assert operators == {name for name in vars(ShardedHead) if name.startswith("lm_head")}
 
 
-def test_drawn_tokens_are_refused(two):
-    for options in ({"temperature": 0.5}, {"bad_token_ids": (3,)}):
-        for answer in two.run(rank_cases.decode, "tiny", PROMPT, {"gen_length": 32, **options}):
-            assert answer.type == "ValueError"
-            assert answer.text.startswith("model: expected one that a single process holds, since tokens are")
+def test_two_ranks_draw_what_one_process_draws(two, tiny):
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(tiny, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in DRAWN
+    ]
+    greedy = blockbatch.generate(tiny, PROMPT, blockbatch.DecodeConfig(method="blockbatch", **SHORT))
+    assert expected[0][0] != greedy.canvas
+    assert two.same(rank_cases.decode_all, "tiny", DRAWN) == expected
 
 
 def test_published_decodes_of_llada(two):

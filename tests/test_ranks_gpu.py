@@ -9,7 +9,7 @@ import whole_row_cases
 from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
-from test_ranks import SHORT, TINY
+from test_ranks import DRAWN, SHORT, TINY
 from test_whole_rows import CASES, PROMPTS
 
 pytestmark = [
@@ -55,9 +55,9 @@ def test_two_gpus_decode_what_one_process_decodes(ranks):
     model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     expected = [
         rank_cases.outcomes(blockbatch.generate(model, prompt, blockbatch.DecodeConfig(**options)))
-        for prompt, options in TINY
+        for prompt, options in (*TINY, *DRAWN)
     ]
-    assert ranks.same(rank_cases.decode_all, "tiny", TINY, timeout=WAIT) == expected
+    assert ranks.same(rank_cases.decode_all, "tiny", [*TINY, *DRAWN], timeout=WAIT) == expected
     assert ranks.same(rank_cases.transport_of, "tiny") == "symmetric"
 
 

@@ -6,23 +6,30 @@ import pytest
 import torch
 
 import blockbatch_kernels as bbk
+from blockbatch.parallel import head
 from blockbatch.parallel.head import ShardedHead
+from sampling_cases import every_rule, rules_of
 
 
 class Gather:
     """Stands for a group: collects parts in a first round and hands all of them out in a second."""
 
     def __init__(self, size):
-        self.size, self.parts = size, []
+        self.size, self.parts = size, [[] for _ in range(size)]
+
+    def turn(self, rank, collects):
+        """Of this rank, from its first part on."""
+        self._rank, self._collects, self._asked = rank, collects, 0
 
     def merge_head(self, parts, *, probes):
         """In two steps: what is gathered here is merged by the head."""
 
     def all_gather(self, x):
-        if len(self.parts) < self.size:
-            self.parts.append(x.clone())
+        if self._collects:
+            self.parts[self._rank].append(x.clone())
             return x.expand(self.size, *x.shape)
-        return torch.stack(self.parts)
+        self._asked += 1
+        return torch.stack([parts[self._asked - 1] for parts in self.parts])
 
 
 class Part:
@@ -34,20 +41,21 @@ class Part:
         self.vocab_size = vocab_size
 
 
-def by_ranks(operator, hidden, weight, size, weight_scale=None, **options):
-    """What every rank has in the end."""
-    group, found = Gather(size), []
+def by_ranks(operator, hidden, weight, size, weight_scale=None, about=(), **options):
+    """What every rank has in the end.
+
+    Args:
+        about: arguments behind the weight.
+    """
+    group = Gather(size)
     shards = [Part(rank, size, len(weight)) for rank in range(size)]
     whole = (weight,) if weight_scale is None else (weight, weight_scale)
-    for _ in range(2):
-        found = [
-            getattr(ShardedHead(group, shard), operator)(
-                hidden,
-                *(part[shard.vocabulary.start : shard.vocabulary.stop] for part in whole),
-                **options,
-            )
-            for shard in shards
-        ]
+    for collects in (True, False):
+        found = []
+        for rank, shard in enumerate(shards):
+            group.turn(rank, collects)
+            own = (part[shard.vocabulary.start : shard.vocabulary.stop] for part in whole)
+            found.append(getattr(ShardedHead(group, shard), operator)(hidden, *own, *about, **options))
     return found
 
 
@@ -104,6 +112,35 @@ def test_likely(size, ties, suppress):
     assert len(seen) > 1 or 3 in seen
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("confidence", bbk.CONFIDENCES)
+@pytest.mark.parametrize("suppress", [None, 36])
+def test_drawn(size, confidence, suppress, monkeypatch):
+    """In pieces of a few rows, too."""
+    seen = set()
+    for seed in range(6):
+        hidden, weight, probes = random_case(seed, ties=seed % 2 == 0)
+        request = torch.arange(len(hidden), dtype=torch.int32) % 4
+        positions = 3 * torch.arange(len(hidden), dtype=torch.int32)
+        for _, rules in every_rule("cpu", len(weight)):
+            options = dict(suppress_token=suppress, confidence=confidence)
+            options["probe_tokens"] = probes if seed % 3 else None
+            monkeypatch.setattr(head, "_HEAD_ROWS", 4 if seed % 4 else 512)
+            about = rules, request, positions
+            expected = bbk.lm_head_sample(hidden, weight, *about, **options)
+            for found in by_ranks("lm_head_sample", hidden, weight, size, about=about, **options):
+                assert_same(found, expected)
+            seen |= set(expected[0].tolist())
+    assert len(seen) > 5
+
+
+def test_nothing_is_drawn():
+    hidden, weight, _ = random_case(0, ties=False)
+    none, rules = torch.empty(0, dtype=torch.int32), rules_of([1.0])
+    for found in by_ranks("lm_head_sample", hidden[:0], weight, 2, about=(rules, none, none)):
+        assert [len(values) for values in found[:2]] == [0, 0] and found[2] is None
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 20, 36, slice(None), slice(0, 13)])
@@ -120,6 +157,11 @@ def test_numbers_without_a_softmax(size, value, place):
         assert_same((confidence, probability), expected[1:])
         finite = confidence.isfinite()
         assert torch.equal(top_token[finite], expected[0][finite])
+    numbers = torch.arange(len(hidden), dtype=torch.int32)
+    about = rules_of([1.0, 0.0]), numbers % 2, numbers
+    expected = bbk.lm_head_sample(hidden, weight, *about, probe_tokens=probes)
+    for found in by_ranks("lm_head_sample", hidden, weight, size, about=about, probe_tokens=probes):
+        assert_same(found[1:], expected[1:])
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -128,9 +170,12 @@ def test_logits(size):
     for dtype in (torch.float32, torch.bfloat16):
         group, whole = Gather(size), (hidden @ weight.T).to(dtype)
         shards = [Part(rank, size, len(weight)) for rank in range(size)]
-        for _ in range(2):
-            parts = (whole[:, shard.vocabulary.start : shard.vocabulary.stop] for shard in shards)
-            found = [ShardedHead(group, shard).whole_logits(part) for shard, part in zip(shards, parts)]
+        for collects in (True, False):
+            found = []
+            for rank, shard in enumerate(shards):
+                group.turn(rank, collects)
+                part = whole[:, shard.vocabulary.start : shard.vocabulary.stop]
+                found.append(ShardedHead(group, shard).whole_logits(part))
         assert all(one.dtype == dtype and torch.equal(one, whole) for one in found)
 
 

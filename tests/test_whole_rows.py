@@ -31,6 +31,7 @@ CASES = [
     (PROMPTS, OPTIONS),
     (PROMPTS, {**OPTIONS, "eos_exit": "window"}),  # asks the LM head for a token
     (PROMPTS, {**OPTIONS, "query_span": "open", "refresh_scope": "generation"}),
+    (PROMPTS[:3], {**OPTIONS, "temperature": 0.7, "seed": 3}),
     (PROMPTS[:3], {"method": "dual_cache", "gen_length": 32, "block_size": 16, "drafts": (1, 2)}),
     (PROMPTS[:2], {"method": "vanilla", "gen_length": 16, "block_size": 16, "steps": 8}),
 ]

@@ -160,7 +160,7 @@ def _partials_of_logits(
     """The same, from logits in memory."""
     library = extension.load()
     piece_tokens = library.LM_HEAD_PIECE_TOKENS
-    partials = empty_partials(hidden, weight, _PARTIAL_WORDS)
+    partials = empty_partials(hidden, weight.shape[0], _PARTIAL_WORDS)
     for rows, token, logits in parts_of_logits(hidden, weight, weight_scale):
         library.lm_head_reduce(
             logits=logits,
@@ -194,7 +194,7 @@ def lm_head_likely(
     if weight.shape[0] == 0:
         raise ValueError("weight: expected at least one row, got none")
     library, stream = extension.load(), extension.stream_of(hidden)
-    partials = empty_partials(hidden, weight, _LIKELY_WORDS)
+    partials = empty_partials(hidden, weight.shape[0], _LIKELY_WORDS)
     for rows, token, logits in parts_of_logits(hidden, weight, weight_scale):
         library.lm_head_likely_reduce(
             logits=logits,
@@ -214,8 +214,8 @@ def lm_head_likely(
     return results
 
 
-def empty_partials(hidden: torch.Tensor, weight: torch.Tensor, words: int) -> torch.Tensor:
-    num_pieces = -(-weight.shape[0] // extension.load().LM_HEAD_PIECE_TOKENS)
+def empty_partials(hidden: torch.Tensor, vocab_size: int, words: int) -> torch.Tensor:
+    num_pieces = -(-vocab_size // extension.load().LM_HEAD_PIECE_TOKENS)
     return torch.empty(hidden.shape[0], num_pieces, words, dtype=torch.float32, device=hidden.device)
 
 

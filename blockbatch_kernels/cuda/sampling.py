@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,39 +28,73 @@ def lm_head_sample(
     positions: Tensor,
     *,
     weight_scale: Tensor | None = None,
-    probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-    confidence: str = "probability",
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `blockbatch_kernels.ops.lm_head_sample`. Tensors as for `lm_head_confidence`, and the same way
     through a product in chunks of the vocabulary, with 32 bytes per row and 4096 tokens; with `top_p`
     or `top_k` in the rules in chunks of rows, in fp32."""
-    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
-    sureness = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    if _filters(rules):
+        parts = ((rows, 0, logits) for rows, logits in _whole_rows(hidden, weight, weight_scale))
+    else:
+        parts = parts_of_logits(hidden, weight, weight_scale)
+    return _sampled(parts, hidden, weight.shape[0], rules, request, positions, **options)
+
+
+@torch.no_grad()
+def sample_logits(
+    logits: Tensor, rules: SamplingRules, request: Tensor, positions: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `blockbatch_kernels.reference.sampling.sample_logits`."""
+    parts = [(slice(0, logits.shape[0]), 0, logits.contiguous())]
+    return _sampled(parts, logits, logits.shape[1], rules, request, positions, **options)
+
+
+def _filters(rules: SamplingRules) -> bool:
+    """Whether what stays of a row depends on all of it."""
+    return rules.top_p is not None or rules.top_k is not None
+
+
+def _sampled(
+    parts: Iterable[tuple[slice, int, Tensor]],
+    rows_like: Tensor,
+    vocab_size: int,
+    rules: SamplingRules,
+    request: Tensor,
+    positions: Tensor,
+    *,
+    probe_tokens: Tensor | None = None,
+    suppress_token: int | None = None,
+    confidence: str = "probability",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of logits that come in parts.
+
+    Args:
+        parts: some rows, the first of some tokens, and their logits; with filters of all tokens.
+        rows_like: has a row for each prediction.
+    """
+    num_rows, device = rows_like.shape[0], rows_like.device
+    token = torch.empty(num_rows, dtype=torch.int32, device=device)
+    sureness = torch.empty(num_rows, dtype=torch.float32, device=device)
     probe_probability = torch.empty_like(sureness) if probe_tokens is not None else None
     if num_rows == 0:
         return token, sureness, probe_probability
     if vocab_size == 0:
         raise ValueError("weight: expected at least one row, got none")
-    library, stream = extension.load(), extension.stream_of(hidden)
+    library, stream = extension.load(), extension.stream_of(rows_like)
     measure = CONFIDENCES.index(confidence)
     rules = SamplingRules(*(None if value is None else value.contiguous() for value in rules))
     request, positions = request.contiguous(), positions.contiguous()
     probe_tokens = None if probe_tokens is None else probe_tokens.contiguous()
     draw = dict(temperature=rules.temperature, seed=rules.seed, forward=rules.forward)
     changes = {name: getattr(rules, name) for name in ("changed_token", "logit_bias", "banned_before")}
-    partials = empty_partials(hidden, weight, _PARTIAL_WORDS)
-    filters = rules.top_p is not None or rules.top_k is not None
-    least, of_parts = None, changes
-    if filters:  # the parts come changed
-        parts = _changed_rows(hidden, weight, weight_scale, rules, request, positions, suppress_token)
+    partials = empty_partials(rows_like, vocab_size, _PARTIAL_WORDS)
+    filters, least, of_parts = _filters(rules), None, changes
+    if filters:  # which look at logits as they are changed
+        parts = _changed(parts, rules, request, positions, suppress_token)
         of_parts = {name: value[..., :0].contiguous() for name, value in changes.items()}
-    else:
-        parts = parts_of_logits(hidden, weight, weight_scale)
     for rows, first_token, logits in parts:
         if filters:
-            least = torch.empty(logits.shape[0], dtype=torch.float32, device=hidden.device)
+            least = torch.empty(logits.shape[0], dtype=torch.float32, device=device)
             library.lm_head_sample_filter(
                 logits=logits,
                 request=request[rows],
@@ -96,26 +131,33 @@ def lm_head_sample(
     return token, sureness, probe_probability
 
 
-def _changed_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
+def _whole_rows(
+    hidden: Tensor, weight: Tensor, weight_scale: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows and all of their logits, in hidden's dtype."""
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // ((4 + hidden.element_size()) * max(1, vocab_size)))
+    for first in range(0, num_rows, part):
+        rows = slice(first, first + part)
+        if weight_scale is None:
+            logits = torch.mm(hidden[rows], weight.t())
+        else:
+            own = quantize_rows(hidden[rows])
+            logits = linear_fp8(*own, weight, weight_scale, out_dtype=hidden.dtype)
+        yield rows, logits
+
+
+def _changed(
+    parts: Iterable[tuple[slice, int, Tensor]],
     rules: SamplingRules,
     request: Tensor,
     positions: Tensor,
     suppress_token: int | None,
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Some rows and all of their logits, fp32, as the rules change them."""
-    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // ((4 + hidden.element_size()) * vocab_size))
+    """Rows of all tokens in fp32, as the rules change them."""
     tokens = rules.changed_token.long()
-    for first in range(0, num_rows, part):
-        rows = slice(first, first + part)
-        if weight_scale is None:
-            logits = torch.mm(hidden[rows], weight.t()).float()
-        else:
-            own = quantize_rows(hidden[rows])
-            logits = linear_fp8(*own, weight, weight_scale, out_dtype=hidden.dtype).float()
+    for rows, first_token, given in parts:
+        logits = given.float() if given.dtype != torch.float32 else given.clone()  # never the caller's own
         if suppress_token is not None:
             logits[:, suppress_token] = float("-inf")
         if tokens.numel():
@@ -125,4 +167,4 @@ def _changed_rows(
             banned |= bias == float("-inf")
             changed = logits.index_select(1, tokens) + bias
             logits.index_copy_(1, tokens, changed.masked_fill_(banned, float("-inf")))
-        yield rows, 0, logits
+        yield rows, first_token, logits

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from torch import Tensor
 
 from blockbatch_kernels.checks import checker
@@ -78,6 +81,15 @@ def lm_head_sample(
         suppress_token=suppress_token,
         confidence=confidence,
     )
+
+
+def sampling_of(hidden: Tensor, backend: str | None = None) -> ModuleType:
+    """The module behind `lm_head_sample`: its `sample_logits` does the same to logits that exist.
+
+    For whoever computes logits elsewhere, as the ranks of a model do; nothing is checked there.
+    """
+    name = dispatch.backend_of("lm_head_sample", hidden.device, backend)
+    return import_module(f"blockbatch_kernels.{name}.sampling")
 
 
 def check_confidence(confidence: str) -> None:

@@ -6,6 +6,8 @@ The noise is a function of the request's seed, the position, the forward and the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,7 @@ def lm_head_sample(
     *,
     weight_scale: Tensor | None = None,
     probe_tokens: Tensor | None = None,
-    suppress_token: int | None = None,
-    confidence: str = "probability",
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     num_rows = hidden.shape[0]
     token = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
@@ -36,39 +37,68 @@ def lm_head_sample(
     probe_probability = torch.empty_like(sureness) if probe_tokens is not None else None
     for start in range(0, num_rows, _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        of_request = request[chunk].long()
         logits = logits_of(hidden[chunk], weight, weight_scale)
-        if suppress_token is not None:
-            logits[:, suppress_token] = float("-inf")
-        _change(logits, rules, of_request, positions[chunk])
-        temperature = rules.temperature[of_request].unsqueeze(1)
-        is_random = temperature > 0
-        scale = torch.where(is_random, 1.0 / temperature, 1.0)
-        bits = noise_bits(
-            rules.seed[of_request], positions[chunk], rules.forward[of_request], weight.shape[0]
-        )
-        scores = logits * scale + torch.where(is_random, gumbel(bits), 0.0)
-        scores.masked_fill_(logits < _least_logit(logits, scale, is_random, rules, of_request), float("-inf"))
-        drawn = scores.argmax(-1, keepdim=True)
-        token[chunk] = drawn.squeeze(1).int()
-
-        highest = logits.amax(-1, keepdim=True)
-        weights = (logits - highest).exp()
-        total = weights.sum(-1, keepdim=True)
-        if confidence == "probability":
-            sure = weights.gather(1, drawn) / total
-        elif confidence == "entropy":
-            terms = torch.where(weights > 0, weights * (logits - highest), 0.0)
-            sure = (terms.sum(-1, keepdim=True) / total).exp() / total
-        else:
-            second = logits.scatter(1, logits.argmax(-1, keepdim=True), float("-inf")).amax(-1, keepdim=True)
-            sure = (1.0 - (second - highest).exp()) / total
-        # Rounding may lead above 1; NaN stays NaN.
-        sureness[chunk] = torch.where(sure > 1.0, 1.0, sure).squeeze(1)
-        if probe_tokens is not None:
-            probed = weights.gather(1, probe_tokens[chunk].long().unsqueeze(1))
-            probe_probability[chunk] = (probed / total).squeeze(1)
+        probes = None if probe_tokens is None else probe_tokens[chunk]
+        found = _sampled(logits, rules, request[chunk], positions[chunk], probe_tokens=probes, **options)
+        token[chunk], sureness[chunk] = found[:2]
+        if probe_probability is not None:
+            probe_probability[chunk] = found[2]
     return token, sureness, probe_probability
+
+
+def sample_logits(
+    logits: Tensor, rules: SamplingRules, request: Tensor, positions: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`lm_head_sample` of logits [rows, vocabulary] that exist, which stay as they are.
+
+    Args:
+        options: `probe_tokens`, `suppress_token`, `confidence`.
+    """
+    # In fp32 they would be the caller's own.
+    wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    return _sampled(wide, rules, request, positions, **options)
+
+
+def _sampled(
+    logits: Tensor,
+    rules: SamplingRules,
+    request: Tensor,
+    positions: Tensor,
+    *,
+    probe_tokens: Tensor | None = None,
+    suppress_token: int | None = None,
+    confidence: str = "probability",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of logits in fp32, which it changes."""
+    of_request = request.long()
+    if suppress_token is not None:
+        logits[:, suppress_token] = float("-inf")
+    _change(logits, rules, of_request, positions)
+    temperature = rules.temperature[of_request].unsqueeze(1)
+    is_random = temperature > 0
+    scale = torch.where(is_random, 1.0 / temperature, 1.0)
+    bits = noise_bits(rules.seed[of_request], positions, rules.forward[of_request], logits.shape[1])
+    scores = logits * scale + torch.where(is_random, gumbel(bits), 0.0)
+    scores.masked_fill_(logits < _least_logit(logits, scale, is_random, rules, of_request), float("-inf"))
+    drawn = scores.argmax(-1, keepdim=True)
+
+    highest = logits.amax(-1, keepdim=True)
+    weights = (logits - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    if confidence == "probability":
+        sure = weights.gather(1, drawn) / total
+    elif confidence == "entropy":
+        terms = torch.where(weights > 0, weights * (logits - highest), 0.0)
+        sure = (terms.sum(-1, keepdim=True) / total).exp() / total
+    else:
+        second = logits.scatter(1, logits.argmax(-1, keepdim=True), float("-inf")).amax(-1, keepdim=True)
+        sure = (1.0 - (second - highest).exp()) / total
+    # Rounding may lead above 1; NaN stays NaN.
+    sure = torch.where(sure > 1.0, 1.0, sure).squeeze(1)
+    probability = None
+    if probe_tokens is not None:
+        probability = (weights.gather(1, probe_tokens.long().unsqueeze(1)) / total).squeeze(1)
+    return drawn.squeeze(1).int(), sure, probability
 
 
 def _change(logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor) -> None:

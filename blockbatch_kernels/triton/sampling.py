@@ -6,7 +6,8 @@ some rows with all of their logits, since what stays of a row depends on all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -179,12 +180,48 @@ def lm_head_sample(
     positions: Tensor,
     *,
     weight_scale: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden, weight = hidden.detach(), weight.detach()  # products into a given tensor know no gradient
+    logits_of = whole_rows if _filters(rules) else parts_of_logits
+    parts = logits_of(hidden, weight, weight_scale)
+    return _sampled(parts, hidden, weight.shape[0], rules, request, positions, **options)
+
+
+@on_device_of_first
+def sample_logits(
+    logits: Tensor, rules: SamplingRules, request: Tensor, positions: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `blockbatch_kernels.reference.sampling.sample_logits`."""
+    logits = logits.detach().contiguous()
+    return _sampled([(0, logits)], logits, logits.shape[1], rules, request, positions, **options)
+
+
+def _filters(rules: SamplingRules) -> bool:
+    """Whether what stays of a row depends on all of it."""
+    return rules.top_p is not None or rules.top_k is not None
+
+
+def _sampled(
+    parts: Iterable[tuple[int, Tensor]],
+    rows_like: Tensor,
+    vocab_size: int,
+    rules: SamplingRules,
+    request: Tensor,
+    positions: Tensor,
+    *,
     probe_tokens: Tensor | None = None,
     suppress_token: int | None = None,
     confidence: str = "probability",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    hidden, weight = hidden.detach(), weight.detach()  # products into a given tensor know no gradient
-    num_rows, vocab_size, device = hidden.shape[0], weight.shape[0], hidden.device
+    """Of logits that come in parts.
+
+    Args:
+        parts: with filters the first of some rows and all of their logits, else the first token of a part of
+            the vocabulary and the logits of all rows.
+        rows_like: has a row for each prediction.
+    """
+    num_rows, device = rows_like.shape[0], rows_like.device
     has_probe, block = probe_tokens is not None, tuning.TRITON_LM_HEAD.block
     token = torch.empty(num_rows, dtype=torch.int32, device=device)
     sureness = torch.empty(num_rows, dtype=torch.float32, device=device)
@@ -192,7 +229,7 @@ def lm_head_sample(
     if num_rows == 0:
         return token, sureness, probe_probability
 
-    filters = rules.top_p is not None or rules.top_k is not None
+    filters = _filters(rules)
     request, positions = request.contiguous(), positions.contiguous()
     rules = SamplingRules(*(None if value is None else value.contiguous() for value in rules))
     changes = rules.changed_token, rules.logit_bias, rules.banned_before
@@ -206,8 +243,6 @@ def lm_head_sample(
     probe_logit = torch.empty_like(sureness)
     probe_stride = probe_tokens.stride(0) if has_probe else 0
     least = sureness
-    logits_of = whole_rows if filters else parts_of_logits
-    parts = logits_of(hidden, weight, weight_scale)
     for first, chunk in parts:
         first_row, first_token = (first, 0) if filters else (0, first)
         rows, columns = chunk.shape

@@ -12,7 +12,6 @@ from blockbatch.decoding.rule import check_rule
 from blockbatch.decoding.sampling import RequestSampling, request_sampling, sampling_kind
 from blockbatch.methods import METHOD_TABLE
 from blockbatch.models.spec import is_block_causal
-from blockbatch.parallel import share_of
 
 
 class _Builders(Mapping[str, Callable[..., Method]]):
@@ -62,14 +61,7 @@ def method_for(model, config: DecodeConfig) -> Method | BlockMethod:
         )
     if isinstance(method, Method) and method.rule:
         check_rule(method.block_sizes, method.params)
-    kind = sampling_kind(config, spec.vocab_size, ends)
-    if kind is not None and share_of(model).size > 1:
-        raise ValueError(
-            f"model: expected one that a single process holds, since tokens are drawn or logits changed, got "
-            f"one of {share_of(model).size} ranks (temperature, confidence, min_tokens, eos_bias and "
-            "bad_token_ids must be as they are left out)"
-        )
-    return method._replace(sampling=kind)
+    return method._replace(sampling=sampling_kind(config, spec.vocab_size, ends))
 
 
 def sampling_for(model, config: DecodeConfig, index: int) -> RequestSampling | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Draw(NamedTuple):
 
 
 def drawn_predictions(
+    operators: Any,
     hidden: Tensor,
     lm_head: Tensor | QuantizedWeight,
     target: Tensor,
@@ -31,12 +32,12 @@ def drawn_predictions(
     mask_token_id: int,
     backend: str | None,
 ) -> bbk.Predictions:
-    """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`.
+    """The predictions of hidden states [predictions, hidden_size]; see `head_predictions`.
 
     MASK is never drawn. What is likely is so by the logits before rules change them, but for banned tokens,
     which are left out.
     """
-    operator, weight = head_operator(bbk, "lm_head_sample", lm_head)
+    operator, weight = head_operator(operators, "lm_head_sample", lm_head)
     token, confidence, probe_probability = operator(
         hidden,
         *weight,
@@ -50,7 +51,7 @@ def drawn_predictions(
     )
     if not likely:
         return bbk.Predictions(target, token, confidence, probe_probability)
-    operator, weight = head_operator(bbk, "lm_head_likely", lm_head)
+    operator, weight = head_operator(operators, "lm_head_likely", lm_head)
     found = operator(hidden, *weight, suppress_token=mask_token_id, backend=backend)
     return bbk.Predictions(target, token, confidence, probe_probability, *_without_banned(draw, *found[2:]))
 

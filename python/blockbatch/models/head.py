@@ -38,12 +38,13 @@ def head_predictions(
     """The predictions of hidden states [predictions, hidden_size]; see `Model.predict`.
 
     Args:
-        operators: has `lm_head_confidence` and `lm_head_likely`, and both with `_fp8`: `blockbatch_kernels`,
-            or what merges the parts of several ranks.
+        operators: has `lm_head_confidence`, `lm_head_likely` and `lm_head_sample`, and all with `_fp8`:
+            `blockbatch_kernels`, or what merges the parts of several ranks.
     """
     suppress_token = spec.mask_token_id if spec.suppress_mask else None
     if sampling is not None:
         return drawn_predictions(
+            operators,
             hidden,
             lm_head,
             target,

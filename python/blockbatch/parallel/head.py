@@ -18,6 +18,7 @@ import blockbatch_kernels as bbk
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.shards import Shard
 from blockbatch_kernels.cuda import lm_head as compiled
+from blockbatch_kernels.ops.sampling import sampling_of
 from blockbatch_kernels.shapes import LEAST_LIKELY
 from blockbatch_kernels.tuning import LM_HEAD_LOGITS_BYTES
 
@@ -135,6 +136,43 @@ class ShardedHead:
         """See `blockbatch_kernels.lm_head_likely_fp8`."""
         return self.lm_head_likely(hidden, weight, weight_scale=weight_scale, **options)
 
+    def lm_head_sample(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        rules: bbk.SamplingRules,
+        request: Tensor,
+        positions: Tensor,
+        *,
+        weight_scale: Tensor | None = None,
+        probe_tokens: Tensor | None = None,
+        backend: str | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `blockbatch_kernels.lm_head_sample`.
+
+        Here logits travel: what `top_p`, `top_k` and some confidences need is not to be had from parts. Every
+        rank then draws all tokens from the same logits with the same noise.
+        """
+        sampling, count = sampling_of(hidden, backend), hidden.shape[0]
+        token = torch.empty(count, dtype=torch.int32, device=hidden.device)
+        confidence = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        probability = torch.empty_like(confidence) if probe_tokens is not None else None
+        for rows, part in self._logits(hidden, weight, weight_scale, backend, whole=True):
+            probes = None if probe_tokens is None else probe_tokens[rows]
+            about = rules, request[rows], positions[rows]
+            found = sampling.sample_logits(self.whole_logits(part), *about, probe_tokens=probes, **options)
+            token[rows], confidence[rows] = found[:2]
+            if probability is not None:
+                probability[rows] = found[2]
+        return token, confidence, probability
+
+    def lm_head_sample_fp8(
+        self, hidden: Tensor, weight: Tensor, weight_scale: Tensor, *arguments: Any, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `blockbatch_kernels.lm_head_sample_fp8`."""
+        return self.lm_head_sample(hidden, weight, *arguments, weight_scale=weight_scale, **options)
+
     def whole_logits(self, part: Tensor) -> Tensor:
         """[n, vocab_size]: of all ranks, from this rank's [n, its tokens]; in the dtype of these."""
         longest = -(-self._vocab_size // self._group.size)
@@ -147,10 +185,22 @@ class ShardedHead:
         return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(part.dtype)
 
     def _logits(
-        self, hidden: Tensor, weight: Tensor, weight_scale: Tensor | None, backend: str | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        backend: str | None,
+        *,
+        whole: bool = False,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows and their logits, within the memory that the operators take for theirs."""
+        """Some rows and their logits, within the memory that the operators take for theirs.
+
+        Args:
+            whole: whether those of all ranks are to come to them, in fp32 on their way.
+        """
         row_bytes = max(1, len(self._tokens)) * (2 * hidden.element_size() + 4)
+        if whole:
+            row_bytes += self._vocab_size * (2 * hidden.element_size() + 12)
         count = max(1, min(_HEAD_ROWS, LM_HEAD_LOGITS_BYTES // row_bytes))
         for start in range(0, hidden.shape[0], count):
             rows = slice(start, start + count)

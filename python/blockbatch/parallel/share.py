@@ -31,7 +31,8 @@ class Share:
         shard: the part of the checkpoint; None: all of it.
         vocabulary: token ids of the LM head here; None: all of them.
         all_reduce_norm: see `transformer.forward`.
-        head: has the operators `lm_head_confidence` and `lm_head_likely`, and both with `_fp8`.
+        head: has the operators `lm_head_confidence`, `lm_head_likely` and `lm_head_sample`, and all with
+            `_fp8`.
         whole: the `Model` of all weights that this process holds beside its part; None: there is none, and
             all of them compute every row.
     """
