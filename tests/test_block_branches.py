@@ -38,7 +38,7 @@ def test_rules_are_those_of_decode_policy(case):
     params = bbk.PolicyParams(mask_token_id=MASK, eos_token_ids=(EOS,), refresh_interval=None, **rules)
     known = [rng.randrange(EOS) for _ in range(rng.randrange(length))]
     branches = BlockBranches(sizes, BranchRules(MASK, (EOS,), **rules))
-    branches.open(0, known + [MASK] * (length - len(known)))
+    branches.open(0, known + [MASK] * (length - len(known)), 0)
 
     nothing = torch.zeros(1, 0, dtype=torch.int32)
     sizes_tensor = torch.tensor(sizes, dtype=torch.int32)
@@ -88,7 +88,7 @@ def test_the_cases_hold_merges_and_syncs():
     for _ in range(20):
         rules = BranchRules(MASK, (EOS,), 0.6, None, 0.5, 2, 0, 0.5)
         branches = BlockBranches((2, 4, 8), rules)
-        branches.open(0, [MASK] * 16)
+        branches.open(0, [MASK] * 16, 0)
         while branches.winner() is None:
             branches.after_forward(
                 [
@@ -196,6 +196,25 @@ def test_an_end_of_text_ends_the_decode(model):
     result = blockbatch.generate(model, prompt, config(eos_token_ids=(stop,)))
     assert result.stop_reason == "eos" and stop in result.canvas and stop not in result.tokens
     assert block_models.MASK not in result.tokens and result.nfe.total < free.nfe.total
+
+
+@pytest.mark.parametrize("method", ["blockbatch", "block_diffusion"])
+@pytest.mark.parametrize("length", [20, 33, 63, 64])
+def test_an_end_of_text_in_the_prompt_ends_nothing(model, length, method):
+    """Prompts of chats hold one shortly before their end, in the block where the text begins."""
+    for seed in range(3):
+        prompt = block_models.prompt(length, seed)
+        stop = 0
+        for place in (length - 1, length - 3):
+            free, written = None, {stop}
+            while stop in written:  # by any branch
+                stop += 1
+                marked = [*prompt[:place], stop, *prompt[place + 1 :]]
+                free = blockbatch.generate(model, marked, config(method=method))
+                changes = [c for entry in free.trace for c in entry["commits"] + entry["merges"]]
+                written = {token for change in changes for token in change["tokens"]}
+            result = blockbatch.generate(model, marked, config(method=method, eos_token_ids=(stop,)))
+            assert (result.canvas, result.nfe, result.stop_reason) == (free.canvas, free.nfe, "length")
 
 
 def test_default_sizes_are_those_inside_the_block(model):

@@ -79,14 +79,18 @@ class BlockBranches:
     def __init__(self, sizes: Sequence[int], rules: BranchRules) -> None:
         self.sizes, self._rules = tuple(sizes), rules
         self.all = [Branch(size) for size in sizes]
-        self.begin = 0
+        self.begin = self._given = 0
         self.finished: int | None = None
         self._sure, self._agreeing = fp32(rules.threshold), fp32(rules.merge_threshold)
         self._tail = None if rules.tail_threshold is None else fp32(rules.tail_threshold)
 
-    def open(self, begin: int, tokens: Sequence[int]) -> None:
-        """Puts all branches at the beginning of a block that holds `tokens`, at least one of them MASK."""
-        self.begin = begin
+    def open(self, begin: int, tokens: Sequence[int], given: int) -> None:
+        """Puts all branches at the beginning of a block that holds `tokens`, at least one of them MASK.
+
+        Args:
+            given: so many of them are the prompt's, where an end of text ends nothing.
+        """
+        self.begin, self._given = begin, given
         for branch in self.all:
             branch.tokens = list(tokens)
             branch.top, branch.confidence = [0] * len(tokens), [0.0] * len(tokens)
@@ -249,10 +253,8 @@ class BlockBranches:
         return [offset for offset in range(branch.start, branch.end) if branch.tokens[offset] == mask]
 
     def _first_eos(self, branch: Branch) -> int:
-        eos = self._rules.eos_token_ids
-        return next(
-            (offset for offset, token in enumerate(branch.tokens) if token in eos), len(branch.tokens)
-        )
+        eos, length = self._rules.eos_token_ids, len(branch.tokens)
+        return next((place for place in range(self._given, length) if branch.tokens[place] in eos), length)
 
     def _clip(self, branch: Branch) -> None:
         branch.end = min(branch.end, self._first_eos(branch))

@@ -213,7 +213,7 @@ def blockbatch(text: BlockText, method: BlockMethod) -> Program:
         if not text.make_room(stop):
             break
         text.ids += [text.mask] * (stop - len(text.ids))
-        branches.open(start, text.ids[start:stop])
+        branches.open(start, text.ids[start:stop], max(text.prompt_length - start, 0))
         while (winner := branches.winner()) is None:
             states, readers = _distinct(branches)
             rows = []
