@@ -7,6 +7,7 @@ import torch
 
 import blockbatch
 import engine_rank_cases as cases
+import test_block_ranks
 from engine_mixes import random_config, random_prompt
 from rank_processes import RankProcesses
 from test_conformance import DATA
@@ -41,6 +42,13 @@ def test_two_gpus_serve_what_one_decodes(ranks):
     found, _ = ranks.values(cases.mix, "tiny", requests, 0, **options)[0]
     assert [one[0] for one in found] == alone(model, requests)
     assert all((one[1] is None) != given["confidences"] for one, (*_, given) in zip(found, requests))
+
+
+def test_two_gpus_serve_block_by_block_what_one_decodes(ranks):
+    model = blockbatch.load_model("tiny-block", device="cuda", dtype="float32")
+    requests = [(model.tokenizer.encode(PROMPT), options, {}) for _, options in test_block_ranks.TINY * 2]
+    found, _ = ranks.values(cases.mix, "tiny-block", requests, 0, max_requests=8, timeout=WAIT)[0]
+    assert [one[0] for one in found] == alone(model, requests)
 
 
 @pytest.mark.parametrize("folder", [DATA, DREAM_DATA], ids=["llada", "dream"])

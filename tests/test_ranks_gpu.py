@@ -5,6 +5,7 @@ import torch
 
 import blockbatch
 import rank_cases
+import test_block_ranks
 import whole_row_cases
 from rank_processes import RankProcesses
 from test_conformance import DATA
@@ -59,6 +60,17 @@ def test_two_gpus_decode_what_one_process_decodes(ranks):
     ]
     assert ranks.same(rank_cases.decode_all, "tiny", [*TINY, *DRAWN], timeout=WAIT) == expected
     assert ranks.same(rank_cases.transport_of, "tiny") == "symmetric"
+
+
+def test_two_gpus_decode_block_by_block_what_one_process_decodes(ranks):
+    """A block-causal model, in fp32, through captured forwards."""
+    model = blockbatch.load_model("tiny-block", device="cuda", dtype="float32")
+    expected = [
+        rank_cases.outcomes(blockbatch.generate(model, prompt, blockbatch.DecodeConfig(**options)))
+        for prompt, options in test_block_ranks.TINY
+    ]
+    found = ranks.same(rank_cases.decode_all, "tiny-block", test_block_ranks.TINY, timeout=WAIT)
+    assert found == expected
 
 
 def test_rows_in_two_lanes_are_those_of_one(ranks):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import block_models
 from blockbatch.models.checkpoint import read_config, read_spec
 from blockbatch.models.safetensors_file import read_header, read_tensor
 from blockbatch.models.weights import allocate, layer_destinations, model_destinations
@@ -14,10 +15,14 @@ from blockbatch.parallel import Shard
 from plain_models import write_llada
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
+@pytest.fixture(scope="module", params=["llada", "sdar", "fast_dllm_v2"])
+def spec(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    write_llada(folder, n_heads=8, n_kv_heads=4, d_model=32, mlp_hidden_size=48, embedding_size=43)
+    if request.param == "llada":
+        write_llada(folder, n_heads=8, n_kv_heads=4, d_model=32, mlp_hidden_size=48, embedding_size=43)
+    else:  # with norms of heads, or biases
+        sizes = dict(num_attention_heads=8, num_key_value_heads=4, hidden_size=64, vocab_size=43)
+        block_models.write(folder, request.param, **sizes)
     return read_spec(read_config(folder))
 
 
@@ -38,8 +43,8 @@ def test_parts_make_up_the_whole(spec, size, tied):
             rows = rows[:, part.first_column :][:, : shape[1]] if len(shape) > 1 else rows
             assert rows.shape == shape
             rows += 1
-        times = {"input_norm": size, "post_norm": size, "final_norm": size, "embedding": size}.get(role, 1)
-        if role in ("k", "v"):
+        times = size if "norm" in role or role == "embedding" else 1
+        if role in ("k", "v", "k_bias", "v_bias"):
             times = max(1, size // spec.num_kv_heads)
         whole = read[: place.stop - place.start]
         assert (whole == times).all() and not read[place.stop - place.start :].any(), role

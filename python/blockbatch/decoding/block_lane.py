@@ -21,6 +21,7 @@ from blockbatch.decoding.graph_pool import pool_bytes
 from blockbatch.decoding.lane import Counts, Seat
 from blockbatch.decoding.session import ROW_TOKENS
 from blockbatch.models import transformer
+from blockbatch.parallel import HostDigest, share_of
 
 
 class BlockLane:
@@ -61,7 +62,7 @@ class BlockLane:
                 )
                 free = devices.free_bytes(model.device) - pool_bytes(model.device)
                 limit = max(0, free - work) // GROWTH
-            self.num_pages = limit // page_bytes(model)
+            self.num_pages = share_of(model).least("pages of an engine's cache", limit // page_bytes(model))
         else:
             self.num_pages = kv_cache.pages_per_row(cache_tokens)
         pool.most_pages = max(self.num_pages, len(pool))
@@ -79,7 +80,8 @@ class BlockLane:
             sampling = None
             if seat.method.sampling is not None:
                 sampling = [sampling_for(self._model, seat.config, 0)]
-            seat.place = BlockSession(self._model, [prompt], seat.method, self._forward, sampling=sampling)
+            about = self._model, [prompt], seat.method, self._forward
+            seat.place = BlockSession(*about, sampling=sampling, in_engine=True)
         self._seats.append(seat)
 
     @torch.inference_mode()
@@ -102,7 +104,7 @@ class BlockLane:
     def _run(self, seats: list[Seat]) -> dict[Seat, list]:
         """What each of the requests is sent; those that draw their tokens in the same way run together."""
         predicted = {}
-        for kind in {seat.method.sampling for seat in seats}:
+        for kind in dict.fromkeys(seat.method.sampling for seat in seats):  # on all ranks in this order
             members = [seat for seat in seats if seat.method.sampling == kind]
             rows = {seat: seat.place.rows(0) for seat in members}
             every = [row for seat in members for row in rows[seat]]
@@ -166,6 +168,13 @@ class BlockLane:
             seat.place.end(0)
         if seat in self._seats:
             self._seats.remove(seat)
+
+    def states(self) -> list[HostDigest]:
+        """See `lane.Lane`."""
+        return [HostDigest(self._told)]
+
+    def _told(self) -> str:
+        return repr([(seat.request.id, seat.place.told()) for seat in self._seats])
 
     def pages_in_use(self) -> int:
         """Pages that texts hold, beside those that are kept for texts to come."""

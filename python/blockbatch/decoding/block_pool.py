@@ -8,6 +8,7 @@ from blockbatch import kv_cache
 from blockbatch.decoding.block_diffusion import BlockMethod
 from blockbatch.decoding.block_forward import BlockForward
 from blockbatch.models.model import Model
+from blockbatch.parallel import share_of
 from blockbatch.text_pages import TextPages
 
 # While a pool grows, its pages are there twice.
@@ -38,7 +39,8 @@ def open_forward(model: Model, method: BlockMethod, lengths: list[int], free: in
     forward = shared_forward(model)
     pool = model.pool
     limit = free // GROWTH if model.cache_bytes is None else model.cache_bytes
-    pool.most_pages = max(limit // page_bytes(model), len(pool))
+    limit = share_of(model).least("pages of a decode", limit // page_bytes(model))
+    pool.most_pages = max(limit, len(pool))
     if model.device.type == "cuda":
         pages = kv_cache.pages_per_row
         firsts = (min(method.positions(length), length + _FIRST_POSITIONS) for length in lengths)

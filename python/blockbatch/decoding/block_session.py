@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import weakref
@@ -20,6 +21,7 @@ from blockbatch.decoding.block_text import BlockText, Forward
 from blockbatch.decoding.non_finite import NonFiniteLogitsError
 from blockbatch.decoding.sampling import RequestSampling, RowSampling
 from blockbatch.decoding.session import ROW_TOKENS, Stops
+from blockbatch.parallel import HostDigest, share_of
 
 # What forwards count as; a fused one is a denoise forward that stores on the way.
 _COUNTS = {"prefill": "prefill", "store": "store"}
@@ -53,6 +55,7 @@ class BlockSession:
         observed: whether steps tell what every forward did.
         stops: asked before every forward; None: the programs alone end requests.
         sampling: of each request, where the method draws tokens; else None.
+        in_engine: whether an engine runs the forwards, and `step` is not called.
     """
 
     tells_records = True
@@ -67,6 +70,7 @@ class BlockSession:
         observed: bool = False,
         stops: Stops | None = None,
         sampling: Sequence[RequestSampling] | None = None,
+        in_engine: bool = False,
     ) -> None:
         self.model, self.params, self.observed, self.stops = model, method, observed, stops
         self._forward, pool, self._sampling = forward, forward.pool, sampling
@@ -83,6 +87,9 @@ class BlockSession:
         self._asked: list[Forward | None] = [None] * len(prompts)
         for request in range(len(prompts)):
             self._go_on(request, None)
+        if not in_engine:
+            told = HostDigest(functools.partial(_told, self.texts, self._counts))
+            self._ranks = share_of(model).decode(told, (prompts, method))
 
     @torch.inference_mode()
     def step(self) -> BlockStep | None:
@@ -110,11 +117,14 @@ class BlockSession:
         if self.observed:
             records = {request: self._begin_record(request) for request in running}
         rows = [row for request in running for row in self.rows(request)]
-        predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
+        with self._ranks:
+            predicted = self._forward.run(rows, ROW_TOKENS[self.model.device.type])
         done = 0
         for request, forward in zip(running, forwards, strict=True):
             self.receive(request, predicted[done : done + len(forward.rows)])
             done += len(forward.rows)
+        self._ranks.sample()
+        self._ranks.compare(sum(asked is not None for asked in self._asked))
         seconds = time.perf_counter() - begun
         if records is not None:
             for request, record in records.items():
@@ -150,6 +160,10 @@ class BlockSession:
     def run(self) -> None:
         while self.step() is not None:
             pass
+
+    def told(self) -> str:
+        """What all ranks of a model must have alike."""
+        return _told(self.texts, self._counts)
 
     def final_prefixes(self) -> list[list[int]]:
         """For each request the tokens behind the prompt that are final, up to the first MASK."""
@@ -277,6 +291,11 @@ class BlockSession:
                 record["merges"].append(change)
             else:
                 record["syncs"].append({"branch": commit.branch, "leader": commit.source})
+
+
+def _told(texts: Sequence[BlockText], counts: Sequence[dict[str, int]]) -> str:
+    """See `BlockSession.told`; knows no session, which it would keep from its end."""
+    return repr([(text.ids, text.canvases(), held) for text, held in zip(texts, counts, strict=True)])
 
 
 def _release(texts: Sequence[BlockText]) -> None:

@@ -363,7 +363,6 @@ def load_model(
     dtype = dtype_of(dtype, device)
     check_backend(backend)
     cache_bytes = limit_of(cache_bytes)
-    check_whole_rows(whole_rows, tensor_parallel, kv_dtype)
     check_quantization(quantization)
     check_kv_dtype(kv_dtype, device, backend)
     merged = None if adapter is None else read_adapter(adapter)
@@ -373,6 +372,7 @@ def load_model(
     if quantization is None:
         quantization = stored_as(folder, spec, config)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
+    check_whole_rows(whole_rows, tensor_parallel, kv_dtype, spec)
     spec = special_ids.complete(spec, config, folder, str(name_or_path), tokenizer, mask_token_id)
     with devices.current(device):
         share = WHOLE if tensor_parallel == 1 else RankShare(spec, device, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from blockbatch.models.spec import ModelSpec, is_block_causal
 from blockbatch.values import as_int
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +50,7 @@ def dtype_of(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     return dtype
 
 
-def check_whole_rows(whole_rows: bool, tensor_parallel: int, kv_dtype: str | None) -> None:
+def check_whole_rows(whole_rows: bool, tensor_parallel: int, kv_dtype: str | None, spec: ModelSpec) -> None:
     """Raises ValueError where rows cannot be dealt out."""
     if not whole_rows:
         return
@@ -57,6 +58,10 @@ def check_whole_rows(whole_rows: bool, tensor_parallel: int, kv_dtype: str | Non
         raise ValueError("whole_rows: expected False for a model of one process, got True")
     if kv_dtype is not None:
         raise ValueError(f"whole_rows: expected False with kv_dtype = {kv_dtype!r}, got True")
+    if is_block_causal(spec):
+        raise ValueError(
+            f"whole_rows: expected False for {spec.family}, whose attention is causal across blocks, got True"
+        )
 
 
 def check_backend(backend: str | None) -> None:

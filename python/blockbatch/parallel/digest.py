@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,3 +40,23 @@ class StateDigest:
             ]
         )
         return (words.long() * self._factors).sum()
+
+
+class HostDigest:
+    """Digests of what the host alone knows of decodes.
+
+    Args:
+        told: gives it as text.
+    """
+
+    def __init__(self, told: Callable[[], str]) -> None:
+        self._told = told
+
+    def compute(self) -> Tensor:
+        """[] int64 on the CPU."""
+        return torch.tensor(of_text(self._told()), dtype=torch.int64, device="cpu")
+
+
+def of_state(state) -> StateDigest | HostDigest:
+    """Of a record of tensors; a `HostDigest` is its own."""
+    return state if isinstance(state, HostDigest) else StateDigest(state)

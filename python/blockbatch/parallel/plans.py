@@ -44,7 +44,7 @@ class Plans:
             _send_at_once(peer)
         on_gpu = group.device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._digests: list[tuple[Any, digest.StateDigest]] = []
+        self._digests: list[tuple[Any, digest.StateDigest | digest.HostDigest]] = []
         self._forwards, self._sampled = 0, -1
         self._calls: list[Callable[[str], None]] = []
         self.settled = True
@@ -102,7 +102,7 @@ class Plans:
         """Within a forward, behind its launches: every `INTERVAL` of them starts the copy of a digest.
 
         Args:
-            states: records as `StateDigest` takes them.
+            states: records as `digest.of_state` takes them.
         """
         self._forwards += 1
         self.settled = False
@@ -153,7 +153,7 @@ class Plans:
     def _copy(self, states: Sequence[Any]) -> None:
         known = self._digests
         self._digests = [
-            next((pair for pair in known if pair[0] is state), None) or (state, digest.StateDigest(state))
+            next((pair for pair in known if pair[0] is state), None) or (state, digest.of_state(state))
             for state in states
         ]
         total = torch.zeros((), dtype=torch.int64, device=self._group.device)

@@ -37,13 +37,13 @@ class Ranks:
 
     Args:
         group: the model's.
-        state: the batch's `BranchState`.
+        state: the batch's `BranchState`, or a `HostDigest`.
         what: what is decoded how; its texts are compared at once.
     """
 
     def __init__(self, group: RankGroup, state: Any, what: tuple) -> None:
         group.agree("the start of a decode (prompts and settings)", digest.of_text(repr(what)))
-        self._group, self._digest = group, digest.StateDigest(state)
+        self._group, self._digest = group, digest.of_state(state)
         on_gpu = group.device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._forwards, self._sampled = 0, False

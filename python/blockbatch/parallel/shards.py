@@ -26,11 +26,6 @@ class Shard:
 
     def __post_init__(self) -> None:
         spec, size = self.spec, self.size
-        if getattr(spec, "block_size", None) is not None:
-            raise ValueError(
-                f"tensor_parallel: expected 1 for {spec.family}, whose attention is causal across blocks, "
-                f"got {size}"
-            )
         for name in ("num_heads", "intermediate_size"):
             if getattr(spec, name) % size:
                 raise ValueError(
