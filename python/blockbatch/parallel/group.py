@@ -122,7 +122,7 @@ class RankGroup:
         return peers.merge_head(parts, inboxes, probes=probes)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[size, *x.shape] fp32: the x of every rank, fp32 and of one shape."""
+        """[size, *x.shape]: the x of every rank, all of one shape, in fp32 or the model's dtype."""
         return self._transport.all_gather(x)
 
     def exchange_parts(self) -> HostExchange | NcclExchange | SymmetricExchange:

@@ -176,13 +176,13 @@ class ShardedHead:
     def whole_logits(self, part: Tensor) -> Tensor:
         """[n, vocab_size]: of all ranks, from this rank's [n, its tokens]; in the dtype of these."""
         longest = -(-self._vocab_size // self._group.size)
-        padded = F.pad(part, (0, longest - part.shape[1])).float()
+        padded = F.pad(part, (0, longest - part.shape[1]))
         sizes = [
             self._vocab_size * (rank + 1) // self._group.size - self._vocab_size * rank // self._group.size
             for rank in range(self._group.size)
         ]
         gathered = self._group.all_gather(padded)
-        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1).to(part.dtype)
+        return torch.cat([gathered[rank, :, :size] for rank, size in enumerate(sizes)], 1)
 
     def _logits(
         self,
@@ -196,11 +196,11 @@ class ShardedHead:
         """Some rows and their logits, within the memory that the operators take for theirs.
 
         Args:
-            whole: whether those of all ranks are to come to them, in fp32 on their way.
+            whole: whether those of all ranks are to come to them.
         """
         row_bytes = max(1, len(self._tokens)) * (2 * hidden.element_size() + 4)
         if whole:
-            row_bytes += self._vocab_size * (2 * hidden.element_size() + 12)
+            row_bytes += self._vocab_size * (3 * hidden.element_size() + 4)
         count = max(1, min(_HEAD_ROWS, LM_HEAD_LOGITS_BYTES // row_bytes))
         for start in range(0, hidden.shape[0], count):
             rows = slice(start, start + count)

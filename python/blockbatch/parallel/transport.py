@@ -79,7 +79,7 @@ class NcclTransport:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[ranks, *x.shape] of fp32: what each rank gave."""
+        """[ranks, *x.shape]: what each rank gave."""
         parts = x.new_zeros(self._size, *x.shape)
         parts[self._rank] = x
         return self.all_reduce(parts)  # every number is added to zeros alone
@@ -142,7 +142,7 @@ class SymmetricTransport:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks; it may lie in the buffer that the next call overwrites."""
         x = x.contiguous()
-        return self._reduce(x, self._buffer if x.dtype == self._buffer.dtype else self._slots)
+        return self._reduce(x, self._buffer_of(x))
 
     def all_reduce_norm(
         self, x: Tensor, weight: Tensor, residual: Tensor, *, eps: float, quantized: bool, alone: bool
@@ -157,14 +157,17 @@ class SymmetricTransport:
         )
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[ranks, *x.shape] of fp32: what each rank gave."""
+        """[ranks, *x.shape]: what each rank gave."""
         parts = x.new_zeros(self._size, *x.shape)
         parts[self._rank] = x
-        return self._reduce(parts, self._slots, keep=True)  # every number is added to zeros alone
+        return self._reduce(parts, self._buffer_of(x), keep=True)  # every number is added to zeros alone
 
     def sum_of(self, flat: Tensor, *, two_shot: bool) -> Tensor:
         """The sum of a flat tensor of the model's dtype that fits into the buffer, by the named way."""
         return self._sum(flat, self._buffer, two_shot)
+
+    def _buffer_of(self, x: Tensor) -> Tensor:
+        return self._buffer if x.dtype == self._buffer.dtype else self._slots
 
     def _reduce(self, x: Tensor, buffer: Tensor, *, keep: bool = False) -> Tensor:
         flat = x.view(-1)
