@@ -16,7 +16,8 @@ state, bit for bit. Then, in turns on all GPUs at the same time, medians by even
                     "one_shot" and "two_shot" of symmetric memory (with the copy into it), NCCL
     sum_and_norm_us an all-reduce and the norm behind it: "two_steps", and "as_called" by the layers (in one
                     kernel, where there is one)
-    head_us         the LM head of as many predictions, parts merged, and on one GPU the whole
+    head_us         the LM head of as many predictions, parts merged, and on one GPU the whole; "_drawn": of
+                    tokens that are drawn, for which all logits travel
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ import torch.distributed as dist
 from cases import StepCase
 from products import products
 from random_models import DTYPES, SHAPES, quantized, random_model
+from rank_heads import heads
 from refresh import RefreshCase
 from step_latency import BLOCK_SIZES
-from timing import as_graph, clean, event_ms, in_turns, parser, rounded, target, write_report
+from timing import clean, event_ms, in_turns, parser, rounded, target, write_report
 from torch import Tensor
 from verify import Hidden, Wrong, check_hidden, check_predictions, hidden_states
 from whole_rows import by_whole_rows
@@ -41,7 +43,7 @@ from whole_rows import by_whole_rows
 import blockbatch_kernels as bbk
 from blockbatch.decoding.graph_pool import capture
 from blockbatch.models import Model, transformer
-from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight, head_operator
+from blockbatch.models.quantized_weights import QUANTIZATIONS, QuantizedWeight
 from blockbatch.models.spec import ModelSpec
 from blockbatch.models.weights import (
     TransformerWeights,
@@ -251,22 +253,6 @@ def norms(share: RankShare, model: Model, tokens: int) -> dict[str, float]:
         name: microseconds(share, model.device, name, once)
         for name, once in (("two_steps", two_steps), ("as_called", as_called))
     }
-
-
-def heads(one: Model, ranks: Model, predictions: int) -> dict[str, float]:
-    """Microseconds of the LM head, with everything up to tokens and confidences."""
-    hidden = torch.randn(predictions, one.spec.hidden_size, device=one.device).to(one.dtype)
-    found = {}
-    for name, model in (("ranks", ranks), ("one", one)):
-
-        def run(model: Model = model) -> Any:
-            lm_head = model.weights.lm_head
-            operator, weight = head_operator(model.share.head, "lm_head_confidence", lm_head)
-            return operator(hidden, *weight, backend=model.backend)
-
-        replay = as_graph(run, one.device)
-        found[name] = 1e3 * min(event_ms(replay, one.device, 15) for _ in range(2))
-    return found
 
 
 def lines_of(name: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:

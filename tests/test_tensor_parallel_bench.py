@@ -34,3 +34,4 @@ def test_tensor_parallel(tmp_path):
     assert dealt["difference_of_keys_and_values_from_one"] < 1e-5 and dealt["top_tokens_equal_to_one"] == 1.0
     assert 0 < step["checks"]["hidden_error"] < 1e-5, step["checks"]
     assert set(step["all_reduce_us"]) == {"gloo"}
+    assert set(step["head_us"]) == {"ranks", "one", "ranks_drawn", "one_drawn"}
