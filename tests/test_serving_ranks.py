@@ -23,10 +23,10 @@ pytestmark = pytest.mark.xdist_group("serving_ranks")
 
 
 @contextlib.contextmanager
-def ranks(*options):
+def ranks(*options, model="tiny"):
     """A server of two ranks; `pids` are theirs, `run` is torchrun."""
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blockbatch",
-               "serve", "tiny", "--device", "cpu", "--port", "0", *options)  # fmt: skip
+               "serve", model, "--device", "cpu", "--port", "0", *options)  # fmt: skip
     with process(*command) as server:
         server.pids = pids = children(server.run.pid)
         (first,) = (line["pid"] for line in server.log if line["event"] == "listening")
@@ -110,6 +110,20 @@ def test_drawn_answers_are_those_of_one_process(server, tiny):
         config = blockbatch.DecodeConfig(**{**options, "block_sizes": (4, 8, 16), **drawn})
         assert texts[-1] == blockbatch.generate(tiny, PROMPT, config).text
     assert texts[0] != texts[1]
+
+
+def test_a_block_causal_model():
+    model = blockbatch.load_model("tiny-block", device="cpu")
+    with ranks(model="tiny-block") as server:
+        for options in (
+            {"method": "block_diffusion"},
+            {"method": "blockbatch", "temperature": 0.8, "seed": 3},
+        ):
+            given = {name: options[name] for name in options if name != "method"}
+            asked = {"prompt": PROMPT, "max_tokens": 64, "blockbatch": {"method": options["method"]}, **given}
+            text = post(server, TEXT, asked).json()["choices"][0]["text"]
+            config = blockbatch.DecodeConfig(gen_length=64, **options)
+            assert text == blockbatch.generate(model, PROMPT, config).text and "=" in text
 
 
 def test_what_is_refused(server):
