@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 
+import pytest
 import torch
 
 DEVICE = "cpu"  # of a process that was started here
@@ -75,6 +76,18 @@ class RankProcesses:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
             return Failure()
+
+
+def fixture(size, device="cpu", scope="module"):
+    """A fixture of `RankProcesses`, started once for a module; with `scope` "function" for each test."""
+
+    @pytest.fixture(scope=scope)
+    def ranks():
+        processes = RankProcesses(size, device)
+        yield processes
+        processes.close()
+
+    return ranks
 
 
 def _serve(rank, size, store, device, pipe):

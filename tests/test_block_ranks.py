@@ -10,8 +10,8 @@ import block_rank_cases as cases
 import blockbatch
 import engine_rank_cases
 import rank_cases
+import rank_processes
 from block_causal_data import FAMILIES, records
-from rank_processes import RankProcesses
 from test_engine_blocks import random_config
 from test_engine_ranks import alone
 
@@ -30,11 +30,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
+two = rank_processes.fixture(2)
 
 
 @pytest.fixture(scope="module")

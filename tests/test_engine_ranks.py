@@ -7,6 +7,7 @@ import pytest
 import blockbatch
 import engine_rank_cases as cases
 import rank_cases
+import rank_processes
 from engine_mixes import random_config, random_prompt
 from plain_models import write_dream, write_llada
 from rank_processes import RankProcesses
@@ -18,20 +19,9 @@ pytestmark = pytest.mark.xdist_group("engine_ranks")
 LONG = {"method": "blockbatch", "gen_length": 64, "block_sizes": (4, 8), "refresh_interval": None}
 WAIT = 60
 
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture
-def mortal():
-    """Ranks that a test may kill."""
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
+two = rank_processes.fixture(2)
+# Ranks that a test may kill.
+mortal = rank_processes.fixture(2, scope="function")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 
 import blockbatch
 import engine_rank_cases as cases
+import rank_processes
 import test_block_ranks
 from engine_mixes import random_config, random_prompt
 from rank_processes import RankProcesses
@@ -22,12 +23,7 @@ pytestmark = [
 ]
 WAIT = 240
 
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = RankProcesses(2, "cuda")
-    yield processes
-    processes.close()
+ranks = rank_processes.fixture(2, "cuda")
 
 
 def test_two_gpus_serve_what_one_decodes(ranks):

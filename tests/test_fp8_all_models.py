@@ -11,6 +11,7 @@ import blockbatch
 import blockbatch_kernels as bbk
 import plain_models
 import rank_cases
+import rank_processes
 from block_models import write as write_block
 from blockbatch import memory
 from blockbatch.decoding import METHOD_BUILDERS, Session
@@ -23,7 +24,6 @@ from blockbatch.tracing import trace_header
 from blockbatch_kernels import library
 from live_memory import LiveMemory
 from lora_files import merge_by_hand, targets_of, write_adapter, write_model
-from rank_processes import RankProcesses
 from test_fp8_models import FIELDS, FORMATS, WRITERS, by_row, load, quantise, write_stored
 
 PROMPT = [1, 5, 3, 2, 7]
@@ -318,11 +318,7 @@ def test_parts_of_ranks_are_rows_of_the_head(tmp_path, write, size):
     assert same(whole, model.weights.lm_head)
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
+two = rank_processes.fixture(2)
 
 
 @pytest.mark.xdist_group("ranks")

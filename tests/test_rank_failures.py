@@ -8,10 +8,10 @@ import pytest
 
 import blockbatch
 import rank_cases
+import rank_processes
 from blockbatch.cli import main
 from command_runs import ROOT
 from plain_models import write_dream
-from rank_processes import RankProcesses
 from test_conformance import DATA
 
 pytestmark = pytest.mark.xdist_group("rank_failures")
@@ -21,20 +21,9 @@ LONG = {"method": "blockbatch", "gen_length": 64, "block_sizes": (4, 8), "refres
 PROMPT = [5, 1, 2]
 WAIT = 60  # seconds that an answer may take on a busy machine; a hang takes forever
 
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = RankProcesses(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture
-def mortal():
-    """Ranks that a test may kill."""
-    processes = RankProcesses(2)
-    yield processes
-    processes.close()
+ranks = rank_processes.fixture(2)
+# Ranks that a test may kill.
+mortal = rank_processes.fixture(2, scope="function")
 
 
 @pytest.mark.parametrize("at_forward", [1, 17])

@@ -5,6 +5,7 @@ import torch
 
 import blockbatch
 import rank_cases
+import rank_processes
 import test_block_ranks
 import whole_row_cases
 from rank_processes import RankProcesses
@@ -20,12 +21,7 @@ pytestmark = [
 ]
 WAIT = 240
 
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes = RankProcesses(2, "cuda")
-    yield processes
-    processes.close()
+ranks = rank_processes.fixture(2, "cuda")
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "nccl"])

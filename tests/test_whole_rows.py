@@ -5,12 +5,12 @@ import torch
 
 import blockbatch
 import rank_cases
+import rank_processes
 import test_conformance
 import test_dream_conformance
 import whole_row_cases
 from blockbatch.decoding.dealt_rows import _rounds
 from plain_models import write_dream
-from rank_processes import RankProcesses
 from test_conformance import DATA
 from test_dream_oracle import DATA as DREAM_DATA
 from test_ranks import OTHER, PROMPT
@@ -37,25 +37,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = RankProcesses(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three():
-    ranks = RankProcesses(3)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = RankProcesses(4)
-    yield ranks
-    ranks.close()
+two = rank_processes.fixture(2)
+three = rank_processes.fixture(3)
+four = rank_processes.fixture(4)
 
 
 @pytest.fixture(scope="module")
