@@ -115,14 +115,10 @@ def test_drawn_answers_are_those_of_one_process(server, tiny):
 def test_a_block_causal_model():
     model = blockbatch.load_model("tiny-block", device="cpu")
     with ranks(model="tiny-block") as server:
-        for options in (
-            {"method": "block_diffusion"},
-            {"method": "blockbatch", "temperature": 0.8, "seed": 3},
-        ):
-            given = {name: options[name] for name in options if name != "method"}
-            asked = {"prompt": PROMPT, "max_tokens": 64, "blockbatch": {"method": options["method"]}, **given}
+        for method, drawn in (("block_diffusion", {}), ("blockbatch", {"temperature": 0.8, "seed": 3})):
+            asked = {"prompt": PROMPT, "max_tokens": 64, "blockbatch": {"method": method}, **drawn}
             text = post(server, TEXT, asked).json()["choices"][0]["text"]
-            config = blockbatch.DecodeConfig(gen_length=64, **options)
+            config = blockbatch.DecodeConfig(method, gen_length=64, **drawn)
             assert text == blockbatch.generate(model, PROMPT, config).text and "=" in text
 
 

@@ -33,10 +33,8 @@ def lm_head_sample(
     """See `blockbatch_kernels.ops.lm_head_sample`. Tensors as for `lm_head_confidence`, and the same way
     through a product in chunks of the vocabulary, with 32 bytes per row and 4096 tokens; with `top_p`
     or `top_k` in the rules in chunks of rows, in fp32."""
-    if _filters(rules):
-        parts = ((rows, 0, logits) for rows, logits in _whole_rows(hidden, weight, weight_scale))
-    else:
-        parts = parts_of_logits(hidden, weight, weight_scale)
+    logits_of = _whole_rows if _filters(rules) else parts_of_logits
+    parts = logits_of(hidden, weight, weight_scale)
     return _sampled(parts, hidden, weight.shape[0], rules, request, positions, **options)
 
 
@@ -133,10 +131,10 @@ def _sampled(
 
 def _whole_rows(
     hidden: Tensor, weight: Tensor, weight_scale: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows and all of their logits, in hidden's dtype."""
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """As `parts_of_logits`, some rows with the logits of all tokens."""
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // ((4 + hidden.element_size()) * max(1, vocab_size)))
+    part = max(1, tuning.LM_HEAD_LOGITS_BYTES // ((4 + hidden.element_size()) * vocab_size))
     for first in range(0, num_rows, part):
         rows = slice(first, first + part)
         if weight_scale is None:
@@ -144,7 +142,7 @@ def _whole_rows(
         else:
             own = quantize_rows(hidden[rows])
             logits = linear_fp8(*own, weight, weight_scale, out_dtype=hidden.dtype)
-        yield rows, logits
+        yield rows, 0, logits
 
 
 def _changed(

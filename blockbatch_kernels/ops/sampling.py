@@ -87,6 +87,12 @@ def sampling_of(hidden: Tensor, backend: str | None = None) -> ModuleType:
     """The module behind `lm_head_sample`: its `sample_logits` does the same to logits that exist.
 
     For whoever computes logits elsewhere, as the ranks of a model do; nothing is checked there.
+
+    Args:
+        hidden: on the device of the logits.
+
+    Raises:
+        ValueError, RuntimeError: the backend is none, or cannot run there.
     """
     name = dispatch.backend_of("lm_head_sample", hidden.device, backend)
     return import_module(f"blockbatch_kernels.{name}.sampling")
