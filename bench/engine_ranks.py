@@ -12,7 +12,8 @@ milliseconds:
     tell_us      of a step of all ranks: until rank 0 has told the others, microseconds
     hear_us      on rank 1: from rank 0's sending to its hearing, by the clock that both have, microseconds
 
-Requests must end alike by the engine and the batch of all ranks.
+In fp32 requests must end alike by the engine and the batch of all ranks. In half precision `same_canvases`
+says whether they do: products of other numbers of rows round apart.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def collect_on_gpus(transport):
     device = torch.device("cuda", place()[0])
     torch.cuda.set_device(device)
     group = group_of(transport, torch.bfloat16)
-    for rows in (1, 7, 128, 3000, 3 << 20):  # the last ones are more than a buffer holds
+    for rows in (1, 7, 128, 3000, 20000, 5 << 20):  # the last ones are more than a buffer holds
         parts = [
             torch.randn(rows, 4, generator=torch.Generator().manual_seed(rank)).to(device)
             for rank in range(group.size)
@@ -278,6 +278,22 @@ def collect_on_gpus(transport):
             given = [part.to(dtype) for part in parts]
             found = group.all_gather(given[group.rank])
             torch.testing.assert_close(found, torch.stack(given), rtol=0.0, atol=0.0, equal_nan=True)
+            if rows <= 20000:
+                replayed(group, given)
+
+
+def replayed(group, given):
+    """The same within a graph that is replayed with other numbers."""
+    mine, graph = given[group.rank].clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = [group.all_gather(mine), group.all_gather(mine + 1)]
+    for turn in range(3):
+        mine.copy_(given[group.rank] * 2**turn)
+        graph.replay()
+        for found, more in zip(captured, (0, 1), strict=True):
+            expected = torch.stack(given) * 2**turn + more
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def decode_by_lanes(name, prompt, options):

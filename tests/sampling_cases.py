@@ -95,7 +95,11 @@ def check(hidden, weight, rules, request, positions, suppress, backend, **option
 
 
 def check_given_logits(arguments, options, got, backend):
-    """The same from the logits themselves, which stay as they are."""
+    """The same from the logits themselves, which stay as they are.
+
+    In bits, but on a GPU's Triton: it adds up in another order where the number of tokens in a part is not a
+    multiple of 16. The bounds are those of another order in `check`.
+    """
     hidden, weight, *about = arguments
     logits = F.linear(hidden, weight)
     before = logits.clone()
@@ -104,6 +108,8 @@ def check_given_logits(arguments, options, got, backend):
     for one, other in zip(found, got, strict=True):
         if other is None:
             assert one is None
+        elif backend == "triton" and one.is_cuda and one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-7, equal_nan=True)
         else:
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 

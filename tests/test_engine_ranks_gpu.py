@@ -30,9 +30,14 @@ def test_two_gpus_serve_what_one_decodes(ranks):
     """In fp32: methods and settings beside each other, some with confidences."""
     model = blockbatch.load_model("tiny", device="cuda", dtype="float32")
     requests = [
-        (model.tokenizer.encode(prompt), options, {"confidences": len(prompt) % 2 == 0})
+        # Not with another confidence than the probability: that is refused.
+        (
+            model.tokenizer.encode(prompt),
+            options,
+            {"confidences": number == 0 and "confidence" not in options},
+        )
         for _, options in (*TINY, *DRAWN)
-        for prompt in (PROMPT, OTHER)
+        for number, prompt in enumerate((PROMPT, OTHER))
     ]
     options = dict(max_requests=8, timeout=WAIT)
     found, _ = ranks.values(cases.mix, "tiny", requests, 0, **options)[0]

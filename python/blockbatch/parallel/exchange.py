@@ -105,10 +105,13 @@ class SymmetricExchange:
         torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def _send(self, parts: Sequence[Tensor]) -> None:
-        """Writes into the buffers, and waits until all have."""
+        """Writes into the buffers, and waits until all have.
+
+        From one piece of memory into one: such copies leave the processors to products that run meanwhile.
+        """
         for step in range(1, self._size):  # each rank begins with another one
             receiver = (self._rank + step) % self._size
-            words = as_words(parts[receiver])
+            words = as_words(parts[receiver]).contiguous()
             self._place(receiver, self._rank, words).copy_(words)
         self._handle.barrier(0)
 
