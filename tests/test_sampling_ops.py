@@ -334,8 +334,9 @@ def test_inside_a_graph_the_noise_follows_the_forwards(backend, filters):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(first_token=8), "first_token: expected a multiple of 4096, got 8"),
-        (dict(first_token=8192), "num_pieces: expected at least 3, got 2"),
+        (dict(first_token=-1), "first_token: expected at least 0, got -1"),
+        (dict(first_piece=-1), "first_piece: expected at least 0, got -1"),
+        (dict(first_piece=2), "num_pieces: expected at least 3, got 2"),
         (dict(confidence=3), "confidence: expected code 0, 1 or 2, got 3"),
         (dict(seed=Described((1,))), "seed: expected int64, got float32"),
     ],
@@ -348,7 +349,8 @@ def test_the_extension_names_what_is_wrong(change, message):
         seed=Described((1,), torch.int64), forward=Described((1,), torch.int32),
         changed_token=Described((0,), torch.int32), logit_bias=Described((1, 0)),
         banned_before=Described((1, 0), torch.int32), least=None, probe_tokens=None,
-        partials=Described((2, 2, 8)), first_token=0, suppress_token=None, confidence=0, stream=0,
+        partials=Described((2, 2, 8)), first_token=0, first_piece=0, suppress_token=None, confidence=0,
+        stream=0,
     )  # fmt: skip
     with pytest.raises((ValueError, TypeError), match=message):
         extension.lm_head_sample_reduce(**arguments | change)

@@ -8,7 +8,8 @@ import torch
 import blockbatch_kernels as bbk
 from blockbatch.parallel import head
 from blockbatch.parallel.head import ShardedHead
-from sampling_cases import every_rule, rules_of
+from blockbatch_kernels.reference import sampling_parts
+from sampling_cases import every_rule, rules_of, whole_numbers
 
 
 class Gather:
@@ -116,9 +117,10 @@ def test_likely(size, ties, suppress):
 @pytest.mark.parametrize("confidence", bbk.CONFIDENCES)
 @pytest.mark.parametrize("suppress", [None, 36])
 def test_drawn(size, confidence, suppress, monkeypatch):
-    """In pieces of a few rows, too."""
+    """In pieces of a few rows and tokens, too; of seven tokens some ranks have a piece more than others."""
     seen = set()
     for seed in range(6):
+        monkeypatch.setattr(sampling_parts, "_PIECE_TOKENS", 7 if seed % 3 else 4096)
         hidden, weight, probes = random_case(seed, ties=seed % 2 == 0)
         request = torch.arange(len(hidden), dtype=torch.int32) % 4
         positions = 3 * torch.arange(len(hidden), dtype=torch.int32)
@@ -132,6 +134,38 @@ def test_drawn(size, confidence, suppress, monkeypatch):
                 assert_same(found, expected)
             seen |= set(expected[0].tolist())
     assert len(seen) > 5
+
+
+def test_unknown_probes_have_no_probability():
+    hidden, weight, probes = random_case(1, ties=False)
+    probes[:3] = torch.tensor([-1, 37, 2**31 - 1])
+    numbers = torch.arange(len(hidden), dtype=torch.int32)
+    about = rules_of([1.0]), numbers * 0, numbers
+    for _, _, probability in by_ranks("lm_head_sample", hidden, weight, 3, about=about, probe_tokens=probes):
+        assert probability[:3].isnan().all() and probability[3:].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("confidence", bbk.CONFIDENCES)
+@pytest.mark.parametrize("vocab_size, rows", [(3, 2), (37, 9), (8193, 600), (60_001, 3), (126_464, 128)])
+def test_drawn_by_the_extension(poisoned, confidence, vocab_size, rows):
+    """Of 8193 tokens one of two ranks has a piece more than the other."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = whole_numbers(rows, vocab_size, 16, dtype, vocab_size, "cuda")
+        request = torch.arange(rows, device="cuda").int() % 4
+        about = request, torch.arange(rows, device="cuda").int() * 3
+        probes = torch.arange(rows, device="cuda").int() * 997 % vocab_size
+        for probe_tokens, suppress in ((None, 1), (probes, None), (probes, vocab_size - 1)):
+            options = dict(probe_tokens=probe_tokens, suppress_token=suppress, confidence=confidence)
+            for _, rules in every_rule("cuda", vocab_size):
+                whole = bbk.lm_head_sample(hidden, weight, rules, *about, **options, backend="reference")
+                for size in (2, 3):
+                    arguments = dict(about=(rules, *about), **options, backend="cuda")
+                    for found in by_ranks("lm_head_sample", hidden, weight, size, **arguments):
+                        assert torch.equal(found[0], whole[0])
+                        for ours, right in zip(found[1:], whole[1:], strict=True):
+                            if right is not None:  # the bounds of test_sampling_ops.py
+                                torch.testing.assert_close(ours, right, rtol=2e-5, atol=1e-7, equal_nan=True)
 
 
 def test_nothing_is_drawn():

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-API = 14  # kApi in csrc/bind/module.cpp
+API = 15  # kApi in csrc/bind/module.cpp
 
 
 @functools.cache

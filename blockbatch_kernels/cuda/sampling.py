@@ -16,7 +16,7 @@ from blockbatch_kernels.cuda.quantized import quantize_rows
 from blockbatch_kernels.shapes import CONFIDENCES
 from blockbatch_kernels.structs import SamplingRules
 
-_PARTIAL_WORDS = 8  # SamplePartial in csrc/gemm/lm_head_sample.h
+PARTIAL_WORDS = 8  # SamplePartial in csrc/gemm/lm_head_sample.h
 
 
 @torch.no_grad()
@@ -80,12 +80,10 @@ def _sampled(
         raise ValueError("weight: expected at least one row, got none")
     library, stream = extension.load(), extension.stream_of(rows_like)
     measure = CONFIDENCES.index(confidence)
-    rules = SamplingRules(*(None if value is None else value.contiguous() for value in rules))
+    rules, draw, changes = arguments_of(rules)
     request, positions = request.contiguous(), positions.contiguous()
     probe_tokens = None if probe_tokens is None else probe_tokens.contiguous()
-    draw = dict(temperature=rules.temperature, seed=rules.seed, forward=rules.forward)
-    changes = {name: getattr(rules, name) for name in ("changed_token", "logit_bias", "banned_before")}
-    partials = empty_partials(rows_like, vocab_size, _PARTIAL_WORDS)
+    partials = empty_partials(rows_like, vocab_size, PARTIAL_WORDS)
     filters, least, of_parts = _filters(rules), None, changes
     if filters:  # which look at logits as they are changed
         parts = _changed(parts, rules, request, positions, suppress_token)
@@ -112,6 +110,7 @@ def _sampled(
             probe_tokens=None if probe_tokens is None else probe_tokens[rows],
             partials=partials[rows],
             first_token=first_token,
+            first_piece=first_token // library.LM_HEAD_PIECE_TOKENS,
             suppress_token=suppress_token,
             confidence=measure,
             stream=stream,
@@ -127,6 +126,14 @@ def _sampled(
         stream=stream,
     )
     return token, sureness, probe_probability
+
+
+def arguments_of(rules: SamplingRules) -> tuple[SamplingRules, dict[str, Tensor], dict[str, Tensor]]:
+    """Contiguous rules; those of the noise, and those that change logits."""
+    rules = SamplingRules(*(None if value is None else value.contiguous() for value in rules))
+    draw = dict(temperature=rules.temperature, seed=rules.seed, forward=rules.forward)
+    changes = {name: getattr(rules, name) for name in ("changed_token", "logit_bias", "banned_before")}
+    return rules, draw, changes
 
 
 def _whole_rows(

@@ -13,6 +13,10 @@ from blockbatch_kernels.shapes import CONFIDENCES
 from blockbatch_kernels.structs import SamplingRules
 
 _check_lm_head_sample = checker("lm_head_sample")
+_PARTS = {
+    "reference": "blockbatch_kernels.reference.sampling_parts",
+    "cuda": "blockbatch_kernels.cuda.sampling_parts",
+}
 
 
 def lm_head_sample(
@@ -96,6 +100,17 @@ def sampling_of(hidden: Tensor, backend: str | None = None) -> ModuleType:
     """
     name = dispatch.backend_of("lm_head_sample", hidden.device, backend)
     return import_module(f"blockbatch_kernels.{name}.sampling")
+
+
+def parts_of(hidden: Tensor, rules: SamplingRules, backend: str | None = None) -> ModuleType | None:
+    """As `sampling_of`, the module whose `sample_parts` and `merge_parts` do it by parts of the vocabulary.
+
+    None: this backend has none, or these rules need all logits of a row.
+    """
+    if rules.top_p is not None or rules.top_k is not None:
+        return None
+    name = dispatch.backend_of("lm_head_sample", hidden.device, backend)
+    return import_module(_PARTS[name]) if name in _PARTS else None
 
 
 def check_confidence(confidence: str) -> None:

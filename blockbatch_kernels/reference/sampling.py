@@ -70,17 +70,7 @@ def _sampled(
     confidence: str = "probability",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of logits in fp32, which it changes."""
-    of_request = request.long()
-    if suppress_token is not None:
-        logits[:, suppress_token] = float("-inf")
-    _change(logits, rules, of_request, positions)
-    temperature = rules.temperature[of_request].unsqueeze(1)
-    is_random = temperature > 0
-    scale = torch.where(is_random, 1.0 / temperature, 1.0)
-    bits = noise_bits(rules.seed[of_request], positions, rules.forward[of_request], logits.shape[1])
-    scores = logits * scale + torch.where(is_random, gumbel(bits), 0.0)
-    scores.masked_fill_(logits < _least_logit(logits, scale, is_random, rules, of_request), float("-inf"))
-    drawn = scores.argmax(-1, keepdim=True)
+    drawn = scores_of(logits, rules, request, positions, suppress_token).argmax(-1, keepdim=True)
 
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp()
@@ -101,12 +91,40 @@ def _sampled(
     return drawn.squeeze(1).int(), sure, probability
 
 
-def _change(logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor) -> None:
+def scores_of(
+    logits: Tensor,
+    rules: SamplingRules,
+    request: Tensor,
+    positions: Tensor,
+    suppress_token: int | None,
+    first_token: int = 0,
+) -> Tensor:
+    """Whose highest is drawn, of logits in fp32, which it changes; they begin with `first_token`."""
+    of_request = request.long()
+    if suppress_token is not None and 0 <= suppress_token - first_token < logits.shape[1]:
+        logits[:, suppress_token - first_token] = float("-inf")
+    _change(logits, rules, of_request, positions, first_token)
+    temperature = rules.temperature[of_request].unsqueeze(1)
+    is_random = temperature > 0
+    scale = torch.where(is_random, 1.0 / temperature, 1.0)
+    about = rules.seed[of_request], positions, rules.forward[of_request]
+    noise = gumbel(noise_bits(*about, logits.shape[1], first_token))
+    scores = logits * scale + torch.where(is_random, noise, 0.0)
+    least = _least_logit(logits, scale, is_random, rules, of_request)
+    return scores.masked_fill_(logits < least, float("-inf"))
+
+
+def _change(
+    logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor, first_token: int
+) -> None:
     """Adds the biases of the changed tokens, and bans those that are banned there."""
-    if rules.changed_token.numel() == 0:
+    tokens = rules.changed_token.long() - first_token
+    here = ((tokens >= 0) & (tokens < logits.shape[1])).nonzero().squeeze(1)
+    if here.numel() == 0:
         return
-    tokens, bias = rules.changed_token.long(), rules.logit_bias[of_request]
-    banned = (bias == float("-inf")) | (positions.unsqueeze(1) < rules.banned_before[of_request])
+    tokens, bias = tokens[here], rules.logit_bias[of_request][:, here]
+    before = rules.banned_before[of_request][:, here]
+    banned = (bias == float("-inf")) | (positions.unsqueeze(1) < before)
     logits[:, tokens] = torch.where(banned, float("-inf"), logits[:, tokens] + bias)
 
 
@@ -145,8 +163,10 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def noise_bits(seed: Tensor, positions: Tensor, forward: Tensor, vocab_size: int) -> Tensor:
-    """[rows, vocab_size] int64 of 32 random bits, of rows with these int64 seeds, positions and forwards."""
+def noise_bits(
+    seed: Tensor, positions: Tensor, forward: Tensor, num_tokens: int, first_token: int = 0
+) -> Tensor:
+    """[rows, num_tokens] int64 of 32 random bits, of rows with these int64 seeds, positions and forwards."""
     words = (seed & _LOW, (seed >> 32) & _LOW, positions.long() & _LOW, forward.long() & _LOW)
     keys = []
     for start in KEY_STARTS:
@@ -154,7 +174,7 @@ def noise_bits(seed: Tensor, positions: Tensor, forward: Tensor, vocab_size: int
         for word in words:
             key = mixed(((key ^ word) + KEY_STEP) & _LOW)
         keys.append(key.unsqueeze(1))
-    token = torch.arange(vocab_size, device=seed.device)
+    token = torch.arange(first_token, first_token + num_tokens, device=seed.device)
     return mixed(mixed((token + keys[0]) & _LOW) ^ keys[1])
 
 

@@ -26,8 +26,8 @@ void call_lm_head_sample_reduce(Call& call, const TensorView& logits, const Tens
                                 const TensorView& changed_token, const TensorView& logit_bias,
                                 const TensorView& banned_before, const TensorView& least,
                                 const TensorView& probe_tokens, const TensorView& partials,
-                                int64_t first_token, const Optional<int64_t>& suppress_token,
-                                int confidence) {
+                                int64_t first_token, int64_t first_piece,
+                                const Optional<int64_t>& suppress_token, int confidence) {
   SampleReduceParams params{};
   params.dtype = float_dtype({&logits});
   params.logits = logits.data<const void>();
@@ -47,6 +47,7 @@ void call_lm_head_sample_reduce(Call& call, const TensorView& logits, const Tens
   params.num_tokens = logits.size(1);
   params.row_stride = logits.row_stride();
   params.first_token = first_token;
+  params.first_piece = first_piece;
   params.suppress_token = suppress_token.given ? suppress_token.value : -1;
   params.num_pieces = partials.size(1);
   params.confidence = static_cast<Confidence>(confidence);
@@ -89,7 +90,8 @@ void bind_sampling(py::module_& module) {
   define<&call_lm_head_sample_reduce>(
       module, "lm_head_sample_reduce",
       {"logits", "request", "positions", "temperature", "seed", "forward", "changed_token", "logit_bias",
-       "banned_before", "least", "probe_tokens", "partials", "first_token", "suppress_token", "confidence"});
+       "banned_before", "least", "probe_tokens", "partials", "first_token", "first_piece", "suppress_token",
+       "confidence"});
   define<&call_lm_head_sample_filter>(module, "lm_head_sample_filter",
                                       {"logits", "request", "temperature", "top_p", "top_k", "least"});
   define<&call_lm_head_sample_finish>(

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) sample_reduce_kernel(SampleReducePar
   }
   drawn = cta.highest(drawn);
 
-  SamplePartial& partial = params.partials[row * params.num_pieces + first_token / kLmHeadPieceTokens];
+  SamplePartial& partial = params.partials[row * params.num_pieces + params.first_piece + blockIdx.y];
   if (threadIdx.x == 0) {
     partial.score = drawn.value;
     partial.token = first_token + drawn.place;
@@ -259,13 +259,11 @@ void check_confidence(const char* op, Confidence confidence) {
 void lm_head_sample_reduce(const SampleReduceParams& params, const Launch& launch) {
   check_at_least(kReduceOp, "num_rows", params.num_rows, 0);
   check_at_least(kReduceOp, "num_tokens", params.num_tokens, 0);
+  check_at_least(kReduceOp, "first_token", params.first_token, 0);
+  check_at_least(kReduceOp, "first_piece", params.first_piece, 0);
   check_at_least(kReduceOp, "num_pieces", params.num_pieces,
-                 ceil_div<int64_t>(params.first_token + params.num_tokens, kLmHeadPieceTokens));
+                 params.first_piece + ceil_div<int64_t>(params.num_tokens, kLmHeadPieceTokens));
   check_confidence(kReduceOp, params.confidence);
-  if (params.first_token < 0 || params.first_token % kLmHeadPieceTokens != 0) {
-    refuse(kReduceOp, "first_token: expected a multiple of " + std::to_string(kLmHeadPieceTokens) + ", got " +
-                          std::to_string(params.first_token));
-  }
   dispatch_dtype(params.dtype, kReduceOp, [&](auto zero) {
     if (params.num_rows == 0 || params.num_tokens == 0) return;
     const DeviceGuard guard(launch.device, kReduceOp);

@@ -44,9 +44,10 @@ struct SampleReduceParams {
   int64_t num_rows;
   int64_t num_tokens;
   int64_t row_stride;
-  int64_t first_token;     // a multiple of kLmHeadPieceTokens
+  int64_t first_token;     // what the logits begin with
+  int64_t first_piece;     // where its partial is
   int64_t suppress_token;  // its logit counts as minus infinity; -1: none
-  int64_t num_pieces;      // of the whole vocabulary
+  int64_t num_pieces;      // of a row of partials
   Confidence confidence;
   DType dtype;  // of the logits
 };
@@ -64,7 +65,8 @@ struct SampleFilterParams {
 
 struct SampleFinishParams {
   const SamplePartial* partials;  // [num_rows, num_pieces]
-  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary: probability NaN
+  const int32_t* probe_tokens;    // [num_rows] or null; outside of the vocabulary: probability NaN. What
+                                  // counts is the piece of kLmHeadPieceTokens that a probe is in
   int32_t* token;                 // [num_rows], written
   float* confidence;              // [num_rows], written
   float* probe_probability;       // [num_rows] or null, written

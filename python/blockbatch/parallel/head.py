@@ -8,6 +8,7 @@ order of the ranks, which is the order of the tokens: a tie goes to the lowest i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import blockbatch_kernels as bbk
 from blockbatch.parallel.group import RankGroup
 from blockbatch.parallel.shards import Shard
 from blockbatch_kernels.cuda import lm_head as compiled
-from blockbatch_kernels.ops.sampling import sampling_of
+from blockbatch_kernels.ops.sampling import parts_of, sampling_of
 from blockbatch_kernels.shapes import LEAST_LIKELY
 from blockbatch_kernels.tuning import LM_HEAD_LOGITS_BYTES
 
@@ -151,17 +152,23 @@ class ShardedHead:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `blockbatch_kernels.lm_head_sample`.
 
-        Here logits travel: what `top_p`, `top_k` and some confidences need is not to be had from parts. Every
-        rank then draws all tokens from the same logits with the same noise.
+        A token's noise depends on no other token: each rank draws among its own, and the highest score wins.
+        With `top_p` or `top_k`, which ask for all of a row, and by Triton the logits travel, and every rank
+        draws all tokens from them.
         """
         sampling, count = sampling_of(hidden, backend), hidden.shape[0]
+        by_parts = parts_of(hidden, rules, backend)
         token = torch.empty(count, dtype=torch.int32, device=hidden.device)
         confidence = torch.empty(count, dtype=torch.float32, device=hidden.device)
         probability = torch.empty_like(confidence) if probe_tokens is not None else None
-        for rows, part in self._logits(hidden, weight, weight_scale, backend, whole=True):
-            probes = None if probe_tokens is None else probe_tokens[rows]
-            about = rules, request[rows], positions[rows]
-            found = sampling.sample_logits(self.whole_logits(part), *about, probe_tokens=probes, **options)
+        for rows, part in self._logits(hidden, weight, weight_scale, backend, whole=by_parts is None):
+            about, options["probe_tokens"] = (rules, request[rows], positions[rows]), None
+            if probe_tokens is not None:
+                options["probe_tokens"] = probe_tokens[rows]
+            if by_parts is None:
+                found = sampling.sample_logits(self.whole_logits(part), *about, **options)
+            else:
+                found = self._drawn(by_parts, part, *about, **options)
             token[rows], confidence[rows] = found[:2]
             if probability is not None:
                 probability[rows] = found[2]
@@ -172,6 +179,31 @@ class ShardedHead:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `blockbatch_kernels.lm_head_sample_fp8`."""
         return self.lm_head_sample(hidden, weight, *arguments, weight_scale=weight_scale, **options)
+
+    def _drawn(
+        self,
+        by_parts: ModuleType,
+        logits: Tensor,
+        *about: Any,
+        probe_tokens: Tensor | None,
+        confidence: str = "probability",
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`lm_head_sample` of all ranks' logits, from this rank's [n, its tokens]."""
+        size, piece_tokens = self._group.size, by_parts.part_tokens()
+        longest = -(-self._vocab_size // size)
+        num_pieces = -(-longest // piece_tokens)
+        options |= dict(first_token=self._tokens.start, num_pieces=num_pieces, confidence=confidence)
+        parts = by_parts.sample_parts(logits, *about, probe_tokens=probe_tokens, **options)
+        gathered = self._group.all_gather(parts).transpose(0, 1).flatten(1, 2)  # ranks in order, then pieces
+        place = None
+        if probe_tokens is not None:
+            # The rank whose tokens [vocab_size * rank // size, ...) hold it.
+            owner = ((probe_tokens.long() + 1) * size - 1) // self._vocab_size
+            within = probe_tokens - owner * self._vocab_size // size
+            place = owner * num_pieces + within // piece_tokens
+            place.masked_fill_((probe_tokens < 0) | (probe_tokens >= self._vocab_size), -1)
+        return by_parts.merge_parts(gathered, place, confidence)
 
     def whole_logits(self, part: Tensor) -> Tensor:
         """[n, vocab_size]: of all ranks, from this rank's [n, its tokens]; in the dtype of these."""
