@@ -123,7 +123,6 @@ def time_product(
         product.in_features,
         gated=product.gated,
         device_kind=kind,
-        unmeasured=True,
     )
     if on_gpu and not gemm.kernel_exists(device.index):
         ways = {"cublas": ways["cublas"]}

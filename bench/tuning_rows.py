@@ -2,28 +2,30 @@
 
     python bench/tuning_rows.py [--write]
 
-Prints `blockbatch_kernels/tuning/rows.py`, or writes it: for every line of gemm.json (by `bench/gemm.py
---candidates`) and attention.json (by `bench/attention.py`) the fastest way. Among launches of ours those of
-the rule for other sizes stay where they come within a hundredth of the fastest, so that a table changes only
-where a measurement says so. "cublas" stands where no launch of ours is as fast.
+Prints `rows.py` and `rows_attention.py` of `blockbatch_kernels/tuning`, or writes them: for every line of
+gemm.json and gemm_h200.json (by `bench/gemm.py --candidates`, of a kind of device each) and attention.json
+(by `bench/attention.py`) the fastest way. Among launches of ours those of the rule for other sizes stay where
+they come within a hundredth of the fastest, so that a table changes only where a measurement says so.
+"cublas" stands where no launch of ours is as fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from blockbatch_kernels import tuning
-from blockbatch_kernels.tuning import DeviceKind, LinearPart, LinearTile
-from blockbatch_kernels.tuning import rows as tables
+from blockbatch_kernels.tuning import DeviceKind, LinearPart, LinearTile, records
 
 RESULTS = Path(__file__).parent / "results"
 # Medians of the same kernel lie as far apart from run to run.
 SPREAD = 0.03
 _TIE = 0.01
+GEMM_FILES = ("gemm.json", "gemm_h200.json")  # of a kind of device each
+_FILES = {"rows.py": ("PRODUCTS", "LM_HEADS"), "rows_attention.py": ("ATTENTION",)}
 _PRODUCTS = ("qkv", "out", "gate_up", "down")
 _WIDTH = 110
 
@@ -39,7 +41,9 @@ def report_of(name: str) -> dict[str, Any]:
 def kind_of(report: dict[str, Any]) -> DeviceKind:
     """The kind of the device that was measured."""
     found = report.get("device_kind")
-    return tuning.H100 if found is None else DeviceKind(tuple(found["capability"]), found["num_sms"])
+    if found is None:
+        return tuning.H100
+    return DeviceKind(**found | {"capability": tuple(found["capability"])})
 
 
 def line_of(result: str) -> Line:
@@ -83,8 +87,9 @@ def best_of(times: dict[str, float], usual: str) -> str:
     return usual if fastest != "cublas" and times.get(usual, float("inf")) <= limit else fastest
 
 
-def product_rows(report: dict[str, Any]) -> Iterator[tuple[str, int, int, bool, list[tuple[int, str]]]]:
+def product_rows(file: str) -> Iterator[tuple[str, int, int, bool, list[tuple[int, str]]]]:
     """The fields of each LinearRow."""
+    report = report_of(file)
     for model, lines in report["models"].items():
         for name in _PRODUCTS:
             gated, choices, sizes = name == "gate_up", [], None
@@ -96,12 +101,12 @@ def product_rows(report: dict[str, Any]) -> Iterator[tuple[str, int, int, bool, 
                 rule = tuning.linear_rule(line["tokens"], *sizes, gated=gated, device_kind=kind_of(report))
                 choices.append((line["tokens"], best_of(times, tuning.name_of(rule))))
             if choices:
-                yield f"gemm.json: {model}/{name}", *sizes, gated, choices
+                yield f"{file}: {model}/{name}", *sizes, gated, choices
 
 
-def lm_head_rows(report: dict[str, Any]) -> Iterator[tuple[str, int, int, list[tuple[int, int]]]]:
+def lm_head_rows(file: str) -> Iterator[tuple[str, int, int, list[tuple[int, int]]]]:
     """The fields of each LmHeadRow."""
-    for model, lines in report["models"].items():
+    for model, lines in report_of(file)["models"].items():
         heads = sorted(
             (line for line in lines if line["product"] == "lm_head"), key=lambda line: line["tokens"]
         )
@@ -111,49 +116,60 @@ def lm_head_rows(report: dict[str, Any]) -> Iterator[tuple[str, int, int, list[t
             best = best_of(line["candidates"], str(smallest))
             choices.append((line["tokens"], 0 if best == "cublas" else int(best)))
         if heads:
-            yield f"gemm.json: {model}/lm_head", heads[0]["rows"], heads[0]["columns"], choices
+            yield f"{file}: {model}/lm_head", heads[0]["rows"], heads[0]["columns"], choices
 
 
-def attention_rows(report: dict[str, Any]) -> Iterator[tuple[str, int, int, int, int, int, str]]:
+def attention_rows(file: str) -> Iterator[tuple[str, int, int, int, int, int, str]]:
     """The fields of each AttentionRow."""
-    for model, lines in report["models"].items():
+    for model, lines in report_of(file)["models"].items():
         for line in lines:
             sizes = (line[name] for name in ("num_heads", "num_kv_heads", "tokens", "keys", "distinct_rows"))
             fastest = min(line["candidates"], key=line["candidates"].get)
-            yield f"attention.json: {model}/{line['case']}", *sizes, fastest
+            yield f"{file}: {model}/{line['case']}", *sizes, fastest
 
 
 def rows_now() -> dict[str, dict[DeviceKind, tuple]]:
     """The tables that bench/results give, by name."""
-    gemm, attention = report_of("gemm.json"), report_of("attention.json")
 
-    def table(report: dict[str, Any], row: type, found: Iterator[tuple]) -> dict[DeviceKind, tuple]:
-        made = tuple(
-            row(*(tuple(field) if isinstance(field, list) else field for field in fields)) for fields in found
-        )
-        return {kind_of(report): made} if made else {}
+    def table(row: type, rows_of: Callable[[str], Iterator[tuple]], *files: str) -> dict[DeviceKind, tuple]:
+        made = {
+            kind_of(report_of(file)): tuple(
+                row(*(tuple(field) if isinstance(field, list) else field for field in fields))
+                for fields in rows_of(file)
+            )
+            for file in files
+        }
+        return {kind: rows for kind, rows in made.items() if rows}
 
     return {
-        "PRODUCTS": table(gemm, tables.LinearRow, product_rows(gemm)),
-        "LM_HEADS": table(gemm, tables.LmHeadRow, lm_head_rows(gemm)),
-        "ATTENTION": table(attention, tables.AttentionRow, attention_rows(attention)),
+        "PRODUCTS": table(records.LinearRow, product_rows, *GEMM_FILES),
+        "LM_HEADS": table(records.LmHeadRow, lm_head_rows, *GEMM_FILES),
+        "ATTENTION": table(records.AttentionRow, attention_rows, "attention.json"),
     }
 
 
-def source() -> str:
-    """The text of rows.py, as the formatter leaves it."""
+def sources() -> dict[str, str]:
+    """The texts of the files, as the formatter leaves them."""
+    return {file: _source(names) for file, names in _FILES.items()}
+
+
+def _source(names: tuple[str, ...]) -> str:
     types = {"PRODUCTS": "LinearRow", "LM_HEADS": "LmHeadRow", "ATTENTION": "AttentionRow"}
+    imported = ", ".join(sorted(["DeviceKind", *(types[name] for name in names)]))
     text = [
         '"""What was measured to be the fastest; written by `python bench/tuning_rows.py --write`."""',
         "",
-        "from blockbatch_kernels.tuning.records import AttentionRow, DeviceKind, LinearRow, LmHeadRow",
+        f"from blockbatch_kernels.tuning.records import {imported}",
         "",
     ]
-    for name, table in rows_now().items():
+    found = rows_now()
+    for name in names:
+        table = found[name]
         head = f"{name}: dict[DeviceKind, tuple[{types[name]}, ...]] = {{"
         text.append(head if table else head + "}")
         for kind, rows in table.items():
-            text.append(f"    DeviceKind({kind.capability}, {kind.num_sms}): (")
+            memory = ", large_memory=True" if kind.large_memory else ""
+            text.append(f"    DeviceKind({kind.capability}, {kind.num_sms}{memory}): (")
             for row in rows:
                 text += _row_lines(row)
             text.append("    ),")
@@ -191,11 +207,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--write", action="store_true", help="into the package instead of on the screen")
-    if arguments.parse_args().write:
-        Path(tables.__file__).write_text(source())
-        print(f"written: {tables.__file__}")
-    else:
-        print(source(), end="")
+    write = arguments.parse_args().write
+    for file, text in sources().items():
+        path = Path(records.__file__).parent / file
+        if write:
+            path.write_text(text)
+        print(f"written: {path}" if write else text)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Hidden:
     """Final hidden states of the packed queries, [tokens, hidden_size], and which of them predict what."""
 
     ours: Tensor
-    reference: Tensor
+    reference: Tensor | None  # None, as the truth: not asked for
     truth: Tensor | None
     predict_index: Tensor
     predict_target: Tensor
@@ -129,8 +129,8 @@ def _truth(model: Model, case: Case, packed: bbk.PackedQueries) -> Tensor:
     )
 
 
-def hidden_states(case: Case, *, with_truth: bool = True) -> Hidden:
-    """The forward that the case's batch is at, all of its queries in one pack, by two or three ways."""
+def hidden_states(case: Case, *, with_truth: bool = True, with_reference: bool = True) -> Hidden:
+    """The forward that the case's batch is at, all of its queries in one pack, by up to three ways."""
     batch, model = case.batch, case.model
     block = bbk.PHASES[int(batch.plan.flags[1])] == "block"
     packed = bbk.pack_windows(
@@ -145,7 +145,7 @@ def hidden_states(case: Case, *, with_truth: bool = True) -> Hidden:
         backend="reference",
     )
     ours = _forward(model, case, packed)
-    reference = _forward(with_backend(model, "reference"), case, packed)
+    reference = _forward(with_backend(model, "reference"), case, packed) if with_reference else None
     truth = _truth(model, case, packed) if with_truth else None
     return Hidden(ours, reference, truth, packed.predict_index, packed.predict_target)
 

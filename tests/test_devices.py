@@ -110,7 +110,9 @@ def test_answers_belong_to_a_gpu_not_to_whichever_is_current(monkeypatch):
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
-        lambda device: types.SimpleNamespace(major=9, minor=0, multi_processor_count=sms[device.index]),
+        lambda device: types.SimpleNamespace(
+            major=9, minor=0, multi_processor_count=sms[device.index], total_memory=(80 << 30) + device.index
+        ),
     )
     kept = (loader._why_unavailable, loader.code_for, tuning.devices._kind)
     try:
@@ -285,3 +287,12 @@ def check_sharing(num_rows, share_pages, device):
     ours = table.to(device, copy=True)
     share_pages(ours, source.to(device))
     assert torch.equal(ours.cpu(), table[source.long()])
+
+
+@pytest.mark.parametrize(
+    "memory_bytes, kind", [(85_000_000_000, tuning.H100), (150_000_000_000, tuning.H200)]
+)
+def test_the_kind_tells_gpus_of_the_same_processors_apart(monkeypatch, memory_bytes, kind):
+    found = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=memory_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert tuning.devices._kind.__wrapped__(torch.device("cuda", 0)) == kind

@@ -55,6 +55,8 @@ def sample_parts(
         confidence=CONFIDENCES.index(confidence),
         stream=extension.stream_of(logits),
     )
+    # As a number: what adds up parts of several ranks need not keep the bits of an integer.
+    partials[..., _TOKEN] = partials.view(torch.int32)[..., _TOKEN].float()
     return partials
 
 
@@ -68,8 +70,10 @@ def merge_parts(
     sureness = torch.empty(num_rows, dtype=torch.float32, device=device)
     probe_probability = torch.empty_like(sureness) if probe_piece is not None else None
     piece_tokens = part_tokens()
+    partials = parts.clone(memory_format=torch.contiguous_format)
+    partials.view(torch.int32)[..., _TOKEN] = parts[..., _TOKEN].int()
     extension.load().lm_head_sample_finish(
-        partials=parts.contiguous(),
+        partials=partials,
         # Of a probe the kernel asks in which piece it is; here pieces are not those of one vocabulary.
         probe_tokens=None if probe_piece is None else (probe_piece * piece_tokens).int(),
         token=token,

@@ -1,6 +1,6 @@
 """Launch choices and default backends as tables: each row names the result in bench/results that decides it.
 
-`rows` is written by `python bench/tuning_rows.py --write` from these results.
+`rows` and `rows_attention` are written by `python bench/tuning_rows.py --write` from these results.
 """
 
 from blockbatch_kernels.shapes import STRETCH_INTEGERS, UNIT_INTEGERS, UNIT_KEYS
@@ -20,7 +20,6 @@ from blockbatch_kernels.tuning.gemm import (
     LM_HEAD_LOGITS_BYTES,
     LM_HEAD_TILES,
     ROTATED_TILES,
-    UNMEASURED_TILES,
     candidates,
     linear_parts,
     linear_rule,
@@ -38,7 +37,7 @@ from blockbatch_kernels.tuning.gemm_fp8 import (
     linear_fp8_tile,
     rotated_fp8_tile,
 )
-from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile, LinearPart, LinearTile
+from blockbatch_kernels.tuning.records import H100, H200, DeviceKind, Fp8Row, Fp8Tile, LinearPart, LinearTile
 from blockbatch_kernels.tuning.triton import (
     TRITON_ATTENTION_PROGRAMS,
     TRITON_COMBINE,
@@ -61,6 +60,7 @@ __all__ = [
     "GATED_FP8_TILES",
     "GATED_TILES",
     "H100",
+    "H200",
     "LINEAR_FP8_TILES",
     "LINEAR_TILES",
     "LM_HEAD_LOGITS_BYTES",
@@ -80,7 +80,6 @@ __all__ = [
     "TRITON_ROPE",
     "UNIT_INTEGERS",
     "UNIT_KEYS",
-    "UNMEASURED_TILES",
     "AttentionShape",
     "DeviceKind",
     "Fp8Row",

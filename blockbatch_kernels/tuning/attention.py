@@ -85,7 +85,7 @@ def plans_units(
 
     It reads keys once for 128 rows of the product, so pages that rows share or that stay in L2 cost little.
     What it loses to are tiles of long packs over many rows of their own pages, whose products decide. A rule
-    with bounds and no look-up, since sizes may be symbols here; `rows.ATTENTION` holds what was
+    with bounds and no look-up, since sizes may be symbols here; `rows_attention.ATTENTION` holds what was
     measured, and tests hold the rule to it.
 
     Args:
@@ -158,8 +158,8 @@ def cuda_attention_is_faster(
 ) -> bool:
     """Whether CUDA C++ wins on a pack of `num_tokens` over at most `num_keys` keys a row.
 
-    Where the plan has units it does, see `plans_units`; without, for packs of whole rows (`rows.ATTENTION`),
-    and over caches in e4m3 for all.
+    Where the plan has units it does, see `plans_units`; without, for packs of whole rows
+    (`rows_attention.ATTENTION`), and over caches in e4m3 for all.
     """
     if element_size != 2 or head_dim not in (64, 128):
         return False  # not on the tensor cores

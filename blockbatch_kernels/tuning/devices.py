@@ -8,6 +8,8 @@ import torch
 
 from blockbatch_kernels.tuning.records import DeviceKind
 
+_LARGE_MEMORY_BYTES = 100 << 30
+
 
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU (of its part under MIG); 1 for the CPU."""
@@ -26,4 +28,8 @@ def _kind(device: torch.device) -> DeviceKind:
     if device.type != "cuda":
         return DeviceKind((0, 0), 1)
     properties = torch.cuda.get_device_properties(device)
-    return DeviceKind((properties.major, properties.minor), properties.multi_processor_count)
+    return DeviceKind(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        large_memory=properties.total_memory > _LARGE_MEMORY_BYTES,
+    )

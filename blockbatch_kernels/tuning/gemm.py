@@ -6,10 +6,16 @@ import bisect
 import functools
 
 from blockbatch_kernels.tuning import rows
-from blockbatch_kernels.tuning.records import H100, DeviceKind, LinearPart, LinearRow, LinearTile, LmHeadRow
+from blockbatch_kernels.tuning.records import (
+    H100,
+    DeviceKind,
+    LinearPart,
+    LinearRow,
+    LinearTile,
+    LmHeadRow,
+    of_kind,
+)
 
-# Compiled, and waiting to be measured beside the others: until then no product takes them.
-UNMEASURED_TILES = (LinearTile(256, 64, split_k=2),)
 LINEAR_TILES = (
     LinearTile(16, 64),
     LinearTile(64, 64),
@@ -20,6 +26,7 @@ LINEAR_TILES = (
     LinearTile(192, 64, split_k=2),
     LinearTile(192, 128),
     LinearTile(256, 64, multicast=2),
+    LinearTile(256, 64, split_k=2),
     LinearTile(256, 192, multicast=2),
 )
 # Those that can rotate q and k and write the cache behind the product of q, k and v (csrc/gemm/linear_rope.cu
@@ -57,11 +64,9 @@ _MIN_SPLIT_IN_FEATURES = 1024
 _MIN_FILL = {1: 0.7, 2: 0.9}
 
 
-def tiles_of(gated: bool, *, unmeasured: bool = False) -> tuple[LinearTile, ...]:
-    """The tiles of a product, with those that wait to be measured or without."""
-    if gated:
-        return GATED_TILES
-    return (*LINEAR_TILES, *UNMEASURED_TILES) if unmeasured else LINEAR_TILES
+def tiles_of(gated: bool) -> tuple[LinearTile, ...]:
+    """The compiled tiles of a product."""
+    return GATED_TILES if gated else LINEAR_TILES
 
 
 def candidates(
@@ -71,14 +76,13 @@ def candidates(
     *,
     gated: bool,
     device_kind: DeviceKind = H100,
-    unmeasured: bool = False,
 ) -> dict[str, tuple[LinearPart, ...]]:
     """Every way to compute a product, by name: "cublas" and the launches of each tile that takes it.
 
     A name says tokens x rows of the tile, and with " + " the tile for what is left of a last wave.
     """
     ways: list[tuple[LinearPart, ...]] = []
-    tiles = tiles_of(gated, unmeasured=unmeasured)
+    tiles = tiles_of(gated)
     takes = 1 <= num_tokens and out_features > 0 and out_features % 8 == 0 and in_features % 8 == 0
     for tile in tiles if takes else ():
         if num_tokens > tile.tokens or (tile.split_k > 1 and in_features < _MIN_SPLIT_IN_FEATURES):
@@ -129,7 +133,7 @@ def _row_of(out_features: int, in_features: int, gated: bool, device_kind: Devic
     return next(
         (
             row
-            for row in rows.PRODUCTS.get(device_kind, ())
+            for row in of_kind(rows.PRODUCTS, device_kind)
             if (row.out_features, row.in_features, row.gated) == (out_features, in_features, gated)
         ),
         None,
@@ -230,5 +234,5 @@ def lm_head_tile(num_rows: int, vocab_size: int, dim: int, *, device_kind: Devic
 
 @functools.cache
 def _lm_head_row(vocab_size: int, dim: int, device_kind: DeviceKind) -> LmHeadRow | None:
-    found = rows.LM_HEADS.get(device_kind, ())
+    found = of_kind(rows.LM_HEADS, device_kind)
     return next((row for row in found if (row.vocab_size, row.dim) == (vocab_size, dim)), None)

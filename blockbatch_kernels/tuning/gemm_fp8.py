@@ -6,7 +6,7 @@ import functools
 
 from blockbatch_kernels.tuning import rows_fp8
 from blockbatch_kernels.tuning.gemm import measured_at
-from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile
+from blockbatch_kernels.tuning.records import H100, DeviceKind, Fp8Row, Fp8Tile, of_kind
 
 # One launch for at most so many tokens, each tile to a processor of its own: csrc/gemm/linear_fp8.cu.
 _FEW = (
@@ -133,7 +133,7 @@ def _tiles_by_name(gated: bool) -> dict[str, Fp8Tile]:
 @functools.cache
 def _row_of(out_features: int, in_features: int, gated: bool, device_kind: DeviceKind) -> Fp8Row | None:
     sizes = out_features, in_features, gated
-    found = rows_fp8.PRODUCTS.get(device_kind, ())
+    found = of_kind(rows_fp8.PRODUCTS, device_kind)
     return next((row for row in found if (row.out_features, row.in_features, row.gated) == sizes), None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class DeviceKind(NamedTuple):
@@ -10,10 +11,16 @@ class DeviceKind(NamedTuple):
 
     capability: tuple[int, int]
     num_sms: int  # streaming multiprocessors
+    large_memory: bool = False  # more than 100 GiB: of the same processors those with the faster memory
 
 
-# Also H200 and GH200.
 H100 = DeviceKind((9, 0), 132)
+H200 = DeviceKind((9, 0), 132, large_memory=True)
+
+
+def of_kind(table: Mapping[DeviceKind, tuple], kind: DeviceKind) -> tuple[Any, ...]:
+    """What was measured on a kind of device, else on that with the same processors and less memory."""
+    return table.get(kind) or table.get(kind._replace(large_memory=False), ())
 
 
 class LinearTile(NamedTuple):
