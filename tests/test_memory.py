@@ -1,7 +1,9 @@
 """What a decode is said to need of the memory, against what it takes; and systems that lack what Unix has."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import blockbatch
 from blockbatch import devices, generation, memory
 from blockbatch.decoding import METHOD_BUILDERS, Session
 from blockbatch.decoding.batch import most_tokens
+from blockbatch.decoding.engine import Engine
 from blockbatch.models import weights
 from blockbatch_kernels import library
 from live_memory import LiveMemory
@@ -199,3 +202,46 @@ def test_systems_that_do_not_tell(monkeypatch, pages):
     monkeypatch.setattr(devices, "open", nothing, raising=False)
     monkeypatch.setattr(devices.os, "sysconf", sysconf)
     assert devices.free_bytes(torch.device("cpu")) == 2**40
+
+
+class Cycle:
+    """Something that only a cycle of references holds, once it is forgotten."""
+
+    def __init__(self, held=None):
+        self.itself, self.held = self, held
+
+
+def test_memory_that_cycles_hold_is_given_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gc.disable()
+    try:
+        for device, is_held in (("cpu", True), ("cuda", False)):
+            forgotten = weakref.ref(Cycle())
+            devices.reclaim(torch.device(device))
+            assert (forgotten() is not None) == is_held
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_closed_engines_leave_room_for_the_next():
+    """Each takes more than a third of what the process may take, and is held by nothing but a cycle."""
+    model = blockbatch.load_model("tiny", device="cuda")
+    torch.cuda.empty_cache()
+    room, total = 2 << 30, torch.cuda.get_device_properties(0).total_memory
+    sizes = {name: getattr(model.spec, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    page = blockbatch.kv_cache.cache_bytes(1, 16, **sizes, dtype=model.kv_dtype)
+    options = dict(cache_tokens=int(0.4 * room) // page * 16, max_requests=2)
+    config = blockbatch.DecodeConfig(method="dual_cache", gen_length=8, block_size=4)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+    gc.disable()
+    try:
+        for _ in range(4):
+            engine = Engine(model, **options)
+            engine.submit([1, 2, 3], config)
+            engine.run_until_idle()
+            engine.close()
+            Cycle(engine)
+    finally:
+        gc.enable()
+        torch.cuda.set_per_process_memory_fraction(1.0)

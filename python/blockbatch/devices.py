@@ -10,6 +10,7 @@ alone. Decodes on the CPU share nothing and take no turns.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -124,6 +125,17 @@ def _available_host_bytes() -> int | None:
     except (AttributeError, OSError):
         return None
     return status.available if told else None
+
+
+def reclaim(device: torch.device) -> None:
+    """Gives the memory of a GPU back that only cycles of references hold; nothing to do for the CPU.
+
+    An engine is in one with the callbacks of its requests: its cache would wait for Python's garbage
+    collection, which knows nothing of the GPU's memory.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @contextmanager

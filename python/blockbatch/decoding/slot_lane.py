@@ -97,6 +97,7 @@ class SlotLane:
         self._fixed_tokens = FIXED_TOKENS if deterministic else None
         self._budget = max_tokens_per_step or STEP_TOKENS[model.device.type]
         with devices.turn(model.device), devices.memory_errors(model.device, "the K/V cache"):
+            devices.reclaim(model.device)
             self.num_pages = self._affordable_pages(cache_tokens)
             on_gpu = model.device.type == "cuda"
             # Captured steps refer to the cache, so on a GPU it is made whole; a CPU's grows.
