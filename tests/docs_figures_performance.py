@@ -108,6 +108,15 @@ def attention(start, pages):
     return values
 
 
+def step_h200(report):
+    """Steps of 64 and 128 tokens, of 252 with shared pages, how far apart, and with own pages."""
+    found = {(line["tokens"], line["pages"]): line for line in report["lines"]}
+    shared = found[252, "shared"]
+    times = found[64, "separate"], found[128, "separate"], shared
+    apart = 100 * shared["ours_spread"]
+    return [*(line["ours_ms"] for line in times), apart, found[252, "separate"]["ours_ms"]]
+
+
 def rotated(report):
     row = named(report["models"]["llada-8b"], "op", "linear_rope_kv_write")
     return [row["versions"][name]["us"] for name in ("cuda", "triton", "torch")]
@@ -253,6 +262,12 @@ PERFORMANCE = [
             ("one row of 1280 queries", "1280 queries", "separate pages"),
         )
     ],
+    (
+        "took {:.2f} ms for a step of 64 tokens, {:.2f} for 128, and for 252 {:.2f} with the prompt's pages "
+        "shared (the smaller of two medians {:.0f}% apart) and {:.2f} with every row's own",
+        ["step_latency_h200.json"],
+        step_h200,
+    ),
     (
         "takes {:.1f} us a layer, by cuBLAS and Triton {:.1f}, by plain torch {:.1f}",
         ["ops_rotated.json"],

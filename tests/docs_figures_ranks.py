@@ -41,8 +41,18 @@ def sums(tokens):
     return values
 
 
+def engine(clients):
+    """Of one GPU, of two, of one batch by two, ms; until rank 0 has told the others, us."""
+
+    def values(report):
+        line = lines(report, model="llada-8b", clients=clients)
+        return [line[name] for name in ("one_ms", "ranks_ms", "batch_ms", "tell_us")]
+
+    return values
+
+
 _TOKENS = (32, 128, 252)
-_ROWS = {2: "two rows", 5: "five rows", 6: "six rows"}
+_ROWS = {2: "two rows", 6: "six rows"}
 _SUM = " | {:.1f}" * 5 + " |"
 RANKS = [
     *((f"| step of {tokens} tokens | {{:.2f}} | {{:.2f}} |", _BF16, step(tokens)) for tokens in _TOKENS),
@@ -52,6 +62,10 @@ RANKS = [
     *(
         (f"| refresh of {name} of 1280 | {{:.1f}} | {{:.1f}} | {{:.1f}} |", _BF16, refresh(rows))
         for rows, name in _ROWS.items()
+    ),
+    *(
+        (f"| {clients} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.0f}} |", ["engine_ranks.json"], engine(clients))
+        for clients in (1, 8)
     ),
     *((f"| {tokens}{_SUM}", _BF16, sums(tokens)) for tokens in (*_TOKENS, 1280)),
 ]
