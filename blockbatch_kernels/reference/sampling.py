@@ -99,11 +99,15 @@ def scores_of(
     suppress_token: int | None,
     first_token: int = 0,
 ) -> Tensor:
-    """Whose highest is drawn, of logits in fp32, which it changes; they begin with `first_token`."""
+    """Whose highest is drawn, of logits in fp32, which it changes.
+
+    Args:
+        first_token: what the logits begin with, for the noise; other ids are counted from there.
+    """
     of_request = request.long()
-    if suppress_token is not None and 0 <= suppress_token - first_token < logits.shape[1]:
-        logits[:, suppress_token - first_token] = float("-inf")
-    _change(logits, rules, of_request, positions, first_token)
+    if suppress_token is not None:
+        logits[:, suppress_token] = float("-inf")
+    _change(logits, rules, of_request, positions)
     temperature = rules.temperature[of_request].unsqueeze(1)
     is_random = temperature > 0
     scale = torch.where(is_random, 1.0 / temperature, 1.0)
@@ -114,17 +118,12 @@ def scores_of(
     return scores.masked_fill_(logits < least, float("-inf"))
 
 
-def _change(
-    logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor, first_token: int
-) -> None:
+def _change(logits: Tensor, rules: SamplingRules, of_request: Tensor, positions: Tensor) -> None:
     """Adds the biases of the changed tokens, and bans those that are banned there."""
-    tokens = rules.changed_token.long() - first_token
-    here = ((tokens >= 0) & (tokens < logits.shape[1])).nonzero().squeeze(1)
-    if here.numel() == 0:
+    if rules.changed_token.numel() == 0:
         return
-    tokens, bias = tokens[here], rules.logit_bias[of_request][:, here]
-    before = rules.banned_before[of_request][:, here]
-    banned = (bias == float("-inf")) | (positions.unsqueeze(1) < before)
+    tokens, bias = rules.changed_token.long(), rules.logit_bias[of_request]
+    banned = (bias == float("-inf")) | (positions.unsqueeze(1) < rules.banned_before[of_request])
     logits[:, tokens] = torch.where(banned, float("-inf"), logits[:, tokens] + bias)
 
 

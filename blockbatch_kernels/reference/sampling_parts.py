@@ -45,7 +45,11 @@ def sample_parts(
         holds it. Pieces without a token have no weight.
     """
     wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
-    scores = scores_of(wide, rules, request, positions, suppress_token, first_token)
+    if suppress_token is not None:
+        suppress_token -= first_token
+        suppress_token = suppress_token if 0 <= suppress_token < wide.shape[1] else None
+    own_rules = _of_part(rules, first_token, wide.shape[1])
+    scores = scores_of(wide, own_rules, request, positions, suppress_token, first_token)
     parts = wide.new_full((len(wide), num_pieces, _WORDS), _NONE)
     parts[..., 1], parts[..., 4] = 0.0, 0.0
     for piece, begin in enumerate(range(0, wide.shape[1], _PIECE_TOKENS)):
@@ -70,6 +74,17 @@ def sample_parts(
         values = *values, highest, weights.sum(-1, keepdim=True), second, probe
         parts[:, piece, : len(values)] = torch.cat(values, 1)
     return parts
+
+
+def _of_part(rules: SamplingRules, first_token: int, num_tokens: int) -> SamplingRules:
+    """What the rules change among these tokens, counted from their first one."""
+    tokens = rules.changed_token - first_token
+    here = ((tokens >= 0) & (tokens < num_tokens)).nonzero().squeeze(1)
+    return rules._replace(
+        changed_token=tokens[here],
+        logit_bias=rules.logit_bias[:, here],
+        banned_before=rules.banned_before[:, here],
+    )
 
 
 def merge_parts(
