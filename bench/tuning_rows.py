@@ -132,14 +132,17 @@ def rows_now() -> dict[str, dict[DeviceKind, tuple]]:
     """The tables that bench/results give, by name."""
 
     def table(row: type, rows_of: Callable[[str], Iterator[tuple]], *files: str) -> dict[DeviceKind, tuple]:
-        made = {
-            kind_of(report_of(file)): tuple(
+        made: dict[DeviceKind, tuple] = {}
+        for file in files:
+            found = tuple(
                 row(*(tuple(field) if isinstance(field, list) else field for field in fields))
                 for fields in rows_of(file)
             )
-            for file in files
-        }
-        return {kind: rows for kind, rows in made.items() if rows}
+            kind = kind_of(report_of(file))
+            if found and kind in made:
+                raise ValueError(f"{file}: expected results of another device than {kind}")
+            made |= {kind: found} if found else {}
+        return made
 
     return {
         "PRODUCTS": table(records.LinearRow, product_rows, *GEMM_FILES),

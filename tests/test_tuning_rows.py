@@ -54,7 +54,26 @@ def test_rows_belong_to_the_device_that_was_measured(results):
     kind = dict(capability=[9, 0], num_sms=114)
     module = results("gemm.json", [line(64, {"cublas": 1.0})], device_kind=kind)
     assert list(module.rows_now()["PRODUCTS"]) == [tuning.DeviceKind((9, 0), 114)]
-    assert "    DeviceKind((9, 0), 114): (\n" in module.source()
+    assert "    DeviceKind((9, 0), 114): (\n" in module.sources()["rows.py"]
+
+
+def test_a_file_for_each_kind_of_device(results):
+    for name, choice, more in (
+        ("gemm.json", "64x64", {}),
+        ("gemm_h200.json", "cublas", {"large_memory": True}),
+    ):
+        times = {"cublas": 1.5, "64x64": 2.0} | {choice: 1.0}
+        kind = dict(capability=[9, 0], num_sms=132, **more)
+        module = results(name, [line(64, times)], device_kind=kind)
+    found = module.rows_now()["PRODUCTS"]
+    assert [(kind, rows[0].choices) for kind, rows in found.items()] == [
+        (tuning.H100, ((64, "64x64"),)),
+        (tuning.H200, ((64, "cublas"),)),
+    ]
+    assert "    DeviceKind((9, 0), 132, large_memory=True): (\n" in module.sources()["rows.py"]
+    results("gemm_h200.json", [line(64, times)], device_kind=kind)
+    with pytest.raises(ValueError, match="gemm_h200.json: expected results of another device"):
+        module.rows_now()
 
 
 def test_lm_head_and_attention(results):
@@ -87,16 +106,18 @@ def test_the_text_of_the_tables_makes_the_tables(results, tmp_path):
     cases = [dict(case=name, **sizes, candidates={"units": 1.0}) for name in names]
     results("attention.json", cases)
     made: dict = {}
-    exec(module.source(), made)
+    for text in module.sources().values():
+        exec(text, made)
     for table, expected in module.rows_now().items():
         assert made[table] == expected
     assert made["PRODUCTS"] and made["ATTENTION"] and not made["LM_HEADS"]
-    assert max(map(len, module.source().splitlines())) <= 110
     formatter = shutil.which("ruff")
-    if formatter is not None:
-        (tmp_path / "rows.py").write_text(module.source())
-        command = [formatter, "format", "--check", "--line-length", "110", str(tmp_path / "rows.py")]
-        subprocess.run(command, check=True, capture_output=True)
+    for file, text in module.sources().items():
+        assert max(map(len, text.splitlines())) <= 110
+        if formatter is not None:
+            (tmp_path / file).write_text(text)
+            command = [formatter, "format", "--check", "--line-length", "110", str(tmp_path / file)]
+            subprocess.run(command, check=True, capture_output=True)
 
 
 def test_a_forced_choice_that_nothing_asks_for_is_an_error(bench):
