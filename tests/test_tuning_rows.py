@@ -58,15 +58,11 @@ def test_rows_belong_to_the_device_that_was_measured(results):
 
 
 def test_a_file_for_each_kind_of_device(results):
-    for name, choice, more in (
-        ("gemm.json", "64x64", {}),
-        ("gemm_h200.json", "cublas", {"large_memory": True}),
-    ):
-        times = {"cublas": 1.5, "64x64": 2.0} | {choice: 1.0}
-        kind = dict(capability=[9, 0], num_sms=132, **more)
-        module = results(name, [line(64, times)], device_kind=kind)
+    kind, times = dict(capability=[9, 0], num_sms=132), {"cublas": 1.5, "64x64": 2.0}
+    results("gemm.json", [line(64, times | {"64x64": 1.0})], device_kind=kind)
+    module = results("gemm_h200.json", [line(64, times)], device_kind=kind | {"large_memory": True})
     found = module.rows_now()["PRODUCTS"]
-    assert [(kind, rows[0].choices) for kind, rows in found.items()] == [
+    assert [(of, rows[0].choices) for of, rows in found.items()] == [
         (tuning.H100, ((64, "64x64"),)),
         (tuning.H200, ((64, "cublas"),)),
     ]
