@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from importlib import import_module
 from types import ModuleType
 
@@ -106,15 +105,11 @@ def sampling_of(hidden: Tensor, backend: str | None = None) -> ModuleType:
 def parts_of(hidden: Tensor, rules: SamplingRules, backend: str | None = None) -> ModuleType | None:
     """As `sampling_of`, the module whose `sample_parts` and `merge_parts` do it by parts of the vocabulary.
 
-    None: this backend has none, or these rules need all logits of a row. Without a backend that of the
-    extension counts, where it runs: its parts cost less than logits that travel.
+    None: this backend has none, or these rules need all logits of a row.
     """
     if rules.top_p is not None or rules.top_k is not None:
         return None
     name = dispatch.backend_of("lm_head_sample", hidden.device, backend)
-    if backend is None and hidden.is_cuda:
-        with contextlib.suppress(RuntimeError, ValueError):  # not here
-            name = dispatch.backend_of("lm_head_sample", hidden.device, "cuda")
     return import_module(_PARTS[name]) if name in _PARTS else None
 
 
